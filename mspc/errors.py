@@ -1,0 +1,39 @@
+"""Every error that mspc raises on purpose, and the exit code it becomes on the command line.
+
+MspcError                 1  something failed that the input cannot be blamed for
++-- InputError            2  wrong usage or input: options, paths, corrupt files, NaN weights
++-- SingularGramError     1  a Gram matrix stayed singular after the whole damping ladder
++-- ActivationError       1  NaN or infinity appeared in a forward pass
++-- StorageError          1  the disk is full or a write failed
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MspcError(Exception):
+    exit_code = 1
+
+
+class InputError(MspcError, ValueError):
+    exit_code = 2
+
+
+class SingularGramError(MspcError):
+    pass
+
+
+class ActivationError(MspcError):
+    pass
+
+
+class StorageError(MspcError):
+    pass
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not in a table: what was meant, or else what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(names)}."
+    return InputError(f"Unknown {what} {name!r}: {hint}")

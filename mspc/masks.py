@@ -1,0 +1,63 @@
+"""Scores to masks with exact counts. True = kept. Ties go to the lower column; the only place that rounds a count."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.types import NM, Pattern
+
+
+def num_pruned(numel: int, sparsity: float) -> int:
+    """How many of `numel` weights a sparsity means."""
+    return round(numel * sparsity)
+
+
+def prune_lowest(score: Tensor, count: int) -> Tensor:
+    """Mask (O, I) that drops exactly `count` weights of lowest score, compared over the whole matrix."""
+    order = torch.sort(score.flatten(), descending=True, stable=True).indices
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[order[: score.numel() - count]] = True
+    return mask.view_as(score)
+
+
+def prune_lowest_per_row(score: Tensor, count: int) -> Tensor:
+    """Mask (O, I) that drops exactly `count` weights, every row its lowest; row counts differ by at most one."""
+    num_rows, num_columns = score.shape
+    edges = torch.arange(num_rows + 1, device=score.device) * count // num_rows
+    kept_per_row = num_columns - edges.diff()
+    order = torch.sort(score, dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(num_columns, device=score.device).expand_as(order))
+    return rank < kept_per_row[:, None]
+
+
+def prune_n_of_m(score: Tensor, pattern: NM) -> Tensor:
+    """Mask (O, I) that keeps the `keep` highest of every `of` consecutive columns."""
+    check_divides(pattern, score.shape[1], "the matrix")
+    groups = score.view(score.shape[0], -1, pattern.of)
+    kept = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).view_as(score)
+
+
+def check_divides(pattern: Pattern, num_columns: int, what: str) -> None:
+    if isinstance(pattern, NM) and num_columns % pattern.of:
+        raise InputError(
+            f"{what}: the pattern {pattern} needs in features divisible by {pattern.of}, got {num_columns}; choose "
+            "another pattern or leave the matrix out with --skip."
+        )
+
+
+def spread(count: int, capacities: Sequence[int]) -> list[int]:
+    """Split `count` over parts in proportion to their capacities: exact sum, no part over its capacity.
+
+    spread(5, [4, 4, 2]) -> [2, 2, 1].
+    """
+    total = sum(capacities)
+    shares, seen, given = [], 0, 0
+    for capacity in capacities:
+        seen += capacity
+        upto = count * seen // total if total else 0
+        shares.append(upto - given)
+        given = upto
+    return shares

@@ -1,0 +1,99 @@
+"""Rounding to a grid: fit scales on the kept weights, weights to codes, codes to weights.
+
+The codes are unsigned with an integer zero point, weight = (code - zero) * scale, which is what every packed format of
+this field stores; a symmetric grid has zero = 2^(bits-1). 0.0 is on every grid, so pruned weights have a code.
+"""
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.types import Codes, Grid
+
+# Ranges tried, as shares of the full one: clipping the largest weight a little buys resolution for all others.
+SHRINK_STEPS = tuple(1 - 0.02 * i for i in range(26))
+SMALLEST_SCALE = 2.0**-24  # of float16
+LARGEST_SCALE = 65504.0
+
+
+def groups_of(num_columns: int, grid: Grid, name: str = "the matrix") -> int:
+    """Inputs that share a scale: the group size, or the whole row."""
+    size = grid.group_size or num_columns
+    if num_columns % size:
+        raise InputError(
+            f"{name}: group size {size} does not divide its {num_columns} in features; choose --group-size "
+            f"{_largest_divisor(num_columns)} or 'row', or leave the matrix out with --skip."
+        )
+    return size
+
+
+def _largest_divisor(num_columns: int) -> int:
+    return next((size for size in (128, 64, 32, 16, 8, 4, 2) if num_columns % size == 0), 1)
+
+
+def fit(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of one group per row: (O, S), (O, S), importance (S,) -> scale (O,) float16, zero (O,) uint8.
+
+    Least squared error over the kept weights, each column weighted by `importance` (the mean square of its input),
+    searched over shrunken ranges.
+    """
+    kept = weight * mask
+    levels = 2**grid.bits - 1
+    low, high = kept.amin(1).clamp(max=0), kept.amax(1).clamp(min=0)
+    best_error = torch.full_like(low, torch.inf)
+    best_scale = torch.ones_like(low)
+    best_zero = torch.zeros_like(low)
+    cost = mask * importance
+    for shrink in SHRINK_STEPS:
+        if grid.symmetric:
+            # -2^(b-1) is a code and +2^(b-1) is not: let the scale cover the range with half a step to spare.
+            scale = torch.maximum(-low, high) * shrink * 2 / levels
+            zero = torch.full_like(scale, 2 ** (grid.bits - 1))
+        else:
+            scale = (high - low) * shrink / levels
+            zero = torch.zeros_like(scale)
+        scale = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+        if not grid.symmetric:
+            zero = (-low * shrink / scale).round().clamp(0, levels)
+        rounded = dequantize_group(quantize_group(kept, scale, zero, grid), scale, zero)
+        error = ((kept - rounded).square() * cost).sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale.half(), best_zero.to(torch.uint8)
+
+
+def quantize_group(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
+    """Nearest codes, as float: (O, S), scale (O,), zero (O,) -> (O, S)."""
+    return (weight / scale[:, None] + zero[:, None]).round().clamp(0, 2**grid.bits - 1)
+
+
+def dequantize_group(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (codes - zero[:, None]) * scale[:, None]
+
+
+def dequantize(codes: Codes) -> Tensor:
+    """Codes -> weight (O, I) float32. Exact: a code has at most 8 bits and a scale 11, so the product fits."""
+    num_rows, num_groups = codes.scales.shape
+    difference = codes.values.view(num_rows, num_groups, -1).float() - codes.zeros[..., None].float()
+    return (difference * codes.scales[..., None].float()).view(num_rows, -1)
+
+
+def fit_groups(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
+    """`fit` for every group of a matrix: scales (O, G) float16 and zeros (O, G) uint8."""
+    size = groups_of(weight.shape[1], grid, name)
+    fitted = [
+        fit(w, m, h, grid)
+        for w, m, h in zip(weight.split(size, 1), mask.split(size, 1), importance.split(size), strict=True)
+    ]
+    return torch.stack([scale for scale, _ in fitted], 1), torch.stack([zero for _, zero in fitted], 1)
+
+
+def round_to_nearest(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid, name: str) -> Codes:
+    """Codes of a matrix without error feedback; pruned weights get their group's zero point."""
+    scales, zeros = fit_groups(weight, mask, importance, grid, name)
+    size = groups_of(weight.shape[1], grid, name)
+    per_column = [t.float().repeat_interleave(size, 1) for t in (scales, zeros)]
+    values = ((weight * mask) / per_column[0] + per_column[1]).round().clamp(0, 2**grid.bits - 1)
+    return Codes(torch.where(mask, values, per_column[1]).to(torch.uint8), scales, zeros)

@@ -1,0 +1,18 @@
+"""Solvers: weight + statistics of its input + target -> CompressedLinear. They obey the target and know no model.
+
+Every solver has the signature of `Solver` and is a plain function in the table; pass your own function instead of a
+name where the Python interface asks for one.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mspc.solvers.mask_only import mask_only
+from mspc.solvers.obs import obs
+from mspc.solvers.options import SolverOptions
+from mspc.types import CompressedLinear, GramStats, Target
+
+Solver = Callable[[Tensor, GramStats, Target, SolverOptions, str], CompressedLinear]
+
+SOLVERS: dict[str, Solver] = {"mask": mask_only, "obs": obs}

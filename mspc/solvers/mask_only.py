@@ -1,0 +1,48 @@
+"""Score and zero, no update of the kept weights; with a grid they are rounded to nearest."""
+
+import torch
+from torch import Tensor
+
+from mspc.linalg import InverseFactor, inverse_factor, regularized
+from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m
+from mspc.quant import dequantize, round_to_nearest
+from mspc.saliency import COMPARED_PER_ROW, CRITERIA
+from mspc.solvers.options import SolverOptions
+from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
+
+NEEDS_INVERSE = frozenset({"isc", "obs"})
+
+
+def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
+    """(O, I) -> the same weights with the lowest-scored ones zero.
+
+    Raises InputError when the pattern or the group size does not divide I, and what `inverse_factor` raises.
+    """
+    check_divides(target.pattern, weight.shape[1], name)
+    weight = weight.float()
+    damp, precision = 0.0, torch.float32
+    if options.criterion in NEEDS_INVERSE:
+        factor: InverseFactor = inverse_factor(stats, options.damp, name)
+        diagonal, inverse_diagonal, dead = factor.diagonal, factor.inverse_diagonal, factor.dead
+        damp, precision = factor.damp, factor.precision
+    else:
+        regular, dead = regularized(stats.gram, 0.0)
+        diagonal = regular.diagonal()
+        inverse_diagonal = 1 / diagonal
+    score = CRITERIA[options.criterion](weight, diagonal, inverse_diagonal)
+    score[:, dead] = -1.0
+    mask = select(score, target.pattern, per_row=options.criterion in COMPARED_PER_ROW)
+    codes = None
+    kept = weight * mask
+    if target.grid is not None:
+        codes = round_to_nearest(kept, mask, diagonal, target.grid, name)
+        kept = dequantize(codes)
+    return CompressedLinear(kept, mask, target, codes, damp, precision)
+
+
+def select(score: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
+    """The mask (O, I) that a pattern makes of scores compared over the whole matrix, or within each row."""
+    if isinstance(pattern, NM):
+        return prune_n_of_m(score, pattern)
+    count = num_pruned(score.numel(), pattern.sparsity)
+    return prune_lowest_per_row(score, count) if per_row else prune_lowest(score, count)

@@ -1,0 +1,181 @@
+"""Blocked OBS sweep: prune, and round in the same pass, column by column with error feedback.
+
+The algorithm of SparseGPT (Frantar and Alistarh, arXiv:2301.00774) and GPTQ (arXiv:2210.17323): with U^T U = H^-1, a
+weight settled at column j to q_j moves the error (w_j - q_j) / U_jj along row j of U into the columns after it, which
+is the optimal brain surgeon update restricted to them. The loss || (W - W^) X ||^2 is then exactly the sum of the
+squared errors. The mask of a block of 128 columns is chosen when the sweep reaches it (N:M groups: when it reaches the
+group), from weights that already carry the corrections of everything before.
+
+Counts are exact, inputs that are always zero are pruned first, and the weights of dead inputs that the budget leaves
+are kept as they are. Tensors inside are transposed, (I, O): a column of the weight is then contiguous.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.linalg import InverseFactor, inverse_factor, precise_matmul
+from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, spread
+from mspc.quant import dequantize, fit, fit_groups, groups_of
+from mspc.saliency import COMPARED_PER_ROW, CRITERIA
+from mspc.solvers.mask_only import select
+from mspc.solvers.options import SolverOptions
+from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target
+
+BLOCK = 128
+
+
+def obs(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
+    """(O, I) -> pruned (and rounded) weights, kept ones corrected for the removed ones.
+
+    Raises InputError when the pattern or the group size does not fit, and what `inverse_factor` raises.
+    """
+    with precise_matmul():
+        return sweep(weight, stats, target, options, name)[0]
+
+
+def sweep(
+    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str
+) -> tuple[CompressedLinear, float]:
+    """`obs`, with the loss the sweep itself adds up: the sum of ((w_j - q_j) / U_jj)^2 at the time of settling."""
+    check_pattern(target.pattern, weight.shape[1], options, name)
+    order = column_order(stats, options)
+    factor = inverse_factor(GramStats(stats.gram[order][:, order], stats.num_tokens), options.damp, name)
+    state = Sweep(weight.float()[:, order].T.contiguous(), factor, target, options, order, name)
+    for start, count in zip(range(0, len(order), BLOCK), state.block_counts(), strict=True):
+        state.settle_block(start, min(start + BLOCK, len(order)), count)
+    return state.result(), state.loss
+
+
+def check_pattern(pattern: Pattern, num_columns: int, options: SolverOptions, name: str) -> None:
+    check_divides(pattern, num_columns, name)
+    if isinstance(pattern, NM) and BLOCK % pattern.of:
+        raise InputError(f"{name}: the obs solver needs N:M groups that divide {BLOCK}, not {pattern}.")
+    if isinstance(pattern, NM) and options.activation_order:
+        raise InputError(
+            f"{name}: activation order reorders columns and so breaks the groups of {pattern}; use it with "
+            "unstructured sparsity, or leave it out."
+        )
+
+
+def column_order(stats: GramStats, options: SolverOptions) -> Tensor:
+    if options.activation_order:
+        return torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
+    return torch.arange(len(stats.gram), device=stats.gram.device)
+
+
+@dataclass
+class Sweep:
+    """The state of one sweep. `columns` (I, O) holds corrected weights ahead of the sweep and final ones behind it."""
+
+    columns: Tensor
+    factor: InverseFactor
+    target: Target
+    options: SolverOptions
+    order: Tensor
+    name: str
+
+    def __post_init__(self) -> None:
+        num_columns, num_rows = self.columns.shape
+        self.per_row = self.options.criterion in COMPARED_PER_ROW
+        self.mask = torch.ones_like(self.columns, dtype=torch.bool)
+        self.loss = 0.0
+        self.grid = self.target.grid
+        if self.grid is None:
+            return
+        size = groups_of(num_columns, self.grid, self.name)
+        self.codes = torch.empty_like(self.columns, dtype=torch.uint8)
+        # In column order; a group is fitted when the sweep reaches it, unless its columns do not lie in one block.
+        self.static = self.options.activation_order or BLOCK % size != 0
+        self.group = torch.arange(num_columns, device=self.order.device)[self.order] // size
+        self.scales = torch.empty(num_columns // size, num_rows, dtype=torch.float16, device=self.columns.device)
+        self.zeros = torch.empty_like(self.scales, dtype=torch.uint8)
+        if self.static:
+            self.fit_static(self.grid)
+
+    def score(self, start: int, stop: int) -> Tensor:
+        """Scores (O, stop - start) of columns not settled yet; dead inputs lie below everything."""
+        denominator = self.factor.factor.diagonal()[start:stop].square()
+        criterion = CRITERIA[self.options.criterion]
+        score = criterion(self.columns[start:stop].T, self.factor.diagonal[start:stop], denominator)
+        score[:, self.factor.dead[start:stop]] = -1.0
+        return score
+
+    def fit_static(self, grid: Grid) -> None:
+        """All scales before the sweep, on the weights that a first scoring of the whole matrix would keep."""
+        original = torch.argsort(self.order)
+        mask = select(self.score(0, len(self.columns)), self.target.pattern, per_row=self.per_row)[:, original]
+        weight, importance = self.columns.T[:, original], self.factor.diagonal[original]
+        scales, zeros = fit_groups(weight, mask, importance, grid, self.name)
+        self.scales, self.zeros = scales.T.contiguous(), zeros.T.contiguous()
+
+    def block_counts(self) -> list[int]:
+        """How many weights each block prunes: exact in total, proportional to its live weights, dead ones first."""
+        num_columns, num_rows = self.columns.shape
+        blocks = self.factor.dead.split(BLOCK)
+        if isinstance(self.target.pattern, NM):
+            return [0] * len(blocks)
+        total = num_pruned(self.columns.numel(), self.target.pattern.sparsity)
+        dead = [int(block.sum()) * num_rows for block in blocks]
+        live = [len(block) * num_rows - d for block, d in zip(blocks, dead, strict=True)]
+        dead_shares = spread(min(total, sum(dead)), dead)
+        live_shares = spread(max(total - sum(dead), 0), live)
+        return [a + b for a, b in zip(dead_shares, live_shares, strict=True)]
+
+    def settle_block(self, start: int, stop: int, count: int) -> None:
+        pattern = self.target.pattern
+        upper = self.factor.factor
+        block, mask = self.columns[start:stop], self.mask[start:stop]
+        errors = torch.empty_like(block)
+        if count:
+            prune = prune_lowest_per_row if self.per_row else prune_lowest
+            mask.copy_(prune(self.score(start, stop), count).T)
+        for j in range(stop - start):
+            column = start + j
+            if isinstance(pattern, NM) and pattern.sparsity and j % pattern.of == 0:
+                group = slice(column, column + pattern.of)
+                self.mask[group] = prune_n_of_m(self.score(group.start, group.stop), pattern).T
+            settled = self.settle_column(column)
+            error = (block[j] - settled) / upper[column, column]
+            block[j + 1 :].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+            block[j] = settled
+            errors[j] = error
+        self.columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        self.loss += float(errors.double().square().sum())
+
+    def settle_column(self, column: int) -> Tensor:
+        """The final values (O,) of one column: pruned weights zero, kept ones as they are or on the grid."""
+        weight, kept = self.columns[column], self.mask[column]
+        if self.grid is None:
+            return weight * kept
+        group = int(self.group[column])
+        size = groups_of(len(self.columns), self.grid)
+        if not self.static and column % size == 0:
+            self.fit_reached_group(column, column + size, self.grid)
+        scale, zero = self.scales[group].float(), self.zeros[group].float()
+        codes = (weight / scale + zero).round().clamp(0, 2**self.grid.bits - 1)
+        codes = torch.where(kept, codes, zero)
+        self.codes[column] = codes.to(torch.uint8)
+        return (codes - zero) * scale
+
+    def fit_reached_group(self, start: int, stop: int, grid: Grid) -> None:
+        pattern = self.target.pattern
+        if isinstance(pattern, NM) and pattern.sparsity:  # the N:M groups ahead choose again when they are reached
+            mask = prune_n_of_m(self.score(start, stop), pattern)
+        else:
+            mask = self.mask[start:stop].T
+        scale, zero = fit(self.columns[start:stop].T, mask, self.factor.diagonal[start:stop], grid)
+        group = start // (stop - start)
+        self.scales[group], self.zeros[group] = scale, zero
+
+    def result(self) -> CompressedLinear:
+        original = torch.argsort(self.order)
+        mask = self.mask.T[:, original].contiguous()
+        damp, precision = self.factor.damp, self.factor.precision
+        if self.grid is None:
+            weight = self.columns.T[:, original].contiguous()
+            return CompressedLinear(weight, mask, self.target, None, damp, precision)
+        codes = Codes(self.codes.T[:, original].contiguous(), self.scales.T.contiguous(), self.zeros.T.contiguous())
+        return CompressedLinear(dequantize(codes), mask, self.target, codes, damp, precision)

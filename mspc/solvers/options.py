@@ -1,0 +1,13 @@
+"""What every solver may be told besides the target."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SolverOptions:
+    criterion: str = "isc"
+    """Name in `mspc.saliency.CRITERIA`."""
+    damp: float = 0.01
+    """First rung of the damping ladder, as a share of the mean diagonal of the Gram."""
+    activation_order: bool = False
+    """Settle the columns with the largest inputs first (grids then have static groups)."""
