@@ -17,7 +17,8 @@ Split = Literal["calibration", "heldout"]
 
 # Often packaged apart from the interpreter, removed in some version, or tables rather than text.
 EXCLUDED_PACKAGES = frozenset(
-    "antigravity distutils encodings ensurepip idlelib lib2to3 msilib pydoc_data test this tkinter turtledemo venv".split()
+    ["antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib"]
+    + ["pydoc_data", "test", "this", "tkinter", "turtledemo", "venv"]
 )
 HELDOUT_SHARE = 0.1
 

@@ -1,4 +1,4 @@
-"""The two pieces of linear algebra that everything rests on: the inverse factor of a Gram matrix and the output error."""
+"""The linear algebra that everything rests on: the inverse factor of a Gram matrix and the output error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

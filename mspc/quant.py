@@ -32,7 +32,7 @@ def _largest_divisor(num_columns: int) -> int:
 
 
 def fit(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of one group per row: (O, S), (O, S), importance (S,) -> scale (O,) float16, zero (O,) uint8.
+    """Scale (O,) float16 and zero point (O,) uint8 of one group of every row; weight and mask (O, S), importance (S,).
 
     Least squared error over the kept weights, each column weighted by `importance` (the mean square of its input),
     searched over shrunken ranges.

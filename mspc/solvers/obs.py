@@ -113,7 +113,7 @@ class Sweep:
 
     def block_counts(self) -> list[int]:
         """How many weights each block prunes: exact in total, proportional to its live weights, dead ones first."""
-        num_columns, num_rows = self.columns.shape
+        num_rows = self.columns.shape[1]
         blocks = self.factor.dead.split(BLOCK)
         if isinstance(self.target.pattern, NM):
             return [0] * len(blocks)

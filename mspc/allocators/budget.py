@@ -1,0 +1,71 @@
+"""From wished sparsities to exact ones: one shift for all matrices, then whole weights, or whole N of N:M.
+
+The shift keeps the differences that the allocator asked for and makes the parameter-weighted mean exact; what it pushes
+outside a matrix's possible range is clipped and taken up by the others.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+BISECTIONS = 100  # halve an interval of width 2 down to nothing in float64
+
+
+def shifted(wished: Sequence[float], numels: Sequence[int], sparsity: float, highest: float = 1.0) -> list[float]:
+    """`clip(wished + delta, 0, highest)` with the delta whose weighted mean is `sparsity`."""
+    budget = sparsity * sum(numels)
+    low, high = -max(wished) - 1, highest - min(wished) + 1
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        total = sum(n * min(max(w + middle, 0.0), highest) for w, n in zip(wished, numels, strict=True))
+        low, high = (middle, high) if total < budget else (low, middle)
+    return [min(max(w + high, 0.0), highest) for w in wished]
+
+
+def exact_counts(wished: Sequence[float], numels: Sequence[int], sparsity: float) -> list[int]:
+    """Weights to prune in each matrix: their sum is exactly round(sparsity * total)."""
+    shares = [s * n for s, n in zip(shifted(wished, numels, sparsity), numels, strict=True)]
+    counts = [int(share) for share in shares]
+    missing = round(sparsity * sum(numels)) - sum(counts)
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    room = [i for i in by_remainder if counts[i] < numels[i]]
+    for i in room[:missing]:
+        counts[i] += 1
+    return counts
+
+
+def exact_keeps(wished: Sequence[float], numels: Sequence[int], sparsity: float, of: int) -> list[int]:
+    """N of N:`of` for each matrix, at least 1: the sum of kept weights nearest to what the sparsity asks for.
+
+    Every N is the whole number below or above the exact share. Which ones are rounded up is decided by the largest
+    remainders, except that matrices of one size are exchanged for those of another where that brings the total nearer.
+    """
+    shares = [(1 - s) * of for s in shifted(wished, numels, sparsity, highest=1 - 1 / of)]
+    floors = [min(max(int(share + 1e-9), 1), of) for share in shares]
+    remainder = [share - floor for share, floor in zip(shares, floors, strict=True)]
+    raisable: dict[int, list[int]] = defaultdict(list)
+    for i in sorted(range(len(shares)), key=lambda i: -remainder[i]):
+        if floors[i] < of:
+            raisable[numels[i]].append(i)
+    kept = sum(n * floor for n, floor in zip(numels, floors, strict=True))
+    wanted = (1 - sparsity) * of * sum(numels) - kept
+    for size, raised in zip(raisable, _nearest_counts(raisable, remainder, wanted), strict=True):
+        for i in raisable[size][:raised]:
+            floors[i] += 1
+    return floors
+
+
+def _nearest_counts(raisable: dict[int, list[int]], remainder: Sequence[float], wanted: float) -> list[int]:
+    """How many matrices of each size to round up: total size nearest to `wanted`, then largest sum of remainders."""
+    reached: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for size, members in raisable.items():
+        extended: dict[int, tuple[float, list[int]]] = {}
+        for total, (gain, counts) in reached.items():
+            for count in range(len(members) + 1):
+                if count:
+                    gain += remainder[members[count - 1]]
+                key = total + size * count
+                if key not in extended or gain > extended[key][0]:
+                    extended[key] = (gain, [*counts, count])
+        reached = extended
+    nearest = min(reached, key=lambda total: (abs(total - wanted), -reached[total][0]))
+    return reached[nearest][1]

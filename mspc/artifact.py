@@ -1,0 +1,95 @@
+"""The folder that `compress` writes, and the tensors that can be read back from it.
+
+    mspc.json        the manifest, written last: what there is, how it was made, how good it is
+    recipe.toml      what was asked; plan.json what was decided
+    config.json ...  configs and tokenizer of the source
+    matrices/        the compressed matrices, one file a block (layout: `mspc.formats.canonical`)
+    unchanged/       all other weights, one file a shard of the source
+
+It is self-contained: the source is not needed to load or export it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mspc.checkpoint import read_file
+from mspc.errors import InputError
+from mspc.formats import canonical
+from mspc.journal import NAME as JOURNAL
+from mspc.plan import target_from_dict
+from mspc.types import CompressedLinear, Matrix
+
+FORMAT_VERSION = 1
+MANIFEST = "mspc.json"
+MATRICES = "matrices"
+UNCHANGED = "unchanged"
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether `compress` wrote this folder, finished or not."""
+    return (folder / MANIFEST).is_file() or (folder / JOURNAL).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / JOURNAL).is_file():
+            raise InputError(f"{folder} holds an unfinished run; finish it with `mspc compress ... --resume` first.")
+        raise InputError(f"{folder} is not an mspc artifact: it has no {MANIFEST}.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}); the artifact is damaged.") from error
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} was written in format {version}, and this mspc reads up to {FORMAT_VERSION}: upgrade mspc."
+        )
+    return manifest
+
+
+class ArtifactSource:
+    """An artifact as a source of tensors: compressed matrices are unpacked as they are read, under their old keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._shards: dict[str, list[str]] = self.manifest["source"]["shards"]
+        self._shard_of = {key: shard for shard, keys in self._shards.items() for key in keys}
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        for row in self.manifest["matrices"]:
+            self._rows.setdefault(row["tensor"], []).append(row)
+
+    def keys(self) -> list[str]:
+        return list(self._shard_of)
+
+    def shards(self) -> dict[str, list[str]]:
+        return self._shards
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            rows = self._rows.get(key, [])
+            if len(rows) == 1 and rows[0]["index"] is None:
+                weight = self.matrix(rows[0]).weight
+                yield key, weight.T.contiguous() if rows[0]["transposed"] else weight
+                continue
+            ((_, tensor),) = read_file(self.folder / UNCHANGED / self._shard_of[key], [key])
+            for row in rows:  # slices of a 3-D parameter
+                address_of(row).read(tensor).copy_(self.matrix(row).weight)
+            yield key, tensor
+
+    def matrix(self, row: dict[str, Any]) -> CompressedLinear:
+        """The compressed matrix of one row of the manifest, its weight in the checkpoint's dtype."""
+        stored = [f"{row['name']}.{part}" for part in row["stored"]]
+        tensors = dict(read_file(self.folder / row["file"], stored))
+        local = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+        return canonical.unpack(local, tuple(row["shape"]), target_from_dict(row), getattr(torch, row["dtype"]))
+
+
+def address_of(row: dict[str, Any]) -> Matrix:
+    return Matrix(row["parameter"], tuple(row["shape"]), row["index"], row["transposed"])

@@ -1,0 +1,157 @@
+"""A folder of safetensors files, read tensor by tensor: the shape every model arrives in, and every output leaves in."""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mspc.errors import InputError, StorageError
+
+INDEX = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read one at a time: a checkpoint, or an artifact that unpacks as it reads."""
+
+    def keys(self) -> list[str]: ...
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
+
+    def shards(self) -> dict[str, list[str]]:
+        """The weight files, each with the keys it holds, in the order of the source."""
+        ...
+
+
+class Checkpoint:
+    """The safetensors of one Hugging Face folder, single or sharded. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards = {name: _keys_of(folder / name) for name in _weight_files(folder)}
+        self._shard_of = {key: shard for shard, keys in self._shards.items() for key in keys}
+
+    def keys(self) -> list[str]:
+        return list(self._shard_of)
+
+    def shards(self) -> dict[str, list[str]]:
+        return self._shards
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """`(key, tensor)` for every key, each file opened once. Raises InputError for a tensor that cannot be read."""
+        by_shard = defaultdict(list)
+        for key in keys:
+            by_shard[self._shard_of[key]].append(key)
+        for shard, names in by_shard.items():
+            yield from read_file(self.folder / shard, names)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return next(self.read([key]))[1].dtype
+
+    def sha256(self) -> dict[str, str]:
+        """Digest of every weight file."""
+        return {shard: sha256_of(self.folder / shard) for shard in self._shards}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"{index} is not a valid safetensors index ({error}); download the model again."
+            ) from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise InputError(f"{index} points outside its folder, at {name!r}; do not use this checkpoint.")
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} is missing, though {INDEX} names it; download the model again.")
+        return names
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        others = [path.name for path in folder.glob("*.bin")]
+        remedy = " Convert its .bin files to safetensors first; mspc reads no pickle." if others else ""
+        raise InputError(f"{folder} holds no .safetensors files.{remedy}")
+    return names
+
+
+def _keys_of(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read_file(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """`(key, tensor)` of one safetensors file, copied out of it so that no page of it stays mapped."""
+    with _opened(path) as file:
+        for key in keys:
+            try:
+                tensor = file.get_tensor(key).clone()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: cannot read {key} ({error}); the file is damaged.") from error
+            yield key, tensor
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: get it again."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it: `path` holds all of it or is not touched."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"Cannot write {path} ({error}); free some space or choose another --out. What was finished is kept: run "
+            "the same command again with --resume."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

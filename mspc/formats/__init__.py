@@ -1,0 +1,1 @@
+"""Bit layouts as pairs of pure functions, pack and unpack."""

@@ -1,0 +1,332 @@
+"""Causal language models that are never whole in memory.
+
+The module tree is built on the meta device; weights are read from safetensors when a part is needed and dropped
+afterwards. This is the only file that knows how transformers names, converts, ties and calls things.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from mspc.artifact import ArtifactSource, is_artifact
+from mspc.checkpoint import Checkpoint, TensorSource
+from mspc.errors import InputError
+from mspc.types import Matrix
+
+FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(model: str) -> Path:
+    """The local folder of a path or hub id; downloads safetensors, configs and tokenizer of the latter."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"Model {model!r} is not a folder; give a Hugging Face checkpoint folder or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *FILES_BESIDE_WEIGHTS]))
+    except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
+        raise InputError(
+            f"Model {model!r} is no local folder and could not be fetched from the hub ({error}); check the name, the "
+            "network, and for gated models `hf auth login`."
+        ) from error
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
+        raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{folder} is already quantized; compress the original checkpoint instead.")
+    return config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # missing files, unknown classes, damaged JSON
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model was made for, where its config says so."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        if isinstance(getattr(text, name, None), int):
+            return int(getattr(text, name))
+    return None
+
+
+def choose_sequence_length(config: PreTrainedConfig, asked: int | None) -> int:
+    longest = longest_sequence(config)
+    if asked is None:
+        return min(2048, longest or 2048)
+    if longest is not None and asked > longest:
+        raise InputError(f"A sequence length of {asked} is longer than the model allows ({longest}); lower it.")
+    return asked
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"Device {name!r} cannot be used ({error}); choose cpu or leave it at auto.") from error
+    return torch.device(name)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get their parameters on meta but real buffers, so computed ones (rotary) are there."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from: its keys in the source, and the conversion if it is not simply one of them."""
+
+    keys: list[str]
+    converter: WeightConverter | None = None
+    patterns: tuple[str, ...] = ()
+
+
+class StreamedModel:
+    """A causal LM whose parts are loaded while they are used.
+
+    `blocks` are its decoder layers; everything else (embeddings, final norm, head) is the outer part.
+    """
+
+    def __init__(
+        self, source: TensorSource, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str
+    ) -> None:
+        self.source, self.config, self.device, self.dtype = source, config, device, dtype
+        with parameters_on_meta():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+        self.model.eval()
+        for buffered in self.model.modules():
+            for name, buffer in buffered.named_buffers(recurse=False):
+                setattr(buffered, name, buffer.to(device))
+        self.blocks_name, self.blocks = _find_blocks(self.model)
+        self.origins = _map_keys(self.model, source.keys())
+        # A value that a block returns besides the hidden states makes it a tuple; learned when one is first run.
+        self.blocks_return_tuples = False
+
+    def block_name(self, index: int) -> str:
+        return f"{self.blocks_name}.{index}"
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights; they are gone afterwards."""
+        block = self.blocks[index]
+        prefix = self.block_name(index) + "."
+        try:
+            self._load({prefix + name: name for name, _ in _named_tensors(block)}, block)
+            yield block
+        finally:
+            _drop(block, [name for name, _ in _named_tensors(block)])
+
+    @contextmanager
+    def loaded_outer(self) -> Iterator[PreTrainedModel]:
+        """The model with all weights but those of the blocks."""
+        inside = self.blocks_name + "."
+        names = [name for name, _ in _named_tensors(self.model) if not name.startswith(inside)]
+        try:
+            self._load({name: name for name in names}, self.model)
+            yield self.model
+        finally:
+            _drop(self.model, names)
+
+    def _load(self, names: dict[str, str], module: nn.Module) -> None:
+        """Fill the tensors of `module`: full name -> name within it. Tied ones stay one tensor."""
+        by_identity: dict[int, list[str]] = defaultdict(list)
+        for full in names:
+            by_identity[id(_get(self.model, full))].append(full)
+        for aliases in by_identity.values():
+            known = [name for name in aliases if name in self.origins]
+            if not known:
+                if isinstance(_get(self.model, aliases[0]), nn.Parameter):
+                    raise InputError(f"The checkpoint holds no {aliases[0]}, which the model needs; it is incomplete.")
+                continue  # a buffer that older checkpoints do not store
+            tensor = self.read_parameter(known[0])
+            expected = _get(self.model, known[0])
+            if tensor.shape != expected.shape:
+                raise InputError(
+                    f"{known[0]} has shape {tuple(tensor.shape)} in the checkpoint, but the config makes it "
+                    f"{tuple(expected.shape)}; config.json and the weights do not belong together."
+                )
+            if tensor.is_floating_point():
+                tensor = tensor.to(expected.dtype)
+            tensor = tensor.to(self.device)
+            if isinstance(expected, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            for full in aliases:
+                _assign(module, names[full], tensor)
+
+    def read_parameter(self, name: str) -> Tensor:
+        """One parameter or buffer from the source, in the source's dtype. Raises InputError if it is not finite."""
+        origin = self.origins[name]
+        tensors = dict(self.source.read(origin.keys))
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise InputError(f"{key} contains NaN or infinity; the checkpoint is damaged.")
+        if origin.converter is None:
+            return tensors[origin.keys[0]]
+        converter = copy.deepcopy(origin.converter)
+        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
+            ready: Future[Tensor] = Future()
+            ready.set_result(tensors[key])
+            converter.add_tensor(name, key, pattern, ready)
+        converted = converter.convert(name, model=self.model, config=self.config)
+        tensor = converted[name]
+        return tensor[0] if isinstance(tensor, list) else tensor
+
+    def matrices(self, skip: Sequence[str]) -> list[list[Matrix]]:
+        """The weight matrices of every block that are to be compressed, in the order of the module tree.
+
+        Raises InputError when a block has weights that the walk cannot reach and `skip` does not name.
+        """
+        patterns = [re.compile(pattern) for pattern in skip]
+        found = [self._block_matrices(index, patterns) for index in range(len(self.blocks))]
+        if not any(found):
+            raise InputError("Nothing is left to compress: --skip matches every matrix of every block.")
+        return found
+
+    def _block_matrices(self, index: int, skip: Sequence[re.Pattern[str]]) -> list[Matrix]:
+        block, prefix = self.blocks[index], self.block_name(index) + "."
+        matrices, unreached = [], []
+        for name, parameter in block.named_parameters():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            full = prefix + name
+            is_matrix = isinstance(owner, nn.Linear | Conv1D) and name.endswith("weight")
+            if parameter.ndim < 2 or any(p.search(full.removesuffix(".weight")) for p in skip):
+                continue
+            if not is_matrix or self.origins[full].converter is not None:
+                unreached.append(f"{full} {tuple(parameter.shape)}")
+                continue
+            num_in, num_out = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
+            transposed = isinstance(owner, Conv1D)
+            shape = (parameter.shape[1], parameter.shape[0]) if transposed else (num_out, num_in)
+            matrices.append(Matrix(full, (int(shape[0]), int(shape[1])), transposed=transposed))
+        if unreached:
+            raise InputError(
+                f"Block {index} has weights that mspc cannot compress yet: {', '.join(unreached)}. Leave them dense "
+                "with --skip REGEX (for fused experts: --skip experts)."
+            )
+        return matrices
+
+
+def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", attention: str = "sdpa") -> StreamedModel:
+    """A checkpoint folder or an artifact as a streamed model. `attention` is transformers' name of the kernel."""
+    source = open_source(folder)
+    config = load_config(folder)
+    return StreamedModel(source, config, device, choose_dtype(dtype, source, device), attention)
+
+
+def open_source(folder: Path) -> TensorSource:
+    return ArtifactSource(folder) if is_artifact(folder) else Checkpoint(folder)
+
+
+def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU, where half precision is slow and coarse; the checkpoint's own elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type == "cpu":
+        return torch.float32
+    return next(tensor.dtype for _, tensor in source.read(source.keys()) if tensor.is_floating_point())
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The ModuleList with the most parameters: the decoder layers of every causal LM."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of decoder layers that mspc could walk through.")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Origin]:
+    """Parameter name -> where it comes from, by the renamings and conversions that transformers loads with."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    names = dict(_named_tensors(model))
+    rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=names)
+    plain: dict[str, Origin] = {}
+    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for key in sorted(keys, key=_natural):
+        name, pattern = rename(key, renamings, converters)
+        if name not in names and key in names:
+            name, pattern = key, None
+        if pattern is None:
+            plain[name] = Origin([key])
+        else:
+            parts[name].append((key, pattern))
+    converted = {
+        name: Origin([key for key, _ in found], converter_of[found[0][1]], tuple(pattern for _, pattern in found))
+        for name, found in parts.items()
+    }
+    return plain | converted
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sort key that puts experts.10 after experts.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers; tied parameters under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)  # type: ignore[no-any-return]
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+
+
+def _drop(module: nn.Module, names: Sequence[str]) -> None:
+    """Put parameters back on meta, tied ones still tied. Buffers stay: nothing could compute those again."""
+    on_meta: dict[int, nn.Parameter] = {}
+    for name in names:
+        tensor = _get(module, name)
+        if isinstance(tensor, nn.Parameter):
+            # Keyed by identity while the real tensor is alive in the dict of another alias or in `tensor` itself.
+            fresh = on_meta.setdefault(id(tensor), nn.Parameter(tensor.to("meta"), requires_grad=False))
+            _assign(module, name, fresh)

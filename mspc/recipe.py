@@ -1,0 +1,157 @@
+"""What the user asks of `compress`: one frozen dataclass, the same on the command line, in Python and in TOML."""
+
+import dataclasses
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+
+from mspc.errors import InputError, unknown
+from mspc.types import NM, Grid, parse_nm
+
+MIXED_PATTERN = "N:16"  # the allocator chooses N per matrix
+MIXED_OF = 16
+ROW = "row"  # a group size of None, in TOML and on the command line
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every choice that decides the bytes of an artifact. Raises InputError for values that cannot be meant."""
+
+    sparsity: float | None = None
+    """Share of zeros over all pruned weights, in [0, 1). None: 0.5, or what a fixed N:M pattern implies."""
+    pattern: str = "unstructured"
+    """`unstructured`; N:M such as `2:4`, the same in every matrix; or the literal `N:16`, N chosen per matrix."""
+    bits: int = 16
+    """16 keeps the checkpoint's precision; 8, 4, 3 and 2 round the kept weights to a grid in the same pass."""
+    group_size: int | None = 128
+    """Inputs that share a scale; None (`row` on the command line): one scale per row."""
+    asymmetric: bool = False
+    """Give every group an integer zero point of its own."""
+    solver: str = "obs"
+    """`obs` corrects the kept weights for the removed ones; `mask` only removes."""
+    criterion: str = "isc"
+    """What decides which weights go: isc, obs, wanda, ria, magnitude."""
+    allocator: str = "trace-rank"
+    """How sparsity is shared out: uniform, trace-rank, layer-trace-rank."""
+    alpha: float = 0.1
+    """Half-width of the trace-rank allocators: sparsities lie within about sparsity +- alpha."""
+    sensitivity: str = "hutchinson"
+    """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
+    sensitivity_sequences: int = 32
+    """At most so many calibration sequences measure the sensitivity; hutchinson stops when it has converged."""
+    sensitivity_probes: int = 1
+    """Random probes per sequence of the Hutchinson estimate."""
+    calibration: str = "builtin"
+    """Text: builtin, c4, wikitext2, a file or folder (.txt, .jsonl, .parquet), or a dataset id on the hub."""
+    num_sequences: int = 128
+    """Calibration sequences."""
+    sequence_length: int | None = None
+    """Tokens of a calibration sequence; None: 2048 or what the model allows, whichever is less."""
+    seed: int = 0
+    """Decides the choice of calibration text and the probes."""
+    skip: tuple[str, ...] = ()
+    """Regular expressions; a matrix whose name one of them matches anywhere stays dense and is not counted."""
+    plan: str | None = None
+    """A plan file to obey; it then decides pattern, sparsity and grid of every matrix."""
+    damp: float = 0.01
+    """Added to the diagonal of every Gram, as a share of its mean."""
+    activation_order: bool = False
+    """Settle the columns with the largest inputs first."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: str = "auto"
+    """Of the forward passes: auto (the checkpoint's on a GPU, float32 on a CPU), float32, bfloat16 or float16."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise InputError(f"sparsity must lie in [0, 1), not {self.sparsity}: it is the share of zeros (0.5 = 50%).")
+        if self.fixed_pattern and self.sparsity is not None and abs(self.sparsity - self.fixed_pattern.sparsity) > 5e-5:
+            raise InputError(
+                f"pattern {self.pattern} fixes the sparsity at {self.fixed_pattern.sparsity:g}, but sparsity "
+                f"{self.sparsity:g} was asked for; leave one of the two out, or let N vary with the pattern N:16."
+            )
+        if self.bits not in (16, 8, 4, 3, 2):
+            raise InputError(f"bits must be 16 (no rounding), 8, 4, 3 or 2, not {self.bits}.")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        for name in ("num_sequences", "sensitivity_sequences", "sensitivity_probes", "group_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}.")
+        if self.sequence_length is not None and self.sequence_length < 2:
+            raise InputError(f"sequence_length must be at least 2, not {self.sequence_length}.")
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"alpha must lie in [0, 1], not {self.alpha}.")
+        if not 0 <= self.damp < float("inf"):
+            raise InputError(f"damp must be a number >= 0, not {self.damp}.")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"skip: {pattern!r} is not a regular expression ({error}).") from error
+
+    @property
+    def fixed_pattern(self) -> NM | None:
+        """The pattern of every matrix, when one is fixed."""
+        if self.pattern in ("unstructured", MIXED_PATTERN):
+            return None
+        pattern = parse_nm(self.pattern)
+        if pattern.keep == 0:
+            raise InputError(f"pattern {self.pattern} would remove every weight.")
+        return pattern
+
+    @property
+    def target_sparsity(self) -> float:
+        if self.fixed_pattern is not None:
+            return self.fixed_pattern.sparsity
+        return 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def grid(self) -> Grid | None:
+        return None if self.bits == 16 else Grid(self.bits, self.group_size, not self.asymmetric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the field names; a None becomes what it stands for, or is left out."""
+        values = dataclasses.asdict(self) | {"sparsity": self.target_sparsity, "skip": list(self.skip)}
+        values["group_size"] = values["group_size"] or ROW
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Raises InputError for unknown keys, with the name that was probably meant."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise unknown("recipe key", name, known)
+        if values.get("group_size") == ROW:
+            values = values | {"group_size": None}
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Recipe":
+        try:
+            return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InputError(f"Recipe {path} cannot be read: {error}.") from error
+
+
+def _check_type(name: str, kind: Any, value: object) -> None:
+    if kind == tuple[str, ...]:
+        fits = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
+    else:
+        whole_number_too = kind | int if float in (kind, *get_args(kind)) else kind
+        fits = isinstance(value, whole_number_too) and (kind is bool) == isinstance(value, bool)
+    if not fits:
+        wanted = getattr(kind, "__name__", kind)
+        raise InputError(f"{name} must be of type {wanted}, not {value!r}.")
