@@ -1,0 +1,35 @@
+"""mspc: mixed-sparsity pruning and quantization of large language models in one call.
+
+import mspc
+artifact = mspc.compress("path-or-id", mspc.Recipe(sparsity=0.5, bits=4), out="out/")
+artifact.manifest; artifact.export("dense", "out/dense"); mspc.evaluate("out/", text="builtin")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mspc.errors import MspcError
+    from mspc.perplexity import Perplexity
+    from mspc.pipeline import Artifact, compress, evaluate
+    from mspc.recipe import Recipe
+
+__all__ = ["Artifact", "MspcError", "Perplexity", "Recipe", "compress", "evaluate"]
+
+# Loaded when first used: transformers takes seconds, and a Recipe needs none of it.
+_HOME = {
+    "Artifact": "mspc.pipeline",
+    "MspcError": "mspc.errors",
+    "Perplexity": "mspc.perplexity",
+    "Recipe": "mspc.recipe",
+    "compress": "mspc.pipeline",
+    "evaluate": "mspc.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mspc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

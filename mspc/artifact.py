@@ -84,11 +84,16 @@ class ArtifactSource:
             yield key, tensor
 
     def matrix(self, row: dict[str, Any]) -> CompressedLinear:
-        """The compressed matrix of one row of the manifest, its weight in the checkpoint's dtype."""
-        stored = [f"{row['name']}.{part}" for part in row["stored"]]
-        tensors = dict(read_file(self.folder / row["file"], stored))
-        local = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
-        return canonical.unpack(local, tuple(row["shape"]), target_from_dict(row), getattr(torch, row["dtype"]))
+        """The compressed matrix of one row of the manifest."""
+        return read_matrix(self.folder, row)
+
+
+def read_matrix(folder: Path, row: dict[str, Any]) -> CompressedLinear:
+    """The matrix that a manifest's row describes, its weight in the checkpoint's dtype."""
+    stored = [f"{row['name']}.{part}" for part in row["stored"]]
+    tensors = {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / row["file"], stored)}
+    num_out, num_in = row["shape"]
+    return canonical.unpack(tensors, (num_out, num_in), target_from_dict(row), getattr(torch, row["dtype"]))
 
 
 def address_of(row: dict[str, Any]) -> Matrix:

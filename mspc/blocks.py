@@ -84,7 +84,7 @@ def run_block(model: StreamedModel, block: nn.Module, hidden: Tensor, call: Call
     """Hidden states (B, T, D) after one loaded block."""
     output = block(hidden, *call.args, **call.kwargs)
     model.blocks_return_tuples = isinstance(output, tuple)
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
@@ -110,7 +110,7 @@ def logits_after(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
         return (hidden,) if model.blocks_return_tuples else hidden
 
     with replaced_forwards(model.blocks, hand_through):
-        return model.model(input_ids=ids.to(model.device), use_cache=False).logits  # type: ignore[no-any-return]
+        return model.model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
 def token_losses(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ from typing import Literal
 Split = Literal["calibration", "heldout"]
 
 # Often packaged apart from the interpreter, removed in some version, or tables rather than text.
-EXCLUDED_PACKAGES = frozenset(
-    ["antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib"]
-    + ["pydoc_data", "test", "this", "tkinter", "turtledemo", "venv"]
-)
+# fmt: off
+EXCLUDED_PACKAGES = frozenset((
+    "antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data", "test", "this",
+    "tkinter", "turtledemo", "venv",
+))
+# fmt: on
 HELDOUT_SHARE = 0.1
 
 

@@ -1,4 +1,4 @@
-"""A folder of safetensors files, read tensor by tensor: the shape every model arrives in, and every output leaves in."""
+"""A folder of safetensors files, read tensor by tensor; and writing files so that none is ever half there."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,12 +51,13 @@ class Checkpoint:
         for shard, names in by_shard.items():
             yield from read_file(self.folder / shard, names)
 
-    def dtype(self, key: str) -> torch.dtype:
-        return next(self.read([key]))[1].dtype
-
-    def sha256(self) -> dict[str, str]:
-        """Digest of every weight file."""
-        return {shard: sha256_of(self.folder / shard) for shard in self._shards}
+    def fingerprint(self) -> Iterator[tuple[str, str]]:
+        """`(weight file, sha256)` for each. Raises InputError, naming the tensor, for NaN or infinity in weights."""
+        for shard, keys in self._shards.items():
+            for key, tensor in self.read(keys):
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise InputError(f"{self.folder / shard}: {key} contains NaN or infinity; the weights are damaged.")
+            yield shard, sha256_of(self.folder / shard)
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -119,6 +119,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        temporary.chmod(0o644)  # safetensors makes its files private
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

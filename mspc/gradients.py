@@ -1,97 +1,130 @@
 """The reverse walk: gradients and Hessian products of the loss, with the weights of one block in memory at a time.
 
-Forward, the input of every block is kept (one sequence at a time, in host memory); backward, each block is loaded
-again, run again with gradients on, and passes the gradient of its input to the block before. Hessian products are the
-same pass on dual numbers: every value travels with its derivative along a direction z of the weights, so the backward
-pass carries H z beside the gradient, without a second-order graph of the whole model.
+Forward, the input of every block is kept in host memory, one sequence at a time; backward, each block is loaded again,
+run again, and passes the gradient of its input to the block before. Hessian products are the same pass on dual
+numbers: every value travels with its derivative along a direction z of the weights, so the backward pass carries H z
+beside the gradient, and no second-order graph of the whole model is ever built.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, grad, jvp, vjp
 
-from mspc.blocks import Batch, batches_of, run_block, token_losses
+from mspc.blocks import Batch, batches_of, token_losses
 from mspc.errors import ActivationError
 from mspc.models import StreamedModel
 from mspc.types import Matrix
 
-Weights = dict[str, Tensor]
+Weights = dict[str, Tensor]  # by name within the block
+Run = Callable[[Tensor, Weights], Tensor]
+State = tuple[Tensor, ...]  # a value, and in the dual pass its derivative along z
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One number of one sequence about one matrix, to be averaged."""
+    """What one sequence says about one matrix; sensitivities are means over samples."""
 
     matrix: Matrix
     value: float
 
 
-def squared_gradients(model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]]) -> Iterator[Sample]:
-    """The mean squared gradient of every matrix for every sequence (N, T): the diagonal Fisher information."""
-    batches = batches_of(model, ids, batch_size=1)
-    inputs = [[batch.hidden] for batch in batches]  # of every block, then of the head
-    for index in range(len(model.blocks)):
-        with model.loaded(index) as block, torch.no_grad():
-            for batch, states in zip(batches, inputs, strict=True):
-                hidden = run_block(model, block, states[-1].to(model.device), batch.calls[index])
-                states.append(hidden.cpu())
-    cotangents = []
-    with model.loaded_outer():
-        for batch, states in zip(batches, inputs, strict=True):
-            hidden = states.pop().to(model.device).requires_grad_()
-            (cotangent,) = torch.autograd.grad(token_losses(model, batch.ids, hidden).mean(), hidden)
-            cotangents.append(cotangent)
-    for index in reversed(range(len(model.blocks))):
-        with model.loaded(index) as block:
-            weights = _weights(model, index, block, matrices[index])
-            for i, (batch, states) in enumerate(zip(batches, inputs, strict=True)):
-                function = partial(_run, model, block, batch, index)
-                hidden = states.pop().to(model.device)
-                _, backward = vjp(function, hidden, weights)
-                cotangents[i], gradients = backward(cotangents[i])
-                yield from _samples(matrices[index], model, index, {k: g.square() for k, g in gradients.items()})
+class SquaredGradient:
+    """The mean squared gradient of each matrix: the diagonal of the empirical Fisher information, averaged."""
+
+    def start(self, hidden: Tensor) -> State:
+        return (hidden,)
+
+    def forward(self, run: Run, weights: Weights, state: State, sequence: int) -> State:
+        return (run(state[0], weights),)
+
+    def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
+        return (grad(loss)(state[0]),)
+
+    def backward(
+        self, run: Run, weights: Weights, state: State, cotangent: State, sequence: int
+    ) -> tuple[State, Weights]:
+        gradient, of_weights = _backward(run, state[0], weights, cotangent[0])
+        return (gradient,), {name: g.square() for name, g in of_weights.items()}
 
 
-def hessian_traces(
-    model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], seed: int
+class HessianTrace:
+    """One Hutchinson sample z * (H z) of each matrix, averaged over its weights, with signs z drawn per sequence.
+
+    z covers all matrices at once; the terms between different matrices have mean zero. Attention must have second
+    derivatives (transformers' `eager`).
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def start(self, hidden: Tensor) -> State:
+        return hidden, torch.zeros_like(hidden)
+
+    def forward(self, run: Run, weights: Weights, state: State, sequence: int) -> State:
+        hidden, along = state
+        return jvp(run, (hidden, weights), (along, self._signs(weights, sequence)))
+
+    def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
+        return jvp(grad(loss), (state[0],), (state[1],))
+
+    def backward(
+        self, run: Run, weights: Weights, state: State, cotangent: State, sequence: int
+    ) -> tuple[State, Weights]:
+        signs = self._signs(weights, sequence)
+        primals, tangents = (state[0], weights, cotangent[0]), (state[1], signs, cotangent[1])
+        result = jvp(partial(_backward, run), primals, tangents)
+        (gradient, _), (gradient_along, products) = result[0], result[1]
+        return (gradient, gradient_along), {name: product * signs[name] for name, product in products.items()}
+
+    def _signs(self, weights: Weights, sequence: int) -> Weights:
+        """Random signs of every weight; the same when the backward pass asks again."""
+        signs = {}
+        for name, weight in weights.items():
+            generator = torch.Generator().manual_seed(_seed_of(self.seed, sequence, name))
+            bits = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
+            signs[name] = (2 * bits - 1).to(weight)
+        return signs
+
+
+def reverse_walk(
+    model: StreamedModel,
+    ids: Tensor,
+    matrices: Sequence[Sequence[Matrix]],
+    measure: SquaredGradient | HessianTrace,
+    first_sequence: int = 0,
 ) -> Iterator[Sample]:
-    """One Hutchinson sample of the mean Hessian trace, mean of z * (H z), per matrix and sequence (N, T).
+    """Samples of every matrix from every sequence of `ids` (N, T), last block first.
 
-    The signs z are drawn anew for every sequence and all matrices at once; the cross terms between matrices have mean
-    zero. The attention must be one with second derivatives (eager).
+    Raises ActivationError when a gradient is not finite.
     """
     batches = batches_of(model, ids, batch_size=1)
-    inputs = [[(batch.hidden, torch.zeros_like(batch.hidden))] for batch in batches]
+    kept = [[measure.start(batch.hidden)] for batch in batches]  # the inputs of the blocks, then of the head
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
             weights = _weights(model, index, block, matrices[index])
-            for i, (batch, states) in enumerate(zip(batches, inputs, strict=True)):
-                signs = _signs(weights, seed, i, index)
-                primals = (states[-1][0].to(model.device), weights)
-                tangents = (states[-1][1].to(model.device), signs)
-                hidden, along = jvp(partial(_run, model, block, batch, index), primals, tangents)
-                states.append((hidden.cpu(), along.cpu()))
+            for i, (batch, states) in enumerate(zip(batches, kept, strict=True)):
+                run = partial(_run, model, block, batch, index)
+                state = measure.forward(run, weights, _on(model.device, states[-1]), first_sequence + i)
+                states.append(_on("cpu", state))
     cotangents = []
     with model.loaded_outer():
-        for batch, states in zip(batches, inputs, strict=True):
-            hidden, along = (part.to(model.device) for part in states.pop())
-            gradient = torch.func.grad(lambda h, batch=batch: token_losses(model, batch.ids, h).mean())
-            cotangents.append(jvp(gradient, (hidden,), (along,)))
+        for batch, states in zip(batches, kept, strict=True):
+            loss = partial(_mean_loss, model, batch)
+            cotangents.append(measure.head(loss, _on(model.device, states.pop())))
     for index in reversed(range(len(model.blocks))):
         with model.loaded(index) as block:
             weights = _weights(model, index, block, matrices[index])
-            for i, (batch, states) in enumerate(zip(batches, inputs, strict=True)):
-                signs = _signs(weights, seed, i, index)
-                hidden, along = (part.to(model.device) for part in states.pop())
-                backward = partial(_backward, partial(_run, model, block, batch, index))
-                primals, tangents = (hidden, weights, cotangents[i][0]), (along, signs, cotangents[i][1])
-                (cotangent, _), (cotangent_along, products) = jvp(backward, primals, tangents)
-                cotangents[i] = (cotangent, cotangent_along)
-                yield from _samples(matrices[index], model, index, {k: products[k] * signs[k] for k in products})
+            for i, (batch, states) in enumerate(zip(batches, kept, strict=True)):
+                run = partial(_run, model, block, batch, index)
+                state = _on(model.device, states.pop())
+                cotangents[i], values = measure.backward(run, weights, state, cotangents[i], first_sequence + i)
+                for matrix in matrices[index]:
+                    yield Sample(matrix, _mean(matrix, values[_local(model, index, matrix)]))
 
 
 def _run(model: StreamedModel, block: nn.Module, batch: Batch, index: int, hidden: Tensor, weights: Weights) -> Tensor:
@@ -101,10 +134,38 @@ def _run(model: StreamedModel, block: nn.Module, batch: Batch, index: int, hidde
     return output[0] if isinstance(output, tuple) else output
 
 
-def _backward(function, hidden: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
-    _, backward = vjp(function, hidden, weights)
-    return backward(cotangent)
+def _backward(run: Run, hidden: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
+    """Gradients of the block's input and of its weights."""
+    pull_back = vjp(run, hidden, weights)[1]
+    return pull_back(cotangent)
+
+
+def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
+    return token_losses(model, batch.ids, hidden).mean()
+
+
+def _mean(matrix: Matrix, values: Tensor) -> float:
+    mean = float(matrix.read(values).double().mean())
+    if mean != mean or abs(mean) == float("inf"):
+        raise ActivationError(
+            f"{matrix.name}: its gradient contains NaN or infinity; try --dtype float32, or --sensitivity gram."
+        )
+    return mean
 
 
 def _weights(model: StreamedModel, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> Weights:
-    return {m.parameter: block.get_parameter(_local(model, index, m)).data for m in matrices}
+    names = {_local(model, index, matrix) for matrix in matrices}
+    return {name: block.get_parameter(name).data for name in sorted(names)}
+
+
+def _local(model: StreamedModel, index: int, matrix: Matrix) -> str:
+    return matrix.parameter.removeprefix(model.block_name(index) + ".")
+
+
+def _on(device: torch.device | str, state: State) -> State:
+    return tuple(part.to(device) for part in state)
+
+
+def _seed_of(*parts: object) -> int:
+    """A seed that depends on all parts and on nothing else (Python's own hash differs between runs)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

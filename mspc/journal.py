@@ -33,12 +33,7 @@ class Journal:
         lines = _whole_lines(folder / NAME)
         if not lines:
             return cls.start(folder, header)
-        differences = list(_differences(lines[0], json.loads(json.dumps(header))))
-        if differences:
-            raise InputError(
-                f"{folder} holds an unfinished run that differs from this one: {'; '.join(differences)}. Give the same "
-                "options to --resume, or start anew with --overwrite."
-            )
+        cls.compare(folder, lines[0], header)
         entries: list[dict[str, Any]] = []
         for entry in lines[1:]:
             file = folder / entry["file"]
@@ -58,9 +53,21 @@ class Journal:
             raise StorageError(f"Cannot write {self.path} ({error}); what was finished is kept: --resume.") from error
         self.entries.append(entry)
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-        sync_folder(self.path.parent)
+    @staticmethod
+    def compare(folder: Path, before: dict[str, Any], header: dict[str, Any]) -> None:
+        """Raises InputError, naming the differences, when a folder's header (or manifest) is that of another run."""
+        now = json.loads(json.dumps(header))
+        differences = _differences({key: before.get(key) for key in now}, now)
+        if differences:
+            raise InputError(
+                f"{folder} holds a run that differs from this one: {'; '.join(differences)}. Give the same options to "
+                "--resume, or start anew with --overwrite."
+            )
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        (folder / NAME).unlink(missing_ok=True)
+        sync_folder(folder)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +85,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 def _differences(before: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
     """`recipe.sparsity was 0.5 and is 0.6`, for every leaf that differs."""
     found = []
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(now if at == "source." else before.keys() | now.keys()):  # a manifest knows more of its source
         old, new, path = before.get(key), now.get(key), f"{at}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{path}.")

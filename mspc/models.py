@@ -69,8 +69,8 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
     """How many tokens the model was made for, where its config says so."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
-        if isinstance(getattr(text, name, None), int):
-            return int(getattr(text, name))
+        if isinstance(longest := getattr(text, name, None), int):
+            return longest
     return None
 
 
@@ -139,6 +139,7 @@ class StreamedModel:
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
         self.origins = _map_keys(self.model, source.keys())
+        self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
         # A value that a block returns besides the hidden states makes it a tuple; learned when one is first run.
         self.blocks_return_tuples = False
 
@@ -179,6 +180,7 @@ class StreamedModel:
                     raise InputError(f"The checkpoint holds no {aliases[0]}, which the model needs; it is incomplete.")
                 continue  # a buffer that older checkpoints do not store
             tensor = self.read_parameter(known[0])
+            self.source_dtypes[known[0]] = tensor.dtype
             expected = _get(self.model, known[0])
             if tensor.shape != expected.shape:
                 raise InputError(
@@ -194,12 +196,9 @@ class StreamedModel:
                 _assign(module, names[full], tensor)
 
     def read_parameter(self, name: str) -> Tensor:
-        """One parameter or buffer from the source, in the source's dtype. Raises InputError if it is not finite."""
+        """One parameter or buffer from the source, in the source's dtype."""
         origin = self.origins[name]
         tensors = dict(self.source.read(origin.keys))
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise InputError(f"{key} contains NaN or infinity; the checkpoint is damaged.")
         if origin.converter is None:
             return tensors[origin.keys[0]]
         converter = copy.deepcopy(origin.converter)
@@ -210,6 +209,10 @@ class StreamedModel:
         converted = converter.convert(name, model=self.model, config=self.config)
         tensor = converted[name]
         return tensor[0] if isinstance(tensor, list) else tensor
+
+    def tensor_key(self, matrix: Matrix) -> str:
+        """The name under which the source stores the parameter of a matrix."""
+        return self.origins[matrix.parameter].keys[0]
 
     def matrices(self, skip: Sequence[str]) -> list[list[Matrix]]:
         """The weight matrices of every block that are to be compressed, in the order of the module tree.
@@ -234,10 +237,9 @@ class StreamedModel:
             if not is_matrix or self.origins[full].converter is not None:
                 unreached.append(f"{full} {tuple(parameter.shape)}")
                 continue
-            num_in, num_out = getattr(owner, "in_features", None), getattr(owner, "out_features", None)
             transposed = isinstance(owner, Conv1D)
-            shape = (parameter.shape[1], parameter.shape[0]) if transposed else (num_out, num_in)
-            matrices.append(Matrix(full, (int(shape[0]), int(shape[1])), transposed=transposed))
+            num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
+            matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
         if unreached:
             raise InputError(
                 f"Block {index} has weights that mspc cannot compress yet: {', '.join(unreached)}. Leave them dense "
@@ -260,7 +262,7 @@ def open_source(folder: Path) -> TensorSource:
 def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch.dtype:
     """auto: float32 on a CPU, where half precision is slow and coarse; the checkpoint's own elsewhere."""
     if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
     return next(tensor.dtype for _, tensor in source.read(source.keys()) if tensor.is_floating_point())
@@ -318,7 +320,8 @@ def _get(module: nn.Module, name: str) -> Tensor:
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor  # type: ignore[assignment]
+    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    table[leaf] = tensor
 
 
 def _drop(module: nn.Module, names: Sequence[str]) -> None:

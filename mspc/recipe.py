@@ -103,10 +103,7 @@ class Recipe:
         """The pattern of every matrix, when one is fixed."""
         if self.pattern in ("unstructured", MIXED_PATTERN):
             return None
-        pattern = parse_nm(self.pattern)
-        if pattern.keep == 0:
-            raise InputError(f"pattern {self.pattern} would remove every weight.")
-        return pattern
+        return parse_nm(self.pattern)
 
     @property
     def target_sparsity(self) -> float:

@@ -51,7 +51,7 @@ def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence
     windows: list[list[list[int]]] = []  # of each visited document, those not used yet
     stream: list[int] = []
     for i in order:
-        pieces = _windows(tokenizer(documents[i])["input_ids"], sequence_length, rng)
+        pieces = _windows(tokenizer(documents[i], verbose=False)["input_ids"], sequence_length, rng)
         stream += pieces.pop(0)
         windows.append(pieces)
         if len(stream) >= wanted:

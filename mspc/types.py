@@ -31,8 +31,8 @@ class NM:
     of: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.keep <= self.of or self.of < 1:
-            raise InputError(f"An N:M pattern needs 0 <= N <= M, not {self.keep}:{self.of}.")
+        if not 1 <= self.keep <= self.of:
+            raise InputError(f"An N:M pattern needs 1 <= N <= M, not {self.keep}:{self.of}.")
 
     @property
     def sparsity(self) -> float:

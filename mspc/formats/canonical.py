@@ -34,7 +34,7 @@ def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
         if not grid.symmetric:
             tensors["zeros"] = pack_bits(matrix.codes.zeros, grid.bits)
     if isinstance(pattern, NM):
-        if 0 < pattern.keep < pattern.of:
+        if pattern.keep < pattern.of:
             columns = torch.arange(mask.shape[1]).expand_as(mask)[mask]
             tensors["indices"] = pack_bits((columns % pattern.of).to(torch.uint8), index_bits(pattern))
     elif pattern.sparsity > 0:
@@ -61,11 +61,11 @@ def unpack(tensors: dict[str, Tensor], shape: tuple[int, int], target: Target, d
 
 def _unpack_mask(tensors: dict[str, Tensor], shape: tuple[int, int], target: Target) -> Tensor:
     pattern, numel = target.pattern, shape[0] * shape[1]
-    if isinstance(pattern, NM) and 0 < pattern.keep < pattern.of:
+    if isinstance(pattern, NM) and pattern.keep < pattern.of:
         kept = numel // pattern.of * pattern.keep
         places = unpack_bits(tensors["indices"], index_bits(pattern), kept).view(-1, pattern.keep)
         groups = torch.zeros(numel // pattern.of, pattern.of, dtype=torch.bool)
         return groups.scatter_(1, places.long(), True).view(shape)
     if "mask" in tensors:
         return unpack_bits(tensors["mask"], 1, numel).bool().view(shape)
-    return torch.full(shape, (isinstance(pattern, NM) and pattern.keep > 0) or target.pattern.sparsity == 0)
+    return torch.ones(shape, dtype=torch.bool)

@@ -13,6 +13,8 @@ from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.types import CompressedLinear, GramStats, Target
 
+__all__ = ["SOLVERS", "Solver", "SolverOptions"]
+
 Solver = Callable[[Tensor, GramStats, Target, SolverOptions, str], CompressedLinear]
 
 SOLVERS: dict[str, Solver] = {"mask": mask_only, "obs": obs}

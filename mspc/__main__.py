@@ -1,0 +1,3 @@
+from mspc.cli import main
+
+main()

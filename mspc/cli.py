@@ -1,0 +1,308 @@
+"""The command line: thin verbs over `mspc.pipeline`. Results go to stdout, progress and messages to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from mspc import __version__
+from mspc.errors import InputError, MspcError
+from mspc.recipe import ROW, Recipe
+
+app = typer.Typer(
+    name="mspc",
+    help="Make a large language model smaller and faster in one call: prune each weight matrix as far as its "
+    "sensitivity allows, round what is left in the same pass, and prove the result.",
+    epilog="Exit codes: 0 done, 1 failed (disk, device, numerics), 2 wrong usage or input, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
+OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Of the forward passes: auto, float32, bfloat16, float16. (default: auto)"),
+]
+LengthOption = Annotated[
+    int | None, typer.Option(help="Tokens of a sequence. (default: 2048, or what the model allows)")
+]
+
+
+def _option(text: str, default: object, *names: str, **settings: Any) -> Any:
+    """An option whose absence is None, so that a recipe file's value is not overwritten by a default."""
+    return typer.Option(*names, help=f"{text} (default: {default})", show_default=False, **settings)
+
+
+WHAT, HOW, TEXT, RUN = "What to make", "How to make it", "Calibration", "Running"
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    out: OutOption,
+    sparsity: Annotated[
+        float | None,
+        _option("Share of zeros over all pruned weights, in 0 .. 1.", 0.5, rich_help_panel=WHAT),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        _option(
+            "unstructured; 2:4, 4:8, 8:16, ... the same in every matrix; or N:16, N chosen per matrix.",
+            "unstructured",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    bits: Annotated[
+        int | None, _option("16 (no rounding), 8, 4, 3 or 2 bits for the kept weights.", 16, rich_help_panel=WHAT)
+    ] = None,
+    group_size: Annotated[
+        str | None, _option("Inputs that share a scale: 128, 64, 32 or row.", 128, rich_help_panel=WHAT)
+    ] = None,
+    asymmetric: Annotated[
+        bool | None, typer.Option("--asymmetric", help="Integer zero point per group.", rich_help_panel=WHAT)
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave matrices dense whose name this matches anywhere; repeatable.", rich_help_panel=WHAT),
+    ] = None,
+    solver: Annotated[
+        str | None,
+        _option("obs (kept weights make up for the removed ones) or mask (only remove).", "obs", rich_help_panel=HOW),
+    ] = None,
+    criterion: Annotated[
+        str | None, _option("Which weights go: isc, obs, wanda, ria, magnitude.", "isc", rich_help_panel=HOW)
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        _option(
+            "How sparsity is shared out: trace-rank, layer-trace-rank, uniform.", "trace-rank", rich_help_panel=HOW
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, _option("Half-width of the trace-rank allocators.", 0.1, rich_help_panel=HOW)
+    ] = None,
+    sensitivity: Annotated[
+        str | None,
+        _option(
+            "What is ranked: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient).",
+            "hutchinson",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    sensitivity_sequences: Annotated[
+        int | None, _option("Most sequences that measure the sensitivity.", 32, rich_help_panel=HOW)
+    ] = None,
+    sensitivity_probes: Annotated[
+        int | None, _option("Random probes of each of those sequences.", 1, rich_help_panel=HOW)
+    ] = None,
+    damp: Annotated[
+        float | None, _option("Share of its mean added to the diagonal of a Gram.", 0.01, rich_help_panel=HOW)
+    ] = None,
+    activation_order: Annotated[
+        bool | None,
+        typer.Option("--activation-order", help="Settle columns with the largest inputs first.", rich_help_panel=HOW),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        _option(
+            "builtin (Python's own documentation), a .txt, .jsonl or .parquet file, a folder of them, c4, wikitext2, "
+            "or a dataset id.",
+            "builtin",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    num_sequences: Annotated[int | None, _option("Calibration sequences.", 128, rich_help_panel=TEXT)] = None,
+    sequence_length: LengthOption = None,
+    seed: Annotated[int | None, _option("Of the choice of text and the probes.", 0, rich_help_panel=TEXT)] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Obey this plan (a plan.json, edited or not) instead of allocating.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="Take all of the above from a recipe.toml; options given here win.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    measurements: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep sensitivities here for the next budget.", rich_help_panel=RUN),
+    ] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep activations in files here, not in memory.", rich_help_panel=RUN),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was cut off.", rich_help_panel=RUN)
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an older artifact when the new one is whole.", rich_help_panel=RUN),
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prune, and round, a model by its sensitivity.
+
+    \b
+    mspc compress MODEL --out DIR                          half of the weights
+    mspc compress MODEL --out DIR --pattern 2:4 --bits 4   3.125 bits a weight
+    mspc compress MODEL --out DIR --sparsity 0 --bits 4    only rounding
+    """
+    given = {
+        "sparsity": sparsity, "pattern": pattern, "bits": bits, "asymmetric": asymmetric, "solver": solver,
+        "criterion": criterion, "allocator": allocator, "alpha": alpha, "sensitivity": sensitivity,
+        "sensitivity_sequences": sensitivity_sequences, "sensitivity_probes": sensitivity_probes, "damp": damp,
+        "activation_order": activation_order, "calibration": calibration, "num_sequences": num_sequences,
+        "sequence_length": sequence_length, "seed": seed, "skip": skip or None, "plan": plan, "device": device,
+        "dtype": dtype,
+    }  # fmt: skip
+    with reported(debug):
+        given["group_size"] = _group_size(group_size)
+        chosen = {name: value for name, value in given.items() if value is not None}
+        whole = Recipe.from_dict(_recipe_values(recipe, chosen) | chosen)
+        from mspc import pipeline, report
+
+        artifact = pipeline.compress(
+            model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite
+        )
+        if as_json:
+            _print_json(artifact.manifest)
+        else:
+            report.ConsoleReporter().say(f"{out}: {report.summary(artifact.manifest)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder, hub id or artifact.")],
+    text: Annotated[
+        str, typer.Option(help="builtin, a file or folder of text, c4, wikitext2, or a dataset id.")
+    ] = "builtin",
+    sequence_length: LengthOption = None,
+    max_windows: Annotated[int | None, typer.Option(help="Measure only so many windows. (default: all)")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Perplexity on held-out text: one stream of tokens in non-overlapping windows."""
+    with reported(debug):
+        from mspc import pipeline
+
+        result = pipeline.evaluate(
+            path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
+            dtype=dtype or "auto",
+        )  # fmt: skip
+    if as_json:
+        _print_json(asdict(result))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
+            f"{result.sequence_length}"
+        )
+
+
+@app.command()
+def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """What an artifact holds, matrix by matrix."""
+    with reported(debug):
+        from mspc.artifact import read_manifest
+        from mspc.report import matrix_table, summary
+
+        manifest = read_manifest(artifact)
+    if as_json:
+        _print_json(manifest)
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(matrix_table(manifest))
+    console.print(summary(manifest), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    artifact: ArtifactArgument,
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="dense: a Hugging Face folder, exact zeros.")],
+    out: OutOption,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older folder.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write an artifact in a format that a runtime loads."""
+    with reported(debug):
+        import exporters
+        from mspc.report import ConsoleReporter
+
+        ConsoleReporter().say(f"{exporters.export(artifact, format_name, out, overwrite=overwrite)} written.")
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+def _group_size(text: str | None) -> int | str | None:
+    if text is None or text == ROW:
+        return text
+    if not text.isdecimal():
+        raise InputError(f"--group-size must be a number or {ROW!r}, not {text!r}.")
+    return int(text)
+
+
+def _recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The recipe file's values; its sparsity gives way to a fixed pattern from the command line."""
+    if path is None:
+        return {}
+    values = Recipe.from_toml(path).to_dict()
+    if "pattern" in chosen and "sparsity" not in chosen:
+        del values["sparsity"]
+    return values
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("\nInterrupted. What was solved is kept: `mspc compress` goes on with --resume.", 130)
+    except (MspcError, OSError) as error:
+        if debug:
+            raise
+        fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,61 @@
+"""The output folder of a run: where it may be written, and how an old one is replaced only by a whole one."""
+
+import shutil
+from pathlib import Path
+
+from mspc.artifact import MANIFEST, is_artifact
+from mspc.checkpoint import sync_folder
+from mspc.errors import InputError, StorageError
+
+
+def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
+    """The folder to write in, made if need be. Raises InputError when `out` must not be touched.
+
+    A new output is written in place. One that replaces an older is written beside it, as `.NAME.new`, and takes its
+    place when it is whole (`publish`); --resume continues whichever of the two is there.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: continue the old run, or replace it?")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; --out needs a folder.")
+    beside = out.with_name(f".{out.name}.new")
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not is_artifact(out):
+        raise InputError(f"{out} is not empty and was not written by mspc; choose another --out.")
+    if occupied and not (resume or overwrite):
+        state = "a finished artifact" if (out / MANIFEST).is_file() else "an unfinished run"
+        raise InputError(f"{out} holds {state}; use --resume to continue it, --overwrite to replace it.")
+    folder = out
+    if occupied and overwrite:
+        shutil.rmtree(beside, ignore_errors=True)
+        folder = beside
+    elif resume and beside.is_dir():
+        folder = beside
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"Cannot make {folder}: {error}.") from error
+    return folder
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Put a finished folder where the user wants it; the older one there goes last."""
+    if folder == out:
+        return
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    folder.rename(out)
+    sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises StorageError when the disk cannot hold what is to be written."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{folder} has {free / 1e9:.2f} GB free, and the output needs about {needed / 1e9:.2f} GB: free some space "
+            "or choose another --out."
+        )

@@ -1,0 +1,308 @@
+"""`compress`, whole: measure, allocate, solve, write; and pick up where an earlier run was cut off."""
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import exporters
+from mspc import __version__, perplexity
+from mspc.allocation import allocate, check_plan, planned_sparsity, wants_sensitivity
+from mspc.allocators import ALLOCATORS
+from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
+from mspc.blocks import batches_of
+from mspc.checkpoint import Checkpoint, read_file, sha256_of, write_atomically, write_json, write_tensors, write_text
+from mspc.errors import InputError, unknown
+from mspc.journal import Journal
+from mspc.measurements import sensitivities
+from mspc.models import (
+    StreamedModel,
+    choose_device,
+    choose_sequence_length,
+    load_config,
+    load_tokenizer,
+    open_model,
+    resolve,
+)
+from mspc.output import check_space, publish, working_folder
+from mspc.plan import read_plan, write_plan
+from mspc.recipe import Recipe
+from mspc.report import ConsoleReporter, Reporter
+from mspc.saliency import CRITERIA
+from mspc.sensitivity import SENSITIVITIES
+from mspc.solve_blocks import solve_blocks
+from mspc.solvers import SOLVERS
+from mspc.tokens import Tokens, calibration_tokens, evaluation_tokens
+from mspc.types import Matrix, PlannedMatrix
+
+PLAN = "plan.json"
+RECIPE = "recipe.toml"
+CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A handle on a folder that `compress` wrote."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.path)
+
+    def export(self, format_name: str, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the artifact in a format that a runtime loads; see `exporters.FORMATS`."""
+        return exporters.export(self.path, format_name, Path(out), overwrite=overwrite)
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path,
+    measurements: str | Path | None = None,
+    spill: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Artifact:
+    """Prune, and round, the matrices of a checkpoint folder or hub id by their sensitivity.
+
+    `measurements` is a folder in which sensitivities are kept for other budgets; `spill` one for activations that do
+    not fit in memory. A run that was cut off goes on with `resume`; `overwrite` replaces an older artifact once the new
+    one is whole. Raises the errors of `mspc.errors`.
+    """
+    run = _Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, reporter or ConsoleReporter())
+    return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
+
+
+def evaluate(
+    path: str | Path,
+    text: str = "builtin",
+    *,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    reporter: Reporter | None = None,
+) -> perplexity.Perplexity:
+    """Perplexity of a checkpoint folder, hub id or artifact on the held-out split of a text."""
+    if max_windows is not None and max_windows < 1:
+        raise InputError(f"max_windows must be at least 1, not {max_windows}.")
+    folder = resolve(str(path))
+    length = choose_sequence_length(load_config(folder), sequence_length)
+    tokens = evaluation_tokens(load_tokenizer(folder), text, length, max_windows)
+    model = open_model(folder, device=choose_device(device), dtype=dtype)
+    with (reporter or ConsoleReporter()).stage("Perplexity", len(model.blocks)) as step:
+        for result in perplexity.measure(model, tokens.ids):
+            if result is not None:
+                return result
+            step("")
+    raise AssertionError("a measurement ends with its result")
+
+
+@dataclass
+class _Run:
+    """One call of `compress`, checked before anything is written."""
+
+    model_name: str
+    recipe: Recipe
+    out: Path
+    resume: bool
+    overwrite: bool
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        self.begin = time.monotonic()
+        _check_names(self.recipe)
+        self.source = resolve(self.model_name)
+        if is_artifact(self.source):
+            raise InputError(f"{self.source} is an mspc artifact already; compress the original checkpoint instead.")
+        config = load_config(self.source)
+        self.device = choose_device(self.recipe.device)
+        length = choose_sequence_length(config, self.recipe.sequence_length)
+        self.recipe = replace(self.recipe, sequence_length=length)
+        self.folder = working_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+
+    def compress(self, measurements: Path | None, spill: Path | None) -> Artifact:
+        recipe, reporter = self.recipe, self.reporter
+        checkpoint = Checkpoint(self.source)
+        model = open_model(self.source, device=self.device, dtype=recipe.dtype)
+        matrices = model.matrices(recipe.skip)
+        if recipe.plan is not None:
+            read_plan(Path(recipe.plan), _flat(matrices))  # find its mistakes before the long part
+        if not wants_sensitivity(recipe) and recipe.plan is None:
+            check_plan(allocate(recipe, matrices, {}))
+        tokens = calibration_tokens(
+            load_tokenizer(self.source), recipe.calibration, recipe.num_sequences, int(recipe.sequence_length or 0),
+            recipe.seed,
+        )  # fmt: skip
+        with reporter.stage("Checking weights", len(checkpoint.shards())) as step:
+            digests = {}
+            for file, digest in checkpoint.fingerprint():
+                digests[file] = digest
+                step(file)
+        header = self.header(digests, tokens)
+        if (self.folder / MANIFEST).is_file():
+            return self.finished(header)
+        journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
+        if journal.entries:
+            reporter.say(f"Resuming after {len(journal.entries)} of {len(matrices)} blocks.")
+        write_text(self.folder / RECIPE, recipe.to_toml())
+        plan = self.plan(model, tokens, matrices, header, measurements)
+        self.copy_rest(checkpoint, model, plan, matrices)
+        self.solve(model, tokens, matrices, plan, journal, spill)
+        self.write_manifest(header, plan, checkpoint, journal)
+        publish(self.folder, self.out)
+        return Artifact(self.out)
+
+    def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
+        """What identifies the run: another of the same identity ends with the same bytes."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "mspc_version": __version__,
+            "source": {"name": Path(self.model_name).name or self.model_name, "sha256": digests},
+            "recipe": self.recipe.to_dict(),
+            "calibration": {
+                "source": self.recipe.calibration,
+                "tokens": tokens.ids.numel(),
+                "sha256": tokens.sha256,
+            },
+        }
+
+    def finished(self, header: dict[str, Any]) -> Artifact:
+        """What --resume does with a folder that is complete: nothing, if it is that of the same run."""
+        Journal.compare(self.folder, read_manifest(self.folder), header)
+        Journal.discard(self.folder)
+        publish(self.folder, self.out)
+        self.reporter.say(f"{self.out} is complete already.")
+        return Artifact(self.out)
+
+    def plan(
+        self,
+        model: StreamedModel,
+        tokens: Tokens,
+        matrices: list[list[Matrix]],
+        header: dict[str, Any],
+        measurements: Path | None,
+    ) -> list[PlannedMatrix]:
+        """The plan of the interrupted run, the user's, or a new one from measured sensitivities."""
+        file = self.folder / PLAN
+        if file.is_file() and self.resume:
+            return read_plan(file, _flat(matrices))
+        if self.recipe.plan is not None:
+            plan = read_plan(Path(self.recipe.plan), _flat(matrices))
+        else:
+            measured: dict[str, float] = {}
+            if wants_sensitivity(self.recipe):
+                measured_on = model
+                if self.recipe.sensitivity == "hutchinson":  # fused attention has no second derivative
+                    measured_on = open_model(
+                        self.source, device=self.device, dtype=self.recipe.dtype, attention="eager"
+                    )
+                identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
+                measured = sensitivities(
+                    measured_on, tokens.ids, matrices, self.recipe, identity, measurements, self.reporter
+                )
+            plan = allocate(self.recipe, matrices, measured)
+        check_plan(plan)
+        write_plan(file, plan)
+        return plan
+
+    def copy_rest(
+        self,
+        checkpoint: Checkpoint,
+        model: StreamedModel,
+        plan: Sequence[PlannedMatrix],
+        matrices: Sequence[Sequence[Matrix]],
+    ) -> None:
+        """Everything but the compressed matrices: configs, tokenizer, and the other weights shard by shard."""
+        check_space(self.folder, _estimated_bytes(checkpoint, plan))
+        for path in sorted(self.source.iterdir()):
+            is_config = path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json")
+            if path.is_file() and is_config and path.name != PLAN:
+                write_atomically(self.folder / path.name, partial(shutil.copyfile, path))
+        compressed = {model.tensor_key(matrix) for matrix in _flat(matrices) if matrix.index is None}
+        with self.reporter.stage("Copying other weights", len(checkpoint.shards())) as step:
+            for shard, keys in checkpoint.shards().items():
+                rest = [key for key in keys if key not in compressed]
+                if rest and not (self.folder / UNCHANGED / shard).is_file():
+                    write_tensors(self.folder / UNCHANGED / shard, dict(read_file(self.source / shard, rest)))
+                step(shard)
+
+    def solve(
+        self,
+        model: StreamedModel,
+        tokens: Tokens,
+        matrices: Sequence[Sequence[Matrix]],
+        plan: Sequence[PlannedMatrix],
+        journal: Journal,
+        spill: Path | None,
+    ) -> None:
+        left = sum(map(len, matrices[len(journal.entries) :]))
+        with self.reporter.stage("Compressing", left) as step:
+            batches = batches_of(model, tokens.ids, spill)
+            for name in solve_blocks(model, batches, matrices, plan, self.recipe, self.folder, journal):
+                step(name)
+
+    def write_manifest(
+        self, header: dict[str, Any], plan: Sequence[PlannedMatrix], checkpoint: Checkpoint, journal: Journal
+    ) -> None:
+        rows = [row for entry in journal.entries for row in entry["matrices"]]
+        numel = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        pruned = sum(row["pruned"] for row in rows)
+        files = {entry["file"]: entry["sha256"] for entry in journal.entries}
+        for path in sorted((self.folder / UNCHANGED).glob("*.safetensors")):
+            files[f"{UNCHANGED}/{path.name}"] = sha256_of(path)
+        manifest = header | {
+            "source": header["source"] | {"shards": checkpoint.shards()},
+            "sparsity": {"requested": _requested_sparsity(self.recipe, plan), "achieved": pruned / numel},
+            "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
+            "seconds": time.monotonic() - self.begin,
+            "peak_memory_bytes": _peak_memory(),
+            "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            "files": files,
+            "matrices": rows,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        Journal.discard(self.folder)
+
+
+def _check_names(recipe: Recipe) -> None:
+    for what, name, known in (
+        ("solver", recipe.solver, SOLVERS),
+        ("criterion", recipe.criterion, CRITERIA),
+        ("allocator", recipe.allocator, ALLOCATORS),
+        ("sensitivity", recipe.sensitivity, SENSITIVITIES),
+    ):
+        if name not in known:
+            raise unknown(what, name, known)
+
+
+def _requested_sparsity(recipe: Recipe, plan: Sequence[PlannedMatrix]) -> float:
+    return recipe.target_sparsity if recipe.plan is None else planned_sparsity(plan)
+
+
+def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
+    """About what the output takes: the source, less what the plan saves on its matrices."""
+    source = sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards())
+    bits = [16 if m.target.grid is None else m.target.grid.bits for m in plan]
+    saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
+    return max(int(source - saved), 0)
+
+
+def _flat(matrices: Sequence[Sequence[Matrix]]) -> list[Matrix]:
+    return [matrix for of_block in matrices for matrix in of_block]
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of the process in bytes (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

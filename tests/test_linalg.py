@@ -1,0 +1,156 @@
+"""The inverse factor against float64 inverses, the damping ladder rung by rung, the output error against its inputs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import damped, few, problem
+
+from mspc.errors import ActivationError, SingularGramError
+from mspc.linalg import inverse_factor, output_error, precise_matmul, regularized
+from mspc.types import GramStats
+
+
+def stats(rows: list[list[float]], num_tokens: int = 7) -> GramStats:
+    return GramStats(torch.tensor(rows), num_tokens)
+
+
+@few
+@given(
+    st.integers(0, 99), st.integers(1, 48), st.sampled_from([0.001, 0.01, 0.1]), st.sets(st.integers(0, 47), max_size=5)
+)
+def test_inverse_factor_is_upper_and_squares_to_the_float64_inverse(seed, num_columns, damp, dead):
+    dead = sorted(j for j in dead if j < num_columns)
+    case = problem(seed, num_columns=num_columns, dead=dead)
+    before = case.stats.gram.clone()
+    result = inverse_factor(case.stats, damp, "q_proj")
+    hessian = damped(before, damp)
+    expected = torch.linalg.inv(hessian)
+    factor = result.factor.double()
+    assert result.factor.dtype == torch.float32
+    assert torch.equal(factor, factor.triu())
+    assert bool((factor.diagonal() > 0).all())
+    norm = expected.diagonal().sqrt()
+    assert float(((factor.T @ factor - expected).abs() / torch.outer(norm, norm)).max()) < 1e-4
+    torch.testing.assert_close(result.inverse_diagonal.double(), expected.diagonal(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.diagonal.double(), hessian.diagonal(), rtol=1e-5, atol=0)
+    assert result.dead.nonzero().flatten().tolist() == dead
+    assert (result.damp, result.precision) == (damp, torch.float32)
+    assert torch.equal(case.stats.gram, before)
+
+
+def test_diagonal_of_the_factor_is_the_inverse_of_what_is_not_settled():
+    """Oracle: U_jj^2 = [inv(H[j:, j:])]_00, what the sweep divides by."""
+    case = problem(5, num_columns=24)
+    factor = inverse_factor(case.stats, 0.01, "q_proj").factor
+    hessian = damped(case.stats.gram, 0.01)
+    expected = torch.stack([torch.linalg.inv(hessian[j:, j:])[0, 0] for j in range(24)])
+    torch.testing.assert_close(factor.diagonal().square().double(), expected, rtol=1e-4, atol=0)
+
+
+def test_gram_of_dead_inputs_only_is_the_identity():
+    result = inverse_factor(GramStats(torch.zeros(5, 5), 9), 0.25, "q_proj")
+    torch.testing.assert_close(result.factor, torch.eye(5) / 1.25**0.5)
+    assert bool(result.dead.all())
+
+
+def test_regularized_by_hand():
+    """mean of the live diagonal (2, 6) = 4; damp 0.5 adds 2; the dead input gets 4 + 2."""
+    gram = torch.tensor([[2.0, 0, 1], [0, 0, 0], [1, 0, 6]])
+    matrix, dead = regularized(gram, 0.5)
+    assert matrix.tolist() == [[4, 0, 1], [0, 6, 0], [1, 0, 8]]
+    assert dead.tolist() == [False, True, False]
+    assert gram.tolist() == [[2, 0, 1], [0, 0, 0], [1, 0, 6]]
+
+
+@pytest.mark.parametrize(
+    ("gram", "damp", "rung", "precision"),
+    [
+        ([[2.0, 1.0], [1.0, 2.0]], 0.01, 0.01, torch.float32),
+        # eigenvalue -0.05: damp 0.01 leaves it negative, 0.1 does not
+        ([[1.0, 1.05], [1.05, 1.0]], 0.01, 0.1, torch.float32),
+        # rank 1: 1 + 1e-8 is 1 in float32 and not in float64
+        ([[1.0, 1.0], [1.0, 1.0]], 1e-9, 1e-8, torch.float64),
+    ],
+)
+def test_ladder_stops_at_the_first_rung_with_a_positive_eigenvalue(gram, damp, rung, precision):
+    """Oracle: the eigenvalues of [[a, b], [b, a]] are a - b and a + b."""
+    result = inverse_factor(stats(gram), damp, "q_proj")
+    assert result.damp == pytest.approx(rung, rel=1e-12)
+    assert result.precision == precision
+    product = result.factor.double().T @ result.factor.double()
+    torch.testing.assert_close(product, torch.linalg.inv(damped(torch.tensor(gram), rung)), rtol=1e-5, atol=0)
+
+
+def test_fewer_tokens_than_inputs_need_only_the_damping():
+    """Oracle: float64 inverse; 8 tokens for 32 inputs give a Gram of rank 8."""
+    inputs = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    gram = inputs @ inputs.T
+    result = inverse_factor(GramStats(gram, 8), 0.01, "q_proj")
+    expected = torch.linalg.inv(damped(gram, 0.01))
+    torch.testing.assert_close(result.inverse_diagonal.double(), expected.diagonal(), rtol=1e-4, atol=0)
+
+
+def test_indefinite_gram_is_refused_with_layer_size_tokens_and_damp():
+    gram = stats([[1.0, 5.0, 0.0], [5.0, 1.0, 0.0], [0.0, 0.0, 1.0]], num_tokens=321)
+    with pytest.raises(SingularGramError, match=r"layers\.7\.up_proj.* 3 inputs over 321 tokens.*damp 0\.1 .*--damp"):
+        inverse_factor(gram, 0.01, "layers.7.up_proj")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_gram_that_is_not_finite_is_refused_with_its_layer(bad):
+    with pytest.raises(ActivationError, match=r"layers\.7\.up_proj.*NaN or infinity.* 321 tokens"):
+        inverse_factor(stats([[1.0, bad], [bad, 1.0]], num_tokens=321), 0.01, "layers.7.up_proj")
+
+
+@few
+@given(st.integers(0, 99), st.floats(0.001, 2))
+def test_output_error_equals_the_float64_outputs(seed, size):
+    case = problem(seed, num_rows=9, num_columns=20)
+    noise = size * torch.randn(9, 20, generator=torch.Generator().manual_seed(seed))
+    inputs = case.inputs.double()
+    gram = inputs @ inputs.T
+    other = case.weight + noise
+    outputs, other_outputs = case.weight.double() @ inputs, other.double() @ inputs
+    expected = float((outputs - other_outputs).square().sum() / outputs.square().sum())
+    assert output_error(case.weight, other, gram) == pytest.approx(expected, rel=1e-5)
+    assert output_error(case.weight, other, case.stats.gram) == pytest.approx(expected, rel=1e-3)
+
+
+def test_output_error_of_nothing_and_of_everything():
+    """By definition: no change is 0, a zero matrix is 1, and a zero reference is not a division by zero."""
+    case = problem(1)
+    zero = torch.zeros_like(case.weight)
+    assert output_error(case.weight, case.weight, case.stats.gram) == 0
+    assert output_error(case.weight, zero, case.stats.gram) == 1
+    assert output_error(zero, zero, case.stats.gram) == 0
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_precise_matmul_restores_the_setting_even_after_an_exception(setting):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        with precise_matmul():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == setting
+        with pytest.raises(KeyError), precise_matmul():
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@few
+@given(st.integers(0, 99), st.lists(st.integers(0, 64), max_size=5), st.randoms(use_true_random=False))
+def test_statistics_of_any_split_in_any_order_add_to_the_same_sum(seed, cuts, random):
+    """Oracle: the Gram of all tokens at once, in float64."""
+    inputs = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
+    edges = [0, *sorted(cuts), 64]
+    parts = [inputs[:, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    random.shuffle(parts)
+    total = GramStats(torch.zeros(6, 6), 0)
+    for part in parts:
+        total = total + GramStats(part @ part.T, part.shape[1])
+    assert total.num_tokens == 64
+    torch.testing.assert_close(total.gram.double(), inputs.double() @ inputs.double().T, rtol=1e-4, atol=1e-4)
