@@ -314,7 +314,7 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _get(module: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)  # type: ignore[no-any-return]
+    return getattr(module.get_submodule(owner), leaf)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,0 +1,137 @@
+"""Perplexity of every method at equal exact sparsity: the table to trust before any other.
+
+    python benchmarks/quality.py examples/tiny_llama --seeds 3
+
+Each result is appended to --results as soon as it is there, and a rerun skips what it finds, so a long comparison can
+be cut off. `gap` is the mean over the texts of log(perplexity / dense perplexity); the last columns are its mean, the
+spread over calibration seeds, and its ratio to the uniform OBS sweep of the same setting.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import mspc
+
+SETTINGS = {
+    "50%": {"sparsity": 0.5},
+    "60%": {"sparsity": 0.6},
+    "70%": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+    "N:16 50%": {"pattern": "N:16", "sparsity": 0.5},
+    "50%+int4": {"sparsity": 0.5, "bits": 4},
+    "int4": {"sparsity": 0.0, "bits": 4},
+}
+METHODS = {
+    "obs uniform": {"criterion": "obs", "allocator": "uniform"},
+    "isc uniform": {"criterion": "isc", "allocator": "uniform"},
+    "obs trace-rank": {"criterion": "obs", "allocator": "trace-rank"},
+    "isc trace-rank": {"criterion": "isc", "allocator": "trace-rank"},
+    "obs fisher-rank": {"criterion": "obs", "allocator": "trace-rank", "sensitivity": "fisher"},
+    "magnitude uniform": {"solver": "mask", "criterion": "magnitude", "allocator": "uniform"},
+    "wanda uniform": {"solver": "mask", "criterion": "wanda", "allocator": "uniform"},
+    "ria uniform": {"solver": "mask", "criterion": "ria", "allocator": "uniform"},
+}
+BASELINE = "obs uniform"
+
+
+def measure(args: argparse.Namespace, recipe: mspc.Recipe, work: Path) -> dict[str, object]:
+    artifact = mspc.compress(args.model, recipe, out=work / "out", measurements=work / "measurements", overwrite=True)
+    manifest = artifact.manifest
+    perplexities = [evaluate(artifact.path, text, args) for text in args.text]
+    shutil.rmtree(work / "out")
+    return {
+        "perplexity": perplexities,
+        "sparsity": manifest["sparsity"]["achieved"],
+        "bits_per_weight": manifest["bits_per_weight"],
+        "seconds": manifest["seconds"],
+    }
+
+
+def evaluate(path: str | Path, text: str, args: argparse.Namespace) -> float:
+    result = mspc.evaluate(path, text, sequence_length=args.sequence_length, max_windows=args.max_windows)
+    return result.perplexity
+
+
+def gap(perplexities: list[float], dense: list[float]) -> float:
+    return statistics.mean(math.log(p / d) for p, d in zip(perplexities, dense, strict=True))
+
+
+def table_of(results: dict[str, dict], dense: list[float], args: argparse.Namespace) -> Table:
+    table = Table(title=f"{Path(args.model).name}, dense perplexity {' / '.join(f'{d:.2f}' for d in dense)}")
+    for heading in ("setting", "method", "perplexity", "gap", "spread", "ratio", "sparsity", "bits/weight", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("setting", "method") else "right")
+    for setting in args.settings:
+        baseline = None
+        for method in args.methods:
+            runs = [results[key] for seed in range(args.seeds) if (key := f"{setting}|{method}|{seed}") in results]
+            if not runs:
+                continue
+            gaps = [gap(run["perplexity"], dense) for run in runs]
+            mean = statistics.mean(gaps)
+            baseline = mean if method == BASELINE else baseline
+            columns = [statistics.mean(column) for column in zip(*(run["perplexity"] for run in runs), strict=True)]
+            table.add_row(
+                setting,
+                method,
+                " / ".join(f"{p:.2f}" for p in columns),
+                f"{mean:.4f}",
+                f"{statistics.stdev(gaps):.4f}" if len(gaps) > 1 else "-",
+                f"{mean / baseline:.2f}" if baseline else "-",
+                f"{runs[0]['sparsity']:.4%}",
+                f"{runs[0]['bits_per_weight']:.3f}",
+                f"{statistics.mean(run['seconds'] for run in runs):.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", action="append", help="held-out text, repeatable [builtin]")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-sequences", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=Path("out/quality.json"))
+    args = parser.parse_args()
+    args.text = args.text or ["builtin"]
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results.setdefault("dense", [evaluate(args.model, text, args) for text in args.text])
+    for seed in range(args.seeds):
+        work = Path(tempfile.mkdtemp(prefix="mspc-quality-"))
+        for setting in args.settings:
+            for method in args.methods:
+                key = f"{setting}|{method}|{seed}"
+                fixed = setting == "2:4" or setting == "int4"
+                if key in results or (fixed and METHODS[method]["allocator"] != "uniform"):
+                    continue  # nothing to allocate
+                recipe = mspc.Recipe(
+                    **SETTINGS[setting],
+                    **METHODS[method],
+                    calibration=args.calibration,
+                    num_sequences=args.num_sequences,
+                    sequence_length=args.sequence_length,
+                    seed=seed,
+                )
+                results[key] = measure(args, recipe, work)
+                args.results.write_text(json.dumps(results, indent=1))
+        shutil.rmtree(work)
+    Console(width=160).print(table_of(results, results["dense"], args))
+
+
+if __name__ == "__main__":
+    main()
