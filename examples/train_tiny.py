@@ -142,7 +142,7 @@ def main() -> None:
             save(args, model, tokenizer, step + 1, len(ids), heldout, time.time() - begin)
 
 
-def save(args, model, tokenizer, step, corpus_tokens, heldout, seconds) -> None:  # noqa: ANN001 - a script's tail
+def save(args, model, tokenizer, step, corpus_tokens, heldout, seconds) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     loss = heldout_loss(model, heldout, windows=400)
     record = {
