@@ -30,8 +30,7 @@ PROMPTS = ("def read_lines(path):\n", "The with statement is used to")
 
 def training_documents() -> tuple[list[str], list[str]]:
     library = builtin_text.documents("calibration")
-    spec = importlib.util.find_spec("test")
-    tests = list(builtin_text.module_sources("test", spec)) if spec else []
+    tests = builtin_text.module_sources("test", importlib.util.find_spec("test"))
     return library, [
         text for name, text in tests if builtin_text.split_of(name) == "calibration" and len(text) < LONGEST_DOCUMENT
     ]

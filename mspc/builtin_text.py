@@ -6,11 +6,11 @@ document's name decides its split, so a module that is held out in one Python ve
 """
 
 import hashlib
-import importlib.util
 import pkgutil
 import sys
+import sysconfig
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Literal
 
 Split = Literal["calibration", "heldout"]
@@ -46,11 +46,13 @@ def _named_documents() -> Iterator[tuple[str, str]]:
     for key, text in topics.items():
         yield f"pydoc_data.topics.{key}", text
     for name in sorted(sys.stdlib_module_names - EXCLUDED_PACKAGES):
-        if name.startswith("_sysconfigdata"):  # how this interpreter was built
-            continue
-        spec = importlib.util.find_spec(name)
-        if spec is not None:
-            yield from module_sources(name, spec)
+        if not name.startswith("_sysconfigdata"):  # how this interpreter was built
+            yield from module_sources(name, _find(name))
+
+
+def _find(name: str) -> ModuleSpec | None:
+    """The module of the standard library, whatever else of its name is on the path, and even if it is frozen."""
+    return PathFinder.find_spec(name, [sysconfig.get_path("stdlib")])
 
 
 def _source(name: str, spec: ModuleSpec) -> str | None:
@@ -61,8 +63,10 @@ def _source(name: str, spec: ModuleSpec) -> str | None:
         return None
 
 
-def module_sources(name: str, spec: ModuleSpec) -> Iterator[tuple[str, str]]:
+def module_sources(name: str, spec: ModuleSpec | None) -> Iterator[tuple[str, str]]:
     """`(dotted name, source)` of a module and all below it, test packages left out; nothing is imported."""
+    if spec is None:
+        return
     source = _source(name, spec)
     if source:
         yield name, source
@@ -70,6 +74,4 @@ def module_sources(name: str, spec: ModuleSpec) -> Iterator[tuple[str, str]]:
         if child.name in ("test", "tests"):
             continue
         child_name = f"{name}.{child.name}"
-        child_spec = child.module_finder.find_spec(child_name, None)
-        if child_spec is not None:
-            yield from module_sources(child_name, child_spec)
+        yield from module_sources(child_name, child.module_finder.find_spec(child_name, None))

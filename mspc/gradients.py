@@ -8,6 +8,7 @@ beside the gradient, and no second-order graph of the whole model is ever built.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
 from mspc.blocks import Batch, batches_of, token_losses
-from mspc.errors import ActivationError
+from mspc.errors import ActivationError, InputError
 from mspc.models import StreamedModel
 from mspc.types import Matrix
 
 Weights = dict[str, Tensor]  # by name within the block
 Run = Callable[[Tensor, Weights], Tensor]
 State = tuple[Tensor, ...]  # a value, and in the dual pass its derivative along z
+Place = tuple[int, int]  # a sequence and a block
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class SquaredGradient:
     def start(self, hidden: Tensor) -> State:
         return (hidden,)
 
-    def forward(self, run: Run, weights: Weights, state: State, sequence: int) -> State:
+    def forward(self, run: Run, weights: Weights, state: State, place: Place) -> State:
         return (run(state[0], weights),)
 
     def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
         return (grad(loss)(state[0]),)
 
     def backward(
-        self, run: Run, weights: Weights, state: State, cotangent: State, sequence: int
+        self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
     ) -> tuple[State, Weights]:
         gradient, of_weights = _backward(run, state[0], weights, cotangent[0])
         return (gradient,), {name: g.square() for name, g in of_weights.items()}
@@ -55,8 +57,8 @@ class SquaredGradient:
 class HessianTrace:
     """One Hutchinson sample z * (H z) of each matrix, averaged over its weights, with signs z drawn per sequence.
 
-    z covers all matrices at once; the terms between different matrices have mean zero. Attention must have second
-    derivatives (transformers' `eager`).
+    z covers all matrices at once; the terms between different matrices have mean zero. The model must have second
+    derivatives (`open_model(..., eager=True)`).
     """
 
     def __init__(self, seed: int) -> None:
@@ -65,27 +67,27 @@ class HessianTrace:
     def start(self, hidden: Tensor) -> State:
         return hidden, torch.zeros_like(hidden)
 
-    def forward(self, run: Run, weights: Weights, state: State, sequence: int) -> State:
+    def forward(self, run: Run, weights: Weights, state: State, place: Place) -> State:
         hidden, along = state
-        return jvp(run, (hidden, weights), (along, self._signs(weights, sequence)))
+        return jvp(run, (hidden, weights), (along, self._signs(weights, place)))
 
     def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
         return jvp(grad(loss), (state[0],), (state[1],))
 
     def backward(
-        self, run: Run, weights: Weights, state: State, cotangent: State, sequence: int
+        self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
     ) -> tuple[State, Weights]:
-        signs = self._signs(weights, sequence)
+        signs = self._signs(weights, place)
         primals, tangents = (state[0], weights, cotangent[0]), (state[1], signs, cotangent[1])
         result = jvp(partial(_backward, run), primals, tangents)
         (gradient, _), (gradient_along, products) = result[0], result[1]
         return (gradient, gradient_along), {name: product * signs[name] for name, product in products.items()}
 
-    def _signs(self, weights: Weights, sequence: int) -> Weights:
-        """Random signs of every weight; the same when the backward pass asks again."""
+    def _signs(self, weights: Weights, place: Place) -> Weights:
+        """Random signs of every weight of a block; the same when the backward pass asks again."""
         signs = {}
         for name, weight in weights.items():
-            generator = torch.Generator().manual_seed(_seed_of(self.seed, sequence, name))
+            generator = torch.Generator().manual_seed(_seed_of(self.seed, place, name))
             bits = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
             signs[name] = (2 * bits - 1).to(weight)
         return signs
@@ -109,7 +111,9 @@ def reverse_walk(
             weights = _weights(model, index, block, matrices[index])
             for i, (batch, states) in enumerate(zip(batches, kept, strict=True)):
                 run = partial(_run, model, block, batch, index)
-                state = measure.forward(run, weights, _on(model.device, states[-1]), first_sequence + i)
+                place = (first_sequence + i, index)
+                with _differentiating(model.block_name(index)):
+                    state = measure.forward(run, weights, _on(model.device, states[-1]), place)
                 states.append(_on("cpu", state))
     cotangents = []
     with model.loaded_outer():
@@ -121,10 +125,22 @@ def reverse_walk(
             weights = _weights(model, index, block, matrices[index])
             for i, (batch, states) in enumerate(zip(batches, kept, strict=True)):
                 run = partial(_run, model, block, batch, index)
+                place = (first_sequence + i, index)
                 state = _on(model.device, states.pop())
-                cotangents[i], values = measure.backward(run, weights, state, cotangents[i], first_sequence + i)
+                with _differentiating(model.block_name(index)):
+                    cotangents[i], values = measure.backward(run, weights, state, cotangents[i], place)
                 for matrix in matrices[index]:
                     yield Sample(matrix, _mean(matrix, values[_local(model, index, matrix)]))
+
+
+@contextmanager
+def _differentiating(name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # an operation without a derivative, or with one that torch.func cannot use
+        raise InputError(f"{name}: its derivatives cannot be computed ({error}); use --sensitivity gram.") from error
 
 
 def _run(model: StreamedModel, block: nn.Module, batch: Batch, index: int, hidden: Tensor, weights: Weights) -> Tensor:

@@ -69,17 +69,22 @@ def upper_inverse_factor(matrix: Tensor) -> Tensor | None:
     return inverse if bool(inverse.isfinite().all()) else None
 
 
+def check_finite(stats: GramStats, name: str) -> None:
+    """Raises ActivationError, naming the matrix, for a Gram with NaN or infinity in it."""
+    if not bool(stats.gram.isfinite().all()):
+        raise ActivationError(
+            f"{name}: its inputs contain NaN or infinity (Gram of {stats.num_tokens} tokens); the model overflows in "
+            "this precision: try --dtype float32, and check that the model itself evaluates to a finite perplexity."
+        )
+
+
 def inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
     """The inverse factor by a damping ladder: damp, 10 damp, then 10 damp in float64. The rung is in the result.
 
     Raises ActivationError for a Gram that is not finite and SingularGramError when the ladder ends.
     """
     gram = stats.gram
-    if not bool(gram.isfinite().all()):
-        raise ActivationError(
-            f"{name}: its inputs contain NaN or infinity (Gram of {stats.num_tokens} tokens); the model overflows in "
-            "this precision: try --dtype float32, and check that the model itself evaluates to a finite perplexity."
-        )
+    check_finite(stats, name)
     for rung_damp, precision in ((damp, torch.float32), (10 * damp, torch.float32), (10 * damp, torch.float64)):
         damped, dead = regularized(gram.to(precision), rung_damp)
         factor = upper_inverse_factor(damped)

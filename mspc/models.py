@@ -126,12 +126,13 @@ class StreamedModel:
     """
 
     def __init__(
-        self, source: TensorSource, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, attention: str
+        self, source: TensorSource, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, eager: bool
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
+        kernels = "eager" if eager else None
         with parameters_on_meta():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
+                config, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels
             )
         self.model.eval()
         for buffered in self.model.modules():
@@ -139,6 +140,7 @@ class StreamedModel:
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
         self.origins = _map_keys(self.model, source.keys())
+        _match_ties(self.model, self.origins)
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
         # A value that a block returns besides the hidden states makes it a tuple; learned when one is first run.
         self.blocks_return_tuples = False
@@ -174,17 +176,15 @@ class StreamedModel:
         for full in names:
             by_identity[id(_get(self.model, full))].append(full)
         for aliases in by_identity.values():
-            known = [name for name in aliases if name in self.origins]
-            if not known:
-                if isinstance(_get(self.model, aliases[0]), nn.Parameter):
-                    raise InputError(f"The checkpoint holds no {aliases[0]}, which the model needs; it is incomplete.")
+            name = aliases[0]
+            if name not in self.origins:
                 continue  # a buffer that older checkpoints do not store
-            tensor = self.read_parameter(known[0])
-            self.source_dtypes[known[0]] = tensor.dtype
-            expected = _get(self.model, known[0])
+            tensor = self.read_parameter(name)
+            self.source_dtypes[name] = tensor.dtype
+            expected = _get(self.model, name)
             if tensor.shape != expected.shape:
                 raise InputError(
-                    f"{known[0]} has shape {tuple(tensor.shape)} in the checkpoint, but the config makes it "
+                    f"{name} has shape {tuple(tensor.shape)} in the checkpoint, but the config makes it "
                     f"{tuple(expected.shape)}; config.json and the weights do not belong together."
                 )
             if tensor.is_floating_point():
@@ -232,7 +232,8 @@ class StreamedModel:
             owner = block.get_submodule(name.rpartition(".")[0])
             full = prefix + name
             is_matrix = isinstance(owner, nn.Linear | Conv1D) and name.endswith("weight")
-            if parameter.ndim < 2 or any(p.search(full.removesuffix(".weight")) for p in skip):
+            is_router = "router" in type(owner).__name__.lower()  # of tokens to experts: small, and better left alone
+            if parameter.ndim < 2 or is_router or any(p.search(full.removesuffix(".weight")) for p in skip):
                 continue
             if not is_matrix or self.origins[full].converter is not None:
                 unreached.append(f"{full} {tuple(parameter.shape)}")
@@ -248,11 +249,15 @@ class StreamedModel:
         return matrices
 
 
-def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", attention: str = "sdpa") -> StreamedModel:
-    """A checkpoint folder or an artifact as a streamed model. `attention` is transformers' name of the kernel."""
+def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager: bool = False) -> StreamedModel:
+    """A checkpoint folder or an artifact as a streamed model.
+
+    `eager` runs attention and experts as plain operations, which have second derivatives, instead of the fused kernels
+    that transformers chooses.
+    """
     source = open_source(folder)
     config = load_config(folder)
-    return StreamedModel(source, config, device, choose_dtype(dtype, source, device), attention)
+    return StreamedModel(source, config, device, choose_dtype(dtype, source, device), eager)
 
 
 def open_source(folder: Path) -> TensorSource:
@@ -301,15 +306,35 @@ def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Origin]:
     return plain | converted
 
 
+def _match_ties(model: nn.Module, origins: dict[str, Origin]) -> None:
+    """Untie weights that the checkpoint holds one by one, as transformers does; give the other ties one origin.
+
+    Raises InputError for a parameter that the checkpoint does not hold under any of its names.
+    """
+    by_identity: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in _named_tensors(model):
+        by_identity[id(tensor)].append(name)
+    for aliases in by_identity.values():
+        known = [name for name in aliases if name in origins]
+        tensor = _get(model, aliases[0])
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        if not known:
+            raise InputError(f"The checkpoint holds no {aliases[0]}, which the model needs; it is incomplete.")
+        for name in known[1:]:
+            _assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        for name in set(aliases) - set(known):
+            origins[name] = origins[known[0]]
+
+
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sort key that puts experts.10 after experts.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers; tied parameters under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    """What a checkpoint may hold: parameters and persistent buffers; tied parameters under each of their names."""
+    yield from module.state_dict(keep_vars=True).items()
 
 
 def _get(module: nn.Module, name: str) -> Tensor:

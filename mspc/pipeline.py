@@ -204,9 +204,7 @@ class _Run:
             if wants_sensitivity(self.recipe):
                 measured_on = model
                 if self.recipe.sensitivity == "hutchinson":  # fused attention has no second derivative
-                    measured_on = open_model(
-                        self.source, device=self.device, dtype=self.recipe.dtype, attention="eager"
-                    )
+                    measured_on = open_model(self.source, device=self.device, dtype=self.recipe.dtype, eager=True)
                 identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
                 measured = sensitivities(
                     measured_on, tokens.ids, matrices, self.recipe, identity, measurements, self.reporter

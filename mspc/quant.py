@@ -34,29 +34,24 @@ def _largest_divisor(num_columns: int) -> int:
 def fit(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale (O,) float16 and zero point (O,) uint8 of one group of every row; weight and mask (O, S), importance (S,).
 
-    Least squared error over the kept weights, each column weighted by `importance` (the mean square of its input),
+    Least squared error over the kept weights, each column weighted by `importance` (the energy of its input),
     searched over shrunken ranges.
     """
     kept = weight * mask
-    levels = 2**grid.bits - 1
+    levels, middle = 2**grid.bits - 1, 2 ** (grid.bits - 1)
     low, high = kept.amin(1).clamp(max=0), kept.amax(1).clamp(min=0)
-    best_error = torch.full_like(low, torch.inf)
-    best_scale = torch.ones_like(low)
-    best_zero = torch.zeros_like(low)
+    full = (2 * torch.maximum(-low, high) if grid.symmetric else high - low) / levels
+    # Symmetric codes reach -middle but not +middle; one wider step holds the largest weight with either sign.
+    steps = (levels / 2 / (middle - 1), *SHRINK_STEPS) if grid.symmetric else SHRINK_STEPS
     cost = mask * importance
-    for shrink in SHRINK_STEPS:
-        if grid.symmetric:
-            # -2^(b-1) is a code and +2^(b-1) is not: let the scale cover the range with half a step to spare.
-            scale = torch.maximum(-low, high) * shrink * 2 / levels
-            zero = torch.full_like(scale, 2 ** (grid.bits - 1))
-        else:
-            scale = (high - low) * shrink / levels
-            zero = torch.zeros_like(scale)
-        scale = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-        if not grid.symmetric:
-            zero = (-low * shrink / scale).round().clamp(0, levels)
+    best_error = torch.full_like(low, torch.inf)
+    for shrink in steps:
+        scale = (full * shrink).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+        zero = torch.full_like(scale, middle) if grid.symmetric else (-low * shrink / scale).round().clamp(0, levels)
         rounded = dequantize_group(quantize_group(kept, scale, zero, grid), scale, zero)
         error = ((kept - rounded).square() * cost).sum(1)
+        if shrink == steps[0]:
+            best_scale, best_zero = scale, zero
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

@@ -109,7 +109,7 @@ def test_a_tenth_of_the_names_is_held_out():
 
 
 def in_a_fresh_interpreter(*options: str) -> dict:
-    """What a process with another hash seed imports for its documents (the import machinery aside), and their digests."""
+    """What another process imports for its documents (the import machinery aside), and their digests."""
     code = """
 import hashlib, inspect, json, sys, sysconfig
 import pydoc_data.topics

@@ -1,5 +1,7 @@
 """The inverse factor against float64 inverses, the damping ladder rung by rung, the output error against its inputs."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -147,7 +149,7 @@ def test_statistics_of_any_split_in_any_order_add_to_the_same_sum(seed, cuts, ra
     """Oracle: the Gram of all tokens at once, in float64."""
     inputs = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
     edges = [0, *sorted(cuts), 64]
-    parts = [inputs[:, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [inputs[:, a:b] for a, b in pairwise(edges)]
     random.shuffle(parts)
     total = GramStats(torch.zeros(6, 6), 0)
     for part in parts:

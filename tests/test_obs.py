@@ -100,7 +100,7 @@ def test_obs_lies_between_the_exact_update_of_its_mask_and_no_update(pattern, sh
 
 
 def test_obs_is_least_squares_when_all_pruned_columns_come_first():
-    """Theorem: every kept weight is then still free when the last one is pruned; float64 least squares is the oracle."""
+    """Theorem: every kept weight is then still free when the last one is pruned. Oracle: float64 least squares."""
     case = problem(3, 12, 64)
     case.weight[:, :20] *= 1e-3
     case.weight[:, 20:] += case.weight[:, 20:].sign()
@@ -410,7 +410,7 @@ def test_activation_order_with_grid_keeps_the_groups_of_columns(grid):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("grid", [None, Grid(4, 32)], ids=repr)
 def test_pruning_in_activation_order_is_better_than_no_update(grid, seed):
-    """Oracle: the error of masking without feedback; the inputs differ in size, and so must the shares of the blocks."""
+    """Oracle: the error of masking without feedback. The inputs differ in size, and so should the shares of blocks."""
     case = problem(seed, 24, 256)
     target = Target(Unstructured(0.5), grid)
     result = run(case, target, activation_order=True)

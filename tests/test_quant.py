@@ -139,8 +139,16 @@ def test_symmetric_fit_is_never_worse_than_absmax_on_the_highest_code(matrix, bi
 
 @pytest.mark.parametrize(
     ("symmetric", "bits", "low"),
-    [(True, 2, -1), (True, 3, -3), (True, 4, -7), (True, 8, -127)]
-    + [(False, 2, -1), (False, 3, 0), (False, 4, -15), (False, 8, -100)],
+    [
+        (True, 2, -1),
+        (True, 3, -3),
+        (True, 4, -7),
+        (True, 8, -127),
+        (False, 2, -1),
+        (False, 3, 0),
+        (False, 4, -15),
+        (False, 8, -100),
+    ],
 )
 def test_weights_on_a_grid_keep_their_values(symmetric, bits, low):
     """Oracle: the weights themselves, as a matrix that was rounded before has them (symmetric: -max to +max)."""

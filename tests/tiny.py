@@ -4,7 +4,6 @@ Weights are random but not degenerate: activations keep their size from block to
 trivial, and the logits differ from token to token, so that a wrong mask, scale or bias shows in the perplexity.
 """
 
-import json
 import random
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from mspc.models import StreamedModel
 
 VOCABULARY = 260  # the 256 bytes, and some ids that no text has
 LENGTH = 32  # tokens of a sequence in most tests
@@ -65,7 +66,7 @@ def make(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
             if parameter.ndim == 1:  # biases, and norms about their own middle
                 parameter.add_(0.2 * noise)
             elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
-                parameter.copy_(0.5 * noise)
+                parameter.copy_(0.25 * noise)
             else:
                 parameter.copy_(1.5 * noise / config.hidden_size**0.5)
     return model.eval()
@@ -105,9 +106,11 @@ def ids(sequences: int, length: int = LENGTH, seed: int = 0) -> Tensor:
     return torch.randint(256, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
-def reference(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager") -> PreTrainedModel:
-    """What transformers itself makes of a folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What transformers itself makes of a folder, computing in plain operations."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -126,10 +129,13 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    return AutoConfig.from_pretrained(folder)
+def keys_of(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return sorted(opened.keys())
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def parts_in_memory(model: StreamedModel) -> list[str]:
+    """Which blocks of a streamed model, by name, and whether its outer part ("") have weights that are not on meta."""
+    blocks = [model.block_name(index) for index in range(len(model.blocks))]
+    loaded = [name for name, parameter in model.model.named_parameters() if parameter.device.type != "meta"]
+    return sorted({next((block for block in blocks if name.startswith(block + ".")), "") for name in loaded})

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mspc.linalg import InverseFactor, inverse_factor, regularized
+from mspc.linalg import check_finite, inverse_factor, regularized
 from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m
 from mspc.quant import dequantize, round_to_nearest
 from mspc.saliency import COMPARED_PER_ROW, CRITERIA
@@ -22,10 +22,11 @@ def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverO
     weight = weight.float()
     damp, precision = 0.0, torch.float32
     if options.criterion in NEEDS_INVERSE:
-        factor: InverseFactor = inverse_factor(stats, options.damp, name)
+        factor = inverse_factor(stats, options.damp, name)
         diagonal, inverse_diagonal, dead = factor.diagonal, factor.inverse_diagonal, factor.dead
         damp, precision = factor.damp, factor.precision
     else:
+        check_finite(stats, name)
         regular, dead = regularized(stats.gram, 0.0)
         diagonal = regular.diagonal()
         inverse_diagonal = 1 / diagonal
@@ -33,7 +34,7 @@ def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverO
     score[:, dead] = -1.0
     mask = select(score, target.pattern, per_row=options.criterion in COMPARED_PER_ROW)
     codes = None
-    kept = weight * mask
+    kept = torch.where(mask, weight, 0.0)
     if target.grid is not None:
         codes = round_to_nearest(kept, mask, diagonal, target.grid, name)
         kept = dequantize(codes)

@@ -88,8 +88,10 @@ class Sweep:
         size = groups_of(num_columns, self.grid, self.name)
         self.codes = torch.empty_like(self.columns, dtype=torch.uint8)
         # In column order; a group is fitted when the sweep reaches it, unless its columns do not lie in one block.
-        self.static = self.options.activation_order or BLOCK % size != 0
-        self.group = torch.arange(num_columns, device=self.order.device)[self.order] // size
+        pattern = self.target.pattern
+        straddles = BLOCK % size != 0 or (isinstance(pattern, NM) and size % pattern.of != 0)
+        self.static = self.options.activation_order or straddles
+        self.group_size, self.group = size, (self.order // size).tolist()
         self.scales = torch.empty(num_columns // size, num_rows, dtype=torch.float16, device=self.columns.device)
         self.zeros = torch.empty_like(self.scales, dtype=torch.uint8)
         if self.static:
@@ -112,11 +114,14 @@ class Sweep:
         self.scales, self.zeros = scales.T.contiguous(), zeros.T.contiguous()
 
     def block_counts(self) -> list[int]:
-        """How many weights each block prunes: exact in total, proportional to its live weights, dead ones first."""
+        """How many weights each block prunes: exact in total, in proportion to its live weights, dead ones first."""
         num_rows = self.columns.shape[1]
         blocks = self.factor.dead.split(BLOCK)
         if isinstance(self.target.pattern, NM):
             return [0] * len(blocks)
+        if self.options.activation_order:  # the first blocks hold the largest inputs, so equal shares would be wrong
+            mask = select(self.score(0, len(self.columns)), self.target.pattern, per_row=self.per_row)
+            return [int((~part).sum()) for part in mask.split(BLOCK, dim=1)]
         total = num_pruned(self.columns.numel(), self.target.pattern.sparsity)
         dead = [int(block.sum()) * num_rows for block in blocks]
         live = [len(block) * num_rows - d for block, d in zip(blocks, dead, strict=True)]
@@ -149,11 +154,10 @@ class Sweep:
         """The final values (O,) of one column: pruned weights zero, kept ones as they are or on the grid."""
         weight, kept = self.columns[column], self.mask[column]
         if self.grid is None:
-            return weight * kept
-        group = int(self.group[column])
-        size = groups_of(len(self.columns), self.grid)
-        if not self.static and column % size == 0:
-            self.fit_reached_group(column, column + size, self.grid)
+            return torch.where(kept, weight, 0.0)
+        group = self.group[column]
+        if not self.static and column % self.group_size == 0:
+            self.fit_reached_group(column, column + self.group_size, self.grid)
         scale, zero = self.scales[group].float(), self.zeros[group].float()
         codes = (weight / scale + zero).round().clamp(0, 2**self.grid.bits - 1)
         codes = torch.where(kept, codes, zero)

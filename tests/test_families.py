@@ -1,0 +1,229 @@
+"""Every architecture from the checkpoint to the dense export, with transformers itself as the oracle."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import mspc
+from mspc.errors import InputError
+from mspc.report import Silent
+from mspc.tokens import calibration_tokens
+
+QUIET = Silent()
+
+
+def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
+    values: dict[str, Any] = {"sparsity": 0.5, "bits": 4, "group_size": 32, "device": "cpu"}
+    values |= {"num_sequences": 8, "sequence_length": tiny.LENGTH, "sensitivity_sequences": 4}
+    return mspc.Recipe(calibration=str(calibration), **values | changes)
+
+
+def perplexity(folder: Path, text: Path) -> float:
+    result = mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", reporter=QUIET)
+    assert (result.windows, result.tokens) == (20, 20 * (tiny.LENGTH - 1))
+    return result.perplexity
+
+
+def perplexity_by_transformers(folder: Path, text: Path) -> float:
+    """All windows in one forward pass of the whole model, the text cut by hand."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"])
+    with torch.no_grad():
+        return math.exp(tiny.losses(tiny.reference(folder), ids.view(-1, tiny.LENGTH)).double().mean())
+
+
+def weight_of(model: PreTrainedModel, row: dict[str, Any]) -> torch.Tensor:
+    """The matrix (O, I) of a manifest's row in a loaded model."""
+    module = model.get_submodule(row["name"])
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+@dataclass
+class Case:
+    """A model that was compressed with the defaults, and exported."""
+
+    family: str
+    source: Path
+    artifact: mspc.Artifact
+    dense: Path
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def case(request, folder_of, calibration, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    source = folder_of(request.param)
+    artifact = mspc.compress(source, recipe(calibration), out=folder / "artifact", reporter=QUIET)
+    return Case(request.param, source, artifact, artifact.export("dense", folder / "dense"))
+
+
+def test_perplexity_equals_transformers(case, heldout):
+    assert perplexity(case.source, heldout) == pytest.approx(perplexity_by_transformers(case.source, heldout), rel=1e-5)
+
+
+def test_manifest_has_every_matrix_in_execution_order_and_the_exact_sparsity(case):
+    """Oracle: the table of each architecture's layers, and the sizes of the whole model's weights."""
+    manifest, whole = case.artifact.manifest, tiny.reference(case.source)
+    expected = [
+        f"{tiny.blocks_name(case.family)}.{block}.{name}"
+        for block in range(2)
+        for group in tiny.GROUPS[case.family]
+        for name in group
+    ]
+    assert [row["name"] for row in manifest["matrices"]] == expected
+    shapes = [list(weight_of(whole, row).shape) for row in manifest["matrices"]]
+    assert [row["shape"] for row in manifest["matrices"]] == shapes
+    total = sum(math.prod(shape) for shape in shapes)
+    assert sum(row["pruned"] for row in manifest["matrices"]) == total // 2
+    assert manifest["sparsity"] == {"requested": 0.5, "achieved": 0.5}
+    assert all(row["bits"] == 4 and row["num_tokens"] == 8 * tiny.LENGTH for row in manifest["matrices"])
+
+
+def test_sparsity_falls_with_sensitivity(case):
+    """Trace-rank: the more sensitive, the denser; all within alpha = 0.1 of 0.5, plus the shift of the mean."""
+    rows = sorted(case.artifact.manifest["matrices"], key=lambda row: row["sensitivity"])
+    sparsities = [row["sparsity"] for row in rows]
+    assert sparsities == sorted(sparsities, reverse=True)
+    assert sparsities[0] - sparsities[-1] == pytest.approx(0.2, abs=0.01)
+    assert len({row["sensitivity"] for row in rows}) == len(rows)
+
+
+def test_dense_export_is_the_artifact(case, heldout):
+    """Oracle: transformers on the exported folder. The source scores otherwise, so this compares compressed models."""
+    expected = perplexity_by_transformers(case.dense, heldout)
+    assert perplexity(case.artifact.path, heldout) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(case.dense, heldout) == pytest.approx(expected, rel=1e-5)
+    assert perplexity_by_transformers(case.source, heldout) != pytest.approx(expected, rel=1e-3)
+
+
+def test_dense_export_has_the_zeros_and_the_grid_of_the_manifest(case):
+    """Oracle: counting, in the model that transformers loads."""
+    whole = tiny.reference(case.dense)
+    for row in case.artifact.manifest["matrices"]:
+        weight = weight_of(whole, row)
+        assert int((weight == 0).sum()) == row["zeros"] >= row["pruned"], row["name"]
+        assert row["pruned"] == round(row["sparsity"] * weight.numel())
+        assert max(len(group.unique()) for group in weight.reshape(-1, 32)) <= 2**4, row["name"]
+
+
+def test_what_is_not_compressed_stays_bit_by_bit(case):
+    """Oracle: the tensors of the source's files. Every compressed one differs."""
+    before, after = tiny.tensors(case.source), tiny.tensors(case.dense)
+    compressed = {row["tensor"] for row in case.artifact.manifest["matrices"]}
+    assert before.keys() == after.keys() > compressed
+    for key in before:
+        assert torch.equal(before[key], after[key]) == (key not in compressed), key
+        assert before[key].dtype == after[key].dtype
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("solver", ["obs", "mask"])
+def test_two_of_four(solver, bits, llama, calibration, heldout, tmp_path):
+    """Oracle: counting in every four weights of a row; perplexity by transformers."""
+    asked = recipe(calibration, sparsity=None, pattern="2:4", solver=solver, bits=bits)
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    dense = artifact.export("dense", tmp_path / "dense")
+    whole = tiny.reference(dense)
+    for row in artifact.manifest["matrices"]:
+        assert int((weight_of(whole, row).reshape(-1, 4) != 0).sum(1).max()) == 2
+        assert (row["pattern"], row["sensitivity"]) == ("2:4", None)
+    assert artifact.manifest["sparsity"]["achieved"] == 0.5
+    assert perplexity(artifact.path, heldout) == pytest.approx(perplexity_by_transformers(dense, heldout), rel=1e-5)
+
+
+def test_n_of_sixteen(llama, calibration, tmp_path):
+    """Oracle: counting in every sixteen weights of a row. The total is as near as one N in the smallest matrix."""
+    asked = recipe(calibration, sparsity=0.6, pattern="N:16")
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    rows = artifact.manifest["matrices"]
+    whole = tiny.reference(artifact.export("dense", tmp_path / "dense"))
+    for row in rows:
+        keep = int(row["pattern"].removesuffix(":16"))
+        kept = (weight_of(whole, row).reshape(-1, 16) != 0).sum(1)
+        assert int(kept.max()) == keep
+        assert row["pruned"] == math.prod(row["shape"]) * (16 - keep) // 16
+    assert len({row["pattern"] for row in rows}) > 2
+    sizes = [math.prod(row["shape"]) for row in rows]
+    assert abs(artifact.manifest["sparsity"]["achieved"] - 0.6) <= min(sizes) / 16 / sum(sizes)
+
+
+def test_mask_solver_keeps_the_weights(llama, calibration, tmp_path):
+    """Oracle: the weights of the source; without a grid, a weight is either zero or what it was."""
+    asked = recipe(calibration, solver="mask", bits=16)
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    before, after = tiny.tensors(llama), tiny.tensors(artifact.export("dense", tmp_path / "dense"))
+    for row in artifact.manifest["matrices"]:
+        old, new = before[row["tensor"]], after[row["tensor"]]
+        assert torch.equal(new, torch.where(new == 0, 0, old))
+        assert int((new == 0).sum()) == row["pruned"]
+
+
+def mean_squared_gradients(whole: PreTrainedModel, names: list[str], ids: torch.Tensor) -> list[float]:
+    weights = [whole.get_submodule(name).weight.requires_grad_(True) for name in names]
+    of_sequences = [
+        [float(g.square().mean()) for g in torch.autograd.grad(tiny.losses(whole, sequence[None]).mean(), weights)]
+        for sequence in ids[:4]
+    ]
+    return torch.tensor(of_sequences).mean(0).tolist()
+
+
+def mean_squared_inputs(whole: PreTrainedModel, names: list[str], ids: torch.Tensor) -> list[float]:
+    means: dict[str, float] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: means.update({name: float(args[0].square().mean())})
+
+    for name in names:
+        whole.get_submodule(name).register_forward_pre_hook(note(name))
+    with torch.no_grad():
+        whole(input_ids=ids, use_cache=False)
+    return [means[name] for name in names]
+
+
+@pytest.mark.parametrize(("sensitivity", "oracle"), [("fisher", mean_squared_gradients), ("gram", mean_squared_inputs)])
+def test_other_sensitivities(sensitivity, oracle, llama, calibration, tmp_path):
+    """Oracle: autograd, and hooks, on the whole transformers model and the same calibration sequences."""
+    asked = recipe(calibration, sensitivity=sensitivity)
+    rows = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET).manifest["matrices"]
+    ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 8, tiny.LENGTH, asked.seed).ids
+    expected = oracle(tiny.reference(llama), [row["name"] for row in rows], ids)
+    assert [row["sensitivity"] for row in rows] == pytest.approx(expected, rel=1e-4)
+
+
+def test_skipped_matrices_stay_dense(llama, calibration, tmp_path):
+    """Oracle: the tensors of the source. What is skipped does not count for the sparsity."""
+    asked = recipe(calibration, skip=("down_proj", r"layers\.0\.self_attn"))
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    before, after = tiny.tensors(llama), tiny.tensors(artifact.export("dense", tmp_path / "dense"))
+    changed = [key.removeprefix("model.layers.") for key in before if not torch.equal(before[key], after[key])]
+    expected = [f"{block}.mlp.{name}_proj.weight" for block in (0, 1) for name in ("gate", "up")]
+    assert sorted(changed) == sorted([*expected, *(f"1.self_attn.{name}_proj.weight" for name in "qkvo")])
+    assert artifact.manifest["sparsity"]["achieved"] == 0.5
+
+
+def test_fused_experts_are_refused_by_name(folder_of, calibration, tmp_path):
+    with pytest.raises(InputError) as caught:
+        mspc.compress(folder_of("mixtral"), recipe(calibration), out=tmp_path / "out", reporter=QUIET)
+    for part in ("mlp.experts.gate_up_proj (4, 128, 32)", "mlp.experts.down_proj (4, 32, 64)", "--skip experts"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("sensitivity", ["hutchinson", "fisher"])
+def test_mixture_of_experts_without_its_experts(sensitivity, folder_of, calibration, heldout, tmp_path):
+    """Oracle: transformers. Attention is compressed, experts and routers are not; names in the files are the old."""
+    source = folder_of("mixtral")
+    assert perplexity(source, heldout) == pytest.approx(perplexity_by_transformers(source, heldout), rel=1e-5)
+    asked = recipe(calibration, skip=("experts",), sensitivity=sensitivity)
+    artifact = mspc.compress(source, asked, out=tmp_path / "out", reporter=QUIET)
+    dense = artifact.export("dense", tmp_path / "dense")
+    before, after = tiny.tensors(source), tiny.tensors(dense)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {f"model.layers.{block}.self_attn.{name}_proj.weight" for block in (0, 1) for name in "qkvo"}
+    assert perplexity(artifact.path, heldout) == pytest.approx(perplexity_by_transformers(dense, heldout), rel=1e-5)

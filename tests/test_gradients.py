@@ -1,0 +1,214 @@
+"""The reverse walk against autograd on the whole transformers model: gradients, Hessian products, and their mean."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from mspc.errors import ActivationError, InputError
+from mspc.gradients import HessianTrace, SquaredGradient, reverse_walk
+from mspc.models import StreamedModel, open_model
+from mspc.types import Matrix
+
+CPU = torch.device("cpu")
+DRAWS = 80
+# Few enough weights for their Hessian: 384 in the matrices of a block.
+MICRO = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@dataclass
+class Case:
+    """A model walked through block by block, and the same one whole, both in one precision and eager attention."""
+
+    model: StreamedModel
+    matrices: list[list[Matrix]]
+    whole: PreTrainedModel
+
+    def __post_init__(self) -> None:
+        """`weights` are the parameters of all matrices in the whole model."""
+        self.weights = [self.whole.get_parameter(matrix.parameter).requires_grad_(True) for matrix in self.flat]
+
+    @property
+    def flat(self) -> list[Matrix]:
+        return [matrix for of_block in self.matrices for matrix in of_block]
+
+    def samples(self, ids: Tensor, measure: SquaredGradient | HessianTrace, first: int = 0) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {matrix.name: [] for matrix in self.flat}
+        for sample in reverse_walk(self.model, ids, self.matrices, measure, first):
+            found[sample.matrix.name].append(sample.value)
+        return found
+
+
+def opened(folder: Path, dtype: str = "float32", skip: tuple[str, ...] = ("experts",)) -> Case:
+    model = open_model(folder, device=CPU, dtype=dtype, eager=True)
+    return Case(model, model.matrices(skip), tiny.reference(folder, getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "mixtral"])
+def test_squared_gradient_equals_autograd(family, folder_of):
+    """Oracle: autograd on the whole model, one sequence at a time."""
+    case, ids = opened(folder_of(family)), tiny.ids(2)
+    samples = case.samples(ids, SquaredGradient())
+    for i, sequence in enumerate(ids):
+        gradients = torch.autograd.grad(tiny.losses(case.whole, sequence[None]).mean(), case.weights)
+        for matrix, gradient in zip(case.flat, gradients, strict=True):
+            expected = float(gradient.double().square().mean())
+            assert samples[matrix.name][i] == pytest.approx(expected, rel=1e-4), matrix.name
+
+
+def hessian_products(case: Case, sequence: Tensor, directions: list[Tensor]) -> tuple[Tensor, ...]:
+    """H z for all matrices at once, by differentiating the gradient's product with z."""
+    gradients = torch.autograd.grad(tiny.losses(case.whole, sequence[None]).mean(), case.weights, create_graph=True)
+    along = sum((gradient * z).sum() for gradient, z in zip(gradients, directions, strict=True))
+    return torch.autograd.grad(along, case.weights)
+
+
+class Recording(HessianTrace):
+    """Notes the signs that it draws: one tensor a matrix, in the order in which they are first asked for."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.drawn: list[dict[str, Tensor]] = []
+
+    def _signs(self, *args):
+        signs = super()._signs(*args)
+        self.drawn.append(signs)
+        return signs
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "mixtral"])
+def test_hessian_sample_equals_double_backward(family, folder_of):
+    """Oracle: z * (H z) by double backward through the whole model, with the signs that the walk drew."""
+    case, ids = opened(folder_of(family), "float64"), tiny.ids(1)
+    measure = Recording(seed=3)
+    samples = case.samples(ids, measure)
+    forward, backward = measure.drawn[: len(case.matrices)], measure.drawn[len(case.matrices) :]
+    assert all(
+        torch.equal(again[name], z)
+        for first, again in zip(forward, reversed(backward), strict=True)
+        for name, z in first.items()
+    )
+    signs = {
+        matrix.name: forward[index][matrix.parameter.removeprefix(case.model.block_name(index) + ".")]
+        for index, of_block in enumerate(case.matrices)
+        for matrix in of_block
+    }
+    assert all(bool((z.abs() == 1).all()) for z in signs.values())
+    products = hessian_products(case, ids[0], list(signs.values()))
+    scale = max(float((z * product).mean().abs()) for z, product in zip(signs.values(), products, strict=True))
+    for matrix, product in zip(case.flat, products, strict=True):
+        expected = float((signs[matrix.name] * product).mean())
+        assert samples[matrix.name] == [pytest.approx(expected, rel=1e-4, abs=1e-6 * scale)], matrix.name
+
+
+def mean_diagonals(case: Case, sequence: Tensor) -> list[float]:
+    """Of the Hessian with respect to each matrix: a backward pass through the gradient for every weight."""
+    gradients = torch.autograd.grad(tiny.losses(case.whole, sequence[None]).mean(), case.weights, create_graph=True)
+    means = []
+    for gradient, weight in zip(gradients, case.weights, strict=True):
+        rows = [torch.autograd.grad(value, weight, retain_graph=True)[0] for value in gradient.flatten()]
+        means.append(float(torch.stack([row.flatten()[j] for j, row in enumerate(rows)]).mean()))
+    return means
+
+
+def assert_means(case: Case, sequence: Tensor, exact: list[float]) -> list[float]:
+    """That samples with many signs agree with the exact means within 4 standard errors, which are returned."""
+    samples = case.samples(sequence.expand(DRAWS, -1), HessianTrace(seed=0))
+    errors = []
+    for matrix, expected in zip(case.flat, exact, strict=True):
+        values = torch.tensor(samples[matrix.name], dtype=torch.float64)
+        errors.append(float(values.std()) / DRAWS**0.5)
+        assert abs(float(values.mean()) - expected) < 4 * errors[-1], matrix.name
+    return errors
+
+
+def test_mean_of_hessian_samples_is_the_mean_diagonal(tmp_path):
+    """Oracle: the Hessian of every matrix of a micro model, by double backward."""
+    case, sequence = opened(tiny.build(tmp_path, "llama", **MICRO), "float64"), tiny.ids(1, length=8)[0]
+    errors = assert_means(case, sequence, exact := mean_diagonals(case, sequence))
+    assert max(abs(e) / error for e, error in zip(exact, errors, strict=True)) > 4  # zero would not have passed
+
+
+def test_signs_of_different_blocks_are_independent(tmp_path):
+    """Oracle: as above, on two equal blocks of small weights, where H of one block and of both is nearly the same:
+    signs shared by the blocks would double the samples."""
+    model = tiny.make("llama", **MICRO)
+    first, second = model.model.layers
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(0.1 if parameter.ndim == 2 else 1)
+    case, sequence = opened(tiny.save(model, tmp_path), "float64", ("mlp", "[qko]_proj")), tiny.ids(1, length=8)[0]
+    errors = assert_means(case, sequence, exact := mean_diagonals(case, sequence))
+    assert all(e > 4 * error for e, error in zip(exact, errors, strict=True))
+
+
+@pytest.mark.parametrize("measure", [SquaredGradient(), HessianTrace(seed=1)], ids=["gradient", "hessian"])
+def test_rounds_do_not_change_the_samples(measure, llama):
+    """Oracle: all sequences in one round."""
+    case, ids = opened(llama), tiny.ids(3)
+    together = case.samples(ids, measure)
+    first, rest = case.samples(ids[:1], measure), case.samples(ids[1:], measure, first=1)
+    assert together == {name: first[name] + rest[name] for name in together}
+    if isinstance(measure, HessianTrace):
+        assert case.samples(ids[1:], measure) != rest  # the number of a sequence decides its signs
+
+
+def test_seed_decides_the_signs(llama):
+    case, ids = opened(llama), tiny.ids(1)
+    assert case.samples(ids, HessianTrace(seed=1)) == case.samples(ids, HessianTrace(seed=1))
+    assert case.samples(ids, HessianTrace(seed=1)) != case.samples(ids, HessianTrace(seed=2))
+
+
+def test_fused_attention_gives_the_same_gradients(llama):
+    """Oracle: eager attention."""
+    model, eager, ids = open_model(llama, device=CPU), opened(llama), tiny.ids(1)
+    assert model.model.config._attn_implementation == "sdpa"
+    samples = Case(model, model.matrices(()), eager.whole).samples(ids, SquaredGradient())
+    for name, values in eager.samples(ids, SquaredGradient()).items():
+        assert samples[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_blocks_are_on_meta_between_and_after(llama):
+    """One block at most has weights at any time; the outer part has none while a block has."""
+    case = opened(llama)
+    for _ in reverse_walk(case.model, tiny.ids(1), case.matrices, HessianTrace(seed=0)):
+        assert len(tiny.parts_in_memory(case.model)) == 1
+    assert tiny.parts_in_memory(case.model) == []
+
+
+def test_gradients_that_are_not_finite_are_an_error(tmp_path):
+    """float16 ends at 65504: weights of a thousand make activations beyond it."""
+    model = tiny.make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e4)
+    case = opened(tiny.save(model.half(), tmp_path), "float16")
+    with pytest.raises(ActivationError, match=r"model\.layers\.1\.\S+: its gradient contains NaN .* --dtype float32"):
+        case.samples(tiny.ids(1), HessianTrace(seed=0))
+
+
+class OldStyle(torch.autograd.Function):
+    """A function with a derivative of its own that torch.func cannot use, such as Bloom's GELU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("measure", [SquaredGradient(), HessianTrace(seed=0)], ids=["gradient", "hessian"])
+def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypatch):
+    case = opened(llama)
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: OldStyle.apply(forward(self, x)))
+    with pytest.raises(InputError, match=r"model\.layers\.\d: its derivatives .* use --sensitivity gram"):
+        case.samples(tiny.ids(1), measure)
+    assert tiny.parts_in_memory(case.model) == []

@@ -1,0 +1,272 @@
+"""The walk against hooks on the whole transformers model: every matrix once, with the Gram of exactly its input."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.pytorch_utils import Conv1D
+
+from mspc import perplexity
+from mspc.blocks import advance, batches_of
+from mspc.errors import ActivationError, InputError
+from mspc.models import StreamedModel, open_model
+from mspc.types import Matrix
+from mspc.walk import Visit, install, read_groups, walk
+
+CPU = torch.device("cpu")
+
+
+def opened(folder: Path, dtype: str = "float32") -> StreamedModel:
+    return open_model(folder, device=CPU, dtype=dtype)
+
+
+def names(matrices: Iterable[Iterable[Matrix]]) -> list[str]:
+    return [matrix.name for of_block in matrices for matrix in of_block]
+
+
+def inputs_of(model: PreTrainedModel, ids: Tensor, modules: Iterable[str]) -> dict[str, Tensor]:
+    """What each module reads, (tokens, I), in one forward pass of the whole model; in the order of the calls."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.update({name: args[0].detach().flatten(0, -2).clone()})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in modules]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def assert_gram(visit: Visit, inputs: Tensor) -> None:
+    """Oracle: the Gram in float64."""
+    expected = inputs.double().T @ inputs.double()
+    assert visit.stats.num_tokens == len(inputs)
+    error = (visit.stats.gram.double() - expected).abs().max()
+    assert float(error) < 1e-5 * float(expected.diagonal().max()), visit.matrix.name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_grams_of_the_dense_model(family, folder_of):
+    """Oracle: forward hooks on the transformers model."""
+    model, ids = opened(folder_of(family)), tiny.ids(5)
+    matrices = model.matrices(())
+    expected = inputs_of(tiny.reference(folder_of(family)), ids, names(matrices))
+    visits = list(walk(model, batches_of(model, ids, batch_size=2), matrices))
+    assert [visit.matrix.name for visit in visits] == list(expected)
+    for visit in visits:
+        assert_gram(visit, expected[visit.matrix.name])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_matrices_with_the_same_input_share_one_gram(family, folder_of):
+    """Oracle: the table of each architecture's layers in `tiny.GROUPS`."""
+    model = opened(folder_of(family))
+    batches, matrices = batches_of(model, tiny.ids(2)), model.matrices(())
+    for index in range(len(matrices)):
+        with model.loaded(index) as block:
+            groups = read_groups(model, index, block, batches[0], matrices[index])
+            advance(model, index, block, batches)
+        prefix = f"{tiny.blocks_name(family)}.{index}."
+        found = tuple(tuple(matrix.name.removeprefix(prefix) for matrix in group) for group in groups)
+        assert found == tiny.GROUPS[family]
+    visits = list(walk(model, batches_of(model, tiny.ids(2)), matrices))
+    assert len({id(visit.stats) for visit in visits}) == len(matrices) * len(tiny.GROUPS[family])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_walking_changes_nothing_and_visits_every_matrix_once(family, folder_of):
+    """Oracle: the tensors of the checkpoint, and the losses of the transformers model."""
+    model, ids = opened(folder_of(family)), tiny.ids(3)
+    matrices, stored = model.matrices(()), tiny.tensors(folder_of(family))
+    batches = batches_of(model, ids)
+    visits = []
+    for visit in walk(model, batches, matrices):
+        assert torch.equal(visit.weight, visit.matrix.read(stored[visit.matrix.parameter])), visit.matrix.name
+        visits.append((visit.matrix.name, visit.block, visit.is_last_of_block))
+    per_block = [len(of_block) for of_block in matrices]
+    assert sorted(name for name, _, _ in visits) == sorted(names(matrices))
+    assert [block for _, block, _ in visits] == [index for index, count in enumerate(per_block) for _ in range(count)]
+    assert [last for _, _, last in visits] == [i == count - 1 for count in per_block for i in range(count)]
+    expected = inputs_of(tiny.reference(folder_of(family)), ids, [_final_norm(model)])[_final_norm(model)]
+    torch.testing.assert_close(batches[0].hidden.flatten(0, -2), expected, rtol=1e-4, atol=1e-5)
+
+
+def _final_norm(model: StreamedModel) -> str:
+    """The norm after the last block stands beside the list of blocks."""
+    owner = model.blocks_name.rpartition(".")[0]
+    (name,) = (
+        name for name, _ in model.model.get_submodule(owner).named_children() if "norm" in name or name == "ln_f"
+    )
+    return f"{owner}.{name}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "gpt_neox"])
+def test_later_grams_see_what_was_installed_before(family, folder_of):
+    """Oracle: hooks on a transformers model in which the matrices before were replaced."""
+    model, ids = opened(folder_of(family)), tiny.ids(3)
+    whole = tiny.reference(folder_of(family))
+    generator = torch.Generator().manual_seed(0)
+    for visit in walk(model, batches_of(model, ids, batch_size=2), model.matrices(())):
+        inputs = inputs_of(whole, ids, [visit.matrix.name])[visit.matrix.name]
+        assert_gram(visit, inputs)
+        replacement = visit.weight * (torch.rand(visit.weight.shape, generator=generator) < 0.5)
+        install(visit.weight, replacement)
+        module = whole.get_submodule(visit.matrix.name)
+        module.weight.copy_(replacement.T if isinstance(module, Conv1D) else replacement)
+
+
+def test_known_blocks_are_installed_and_not_visited(llama):
+    """Oracle: the same walk, in which the caller installs."""
+    ids = tiny.ids(2)
+    model = opened(llama)
+    matrices = model.matrices(())
+    solved = {matrix.name: torch.full(matrix.shape, 0.01) for matrix in matrices[0]}
+    expected = batches_of(model, ids)
+    grams = {}
+    for visit in walk(model, expected, matrices):
+        grams[visit.matrix.name] = visit.stats.gram
+        if visit.block == 0:
+            install(visit.weight, solved[visit.matrix.name])
+    batches = batches_of(model, ids)
+    visits = list(walk(model, batches, matrices, lambda index: solved if index == 0 else None))
+    assert [visit.matrix.name for visit in visits] == list(grams)[len(matrices[0]) :]
+    assert all(torch.equal(visit.stats.gram, grams[visit.matrix.name]) for visit in visits)
+    assert torch.equal(batches[0].hidden, expected[0].hidden)
+
+
+def assert_untouched(model: StreamedModel) -> None:
+    assert tiny.parts_in_memory(model) == []
+    for name, module in model.model.named_modules():
+        assert not module._forward_pre_hooks, name
+        assert not module._forward_hooks, name
+        assert "forward" not in vars(module), name
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+def test_an_abandoned_walk_leaves_no_trace(steps, llama):
+    """No hooks, no replaced forward, no weights; and a new walk sees the model as it was."""
+    model, ids = opened(llama), tiny.ids(2)
+    matrices = model.matrices(())
+    expected = [visit.stats.gram for visit in walk(model, batches_of(model, ids), matrices)]
+    visits = walk(model, batches_of(model, ids), matrices)
+    for _ in range(steps):
+        install(next(visits).weight, torch.zeros(()))
+    visits.close()
+    assert_untouched(model)
+    again = [visit.stats.gram for visit in walk(model, batches_of(model, ids), matrices)]
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
+
+
+def test_an_error_in_a_forward_pass_leaves_no_trace(llama, monkeypatch):
+    model = opened(llama)
+    batches = batches_of(model, tiny.ids(2))
+
+    def fail(self, x):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(LlamaMLP, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(walk(model, batches, model.matrices(())))
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_one_block_is_in_memory_at_a_time(family, folder_of):
+    """At a visit its block and nothing else has weights; afterwards nothing has. Tied weights stay tied."""
+    model = opened(folder_of(family))
+    tied = family != "llama"
+    for visit in walk(model, batches_of(model, tiny.ids(2)), model.matrices(())):
+        assert tiny.parts_in_memory(model) == [model.block_name(visit.block)]
+    assert_untouched(model)
+    with model.loaded_outer() as outer:
+        assert tiny.parts_in_memory(model) == [""]
+        embedding, head = outer.get_input_embeddings().weight, outer.get_output_embeddings().weight
+        assert (embedding is head) == tied
+    assert_untouched(model)
+    assert (model.model.get_input_embeddings().weight is model.model.get_output_embeddings().weight) == tied
+
+
+def test_perplexity_holds_one_block_at_a_time(llama):
+    model = opened(llama)
+    results = perplexity.measure(model, tiny.ids(4))
+    for _ in model.blocks:
+        assert next(results) is None
+        assert_untouched(model)
+    assert next(results).windows == 4
+    results.close()
+    assert_untouched(model)
+
+
+def test_spilled_activations_give_the_same_and_leave_no_file(llama, tmp_path):
+    """Oracle: activations in memory. The files vanish with the tensors, and are gone from the folder at once."""
+    model, ids, folder = opened(llama), tiny.ids(4), tmp_path / "spill"
+    matrices = model.matrices(())
+    expected = [visit.stats.gram for visit in walk(model, batches_of(model, ids, batch_size=2), matrices)]
+    batches = batches_of(model, ids, folder, batch_size=2)
+    assert folder.is_dir()
+    for visit, gram in zip(walk(model, batches, matrices), expected, strict=True):
+        assert torch.equal(visit.stats.gram, gram)
+        assert list(folder.iterdir()) == []
+    addresses = Path("/proc/self/maps")
+    if addresses.exists():
+        assert addresses.read_text().count(str(folder)) > 0  # they were on disk
+        del batches
+        assert str(folder) not in addresses.read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_size_does_not_matter(family, batch_size, folder_of):
+    """Oracle: all sequences in one batch."""
+    model, ids = opened(folder_of(family)), tiny.ids(8)
+    matrices = model.matrices(())
+    together = walk(model, batches_of(model, ids, batch_size=8), matrices)
+    batched = walk(model, batches_of(model, ids, batch_size=batch_size), matrices)
+    # Two walks of one model exclude each other: each loads its own block.
+    expected = [visit.stats for visit in together]
+    for visit, stats in zip(batched, expected, strict=True):
+        assert visit.stats.num_tokens == stats.num_tokens == ids.numel()
+        torch.testing.assert_close(visit.stats.gram, stats.gram, rtol=1e-5, atol=1e-5 * float(stats.gram.max()))
+
+
+def overflowing(folder: Path, parameter: str) -> StreamedModel:
+    """A float16 model that leaves the range of float16 (65504) at the output of one matrix of its second block."""
+    model = tiny.make("llama")
+    with torch.no_grad():
+        model.get_parameter(parameter).mul_(1e4)
+    return opened(tiny.save(model.half(), folder), "float16")
+
+
+def test_overflow_before_a_matrix_names_the_matrix(tmp_path):
+    model = overflowing(tmp_path, "model.layers.1.mlp.up_proj.weight")
+    message = r"model\.layers\.1\.mlp\.down_proj: its inputs contain NaN or infinity over 64 tokens.*--dtype float32"
+    with pytest.raises(ActivationError, match=message):
+        list(walk(model, batches_of(model, tiny.ids(2)), model.matrices(())))
+    assert_untouched(model)
+
+
+def test_overflow_after_a_block_names_the_block(tmp_path):
+    model = overflowing(tmp_path, "model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(ActivationError, match=r"model\.layers\.1: its output contains NaN .* torch\.float16"):
+        list(walk(model, batches_of(model, tiny.ids(2)), model.matrices(())))
+    with pytest.raises(ActivationError, match=r"model\.layers\.1: its output"):
+        list(perplexity.measure(model, tiny.ids(2)))
+    assert_untouched(model)
+
+
+def test_matrices_that_are_never_called_are_an_error(llama, monkeypatch):
+    """A Llama whose MLPs leave out their gate."""
+    model = opened(llama)
+    batches = batches_of(model, tiny.ids(2))
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj: never called .* --skip REGEX"):
+        list(walk(model, batches, model.matrices(())))
+    assert_untouched(model)
+    assert len(list(walk(model, batches_of(model, tiny.ids(2)), model.matrices(("gate_proj",))))) == 12
