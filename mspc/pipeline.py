@@ -37,8 +37,9 @@ from mspc.recipe import Recipe
 from mspc.report import ConsoleReporter, Reporter
 from mspc.saliency import CRITERIA
 from mspc.sensitivity import SENSITIVITIES
-from mspc.solve_blocks import solve_blocks
+from mspc.solve_blocks import solve_blocks, solver_options
 from mspc.solvers import SOLVERS
+from mspc.solvers.obs import check_pattern
 from mspc.tokens import Tokens, calibration_tokens, evaluation_tokens
 from mspc.types import Matrix, PlannedMatrix
 
@@ -80,7 +81,12 @@ def compress(
     one is whole. Raises the errors of `mspc.errors`.
     """
     run = _Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, reporter or ConsoleReporter())
-    return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
+    try:
+        return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
+    except InputError:
+        if not any(run.folder.iterdir()):  # nothing was begun
+            run.folder.rmdir()
+        raise
 
 
 def evaluate(
@@ -123,6 +129,8 @@ class _Run:
         self.begin = time.monotonic()
         _check_names(self.recipe)
         self.source = resolve(self.model_name)
+        is_local = Path(self.model_name).expanduser().is_dir()
+        self.source_name = self.source.resolve().name if is_local else self.model_name
         if is_artifact(self.source):
             raise InputError(f"{self.source} is an mspc artifact already; compress the original checkpoint instead.")
         config = load_config(self.source)
@@ -134,12 +142,9 @@ class _Run:
     def compress(self, measurements: Path | None, spill: Path | None) -> Artifact:
         recipe, reporter = self.recipe, self.reporter
         checkpoint = Checkpoint(self.source)
-        model = open_model(self.source, device=self.device, dtype=recipe.dtype)
+        model = self.open_model()
         matrices = model.matrices(recipe.skip)
-        if recipe.plan is not None:
-            read_plan(Path(recipe.plan), _flat(matrices))  # find its mistakes before the long part
-        if not wants_sensitivity(recipe) and recipe.plan is None:
-            check_plan(allocate(recipe, matrices, {}))
+        self.checked(self.given_plan(matrices) or allocate(recipe, matrices, {}))  # mistakes, before the long part
         tokens = calibration_tokens(
             load_tokenizer(self.source), recipe.calibration, recipe.num_sequences, int(recipe.sequence_length or 0),
             recipe.seed,
@@ -168,7 +173,7 @@ class _Run:
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
-            "source": {"name": Path(self.model_name).name or self.model_name, "sha256": digests},
+            "source": {"name": self.source_name, "sha256": digests},
             "recipe": self.recipe.to_dict(),
             "calibration": {
                 "source": self.recipe.calibration,
@@ -197,21 +202,33 @@ class _Run:
         file = self.folder / PLAN
         if file.is_file() and self.resume:
             return read_plan(file, _flat(matrices))
-        if self.recipe.plan is not None:
-            plan = read_plan(Path(self.recipe.plan), _flat(matrices))
-        else:
+        plan = self.given_plan(matrices)
+        if plan is None:
             measured: dict[str, float] = {}
             if wants_sensitivity(self.recipe):
-                measured_on = model
-                if self.recipe.sensitivity == "hutchinson":  # fused attention has no second derivative
-                    measured_on = open_model(self.source, device=self.device, dtype=self.recipe.dtype, eager=True)
+                # Fused attention has no second derivative.
+                eager = self.recipe.sensitivity == "hutchinson"
+                measured_on = self.open_model(eager=True) if eager else model
                 identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
                 measured = sensitivities(
                     measured_on, tokens.ids, matrices, self.recipe, identity, measurements, self.reporter
                 )
             plan = allocate(self.recipe, matrices, measured)
+        write_plan(file, self.checked(plan))
+        return plan
+
+    def open_model(self, *, eager: bool = False) -> StreamedModel:
+        return open_model(self.source, device=self.device, dtype=self.recipe.dtype, eager=eager)
+
+    def given_plan(self, matrices: Sequence[Sequence[Matrix]]) -> list[PlannedMatrix] | None:
+        return read_plan(Path(self.recipe.plan), _flat(matrices)) if self.recipe.plan is not None else None
+
+    def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
+        """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
         check_plan(plan)
-        write_plan(file, plan)
+        if self.recipe.solver == "obs":
+            for matrix in plan:
+                check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
         return plan
 
     def copy_rest(

@@ -32,7 +32,7 @@ def solve_blocks(
 ) -> Iterator[str]:
     """The name of each matrix when it is solved. Blocks that the journal holds are installed, not solved again."""
     planned = {matrix.name: matrix for matrix in plan}
-    options = SolverOptions(criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order)
+    options = solver_options(recipe)
     rows: list[dict[str, Any]] = []
     stored: dict[str, Tensor] = {}
     for visit in walk(model, batches, matrices, _committed(folder, list(journal.entries))):
@@ -45,6 +45,10 @@ def solve_blocks(
             journal.commit({"file": row["file"], "sha256": sha256_of(folder / row["file"]), "matrices": rows})
             rows, stored = [], {}
         yield visit.matrix.name
+
+
+def solver_options(recipe: Recipe) -> SolverOptions:
+    return SolverOptions(criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order)
 
 
 def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int], dict[str, Tensor] | None]:
