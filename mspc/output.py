@@ -19,7 +19,8 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out needs a folder.")
     beside = out.with_name(f".{out.name}.new")
-    occupied = out.is_dir() and any(out.iterdir())
+    # A run that was killed over its first file leaves nothing but the temporary name of that.
+    occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
     if occupied and not is_artifact(out):
         raise InputError(f"{out} is not empty and was not written by mspc; choose another --out.")
     if occupied and not (resume or overwrite):

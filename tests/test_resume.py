@@ -1,0 +1,206 @@
+"""Nothing solved is lost: a run killed anywhere and resumed ends with the bytes of an undisturbed one (the oracle)."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mspc
+from mspc.errors import InputError
+from mspc.report import Silent
+from mspc.solvers.obs import Sweep
+
+TIMINGS = ("seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def recipe(calibration: Path) -> mspc.Recipe:
+    return mspc.Recipe(
+        bits=4, group_size=32, sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(llama, recipe, out)
+    return content(out)
+
+
+def run(model: Path, recipe: mspc.Recipe, out: Path, **options: bool) -> mspc.Artifact:
+    return mspc.compress(model, recipe, out=out, reporter=Silent(), **options)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file, the manifest without what a clock or the operating system decides."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    manifest = json.loads(files["mspc.json"])
+    for name in TIMINGS:
+        assert manifest.pop(name) > 0
+    return files | {"mspc.json": json.dumps(manifest).encode()}
+
+
+def killed_at(call: int, owner: object, name: str, action: Callable[[], object]) -> bool:
+    """Do `action` in a child that kills itself at the `call`-th call of `owner.name`; whether it came to that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads that a fork leaves behind
+        child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+        return os.WIFSIGNALED(status)
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    code = 1
+    try:
+        action()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_killed_at_every_flush_to_disk_and_resumed_is_bitwise_the_undisturbed_run(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Every durable step flushes: each file before its rename, the folder after it, every line of the journal."""
+    kills = 0
+    while True:
+        out = tmp_path / f"out{kills}"
+        if not killed_at(kills + 1, os, "fsync", lambda out=out: run(llama, recipe, out)):
+            break
+        kills += 1
+        run(llama, recipe, out, resume=True)
+        assert content(out) == undisturbed, f"killed at flush {kills}"
+    assert kills > 15
+
+
+def test_killed_at_random_moments_of_solving_and_resumed_is_bitwise_the_undisturbed_run(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    columns = sum(json.loads(undisturbed["mspc.json"])["matrices"][i]["shape"][1] for i in range(14))
+    for moment in random.Random(0).sample(range(1, columns + 1), 10):
+        out = tmp_path / f"out{moment}"
+        assert killed_at(moment, Sweep, "settle_column", lambda out=out: run(llama, recipe, out))
+        run(llama, recipe, out, resume=True)
+        assert content(out) == undisturbed, f"killed at column {moment}"
+
+
+def test_a_resumed_run_solves_no_block_again(
+    llama: Path, recipe: mspc.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first_block = 5 * 32 + 32 + 64  # columns of q, k, v, o, gate, up and down
+    assert killed_at(first_block + 1, Sweep, "settle_column", lambda: run(llama, recipe, out))
+    solved = []
+    original = Sweep.__post_init__
+    monkeypatch.setattr(Sweep, "__post_init__", lambda self: (solved.append(self.name), original(self))[1])
+    run(llama, recipe, out, resume=True)
+    assert solved
+    assert all(".layers.1." in name for name in solved)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_resume_of_nothing_starts_fresh(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path, *, made: bool
+) -> None:
+    out = tmp_path / "out"
+    if made:
+        out.mkdir()
+    run(llama, recipe, out, resume=True)
+    assert content(out) == undisturbed
+
+
+def test_resume_of_a_finished_run_changes_nothing(llama: Path, recipe: mspc.Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(llama, recipe, out)
+    before = (out / "mspc.json").read_bytes()
+    run(llama, recipe, out, resume=True)
+    assert (out / "mspc.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_names_what_differs(
+    llama: Path, folder_of: Callable[[str], Path], recipe: mspc.Recipe, heldout: Path, tmp_path: Path, *, finished: bool
+) -> None:
+    out = tmp_path / "out"
+    if finished:
+        run(llama, recipe, out)
+    else:
+        assert killed_at(300, Sweep, "settle_column", lambda: run(llama, recipe, out))
+    with pytest.raises(InputError, match=r"recipe\.sparsity was 0\.5 and is 0\.6"):
+        run(llama, mspc.Recipe(**recipe.to_dict() | {"sparsity": 0.6}), out, resume=True)
+    with pytest.raises(InputError, match=r"calibration\.sha256 was"):
+        run(llama, mspc.Recipe(**recipe.to_dict() | {"calibration": str(heldout)}), out, resume=True)
+    with pytest.raises(InputError, match=r"source\.sha256\.model\.safetensors was"):
+        run(folder_of("qwen2"), recipe, out, resume=True)
+
+
+def test_the_written_recipe_reproduces_every_byte(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.toml").write_bytes(undisturbed["recipe.toml"])
+    run(llama, mspc.Recipe.from_toml(tmp_path / "recipe.toml"), tmp_path / "out")
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_the_written_plan_gives_the_same_matrices(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_bytes(undisturbed["plan.json"])
+    run(llama, mspc.Recipe(**recipe.to_dict() | {"plan": str(plan)}), tmp_path / "out")
+    files = content(tmp_path / "out")
+    same = [name for name in files if name.startswith(("matrices/", "unchanged/"))]
+    assert len(same) == 3
+    assert all(files[name] == undisturbed[name] for name in same)
+
+
+def test_kept_measurements_are_used_and_change_no_byte(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "measurements"
+    mspc.compress(llama, recipe, out=tmp_path / "first", measurements=kept, reporter=Silent())
+    monkeypatch.setattr("mspc.measurements._gram", lambda *args: pytest.fail("measured again"))
+    mspc.compress(llama, recipe, out=tmp_path / "second", measurements=kept, reporter=Silent())
+    assert content(tmp_path / "second") == undisturbed
+
+
+def test_an_interrupt_exits_130_with_a_hint_and_can_be_resumed(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "recipe.toml").write_bytes(undisturbed["recipe.toml"])
+    options = ["--out", str(out), "--recipe", str(tmp_path / "recipe.toml")]
+    # A sweep that takes its time, so that the interrupt comes while it works.
+    slow = "import time; from mspc.solvers.obs import Sweep; settle = Sweep.settle_block; "
+    slow += "Sweep.settle_block = lambda *a: (time.sleep(0.5), settle(*a))[1]; from mspc.cli import main; main()"
+    command = [sys.executable, "-c", slow, "compress", str(llama), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (out / "plan.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, message
+    assert "--resume" in message
+    assert "Traceback" not in message
+    run(llama, recipe, out, resume=True)
+    assert content(out) == undisturbed
