@@ -261,7 +261,7 @@ class _Run:
         journal: Journal,
         spill: Path | None,
     ) -> None:
-        left = sum(map(len, matrices[len(journal.entries) :]))
+        left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
         with self.reporter.stage("Compressing", left) as step:
             batches = batches_of(model, tokens.ids, spill)
             for name in solve_blocks(model, batches, matrices, plan, self.recipe, self.folder, journal):

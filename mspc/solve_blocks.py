@@ -42,7 +42,8 @@ def solve_blocks(
         stored |= {f"{visit.matrix.name}.{part}": tensor for part, tensor in tensors.items()}
         if visit.is_last_of_block:
             write_tensors(folder / row["file"], stored)
-            journal.commit({"file": row["file"], "sha256": sha256_of(folder / row["file"]), "matrices": rows})
+            digest = sha256_of(folder / row["file"])
+            journal.commit({"block": visit.block, "file": row["file"], "sha256": digest, "matrices": rows})
             rows, stored = [], {}
         yield visit.matrix.name
 
@@ -54,10 +55,12 @@ def solver_options(recipe: Recipe) -> SolverOptions:
 def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int], dict[str, Tensor] | None]:
     """The weights of a block by matrix name, for blocks that were solved before."""
 
+    rows_of = {entry["block"]: entry["matrices"] for entry in entries}
+
     def weights(block: int) -> dict[str, Tensor] | None:
-        if block >= len(entries):
+        if block not in rows_of:
             return None
-        return {row["name"]: read_matrix(folder, row).weight for row in entries[block]["matrices"]}
+        return {row["name"]: read_matrix(folder, row).weight for row in rows_of[block]}
 
     return weights
 

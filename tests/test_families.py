@@ -1,7 +1,6 @@
 """Every architecture from the checkpoint to the dense export, with transformers itself as the oracle."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +121,18 @@ def test_what_is_not_compressed_stays_bit_by_bit(case):
         assert before[key].dtype == after[key].dtype
 
 
+def test_each_matrix_was_solved_on_what_the_compressed_ones_before_it_give(case, calibration):
+    """Oracle: the output error on hooked inputs of a transformers model in which all matrices before were replaced."""
+    whole, compressed = tiny.reference(case.source), tiny.reference(case.dense)
+    ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 8, tiny.LENGTH, seed=0).ids
+    for row in case.artifact.manifest["matrices"]:
+        weight, result = weight_of(whole, row), weight_of(compressed, row)
+        inputs = tiny.inputs_of(whole, ids, [row["name"]])[row["name"]]
+        error = float((inputs @ (weight - result).T).square().sum() / (inputs @ weight.T).square().sum())
+        assert row["output_error"] == pytest.approx(error, rel=1e-3), row["name"]
+        weight.copy_(result)
+
+
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("solver", ["obs", "mask"])
 def test_two_of_four(solver, bits, llama, calibration, heldout, tmp_path):
@@ -174,16 +185,7 @@ def mean_squared_gradients(whole: PreTrainedModel, names: list[str], ids: torch.
 
 
 def mean_squared_inputs(whole: PreTrainedModel, names: list[str], ids: torch.Tensor) -> list[float]:
-    means: dict[str, float] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args: means.update({name: float(args[0].square().mean())})
-
-    for name in names:
-        whole.get_submodule(name).register_forward_pre_hook(note(name))
-    with torch.no_grad():
-        whole(input_ids=ids, use_cache=False)
-    return [means[name] for name in names]
+    return [float(inputs.square().mean()) for inputs in tiny.inputs_of(whole, ids, names).values()]
 
 
 @pytest.mark.parametrize(("sensitivity", "oracle"), [("fisher", mean_squared_gradients), ("gram", mean_squared_inputs)])

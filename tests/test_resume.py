@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import mspc
+from mspc import pipeline
 from mspc.errors import InputError
 from mspc.report import Silent
 from mspc.solvers.obs import Sweep
@@ -99,6 +100,16 @@ def test_killed_at_random_moments_of_solving_and_resumed_is_bitwise_the_undistur
         assert killed_at(moment, Sweep, "settle_column", lambda out=out: run(llama, recipe, out))
         run(llama, recipe, out, resume=True)
         assert content(out) == undisturbed, f"killed at column {moment}"
+
+
+def test_blocks_without_matrices_do_not_confuse_a_resumed_run(llama: Path, recipe: mspc.Recipe, tmp_path: Path) -> None:
+    """With the first block left dense, the first commit is that of the second."""
+    skipping = mspc.Recipe(**recipe.to_dict() | {"skip": ["layers.0."]})
+    run(llama, skipping, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    assert killed_at(1, pipeline, "write_json", lambda: run(llama, skipping, out))  # all is solved, no manifest yet
+    run(llama, skipping, out, resume=True)
+    assert content(out) == content(tmp_path / "undisturbed")
 
 
 def test_a_resumed_run_solves_no_block_again(

@@ -1,13 +1,12 @@
 """The walk against hooks on the whole transformers model: every matrix once, with the Gram of exactly its input."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
@@ -29,21 +28,6 @@ def names(matrices: Iterable[Iterable[Matrix]]) -> list[str]:
     return [matrix.name for of_block in matrices for matrix in of_block]
 
 
-def inputs_of(model: PreTrainedModel, ids: Tensor, modules: Iterable[str]) -> dict[str, Tensor]:
-    """What each module reads, (tokens, I), in one forward pass of the whole model; in the order of the calls."""
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.update({name: args[0].detach().flatten(0, -2).clone()})
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in modules]
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def assert_gram(visit: Visit, inputs: Tensor) -> None:
     """Oracle: the Gram in float64."""
     expected = inputs.double().T @ inputs.double()
@@ -57,7 +41,7 @@ def test_grams_of_the_dense_model(family, folder_of):
     """Oracle: forward hooks on the transformers model."""
     model, ids = opened(folder_of(family)), tiny.ids(5)
     matrices = model.matrices(())
-    expected = inputs_of(tiny.reference(folder_of(family)), ids, names(matrices))
+    expected = tiny.inputs_of(tiny.reference(folder_of(family)), ids, names(matrices))
     visits = list(walk(model, batches_of(model, ids, batch_size=2), matrices))
     assert [visit.matrix.name for visit in visits] == list(expected)
     for visit in visits:
@@ -94,7 +78,7 @@ def test_walking_changes_nothing_and_visits_every_matrix_once(family, folder_of)
     assert sorted(name for name, _, _ in visits) == sorted(names(matrices))
     assert [block for _, block, _ in visits] == [index for index, count in enumerate(per_block) for _ in range(count)]
     assert [last for _, _, last in visits] == [i == count - 1 for count in per_block for i in range(count)]
-    expected = inputs_of(tiny.reference(folder_of(family)), ids, [_final_norm(model)])[_final_norm(model)]
+    expected = tiny.inputs_of(tiny.reference(folder_of(family)), ids, [_final_norm(model)])[_final_norm(model)]
     torch.testing.assert_close(batches[0].hidden.flatten(0, -2), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -114,7 +98,7 @@ def test_later_grams_see_what_was_installed_before(family, folder_of):
     whole = tiny.reference(folder_of(family))
     generator = torch.Generator().manual_seed(0)
     for visit in walk(model, batches_of(model, ids, batch_size=2), model.matrices(())):
-        inputs = inputs_of(whole, ids, [visit.matrix.name])[visit.matrix.name]
+        inputs = tiny.inputs_of(whole, ids, [visit.matrix.name])[visit.matrix.name]
         assert_gram(visit, inputs)
         replacement = visit.weight * (torch.rand(visit.weight.shape, generator=generator) < 0.5)
         install(visit.weight, replacement)

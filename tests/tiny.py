@@ -5,6 +5,7 @@ trivial, and the logits differ from token to token, so that a wrong mask, scale 
 """
 
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -118,6 +119,21 @@ def losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Cross entropy of every predicted token, (N, T - 1), by a plain forward pass of the whole model."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def inputs_of(model: PreTrainedModel, ids: Tensor, modules: Iterable[str]) -> dict[str, Tensor]:
+    """What each module reads, (tokens, I), in one forward pass of the whole model; in the order of the calls."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.update({name: args[0].detach().flatten(0, -2).clone()})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in modules]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
