@@ -4,12 +4,13 @@ Each format is one module with a function `export(artifact, out)` that fills an 
 """
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 
-from mspc.artifact import ArtifactSource
+from mspc.artifact import ArtifactSource, is_artifact
 from mspc.errors import InputError, unknown
-from mspc.output import publish
+from mspc.output import publish, sibling
 
 FORMATS = {"dense": "exporters.dense"}
 
@@ -24,11 +25,23 @@ def export(artifact: Path, format_name: str, out: Path, *, overwrite: bool = Fal
     source = ArtifactSource(artifact)
     if out.resolve() == artifact.resolve():
         raise InputError(f"--out {out} is the artifact itself; choose another folder.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise InputError(f"{out} is not empty; choose another --out, or --overwrite it.")
-    partial = out.with_name(f".{out.name}.new")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not _is_export(out):
+            raise InputError(f"{out} is not empty and was not exported by mspc; choose another --out.")
+        if not overwrite:
+            raise InputError(f"{out} holds an older export; choose another --out, or --overwrite it.")
+    partial = sibling(out, "new")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     importlib.import_module(FORMATS[format_name]).export(source, partial)
     publish(partial, out)
     return out
+
+
+def _is_export(folder: Path) -> bool:
+    if is_artifact(folder):
+        return False
+    try:
+        return "mspc" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

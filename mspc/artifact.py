@@ -59,6 +59,11 @@ class ArtifactSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
+        for name in [*self.manifest["source"]["shards"], *(row["file"] for row in self.manifest["matrices"])]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise InputError(
+                    f"{folder / MANIFEST} points outside its folder, at {name!r}; do not use this artifact."
+                )
         self._shards: dict[str, list[str]] = self.manifest["source"]["shards"]
         self._shard_of = {key: shard for shard, keys in self._shards.items() for key in keys}
         self._rows: dict[str, list[dict[str, Any]]] = {}

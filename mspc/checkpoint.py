@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mspc.errors import InputError, StorageError
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -61,6 +62,9 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    """One file, or what the index names, in the order in which transformers looks for them; else all there are."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
     index = folder / INDEX
     if index.is_file():
         try:

@@ -18,7 +18,7 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
         raise InputError("--resume and --overwrite exclude each other: continue the old run, or replace it?")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out needs a folder.")
-    beside = out.with_name(f".{out.name}.new")
+    beside = sibling(out, "new")
     # A run that was killed over its first file leaves nothing but the temporary name of that.
     occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
     if occupied and not is_artifact(out):
@@ -26,12 +26,9 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     if occupied and not (resume or overwrite):
         state = "a finished artifact" if (out / MANIFEST).is_file() else "an unfinished run"
         raise InputError(f"{out} holds {state}; use --resume to continue it, --overwrite to replace it.")
-    folder = out
-    if occupied and overwrite:
+    if not resume:  # then what an earlier run left there is of no use
         shutil.rmtree(beside, ignore_errors=True)
-        folder = beside
-    elif resume and beside.is_dir():
-        folder = beside
+    folder = beside if (occupied and overwrite) or beside.is_dir() else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -39,16 +36,22 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
+def sibling(out: Path, ending: str) -> Path:
+    """`.NAME.ending` beside a folder, also where the folder was given as `.` or by a link."""
+    folder = out.resolve()
+    return folder.with_name(f".{folder.name}.{ending}")
+
+
 def publish(folder: Path, out: Path) -> None:
     """Put a finished folder where the user wants it; the older one there goes last."""
-    if folder == out:
-        return
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
-    sync_folder(out.parent)
+    old = sibling(out, "old")
+    if folder != out:
+        place = out.resolve()
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            place.rename(old)
+        folder.rename(place)
+        sync_folder(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,7 @@ def compress(
     try:
         return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
     except InputError:
-        if not any(run.folder.iterdir()):  # nothing was begun
+        with suppress(OSError):  # goes only if it is empty: nothing was begun
             run.folder.rmdir()
         raise
 
@@ -102,6 +103,8 @@ def evaluate(
     """Perplexity of a checkpoint folder, hub id or artifact on the held-out split of a text."""
     if max_windows is not None and max_windows < 1:
         raise InputError(f"max_windows must be at least 1, not {max_windows}.")
+    if sequence_length is not None and sequence_length < 2:
+        raise InputError(f"sequence_length must be at least 2, not {sequence_length}.")
     folder = resolve(str(path))
     length = choose_sequence_length(load_config(folder), sequence_length)
     tokens = evaluation_tokens(load_tokenizer(folder), text, length, max_windows)

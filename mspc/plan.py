@@ -5,6 +5,7 @@ One matrix a line. Only `name`, `pattern`, `sparsity`, `bits`, `group_size` and 
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def target_to_dict(target: Target) -> dict[str, Any]:
 def target_from_dict(row: dict[str, Any]) -> Target:
     pattern: Pattern
     if row.get("pattern", "unstructured") == "unstructured":
+        if "sparsity" not in row:
+            raise InputError("its sparsity is missing")
         pattern = Unstructured(row["sparsity"])
     else:
         pattern = parse_nm(row["pattern"])
@@ -37,8 +40,12 @@ def target_from_dict(row: dict[str, Any]) -> Target:
     bits = row.get("bits", 16)
     if bits not in (16, 8, 4, 3, 2):
         raise InputError(f"bits must be 16, 8, 4, 3 or 2, not {bits}")
-    size = row.get("group_size", ROW)
-    grid = Grid(bits, None if size == ROW else int(size), bool(row.get("symmetric", True)))
+    size, symmetric = row.get("group_size", ROW), row.get("symmetric", True)
+    if size != ROW and (type(size) is not int or size < 1):
+        raise InputError(f"group_size must be a whole number from 1 or {ROW!r}, not {size!r}")
+    if type(symmetric) is not bool:
+        raise InputError(f"symmetric must be true or false, not {symmetric!r}")
+    grid = Grid(int(bits), None if size == ROW else size, symmetric)
     return Target(pattern, None if bits == 16 else grid)
 
 
@@ -54,13 +61,17 @@ def write_plan(path: Path, plan: Sequence[PlannedMatrix]) -> None:
 def read_plan(path: Path, matrices: Sequence[Matrix]) -> list[PlannedMatrix]:
     """The plan for exactly these matrices, in their order.
 
-    Raises InputError for a line that makes no sense, a matrix the model does not have, and one the plan leaves out.
+    Raises InputError for a line that makes no sense or comes twice, a matrix the model does not have, and one that the
+    plan leaves out.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["matrices"]
-        by_name = {row["name"]: row for row in rows}
+        by_name = {str(row["name"]): row for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"Plan {path} cannot be read ({error!r}); expected the format of a plan.json.") from error
+    twice = [name for name, count in Counter(str(row["name"]) for row in rows).items() if count > 1]
+    if twice:
+        raise InputError(f"Plan {path} has more than one line for {', '.join(twice[:3])}.")
     names = {matrix.name for matrix in matrices}
     for name, row in by_name.items():
         if name not in names:

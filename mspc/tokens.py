@@ -82,9 +82,8 @@ def evaluation_tokens(tokenizer: Any, source: str, sequence_length: int, max_win
     The documents are joined by blank lines and tokenized as one text, so there is a BOS at the very start at most.
     """
     text = "\n\n".join(load_documents(source, "heldout"))
-    if max_windows is not None:  # no tokenizer here makes more than one token of a character
-        text = text[: max_windows * sequence_length * 16]
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    most = None if max_windows is None else max_windows * sequence_length
+    ids = torch.tensor(_first_tokens(tokenizer, text, most))
     windows = min(len(ids) // sequence_length, max_windows or len(ids))
     if windows < 1:
         raise InputError(
@@ -92,6 +91,18 @@ def evaluation_tokens(tokenizer: Any, source: str, sequence_length: int, max_win
             "--sequence-length or give more text."
         )
     return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), source)
+
+
+def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
+    """The tokens of a text, or at least its first `most`, from a part cut so far behind them that it cannot matter."""
+    if most is None:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    characters = 16 * most
+    while True:
+        ids = list(tokenizer(text[:characters], verbose=False)["input_ids"])
+        if characters >= len(text) or len(ids) >= 2 * most:
+            return ids
+        characters *= 2
 
 
 def load_documents(source: str, split: Split) -> list[str]:
@@ -157,7 +168,8 @@ def _read_parquet(path: Path) -> list[str]:
     except ImportError as error:
         raise InputError(f"Reading {path} needs pyarrow: pip install 'mspc[parquet]'.") from error
     try:
-        return list(pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        column = pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null()
+        return list(column.cast(pyarrow.string()).to_pylist())
     except (pyarrow.ArrowException, KeyError) as error:
         raise InputError(f"{path} cannot be read as parquet with a `text` column: {error}.") from error
 

@@ -25,14 +25,14 @@ class Unstructured:
 
 @dataclass(frozen=True, slots=True)
 class NM:
-    """At most `keep` of every `of` consecutive weights of a row are nonzero: 2:4 is NM(2, 4)."""
+    """At most `keep` of every `of` consecutive weights of a row are nonzero: 2:4 is NM(2, 4). A place is one byte."""
 
     keep: int
     of: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.keep <= self.of:
-            raise InputError(f"An N:M pattern needs 1 <= N <= M, not {self.keep}:{self.of}.")
+        if not 1 <= self.keep <= self.of <= 256:
+            raise InputError(f"An N:M pattern needs 1 <= N <= M <= 256, not {self.keep}:{self.of}.")
 
     @property
     def sparsity(self) -> float:

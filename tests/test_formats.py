@@ -1,0 +1,161 @@
+"""Stored bits against golden bytes written out by hand, exact round trips, and the sizes that the layout promises."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import few
+from safetensors.torch import load, save
+
+from mspc.formats.bits import pack_bits, unpack_bits
+from mspc.formats.canonical import index_bits, pack, unpack
+from mspc.masks import num_pruned, prune_lowest, prune_n_of_m
+from mspc.quant import dequantize, round_to_nearest
+from mspc.types import NM, CompressedLinear, Grid, Pattern, Target, Unstructured
+
+PATTERNS = [
+    *(Unstructured(sparsity) for sparsity in (0.0, 0.5, 0.61, 1.0)),
+    *(NM(2, 4), NM(4, 8), NM(5, 16), NM(16, 16), NM(1, 4), NM(3, 6), NM(1, 1)),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GRIDS = [Grid(bits, size, symmetric) for bits in (2, 3, 4, 8) for size in (48, None) for symmetric in (True, False)]
+SHAPE = (10, 96)
+
+
+def compressed(pattern: Pattern, grid: Grid | None = None, shape: tuple[int, int] = SHAPE) -> CompressedLinear:
+    """What a solver delivers: random weights, pruned by magnitude, rounded to nearest."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if isinstance(pattern, NM):
+        mask = prune_n_of_m(weight.abs(), pattern)
+    else:
+        mask = prune_lowest(weight.abs(), num_pruned(weight.numel(), pattern.sparsity))
+    codes = None if grid is None else round_to_nearest(weight, mask, torch.ones(shape[1]), grid, "m")
+    kept = weight * mask if codes is None else dequantize(codes)
+    return CompressedLinear(kept, mask, Target(pattern, grid), codes)
+
+
+def stored_bits(tensors: dict[str, torch.Tensor]) -> int:
+    return 8 * sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("bits", "values", "golden"),
+    [
+        (1, [1, 0, 0, 0, 0, 0, 1, 1, 1], [0b11000001, 0b00000001]),
+        (2, [1, 2, 3, 0, 2], [0b00_11_10_01, 0b10]),
+        (3, [1, 2, 7, 4, 5], [0b11_010_001, 0b0_101_100_1]),  # 7 lies across the bytes
+        (4, [1, 15, 8], [0xF1, 0x08]),
+        (8, [0, 255, 7], [0, 255, 7]),
+    ],
+)
+def test_golden_bytes(bits, values, golden):
+    packed = pack_bits(torch.tensor(values, dtype=torch.uint8), bits)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == golden
+    assert unpack_bits(packed, bits, len(values)).tolist() == values
+
+
+@few
+@given(st.integers(1, 8), st.data())
+def test_bits_equal_one_big_integer_and_come_back(bits, data):
+    """Oracle: the values as digits of one Python integer, low digits first."""
+    values = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=40))
+    packed = pack_bits(torch.tensor(values, dtype=torch.uint8), bits)
+    number = sum(value << (bits * place) for place, value in enumerate(values))
+    assert bytes(packed.tolist()) == number.to_bytes(-(-len(values) * bits // 8), "little")
+    assert unpack_bits(packed, bits, len(values)).tolist() == values
+
+
+def test_any_shape_is_packed_in_row_major_order():
+    values = torch.arange(12, dtype=torch.uint8).view(3, 4)
+    assert torch.equal(pack_bits(values, 4), pack_bits(values.flatten(), 4))
+    assert torch.equal(pack_bits(values.T, 4), pack_bits(values.T.contiguous().flatten(), 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_kept_weights_come_back_exactly(pattern, dtype):
+    matrix = compressed(pattern)
+    back = unpack(load(save(pack(matrix, dtype))), SHAPE, matrix.target, dtype)
+    assert back.weight.dtype == dtype
+    assert torch.equal(back.weight, matrix.weight.to(dtype))
+    assert torch.equal(back.mask, matrix.mask)
+    assert back.codes is None
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_codes_come_back_exactly(pattern, grid):
+    matrix = compressed(pattern, grid)
+    back = unpack(load(save(pack(matrix, torch.float32))), SHAPE, matrix.target, torch.float32)
+    assert torch.equal(back.weight, matrix.weight)
+    assert torch.equal(back.mask, matrix.mask)
+    for part in ("values", "scales", "zeros"):
+        assert torch.equal(getattr(back.codes, part), getattr(matrix.codes, part)), part
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_weights_have_the_dtype_of_the_checkpoint(dtype):
+    matrix = compressed(NM(2, 4), Grid(4, 32))
+    back = unpack(pack(matrix, dtype), SHAPE, matrix.target, dtype)
+    assert torch.equal(back.weight, matrix.weight.to(dtype))
+
+
+def test_zeros_among_the_kept_weights_stay_kept():
+    """A mask is what the solver decided, not where zeros happen to be."""
+    matrix = compressed(NM(2, 4))
+    matrix.weight[matrix.mask] = 0
+    assert torch.equal(unpack(pack(matrix, torch.float16), SHAPE, matrix.target, torch.float16).mask, matrix.mask)
+
+
+@pytest.mark.parametrize(("of", "bits"), [(1, 0), (2, 1), (4, 2), (5, 3), (8, 3), (16, 4), (256, 8)])
+def test_index_bits(of, bits):
+    """Oracle: the places 0 .. M - 1 written in binary."""
+    assert index_bits(NM(1, of)) == (len(f"{of - 1:b}") if of > 1 else 0) == bits
+
+
+@pytest.mark.parametrize("of", [128, 256])
+def test_places_in_the_largest_groups_come_back(of):
+    matrix = compressed(NM(3, of), shape=(6, 512))
+    back = unpack(pack(matrix, torch.float32), (6, 512), matrix.target, torch.float32)
+    assert torch.equal(back.weight, matrix.weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid", "dtype", "expected"),
+    [
+        (NM(2, 4), Grid(4, 128), torch.bfloat16, 2 + 1 + 0.125),
+        (Unstructured(0.5), Grid(4, 128), torch.bfloat16, 1 + 2 + 0.125),
+        (Unstructured(0.0), Grid(4, 128), torch.bfloat16, 4 + 0.125),
+        (Unstructured(0.0), Grid(4, 128, False), torch.bfloat16, 4 + 0.125 + 4 / 128),
+        (Unstructured(0.0), Grid(3, 128), torch.bfloat16, 3 + 0.125),
+        (Unstructured(0.5), Grid(8, 64), torch.float32, 1 + 4 + 0.25),
+        (NM(2, 4), None, torch.bfloat16, 8 + 1),
+        (NM(5, 16), None, torch.float16, 5 + 5 * 4 / 16),
+        (NM(16, 16), None, torch.float16, 16),
+        (Unstructured(0.75), None, torch.float32, 1 + 8),
+        (Unstructured(0.0), None, torch.float32, 32),
+        (NM(2, 4), Grid(4, None), torch.bfloat16, 2 + 1 + 16 / 256),
+    ],
+)
+def test_bits_per_weight_are_what_the_layout_says(pattern, grid, dtype, expected):
+    """Oracle: the arithmetic of the layout. 64 x 256 weights leave nothing to pad."""
+    tensors = pack(compressed(pattern, grid, (64, 256)), dtype)
+    assert stored_bits(tensors) / (64 * 256) == expected
+
+
+def test_padding_is_less_than_a_byte_a_tensor():
+    matrix = compressed(Unstructured(0.5), Grid(3, 5, False), (7, 15))
+    kept, groups = int(matrix.mask.sum()), 7 * 3
+    least = 105 + 3 * kept + (16 + 3) * groups
+    assert least <= stored_bits(pack(matrix, torch.float32)) < least + 3 * 8
+
+
+@few
+@given(st.integers(1, 12), st.integers(1, 6), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.floats(0, 1))
+def test_odd_sizes_come_back_exactly(num_rows, num_groups, bits, symmetric, sparsity):
+    shape = (num_rows, 7 * num_groups)
+    matrix = compressed(Unstructured(sparsity), Grid(bits, 7, symmetric), shape)
+    back = unpack(pack(matrix, torch.float32), shape, matrix.target, torch.float32)
+    assert torch.equal(back.weight, matrix.weight)
+    assert torch.equal(back.mask, matrix.mask)
