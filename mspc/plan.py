@@ -29,12 +29,14 @@ def target_to_dict(target: Target) -> dict[str, Any]:
 
 def target_from_dict(row: dict[str, Any]) -> Target:
     pattern: Pattern
+    if type(row.get("sparsity", 0)) not in (int, float):
+        raise InputError(f"sparsity must be a number, not {row['sparsity']!r}")
     if row.get("pattern", "unstructured") == "unstructured":
         if "sparsity" not in row:
             raise InputError("its sparsity is missing")
         pattern = Unstructured(row["sparsity"])
     else:
-        pattern = parse_nm(row["pattern"])
+        pattern = parse_nm(str(row["pattern"]))
         if abs(row.get("sparsity", pattern.sparsity) - pattern.sparsity) > 5e-5:
             raise InputError(f"pattern {pattern} fixes the sparsity at {pattern.sparsity:g}, not {row['sparsity']:g}")
     bits = row.get("bits", 16)
@@ -92,4 +94,4 @@ def _planned(path: Path, matrix: Matrix, row: dict[str, Any]) -> PlannedMatrix:
     try:
         return PlannedMatrix(matrix.name, matrix.shape, target_from_dict(row), row.get("sensitivity"))
     except (InputError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"Plan {path}, {matrix.name}: {error}.") from error
+        raise InputError(f"Plan {path}, {matrix.name}: {str(error).removesuffix('.')}.") from error

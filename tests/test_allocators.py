@@ -1,6 +1,6 @@
 """Allocators against the paper's formula, exact counting, and brute force over all roundings of a few matrices."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -90,7 +90,7 @@ def test_the_order_of_wishes_survives_the_budget(numels, data, sparsity, alpha):
     wished = trace_rank(data.draw(some_sensitivities(len(numels))), numels, sparsity, alpha)
     counts = exact_counts(wished, numels, sparsity)
     by_wish = sorted(range(len(numels)), key=lambda i: wished[i])
-    for low, high in zip(by_wish, by_wish[1:], strict=False):
+    for low, high in pairwise(by_wish):
         assert (counts[low] - 1) / numels[low] <= (counts[high] + 1) / numels[high]
 
 
@@ -210,3 +210,22 @@ def test_what_does_not_divide_is_named(recipe, message):
 
 def test_what_divides_passes():
     check_plan(allocate(Recipe(pattern="4:8", bits=4, group_size=None), MODEL, {}))
+
+
+def test_counts_are_exact_at_the_size_of_a_large_model():
+    """Oracle: the sum of whole numbers, where shares near 4e7 of 10 billion weights leave few digits for fractions."""
+    numels = [4096 * 4096, 4096 * 11008, 11008 * 4095] * 32
+    counts = exact_counts([0.4 + 0.2 * i / 95 for i in range(96)], numels, 0.5)
+    assert sum(counts) == round(sum(numels) / 2)
+
+
+@few
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(0, 4)), min_size=1, max_size=20), sparsities)
+def test_layer_trace_rank_is_trace_rank_of_the_sums(rows, sparsity):
+    """Oracle: the rank of a layer counted pair by pair, ties by number of the layer."""
+    blocks = [block for _, block in rows]
+    sums = {layer: sum((value for value, block in rows if block == layer), 0.0) for layer in set(blocks)}
+    wished = layer_trace_rank([value for value, _ in rows], blocks, sparsity, 0.1)
+    for block, got in zip(blocks, wished, strict=True):
+        rank = sum((sums[other], other) < (sums[block], block) for other in sums)
+        assert got == pytest.approx(sparsity + 0.1 - 0.2 * rank / (len(sums) - 1) if len(sums) > 1 else sparsity)

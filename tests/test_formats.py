@@ -11,7 +11,9 @@ from mspc.formats.bits import pack_bits, unpack_bits
 from mspc.formats.canonical import index_bits, pack, unpack
 from mspc.masks import num_pruned, prune_lowest, prune_n_of_m
 from mspc.quant import dequantize, round_to_nearest
-from mspc.types import NM, CompressedLinear, Grid, Pattern, Target, Unstructured
+from mspc.solvers import SolverOptions
+from mspc.solvers.obs import obs
+from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target, Unstructured
 
 PATTERNS = [
     *(Unstructured(sparsity) for sparsity in (0.0, 0.5, 0.61, 1.0)),
@@ -159,3 +161,52 @@ def test_odd_sizes_come_back_exactly(num_rows, num_groups, bits, symmetric, spar
     back = unpack(pack(matrix, torch.float32), shape, matrix.target, torch.float32)
     assert torch.equal(back.weight, matrix.weight)
     assert torch.equal(back.mask, matrix.mask)
+
+
+@pytest.mark.parametrize("grid", [None, Grid(3, 32, False), Grid(4, None)], ids=repr)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(5, 16)], ids=repr)
+def test_what_the_sweep_returns_comes_back_bit_for_bit(pattern, grid):
+    """Oracle: the result of `obs` itself, whose tensors were transposed and so may have odd strides."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(16, 64, generator=generator), torch.randn(128, 64, generator=generator)
+    matrix = obs(weight, GramStats(inputs.T @ inputs, 128), Target(pattern, grid), SolverOptions(), "m")
+    back = unpack(load(save(pack(matrix, torch.float32))), (16, 64), matrix.target, torch.float32)
+    assert torch.equal(back.weight.view(torch.int32), matrix.weight.view(torch.int32))
+    assert torch.equal(back.mask, matrix.mask)
+    if grid is not None:
+        for part in ("values", "scales", "zeros"):
+            assert torch.equal(getattr(back.codes, part), getattr(matrix.codes, part)), part
+
+
+def test_two_of_four_by_hand():
+    """One row written out: places 1, 3 and 0, 2 are kept, codes 9, 7 and 15, 8 about the middle 8, scale 0.5."""
+    codes = Codes(
+        torch.tensor([[8, 9, 8, 7, 15, 8, 8, 8]], dtype=torch.uint8),
+        torch.tensor([[0.5]]).half(),
+        torch.tensor([[8]], dtype=torch.uint8),
+    )
+    weight, mask = torch.tensor([[0, 0.5, 0, -0.5, 3.5, 0, 0, 0]]), torch.tensor([[0, 1, 0, 1, 1, 0, 1, 0]]).bool()
+    target = Target(NM(2, 4), Grid(4, None))
+    tensors = pack(CompressedLinear(weight, mask, target, codes), torch.float32)
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "codes": [0x79, 0x8F],
+        "scales": [[0.5]],
+        "indices": [0b10_00_11_01],
+    }
+    assert torch.equal(unpack(tensors, (1, 8), target, torch.float32).weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid", "names"),
+    [
+        (Unstructured(0.5), None, {"values", "mask"}),
+        (Unstructured(0.0), None, {"values"}),
+        (NM(4, 4), None, {"values"}),
+        (NM(2, 4), Grid(4, 32), {"codes", "scales", "indices"}),
+        (Unstructured(0.5), Grid(4, 32, False), {"codes", "scales", "zeros", "mask"}),
+    ],
+    ids=repr,
+)
+def test_only_what_the_target_needs_is_stored(pattern, grid, names):
+    """Oracle: the table of the layout."""
+    assert set(pack(compressed(pattern, grid), torch.float32)) == names

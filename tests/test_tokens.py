@@ -1,8 +1,11 @@
 """Tokens against a corpus of numbered words: every token says where it came from."""
 
 import json
+import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mspc import builtin_text
+from mspc import builtin_text, tokens
 from mspc.errors import InputError
 from mspc.tokens import calibration_tokens, evaluation_tokens, load_documents
 
@@ -103,15 +106,15 @@ def test_every_document_begins_with_the_bos_of_its_tokenizer(tmp_path):
     ids = calibration_tokens(numbers_tokenizer(bos=True), corpus(tmp_path, [5] * 40), 6, 32, 3).ids
     flat = ids.flatten().tolist()
     assert flat[0] == BOS
-    for before, token in zip(flat, flat[1:], strict=False):
+    for before, token in pairwise(flat):
         assert (before == BOS) == (token != BOS and token % 5 == 0)
 
 
 def test_evaluation_windows_are_slices_of_one_tokenization(tmp_path):
     source = corpus(tmp_path, [50, 3, 200, 1, 77])
-    tokens = evaluation_tokens(NUMBERS, source, 32, None)
-    assert tokens.ids.flatten().tolist() == list(range(331 // 32 * 32))  # in order, the remainder dropped
-    assert tokens.ids.shape == (10, 32)
+    ids = evaluation_tokens(NUMBERS, source, 32, None).ids
+    assert ids.flatten().tolist() == list(range(331 // 32 * 32))  # in order, the remainder dropped
+    assert ids.shape == (10, 32)
 
 
 def test_documents_are_joined_by_blank_lines_and_tokenized_as_one_text(tmp_path, heldout):
@@ -139,7 +142,7 @@ def test_max_windows_are_the_first_of_all(max_windows, heldout):
     assert torch.equal(evaluation_tokens(tokenizer, str(heldout), 32, max_windows).ids, everything[:max_windows])
 
 
-@pytest.mark.parametrize("characters", [1, 4, 15, 16, 17, 33, 400])
+@pytest.mark.parametrize("characters", [1, 4, 10, 11, 12, 13, 16, 33, 400])
 @pytest.mark.parametrize("max_windows", [1, 3])
 def test_max_windows_are_the_first_of_all_however_long_a_token_is(max_windows, characters, tmp_path):
     """Words of one token each, some of them hundreds of characters long; the last windows must not be cut words."""
@@ -190,7 +193,7 @@ def test_every_kind_of_file_and_a_folder_of_them(tmp_path):
     for name, texts in expected.items():
         assert load_documents(str(tmp_path / name), "calibration") == texts
         assert load_documents(str(tmp_path / name), "heldout") == texts
-    assert load_documents(str(tmp_path), "calibration") == [*sum(expected.values(), []), "six"]
+    assert load_documents(str(tmp_path), "calibration") == [*expected["a.txt"], "two", "three", "four", "five", "six"]
 
 
 def test_empty_documents_and_missing_values_are_left_out(tmp_path):
@@ -235,9 +238,104 @@ def test_sources_that_are_nothing(tmp_path):
             load_documents(str(source), "calibration")
 
 
-@pytest.mark.parametrize("source", ["someone/some-text", "nosuchtext", "c4", "wikitext2"])
-def test_texts_of_the_hub_are_refused_at_once_offline(source):
+@pytest.mark.parametrize("source", ["someone/no-such-text", "nosuchtext"])
+def test_unknown_texts_are_refused_at_once_offline(source):
     begin = time.monotonic()
     with pytest.raises(InputError, match=rf"Text '{source}' .*could not be loaded from the hub.*--calibration builtin"):
         load_documents(source, "calibration")
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "asked", "expected"),
+    [
+        ("c4", "calibration", ("allenai/c4", "en", "train"), ["a", "", "b"]),
+        ("c4", "heldout", ("allenai/c4", "en", "validation"), ["a", "", "b"]),
+        ("wikitext2", "calibration", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"), ["a\n\n\n\nb"]),
+        ("wikitext2", "heldout", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), ["a\n\n\n\nb"]),
+        ("some/text", "heldout", ("some/text", None, "test"), ["a", "", "b"]),
+    ],
+)
+def test_which_split_of_a_hub_text_is_read(source, split, asked, expected, monkeypatch):
+    """Rows of WikiText are joined by blank lines, empty rows too, as GPTQ and its successors do."""
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name, configuration, *, split, streaming):
+        calls.append((name, configuration, split))
+        return iter([{"text": "a"}, {"text": ""}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_documents(source, split) == expected
+    assert calls == [asked]
+
+
+def test_a_hub_text_without_a_text_column(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([{"words": "a"}]))
+    with pytest.raises(InputError, match="Dataset 'some/text' has no `text` column"):
+        load_documents("some/text", "calibration")
+
+
+def test_every_place_of_a_document_can_be_drawn(tmp_path):
+    """Oracle: the five places that a window of 4 has in 8 words, over seeds."""
+    source = corpus(tmp_path, [8])
+    assert {int(calibration_tokens(NUMBERS, source, 1, 4, seed).ids[0, 0]) for seed in range(100)} == set(range(5))
+
+
+def test_only_the_documents_that_are_needed_are_tokenized(tmp_path):
+    """Oracle: a count of calls; four windows need four documents of fifty."""
+    calls = []
+
+    def counted(text: str, *, verbose: bool) -> dict[str, list[int]]:
+        calls.append(text)
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    calibration_tokens(counted, corpus(tmp_path, [50] * 50), 4, 10, 0)
+    assert len(set(calls)) == len(calls) == 4
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[tuple[object, ...]]:
+    """A hub whose every set has three rows; the list fills with what is asked of it."""
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(name: str, configuration: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, configuration, split, streaming))
+        return [{"body" if name == "other/column" else "text": f"{split} {i}"} for i in range(3)]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_sets_of_the_hub_are_asked_for_the_split_of_each_use(hub):
+    """Oracle: ids and splits of the known sets, WikiText's rows as one document, train and test of any other set."""
+    assert load_documents("c4", "calibration") == ["train 0", "train 1", "train 2"]
+    assert load_documents("c4", "heldout") == ["validation 0", "validation 1", "validation 2"]
+    assert load_documents("wikitext2", "heldout") == ["test 0\n\ntest 1\n\ntest 2"]
+    assert load_documents("some/set", "heldout") == ["test 0", "test 1", "test 2"]
+    assert hub == [
+        ("allenai/c4", "en", "train", True),
+        ("allenai/c4", "en", "validation", True),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True),
+        ("some/set", None, "test", True),
+    ]
+
+
+def test_sets_of_the_hub_are_read_only_so_far(hub, monkeypatch):
+    monkeypatch.setattr(tokens, "MOST_HUB_DOCUMENTS", 2)
+    assert load_documents("some/set", "calibration") == ["train 0", "train 1"]
+
+
+def test_a_set_of_the_hub_without_text_is_refused(hub):
+    with pytest.raises(InputError, match="'other/column' has no `text` column"):
+        load_documents("other/column", "calibration")
+
+
+def test_sets_of_the_hub_need_a_package(monkeypatch):
+    """Oracle: what to install; a missing path is not sought on the hub at all."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"mspc\[datasets\]"):
+        load_documents("c4", "calibration")
+    with pytest.raises(InputError, match=r"missing\.parquet' does not exist"):
+        load_documents("some/missing.parquet", "calibration")

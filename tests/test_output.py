@@ -1,0 +1,206 @@
+"""Where a run may write, and that an old output is there, whole, until the new one is: checked after every kill."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_resume import content, killed_at, run
+
+import mspc
+from mspc.artifact import MANIFEST, read_manifest
+from mspc.errors import InputError, StorageError
+from mspc.journal import NAME as JOURNAL
+from mspc.output import check_space, publish, sibling, working_folder
+
+
+def filled(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text(folder.name)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fresh(out: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    return working_folder(out, resume=resume, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_new_output_is_written_in_place(flags, tmp_path):
+    assert fresh(tmp_path / "deep" / "out", **flags) == tmp_path / "deep" / "out"
+    assert fresh(tmp_path / "deep" / "out", **flags) == tmp_path / "deep" / "out"  # it is empty
+    assert names(tmp_path) == ["deep"]
+
+
+@pytest.mark.parametrize(("file", "state"), [(MANIFEST, "a finished artifact"), (JOURNAL, "an unfinished run")])
+def test_an_older_output_needs_a_decision(file, state, tmp_path):
+    out = filled(tmp_path / "out", file)
+    with pytest.raises(InputError, match=rf"out holds {state}; use --resume to continue it, --overwrite to replace it"):
+        fresh(out)
+    assert fresh(out, resume=True) == out
+    assert fresh(out, overwrite=True) == tmp_path / ".out.new"
+    assert names(out) == [file]
+
+
+def test_resume_goes_on_beside_where_the_run_was(tmp_path):
+    out = filled(tmp_path / "out", MANIFEST)
+    beside = fresh(out, overwrite=True)
+    (beside / JOURNAL).write_text("")
+    assert fresh(out, resume=True) == beside
+    assert names(beside) == [JOURNAL]
+    assert fresh(out, overwrite=True) == beside
+    assert names(beside) == []  # begun anew
+
+
+def test_a_run_begun_anew_is_not_resumed_as_an_older_one(tmp_path):
+    """What an interrupted --overwrite left beside goes when the next run neither resumes nor replaces."""
+    out = filled(tmp_path / "out", MANIFEST)
+    (fresh(out, overwrite=True) / JOURNAL).write_text("")
+    shutil.rmtree(out)
+    assert fresh(out) == out
+    assert fresh(out, resume=True) == out
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_folders_of_others_are_not_touched(flags, tmp_path):
+    out = filled(tmp_path / "out", "thesis.tex")
+    with pytest.raises(InputError, match="out is not empty and was not written by mspc"):
+        fresh(out, **flags)
+    with pytest.raises(InputError, match=r"thesis\.tex is a file; --out needs a folder"):
+        fresh(out / "thesis.tex", **flags)
+    assert names(out) == ["thesis.tex"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(InputError, match="--resume and --overwrite exclude each other"):
+        fresh(tmp_path / "out", resume=True, overwrite=True)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Cannot make .*file/out"):
+        fresh(tmp_path / "file" / "out")
+
+
+def test_the_current_folder_and_links_are_folders_too(tmp_path, monkeypatch):
+    filled(tmp_path / "out", MANIFEST)
+    monkeypatch.chdir(tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    for out in (Path(), Path("../out"), tmp_path / "link"):
+        assert fresh(out, overwrite=True) == tmp_path / ".out.new"
+    publish(fresh(Path(), overwrite=True), Path())
+    assert names(tmp_path) == ["link", "out"]
+    assert names(tmp_path / "out") == []
+
+
+def test_publishing_replaces_the_older_and_leaves_nothing_else(tmp_path):
+    out, new = filled(tmp_path / "out", "old"), filled(tmp_path / ".out.new", "new")
+    filled(tmp_path / ".out.old", "older")  # of a run that was killed over removing it
+    publish(new, out)
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["new"]
+
+
+def test_publishing_in_place_removes_what_a_killed_run_left(tmp_path):
+    out = filled(tmp_path / "out", "new")
+    filled(tmp_path / ".out.old", "older")
+    publish(out, out)
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["new"]
+
+
+def test_a_disk_too_small_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
+    check_space(tmp_path, 10**9)
+    with pytest.raises(StorageError, match=r"has 1\.00 GB free, and the output needs about 1\.50 GB"):
+        check_space(tmp_path, 15 * 10**8)
+
+
+@pytest.fixture(scope="module")
+def recipe(calibration: Path) -> mspc.Recipe:
+    return mspc.Recipe(
+        pattern="2:4", solver="mask", criterion="magnitude", calibration=str(calibration), num_sequences=1,
+        sequence_length=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def older(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(llama, mspc.Recipe(**recipe.to_dict() | {"seed": 9}), tmp_path_factory.mktemp("older") / "out").path
+
+
+@pytest.fixture(scope="module")
+def newer(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return content(run(llama, recipe, tmp_path_factory.mktemp("newer") / "out").path)
+
+
+@pytest.mark.parametrize(("owner", "name", "least"), [(os, "fsync", 15), (Path, "rename", 2), (shutil, "rmtree", 3)])
+def test_killed_while_replacing_and_resumed(owner, name, least, llama, recipe, older, newer, tmp_path):
+    """Oracle: after the kill a whole artifact, old or new, is there; after --resume, the bytes of a run in place."""
+    before, kills = content(older), 0
+    while True:
+        out = tmp_path / str(kills) / "out"
+        shutil.copytree(older, out)
+        if not killed_at(kills + 1, owner, name, lambda out=out: run(llama, recipe, out, overwrite=True)):
+            break
+        kills += 1
+        present = [content(folder) for folder in (out, sibling(out, "new")) if (folder / MANIFEST).is_file()]
+        assert before in present or newer in present, f"killed at {name} {kills}"
+        if sibling(out, "new").is_dir() or content(out) == newer:
+            run(llama, recipe, out, resume=True)
+        else:  # nothing was begun yet, and so the older run is what there is to resume
+            with pytest.raises(InputError, match=r"recipe\.seed was 9 and is 0"):
+                run(llama, recipe, out, resume=True)
+            run(llama, recipe, out, overwrite=True)
+        assert content(out) == newer, f"killed at {name} {kills}"
+        assert names(out.parent) == ["out"], f"killed at {name} {kills}"
+    assert kills >= least
+    assert content(out) == newer
+
+
+def test_a_full_disk_while_replacing_leaves_the_older_and_can_be_resumed(
+    llama, recipe, older, newer, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(older, out)
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(StorageError, match=r"Cannot write .*No space left.*--resume"):
+            run(llama, recipe, out, overwrite=True)
+    assert content(out) == content(older)
+    run(llama, recipe, out, resume=True)
+    assert content(out) == newer
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_run_that_cannot_begin_leaves_nothing_behind(made, llama, recipe, tmp_path):
+    wrong = mspc.Recipe(**recipe.to_dict() | {"calibration": "nowhere.txt"})
+    if made:
+        run(llama, recipe, tmp_path / "out")
+    before = content(tmp_path / "out") if made else None
+    with pytest.raises(InputError, match=r"nowhere\.txt"):
+        run(llama, wrong, tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == (["out"] if made else [])
+    assert not made or content(tmp_path / "out") == before
+
+
+def test_an_unfinished_run_is_no_artifact_yet(llama, recipe, tmp_path):
+    out = tmp_path / "out"
+    assert killed_at(12, os, "fsync", lambda: run(llama, recipe, out))
+    with pytest.raises(InputError, match=r"out holds an unfinished run; finish it with `mspc compress .* --resume`"):
+        read_manifest(out)
+    with pytest.raises(InputError, match="out is an mspc artifact already; compress the original"):
+        run(out, recipe, tmp_path / "again")
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        mspc.Artifact(out).export("dense", tmp_path / "dense")
