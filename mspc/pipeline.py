@@ -34,7 +34,7 @@ from mspc.models import (
 )
 from mspc.output import check_space, publish, working_folder
 from mspc.plan import read_plan, write_plan
-from mspc.recipe import Recipe
+from mspc.recipe import DTYPES, Recipe
 from mspc.report import ConsoleReporter, Reporter
 from mspc.saliency import CRITERIA
 from mspc.sensitivity import SENSITIVITIES
@@ -105,6 +105,8 @@ def evaluate(
         raise InputError(f"max_windows must be at least 1, not {max_windows}.")
     if sequence_length is not None and sequence_length < 2:
         raise InputError(f"sequence_length must be at least 2, not {sequence_length}.")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     folder = resolve(str(path))
     length = choose_sequence_length(load_config(folder), sequence_length)
     tokens = evaluation_tokens(load_tokenizer(folder), text, length, max_windows)

@@ -1,0 +1,446 @@
+"""The command line: one JSON object on stdout, one paragraph on stderr, exit codes; and what a manifest must hold."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import typer
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mspc
+from mspc import pipeline
+from mspc.cli import app
+from mspc.errors import MspcError
+from mspc.recipe import Recipe
+
+FAST = ("--num-sequences", "2", "--sequence-length", "16", "--allocator", "uniform")
+RUN_FLAGS = {"--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out", "--help"}
+RECIPE_FLAGS = {
+    *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--solver", "--criterion"),
+    *("--allocator", "--alpha", "--sensitivity", "--sensitivity-sequences", "--sensitivity-probes", "--damp"),
+    *("--activation-order", "--calibration", "--num-sequences", "--sequence-length", "--seed", "--plan", "--device"),
+    "--dtype",
+}
+
+
+def mspc_cli(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The message of a call that is wrong usage or input: one paragraph on stderr, nothing on stdout, exit code 2."""
+    result = mspc_cli(*arguments, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert "\n\n" not in result.stderr.strip()
+    return result.stderr
+
+
+def only_json(result: Result) -> dict[str, object]:
+    assert len(result.stdout.strip().splitlines()) == 1
+    return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def compress(llama: Path, calibration: Path) -> Callable[..., list[object]]:
+    """The arguments of a quick run."""
+    return lambda out, *more: ["compress", llama, "--out", out, "--calibration", calibration, *FAST, *more]
+
+
+@pytest.fixture(scope="module")
+def artifact(compress: Callable[..., list[object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    mspc_cli(*compress(out, "--sparsity", 0.3, "--bits", 4, "--group-size", 16, "--asymmetric"))
+    return out
+
+
+def manifest_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "mspc.json").read_text())
+
+
+# Options
+
+
+def test_compress_has_exactly_these_options():
+    """Frozen: an option is a promise. A new one belongs in the recipe, in README and here."""
+    command = typer.main.get_command(app).commands["compress"]
+    assert {flag for option in command.params for flag in option.opts} - {"model", "--help"} == (
+        RECIPE_FLAGS | RUN_FLAGS
+    ) - {"--help"}
+
+
+def test_there_is_an_option_for_every_field_of_the_recipe():
+    assert {"--" + field.name.replace("_", "-") for field in fields(Recipe)} == RECIPE_FLAGS
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """What recipe some arguments of compress make."""
+    recipes: list[Recipe] = []
+
+    def compress(model, recipe, **options):
+        recipes.append(recipe)
+        raise MspcError("enough")
+
+    monkeypatch.setattr(pipeline, "compress", compress)
+
+    def get(*arguments: object) -> Recipe:
+        mspc_cli("compress", "model", "--out", "out", *arguments, code=1)
+        return recipes.pop()
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        ((), {}),
+        (("--sparsity", 0.7), {"sparsity": 0.7}),
+        (("--sparsity", 0), {"sparsity": 0.0}),
+        (("--pattern", "2:4"), {"pattern": "2:4"}),
+        (("--bits", 3, "--group-size", "row"), {"bits": 3, "group_size": None}),
+        (("--group-size", 64), {"group_size": 64}),
+        (("--asymmetric",), {"asymmetric": True}),
+        (("--bits", 16, "--asymmetric"), {"bits": 16, "asymmetric": True}),
+        (("--skip", "a", "--skip", r"b\."), {"skip": ("a", r"b\.")}),
+        (("--solver", "mask", "--criterion", "ria"), {"solver": "mask", "criterion": "ria"}),
+        (("--allocator", "uniform", "--alpha", 0.2), {"allocator": "uniform", "alpha": 0.2}),
+        (("--sensitivity", "gram", "--sensitivity-sequences", 3), {"sensitivity": "gram", "sensitivity_sequences": 3}),
+        (("--sensitivity-probes", 4, "--damp", 0.5), {"sensitivity_probes": 4, "damp": 0.5}),
+        (("--activation-order",), {"activation_order": True}),
+        (("--calibration", "c4", "--num-sequences", 5), {"calibration": "c4", "num_sequences": 5}),
+        (("--sequence-length", 77, "--seed", 3), {"sequence_length": 77, "seed": 3}),
+        (("--plan", "p.json", "--device", "cpu", "--dtype", "float16"), {"plan": "p.json", "device": "cpu"}),
+    ],
+)
+def test_options_are_the_fields_of_the_recipe(arguments, values, asked):
+    recipe = asked(*arguments)
+    expected = Recipe(**values, dtype=recipe.dtype)
+    assert recipe == expected
+
+
+def test_options_win_over_a_recipe_file(asked, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(Recipe(sparsity=0.7, bits=4, group_size=None, seed=3, skip=("a",), asymmetric=True).to_toml())
+    written = Recipe.from_toml(file)
+    assert asked("--recipe", file) == written
+    changed = asked("--recipe", file, "--sparsity", 0.2, "--group-size", 32, "--skip", "b")
+    assert changed == Recipe(**written.to_dict() | {"sparsity": 0.2, "group_size": 32, "skip": ("b",)})
+    assert asked("--recipe", file, "--pattern", "2:4").target_sparsity == 0.5  # its sparsity gives way
+
+
+def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
+    (tmp_path / "recipe.toml").write_text('pattern = "2:4"')
+    message = refused("compress", "m", "--out", "o", "--recipe", tmp_path / "recipe.toml", "--sparsity", 0.7)
+    assert "pattern 2:4 fixes the sparsity at 0.5" in message
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--solver", "obz"), "Unknown solver 'obz': did you mean 'obs'?"),
+        (("--criterion", "wando"), "Unknown criterion 'wando': did you mean 'wanda'?"),
+        (("--allocator", "trace_rank"), "Unknown allocator 'trace_rank': did you mean 'trace-rank'?"),
+        (("--sensitivity", "hutchins"), "Unknown sensitivity 'hutchins': did you mean 'hutchinson'?"),
+        (("--dtype", "bfloat"), "Unknown dtype 'bfloat': did you mean 'bfloat16'?"),
+        (("--pattern", "2:4", "--sparsity", 0.6), "pattern 2:4 fixes the sparsity at 0.5, but sparsity 0.6"),
+        (("--pattern", "two"), "Unknown pattern 'two'"),
+        (("--sparsity", 50), "sparsity must lie in [0, 1), not 50"),
+        (("--bits", 5), "bits must be 16 (no rounding), 8, 4, 3 or 2, not 5"),
+        (("--group-size", "wide"), "--group-size must be a number or 'row', not 'wide'"),
+        (("--sequence-length", 129), "A sequence length of 129 is longer than the model allows (128); lower it."),
+        (("--pattern", "3:5"), "model.layers.0.self_attn.q_proj: the pattern 3:5 needs in features divisible by 5"),
+        (
+            ("--pattern", "32:64"),
+            "model.layers.0.self_attn.q_proj: the pattern 32:64 needs in features divisible by 64",
+        ),
+        (("--bits", 4), "model.layers.0.self_attn.q_proj: group size 128 does not divide its 32 in features"),
+        (("--bits", 4, "--group-size", 64), "model.layers.0.self_attn.q_proj: group size 64 does not divide"),
+        (("--pattern", "2:4", "--activation-order"), "activation order reorders columns"),
+        (("--skip", ""), "Nothing is left to compress"),
+        (("--skip", "("), "skip: '(' is not a regular expression"),
+        (("--calibration", "nowhere.txt"), "Text 'nowhere.txt' does not exist."),
+        (("--plan", "nowhere.json"), "Plan nowhere.json cannot be read"),
+        (("--recipe", "nowhere.toml"), "Recipe nowhere.toml cannot be read"),
+        (("--num-sequences", 10_000), "Too little text"),
+        (("--device", "warp"), "Device 'warp' cannot be used"),
+        (("--resume", "--overwrite"), "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(options, message, compress, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "sensitivities", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(pipeline, "solve_blocks", lambda *args: pytest.fail("solved"))
+    assert message in refused(*compress(tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_are_none(tmp_path, artifact, llama):
+    assert "is no local folder and could not be fetched" in refused("compress", "no/model", "--out", tmp_path / "out")
+    assert "is not a folder" in refused("compress", tmp_path / "model", "--out", tmp_path / "out")
+    assert "config.json cannot be used" in refused("eval", tmp_path)
+    assert "is an mspc artifact already" in refused("compress", artifact, "--out", tmp_path / "out")
+    assert "is not an mspc artifact: it has no mspc.json" in refused("inspect", llama)
+    assert "is not an mspc artifact" in refused("export", llama, "dense", "--out", tmp_path / "out")
+    assert "Unknown format 'densee': did you mean 'dense'?" in refused("export", artifact, "densee", "--out", tmp_path)
+    assert "is the artifact itself" in refused("export", artifact, "dense", "--out", artifact, "--overwrite")
+    assert "Unknown dtype 'float15'" in refused("eval", llama, "--dtype", "float15")
+    for length in (1, 0, -3):
+        assert "sequence_length must be at least 2" in refused("eval", llama, "--sequence-length", length)
+    assert "max_windows must be at least 1" in refused("eval", llama, "--max-windows", 0)
+    assert "longer than the model allows (128)" in refused("eval", llama, "--sequence-length", 129)
+    assert "out is not empty" in refused("export", artifact, "dense", "--out", artifact.parent)
+
+
+def test_wrong_usage_exits_2():
+    for arguments in (["compres"], ["compress", "model"], ["compress", "m", "--out", "o", "--sparcity", "1"], ["eval"]):
+        result = mspc_cli(*arguments, code=2)
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+
+
+def test_what_the_input_cannot_be_blamed_for_exits_1(compress, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = mspc_cli(*compress(tmp_path / "out"), code=1)
+    assert result.stderr.splitlines()[-1].startswith("Error: Cannot write ")
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(compress, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mspc", "inspect", str(tmp_path)]
+    plain = subprocess.run(command, capture_output=True, text=True, env=environment)
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, env=environment)
+    assert (plain.returncode, plain.stderr.count("\n")) == (2, 1)
+    assert "Traceback" in debug.stderr
+    assert "InputError" in debug.stderr
+    assert debug.returncode != 0
+
+
+def test_the_version_is_that_of_the_package():
+    shown = subprocess.run([sys.executable, "-m", "mspc", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{mspc.__version__}\n"
+
+
+# Results
+
+
+def test_compress_prints_the_manifest_and_nothing_else(compress, tmp_path):
+    result = mspc_cli(*compress(tmp_path / "out", "--json"))
+    assert only_json(result) == manifest_of(tmp_path / "out")
+    assert "Compressing: done" in result.stderr
+
+
+def test_compress_says_what_it_made(compress, tmp_path):
+    result = mspc_cli(*compress(tmp_path / "out", "--sparsity", 0.25))
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert re.search(r"out: 14 matrices, sparsity 25\.00%, 25\.000 bits per weight", last)
+
+
+def test_compress_says_when_the_pattern_allows_nothing_nearer(compress, tmp_path):
+    result = mspc_cli(*compress(tmp_path / "out", "--pattern", "N:16", "--sparsity", 0.98))
+    assert "sparsity 93.75%" in result.stderr
+    assert "Requested was 98.00%; the pattern allows nothing nearer (-4.25%)." in result.stderr
+
+
+@pytest.mark.parametrize("windows", [3, None])
+def test_eval_prints_one_object(windows, llama, artifact, heldout):
+    """Oracle: cross entropy of transformers' own forward pass."""
+    most = () if windows is None else ("--max-windows", windows)
+    for folder in (llama, artifact):
+        result = mspc_cli("eval", folder, "--text", heldout, "--sequence-length", tiny.LENGTH, "--json", *most)
+        values = only_json(result)
+        assert list(values) == ["perplexity", "nll", "tokens", "windows", "sequence_length"]
+        assert values["windows"] == (windows or 20)
+        assert values["sequence_length"] == tiny.LENGTH
+        assert values["tokens"] == values["windows"] * (tiny.LENGTH - 1)
+        assert values["perplexity"] == math.exp(values["nll"])
+        if folder == llama:
+            ids = torch.tensor(tiny.byte_tokenizer()(heldout.read_text())["input_ids"]).view(-1, tiny.LENGTH)
+            with torch.no_grad():
+                expected = tiny.losses(tiny.reference(llama), ids[: values["windows"]]).double().mean()
+            assert values["nll"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_eval_in_words(llama, heldout):
+    result = mspc_cli("eval", llama, "--text", heldout, "--sequence-length", 32, "--max-windows", 2)
+    assert re.fullmatch(r"perplexity \d+\.\d{4} over 62 tokens, 2 windows of 32\n", result.stdout)
+
+
+def test_inspect_prints_the_manifest(artifact):
+    assert only_json(mspc_cli("inspect", artifact, "--json")) == manifest_of(artifact)
+
+
+def test_inspect_shows_every_matrix(artifact):
+    shown = mspc_cli("inspect", artifact).stdout
+    for row in manifest_of(artifact)["matrices"]:
+        (line,) = (line.split() for line in shown.splitlines() if line.startswith(row["name"] + " "))
+        assert line[1] == "x".join(map(str, row["shape"]))
+        assert line[2:5] == ["unstructured", f"{row['sparsity']:.2%}", "4"]
+    assert "14 matrices, sparsity 30.00%" in shown
+
+
+def test_export_is_loaded_by_transformers(artifact, tmp_path):
+    """Oracle: the zeros that the manifest counts, in the weights as transformers loads them."""
+    out = tmp_path / "dense"
+    assert "dense written." in mspc_cli("export", artifact, "dense", "--out", out).stderr
+    weights = tiny.reference(out).state_dict()
+    for row in manifest_of(artifact)["matrices"]:
+        assert int((weights[row["parameter"]] == 0).sum()) == row["zeros"]
+    assert "holds an older export" in refused("export", artifact, "dense", "--out", out)
+    mspc_cli("export", artifact, "dense", "--out", out, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("file", ["thesis.tex", "config.json", "mspc.json"])
+def test_export_replaces_only_exports(file, artifact, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text("{}")
+    message = refused("export", artifact, "dense", "--out", tmp_path / "out", "--overwrite")
+    assert "is not empty and was not exported by mspc" in message
+    assert (tmp_path / "out" / file).exists()
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/tmp/evil.safetensors", "a/../../evil.safetensors"])
+@pytest.mark.parametrize("where", ["shards", "matrices"])
+def test_a_manifest_that_points_elsewhere_is_refused(where, name, artifact, tmp_path):
+    manifest = manifest_of(artifact)
+    if where == "shards":
+        manifest["source"]["shards"] = {name: manifest["source"]["shards"]["model.safetensors"]}
+    else:
+        manifest["matrices"][0]["file"] = name
+    (tmp_path / "mspc.json").write_text(json.dumps(manifest))
+    message = refused("export", tmp_path, "dense", "--out", tmp_path / "dense")
+    assert "points outside its folder" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "cannot be read"), ('{"format_version": 2}', "upgrade")],
+)
+def test_manifests_that_cannot_be_read(content, message, tmp_path):
+    (tmp_path / "mspc.json").write_text(content)
+    assert message in refused("inspect", tmp_path)
+
+
+# The manifest
+
+
+def stored_bytes(folder: Path) -> int:
+    return sum(
+        tensor.nbytes for path in (folder / "matrices").iterdir() for tensor in load_file(path).values()
+    )  # fmt: skip
+
+
+def test_the_manifest_holds_what_it_must(artifact, llama):
+    manifest = manifest_of(artifact)
+    assert set(manifest) >= {
+        *("format_version", "mspc_version", "source", "recipe", "calibration", "sparsity", "bits_per_weight"),
+        *("seconds", "peak_memory_bytes", "matrices"),
+    }
+    assert manifest["format_version"] == 1
+    assert manifest["mspc_version"] == mspc.__version__
+    assert manifest["source"]["name"] == llama.name
+    assert set(manifest["source"]["sha256"]) == {"model.safetensors"}
+    assert Recipe.from_dict(manifest["recipe"]) == Recipe.from_toml(artifact / "recipe.toml")
+    assert set(manifest["calibration"]) == {"source", "tokens", "sha256"}
+    assert manifest["calibration"]["tokens"] == 2 * 16
+    assert set(manifest["sparsity"]) == {"requested", "achieved"}
+    assert manifest["seconds"] > 0
+    assert manifest["peak_memory_bytes"] > 2**20
+    for row in manifest["matrices"]:
+        assert set(row) >= {
+            *("name", "shape", "pattern", "sparsity", "bits", "sensitivity", "output_error", "damp", "num_tokens"),
+            "zeros",
+        }
+        assert row["num_tokens"] == 2 * 16
+        assert row["bits"] == 4
+        assert row["damp"] >= 0.01
+        assert row["output_error"] > 0
+
+
+def test_the_manifest_counts_what_is_stored(artifact):
+    """Oracle: the files, read by safetensors itself."""
+    manifest = manifest_of(artifact)
+    numel = sum(row["shape"][0] * row["shape"][1] for row in manifest["matrices"])
+    assert numel == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    assert manifest["bits_per_weight"] == 8 * stored_bytes(artifact) / numel
+    ones = 0
+    for path in (artifact / "matrices").iterdir():
+        masks = [tensor for key, tensor in load_file(path).items() if key.endswith(".mask")]
+        ones += sum(int(byte).bit_count() for mask in masks for byte in mask)
+    assert manifest["sparsity"] == {"requested": 0.3, "achieved": 1 - ones / numel}
+    assert numel - ones == round(0.3 * numel)
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "bits"),
+    [
+        (("--sparsity", 0, "--bits", 4, "--group-size", 32), 0.0, 4 + 16 / 32),
+        (("--pattern", "2:4", "--bits", 4, "--group-size", 32), 0.5, 2 + 1 + 16 / 32),
+        (("--pattern", "2:4"), 0.5, 16 + 1),
+        (("--bits", 16, "--asymmetric"), 0.5, 16 + 1),
+        (("--pattern", "N:16", "--sparsity", 0.5), 0.5, 16 + 2),
+        (("--sparsity", 0, "--bits", 8, "--group-size", "row", "--asymmetric"), 0.0, None),
+    ],
+)
+def test_what_is_asked_for_is_stored(options, sparsity, bits, compress, tmp_path):
+    """Oracle: the arithmetic of the layout; weights of the model are float32."""
+    out = tmp_path / "out"
+    manifest = only_json(mspc_cli(*compress(out, *options, "--json")))
+    assert manifest["sparsity"]["achieved"] == sparsity
+    assert manifest["bits_per_weight"] == 8 * stored_bytes(out) / sum(
+        row["shape"][0] * row["shape"][1] for row in manifest["matrices"]
+    )
+    assert bits is None or manifest["bits_per_weight"] == bits
+
+
+def test_skipped_matrices_stay_as_they_are(compress, llama, tmp_path):
+    out = tmp_path / "out"
+    mspc_cli(*compress(out, "--skip", r"layers\.0\.", "--skip", "down_proj"))
+    mspc_cli("export", out, "dense", "--out", tmp_path / "dense")
+    before, after = tiny.tensors(llama), tiny.tensors(tmp_path / "dense")
+    changed = {key.removesuffix(".weight") for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {row["name"] for row in manifest_of(out)["matrices"]}
+    assert len(changed) == 6
+    assert manifest_of(out)["sparsity"]["achieved"] == 0.5
+
+
+def test_kept_measurements_are_told_on_stderr(compress, tmp_path):
+    asked = ("--allocator", "trace-rank", "--sensitivity", "gram", "--measurements", tmp_path / "kept")
+    first = mspc_cli(*compress(tmp_path / "first", *asked))
+    second = mspc_cli(*compress(tmp_path / "second", *asked, "--sparsity", 0.3))
+    assert "Sensitivity (gram): done" in first.stderr
+    (file,) = (tmp_path / "kept").iterdir()
+    assert f"Sensitivity: taken from {file}." in second.stderr
+    assert "Sensitivity (gram)" not in second.stderr
+
+
+def test_resume_of_another_run_exits_2_and_of_a_finished_one_0(compress, artifact, tmp_path):
+    out = tmp_path / "out"
+    mspc_cli(*compress(out))
+    assert "recipe.sparsity was 0.5 and is 0.6" in refused(*compress(out, "--sparsity", 0.6, "--resume"))
+    assert "holds a finished artifact; use --resume to continue it, --overwrite to replace it" in refused(
+        *compress(out)
+    )
+    assert "is complete already" in mspc_cli(*compress(out, "--resume")).stderr
