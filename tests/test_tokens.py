@@ -339,3 +339,21 @@ def test_sets_of_the_hub_need_a_package(monkeypatch):
         load_documents("c4", "calibration")
     with pytest.raises(InputError, match=r"missing\.parquet' does not exist"):
         load_documents("some/missing.parquet", "calibration")
+
+
+def test_so_many_documents_of_a_hub_text_are_read_and_no_more(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("mspc.tokens.MOST_HUB_DOCUMENTS", 3)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: ({"text": str(i)} for i in count()))
+    assert load_documents("c4", "calibration") == ["0", "1", "2"]
+
+
+def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
+    """A None in sys.modules makes its import fail."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"pip install 'mspc\[datasets\]'"):
+        load_documents("c4", "calibration")
+    with pytest.raises(InputError, match=r"a\.parquet needs pyarrow: pip install 'mspc\[parquet\]'"):
+        load_documents(str(tmp_path / "a.parquet"), "calibration")
