@@ -142,6 +142,16 @@ def test_among_equal_sizes_the_largest_remainders_are_rounded_up():
     assert exact_keeps([0.54, 0.5, 0.46], [64, 64, 64], 0.5, 16) == [7, 8, 9]
 
 
+def test_among_choices_of_one_total_the_largest_remainders_win():
+    """Shares 8.3, 8.3 and 8.9; the two small matrices together are as large as the third."""
+    assert exact_keeps([0.48125, 0.48125, 0.44375], [16, 16, 32], 0.4625, 16) == [8, 8, 9]
+
+
+def test_among_totals_equally_near_the_largest_remainders_win():
+    """Shares 8 and 8.75, 24 too few in all: 16 and 32 are as near."""
+    assert exact_keeps([0.5, 0.453125], [16, 32], 0.46875, 16) == [8, 9]
+
+
 def test_matrices_of_one_size_are_exchanged_for_those_of_another():
     """Both shares are 8.48, 61.4 too few in all: the large one adds 96, which is too many, the small one only 32."""
     assert exact_keeps([0.5, 0.5], [96, 32], 0.47, 16) == [8, 9]

@@ -3,9 +3,8 @@
 import json
 import sys
 import time
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mspc import builtin_text, tokens
+from mspc import builtin_text
 from mspc.errors import InputError
 from mspc.tokens import calibration_tokens, evaluation_tokens, load_documents
 
@@ -262,6 +261,7 @@ def test_which_split_of_a_hub_text_is_read(source, split, asked, expected, monke
     calls = []
 
     def load_dataset(name, configuration, *, split, streaming):
+        assert streaming
         calls.append((name, configuration, split))
         return iter([{"text": "a"}, {"text": ""}, {"text": "b"}])
 
@@ -293,52 +293,6 @@ def test_only_the_documents_that_are_needed_are_tokenized(tmp_path):
 
     calibration_tokens(counted, corpus(tmp_path, [50] * 50), 4, 10, 0)
     assert len(set(calls)) == len(calls) == 4
-
-
-@pytest.fixture
-def hub(monkeypatch) -> list[tuple[object, ...]]:
-    """A hub whose every set has three rows; the list fills with what is asked of it."""
-    asked: list[tuple[object, ...]] = []
-
-    def load_dataset(name: str, configuration: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        asked.append((name, configuration, split, streaming))
-        return [{"body" if name == "other/column" else "text": f"{split} {i}"} for i in range(3)]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return asked
-
-
-def test_sets_of_the_hub_are_asked_for_the_split_of_each_use(hub):
-    """Oracle: ids and splits of the known sets, WikiText's rows as one document, train and test of any other set."""
-    assert load_documents("c4", "calibration") == ["train 0", "train 1", "train 2"]
-    assert load_documents("c4", "heldout") == ["validation 0", "validation 1", "validation 2"]
-    assert load_documents("wikitext2", "heldout") == ["test 0\n\ntest 1\n\ntest 2"]
-    assert load_documents("some/set", "heldout") == ["test 0", "test 1", "test 2"]
-    assert hub == [
-        ("allenai/c4", "en", "train", True),
-        ("allenai/c4", "en", "validation", True),
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True),
-        ("some/set", None, "test", True),
-    ]
-
-
-def test_sets_of_the_hub_are_read_only_so_far(hub, monkeypatch):
-    monkeypatch.setattr(tokens, "MOST_HUB_DOCUMENTS", 2)
-    assert load_documents("some/set", "calibration") == ["train 0", "train 1"]
-
-
-def test_a_set_of_the_hub_without_text_is_refused(hub):
-    with pytest.raises(InputError, match="'other/column' has no `text` column"):
-        load_documents("other/column", "calibration")
-
-
-def test_sets_of_the_hub_need_a_package(monkeypatch):
-    """Oracle: what to install; a missing path is not sought on the hub at all."""
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"mspc\[datasets\]"):
-        load_documents("c4", "calibration")
-    with pytest.raises(InputError, match=r"missing\.parquet' does not exist"):
-        load_documents("some/missing.parquet", "calibration")
 
 
 def test_so_many_documents_of_a_hub_text_are_read_and_no_more(monkeypatch):
