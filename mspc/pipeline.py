@@ -180,6 +180,7 @@ class _Run:
             "mspc_version": __version__,
             "source": {"name": self.source_name, "sha256": digests},
             "recipe": self.recipe.to_dict(),
+            "plan": sha256_of(Path(self.recipe.plan)) if self.recipe.plan is not None else None,
             "calibration": {
                 "source": self.recipe.calibration,
                 "tokens": tokens.ids.numel(),

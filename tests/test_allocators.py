@@ -103,6 +103,11 @@ def test_equal_wishes_are_all_granted_as_they_are(sparsity):
     assert exact_counts([0.2] * 3, [1000, 2000, 3000], sparsity) == [sparsity * n for n in (1000, 2000, 3000)]
 
 
+def test_the_largest_remainders_get_the_missing_weights():
+    """Shares 1.2 and 1.6 of a budget of 3."""
+    assert exact_counts([0.5, 0.5], [3, 4], 0.4) == [1, 2]
+
+
 def test_the_shift_keeps_differences_where_nothing_is_clipped():
     assert shifted([0.6, 0.5, 0.4], [100, 100, 800], 0.5) == pytest.approx([0.67, 0.57, 0.47])
 

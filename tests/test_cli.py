@@ -311,13 +311,23 @@ def test_export_is_loaded_by_transformers(artifact, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-@pytest.mark.parametrize("file", ["thesis.tex", "config.json", "mspc.json"])
-def test_export_replaces_only_exports(file, artifact, tmp_path):
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"thesis.tex": "all of it"},
+        {"config.json": "{}"},
+        {"config.json": "not json"},
+        {"config.json": '{"mspc": {}}', "mspc.json": "{}"},  # the artifact of a model that was once exported
+    ],
+    ids=str,
+)
+def test_export_replaces_only_exports(files, artifact, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / file).write_text("{}")
+    for name, content in files.items():
+        (tmp_path / "out" / name).write_text(content)
     message = refused("export", artifact, "dense", "--out", tmp_path / "out", "--overwrite")
     assert "is not empty and was not exported by mspc" in message
-    assert (tmp_path / "out" / file).exists()
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == files
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/tmp/evil.safetensors", "a/../../evil.safetensors"])

@@ -1,5 +1,6 @@
 """The manifest against the files that it describes, read by safetensors itself."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import mspc
+from mspc.errors import InputError
 from mspc.report import Silent
 
 
@@ -129,9 +131,27 @@ def test_an_edited_plan_is_obeyed(compress, tmp_path):
     ):
         row.update(change)
     plan.write_text(json.dumps(content))
-    rows = compress(tmp_path / "second", plan=str(plan)).manifest["matrices"]
-    by_name = {row["name"]: row for row in rows}
+    manifest = compress(tmp_path / "second", plan=str(plan)).manifest
+    by_name = {row["name"]: row for row in manifest["matrices"]}
+    zeros = sum(row["sparsity"] * row["shape"][0] * row["shape"][1] for row in content["matrices"])
+    assert manifest["sparsity"]["requested"] == pytest.approx(zeros / weights_of(manifest))
+    assert manifest["sparsity"]["achieved"] == pytest.approx(zeros / weights_of(manifest))
+    assert manifest["sparsity"]["achieved"] != 0.5
     for asked in content["matrices"]:
         got = by_name[asked["name"]]
         assert (got["pattern"], got["bits"]) == (asked["pattern"], asked["bits"])
         assert got["sparsity"] == pytest.approx(asked["sparsity"])
+    assert manifest["plan"] == hashlib.sha256(plan.read_bytes()).hexdigest()
+
+
+def test_a_plan_that_was_edited_since_is_another_run(compress, llama, tmp_path):
+    """Its path is the same, and so is the recipe, but not what the run would end with."""
+    artifact = compress(tmp_path / "out")
+    plan = tmp_path / "plan.json"
+    plan.write_text((artifact.path / "plan.json").read_text())
+    recipe = mspc.Recipe(**mspc.Recipe.from_toml(artifact.path / "recipe.toml").to_dict() | {"plan": str(plan)})
+    mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent())
+    mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent(), resume=True)
+    plan.write_text(plan.read_text().replace("0.5", "0.25", 1))
+    with pytest.raises(InputError, match=r"differs from this one: plan was '\w{64}' and is '\w{64}'\."):
+        mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent(), resume=True)

@@ -183,6 +183,15 @@ def test_a_full_disk_while_replacing_leaves_the_older_and_can_be_resumed(
     assert content(out) == newer
 
 
+def test_a_disk_too_small_is_noticed_before_anything_is_solved(llama, recipe, tmp_path, monkeypatch):
+    """Oracle: the artifact of this recipe takes 30 to 100 kB."""
+    monkeypatch.setattr("mspc.pipeline.solve_blocks", lambda *args: pytest.fail("solved"))
+    for free in (0, 30_000):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(10**6, 0, free))
+        with pytest.raises(StorageError, match=r"GB free, and the output needs about"):
+            run(llama, recipe, tmp_path / str(free))
+
+
 @pytest.mark.parametrize("made", [False, True])
 def test_a_run_that_cannot_begin_leaves_nothing_behind(made, llama, recipe, tmp_path):
     wrong = mspc.Recipe(**recipe.to_dict() | {"calibration": "nowhere.txt"})

@@ -27,8 +27,7 @@ def exact_counts(wished: Sequence[float], numels: Sequence[int], sparsity: float
     counts = [int(share) for share in shares]
     missing = round(sparsity * sum(numels)) - sum(counts)
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-    room = [i for i in by_remainder if counts[i] < numels[i]]
-    for i in room[:missing]:
+    for i in by_remainder[:missing]:  # each has a remainder, and so room
         counts[i] += 1
     return counts
 

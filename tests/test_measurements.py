@@ -1,0 +1,93 @@
+"""Kept sensitivities: measured again exactly when something changes that they depend on (counted in a fake)."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mspc import measurements
+from mspc.measurements import sensitivities
+from mspc.recipe import Recipe
+from mspc.report import Silent
+from mspc.sensitivity import RunningMean
+from mspc.types import Matrix
+
+MATRICES = [[Matrix("0.q.weight", (4, 8)), Matrix("0.k.weight", (4, 8))], [Matrix("1.q.weight", (4, 8))]]
+IDENTITY = {"source": {"model.safetensors": "12"}, "calibration": "34"}
+RECIPE = Recipe()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How often something was measured; the n-th time, every matrix gets n and a third."""
+    calls = []
+
+    def measure(model, ids, matrices, *rest):
+        calls.append(ids)
+        means = {matrix.name: RunningMean() for of_block in matrices for matrix in of_block}
+        for mean in means.values():
+            mean.add(len(calls) + 1 / 3)
+        return means
+
+    monkeypatch.setattr(measurements, "_gram", measure)
+    monkeypatch.setattr(measurements, "_by_gradients", measure)
+    return calls
+
+
+def get(folder, recipe=RECIPE, *, identity=IDENTITY, matrices=MATRICES, dtype=torch.float32):
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    return sensitivities(SimpleNamespace(dtype=dtype), ids, matrices, recipe, identity, folder, Silent())
+
+
+def test_they_come_back_exactly_and_are_not_measured_again(measured, tmp_path):
+    first = get(tmp_path / "new" / "folder")
+    assert first == dict.fromkeys(("0.q", "0.k", "1.q"), 4 / 3)
+    assert get(tmp_path / "new" / "folder") == first
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sparsity": 0.7}, {"pattern": "N:16"}, {"bits": 4}, {"alpha": 0.2}, {"allocator": "layer-trace-rank"},
+        {"criterion": "obs"}, {"damp": 0.1}, {"solver": "mask"}, {"activation_order": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_budget_or_method_finds_them(change, measured, tmp_path):
+    get(tmp_path)
+    get(tmp_path, replace(RECIPE, **change))
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sensitivity": "gram"}, {"sensitivity": "fisher"}, {"sensitivity_sequences": 2}, {"sensitivity_probes": 2},
+        {"seed": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_measurement_is_another(change, measured, tmp_path):
+    assert get(tmp_path) != get(tmp_path, replace(RECIPE, **change))
+    assert len(list(tmp_path.iterdir())) == len(measured) == 2
+
+
+def test_another_model_text_or_precision_is_another(measured, tmp_path):
+    get(tmp_path)
+    get(tmp_path, identity=IDENTITY | {"source": {"model.safetensors": "13"}})
+    get(tmp_path, identity=IDENTITY | {"calibration": "35"})
+    get(tmp_path, dtype=torch.bfloat16)
+    get(tmp_path, matrices=MATRICES[:1])
+    assert len(list(tmp_path.iterdir())) == len(measured) == 5
+
+
+def test_without_a_folder_nothing_is_kept(measured):
+    assert get(None) != get(None)
+
+
+def test_gradients_see_so_many_sequences_and_grams_see_all(measured, tmp_path):
+    get(None, replace(RECIPE, sensitivity_sequences=3))
+    get(None, replace(RECIPE, sensitivity_sequences=3, sensitivity="gram"))
+    assert [len(ids) for ids in measured] == [3, 4]
