@@ -5,19 +5,8 @@ exact in whole weights (or whole N of N:M).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from mspc.allocators.trace_rank import layer_trace_rank, trace_rank
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredMatrix:
-    """What an allocator may know of a matrix. `block` is the decoder layer it belongs to."""
-
-    name: str
-    shape: tuple[int, int]
-    block: int
-    sensitivity: float | None = None
 
 
 def uniform(sensitivities: Sequence[float], blocks: Sequence[int], sparsity: float, alpha: float) -> list[float]:
