@@ -7,6 +7,7 @@ beside the gradient, and no second-order graph of the whole model is ever built.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def reverse_walk(
                 with _differentiating(model.block_name(index)):
                     cotangents[i], values = measure.backward(run, weights, state, cotangents[i], place)
                 for matrix in matrices[index]:
-                    yield Sample(matrix, _mean(matrix, values[_local(model, index, matrix)]))
+                    yield Sample(matrix, _mean(matrix, values[model.name_in_block(index, matrix)]))
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
 
 def _mean(matrix: Matrix, values: Tensor) -> float:
     mean = float(matrix.read(values).double().mean())
-    if mean != mean or abs(mean) == float("inf"):
+    if not math.isfinite(mean):
         raise ActivationError(
             f"{matrix.name}: its gradient contains NaN or infinity; try --dtype float32, or --sensitivity gram."
         )
@@ -170,12 +171,8 @@ def _mean(matrix: Matrix, values: Tensor) -> float:
 
 
 def _weights(model: StreamedModel, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> Weights:
-    names = {_local(model, index, matrix) for matrix in matrices}
+    names = {model.name_in_block(index, matrix) for matrix in matrices}
     return {name: block.get_parameter(name).data for name in sorted(names)}
-
-
-def _local(model: StreamedModel, index: int, matrix: Matrix) -> str:
-    return matrix.parameter.removeprefix(model.block_name(index) + ".")
 
 
 def _on(device: torch.device | str, state: State) -> State:

@@ -40,6 +40,14 @@ def prune_n_of_m(score: Tensor, pattern: NM) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).view_as(score)
 
 
+def select(score: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
+    """The mask (O, I) that a pattern makes of scores compared over the whole matrix, or within each row."""
+    if isinstance(pattern, NM):
+        return prune_n_of_m(score, pattern)
+    count = num_pruned(score.numel(), pattern.sparsity)
+    return prune_lowest_per_row(score, count) if per_row else prune_lowest(score, count)
+
+
 def check_divides(pattern: Pattern, num_columns: int, what: str) -> None:
     if isinstance(pattern, NM) and num_columns % pattern.of:
         raise InputError(

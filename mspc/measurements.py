@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mspc.blocks import batches_of
 from mspc.checkpoint import write_json
+from mspc.errors import InputError
 from mspc.gradients import HessianTrace, SquaredGradient, reverse_walk
 from mspc.models import StreamedModel
 from mspc.recipe import Recipe
@@ -41,17 +42,20 @@ def sensitivities(
     names = [matrix.name for of_block in matrices for matrix in of_block]
     key = identity | {
         "sensitivity": recipe.sensitivity,
-        "sequences": recipe.sensitivity_sequences,
-        "probes": recipe.sensitivity_probes,
-        "seed": recipe.seed,
         "dtype": str(model.dtype),
         "matrices": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
+    if recipe.sensitivity != "gram":
+        key |= {
+            "sequences": recipe.sensitivity_sequences,
+            "probes": recipe.sensitivity_probes,
+            "seed": recipe.seed,
+        }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"sensitivity-{digest}.json" if folder else None
     if file and file.is_file():
         reporter.say(f"Sensitivity: taken from {file}.")
-        return {name: values["mean"] for name, values in json.loads(file.read_text())["matrices"].items()}
+        return _read(file)
     if recipe.sensitivity == "gram":
         means = _gram(model, ids, matrices, reporter)
     else:
@@ -63,6 +67,13 @@ def sensitivities(
         }
         write_json(file, {"of": key, "matrices": rows})
     return {name: mean.mean for name, mean in means.items()}
+
+
+def _read(file: Path) -> dict[str, float]:
+    try:
+        return {name: float(row["mean"]) for name, row in json.loads(file.read_text())["matrices"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} cannot be read as a measurement ({error!r}); delete it to measure again.") from error
 
 
 def _gram(

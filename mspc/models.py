@@ -148,6 +148,10 @@ class StreamedModel:
     def block_name(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
 
+    def name_in_block(self, index: int, matrix: Matrix) -> str:
+        """The parameter of a matrix as block `index` names it."""
+        return matrix.parameter.removeprefix(self.block_name(index) + ".")
+
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights; they are gone afterwards."""

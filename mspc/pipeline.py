@@ -182,7 +182,7 @@ class _Run:
             "recipe": self.recipe.to_dict(),
             "plan": sha256_of(Path(self.recipe.plan)) if self.recipe.plan is not None else None,
             "calibration": {
-                "source": self.recipe.calibration,
+                "source": tokens.source,
                 "tokens": tokens.ids.numel(),
                 "sha256": tokens.sha256,
             },

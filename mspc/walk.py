@@ -6,7 +6,6 @@ does not, measures the dense model. Which matrices read the same input (q, k and
 the block, not from a table of architectures; they share one Gram.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mspc.blocks import Batch, advance, run_block
-from mspc.errors import ActivationError, InputError
-from mspc.linalg import precise_matmul
+from mspc.errors import InputError
+from mspc.linalg import check_finite, precise_matmul
 from mspc.models import StreamedModel
 from mspc.types import GramStats, Matrix
 
@@ -62,8 +61,7 @@ def install(weight: Tensor, compressed: Tensor) -> None:
 
 
 def matrix_of(model: StreamedModel, block: nn.Module, index: int, matrix: Matrix) -> Tensor:
-    name = matrix.parameter.removeprefix(model.block_name(index) + ".")
-    return matrix.read(block.get_parameter(name).data)
+    return matrix.read(block.get_parameter(model.name_in_block(index, matrix)).data)
 
 
 def _visits(
@@ -131,12 +129,9 @@ def collect(model: StreamedModel, index: int, block: nn.Module, batches: Sequenc
                 run_block(model, block, batch.hidden.to(model.device), batch.calls[index])
             except _Seen:
                 continue
-    if not math.isfinite(float(gram.diagonal().sum())):
-        raise ActivationError(
-            f"{matrix.name}: its inputs contain NaN or infinity over {tokens} tokens; the model overflows in "
-            f"{model.dtype}: try --dtype float32, and check that the model itself has a finite perplexity."
-        )
-    return GramStats(gram, tokens)
+    stats = GramStats(gram, tokens)
+    check_finite(stats, matrix.name)
+    return stats
 
 
 @contextmanager
@@ -147,11 +142,10 @@ def hooks(
     of_matrix: dict[Matrix, Callable[[nn.Module, tuple[Tensor, ...]], None]],
 ) -> Iterator[None]:
     """Forward pre-hooks on the modules of matrices; they are gone afterwards, whatever happens."""
-    prefix = model.block_name(index) + "."
     handles = []
     try:
         for matrix, hook in of_matrix.items():
-            module = block.get_submodule(matrix.parameter.removeprefix(prefix).rpartition(".")[0])
+            module = block.get_submodule(model.name_in_block(index, matrix).rpartition(".")[0])
             handles.append(module.register_forward_pre_hook(hook))
         yield
     finally:

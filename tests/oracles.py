@@ -8,7 +8,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from mspc.types import NM, Codes, GramStats, Pattern, Unstructured
+from mspc.solvers.obs import obs
+from mspc.solvers.options import SolverOptions
+from mspc.types import NM, Codes, CompressedLinear, GramStats, Pattern, Target, Unstructured
 
 BLOCK = 128
 
@@ -146,3 +148,16 @@ def code_product(codes: Codes) -> Tensor:
         )
     ]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def run_obs(case: Problem, target: Target | Pattern, **options) -> CompressedLinear:
+    target = target if isinstance(target, Target) else Target(target)
+    return obs(case.weight, case.stats, target, SolverOptions(**options), "q_proj")
+
+
+def divides(pattern: Pattern, num_columns: int) -> bool:
+    return not isinstance(pattern, NM) or num_columns % pattern.of == 0
+
+
+def is_n_of_m(mask: Tensor, pattern: NM) -> bool:
+    return bool((mask.reshape(len(mask), -1, pattern.of).sum(2) == pattern.keep).all())

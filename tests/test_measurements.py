@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mspc import measurements
+from mspc.errors import InputError
 from mspc.measurements import sensitivities
 from mspc.recipe import Recipe
 from mspc.report import Silent
@@ -91,3 +92,20 @@ def test_gradients_see_so_many_sequences_and_grams_see_all(measured, tmp_path):
     get(None, replace(RECIPE, sensitivity_sequences=3))
     get(None, replace(RECIPE, sensitivity_sequences=3, sensitivity="gram"))
     assert [len(ids) for ids in measured] == [3, 4]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"matrices": {"a": {}}}'])
+def test_a_damaged_measurement_is_named(content, measured, tmp_path):
+    """Oracle: the file in the message, and nothing measured in silence."""
+    get(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(content)
+    with pytest.raises(InputError, match=file.name):
+        get(tmp_path)
+
+
+def test_grams_depend_on_no_probe(measured, tmp_path):
+    """By definition: the gram sensitivity draws nothing, so seed and probes do not make another measurement."""
+    get(tmp_path, replace(RECIPE, sensitivity="gram"))
+    get(tmp_path, replace(RECIPE, sensitivity="gram", seed=7, sensitivity_probes=2, sensitivity_sequences=3))
+    assert len(measured) == 1

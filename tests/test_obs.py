@@ -8,22 +8,23 @@ from oracles import (
     Problem,
     code_product,
     damped,
+    divides,
     few,
+    is_n_of_m,
     least_squares,
     loss,
     problem,
     row_losses,
+    run_obs,
     textbook_obs,
 )
 
 from mspc.errors import ActivationError, InputError, SingularGramError
-from mspc.linalg import output_error
-from mspc.quant import fit_groups
 from mspc.saliency import CRITERIA
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.obs import obs, sweep
 from mspc.solvers.options import SolverOptions
-from mspc.types import NM, CompressedLinear, GramStats, Grid, Pattern, Target, Unstructured
+from mspc.types import NM, GramStats, Grid, Target, Unstructured
 
 ALL = sorted(CRITERIA)
 PATTERNS = [Unstructured(0.3), Unstructured(0.5), Unstructured(0.8), NM(2, 4), NM(4, 8), NM(8, 16), NM(1, 4)]
@@ -39,19 +40,6 @@ GRIDS = [
     Grid(4, 32, symmetric=False),
     Grid(8, 128, symmetric=False),
 ]
-
-
-def run(case: Problem, target: Target | Pattern, **options) -> CompressedLinear:
-    target = target if isinstance(target, Target) else Target(target)
-    return obs(case.weight, case.stats, target, SolverOptions(**options), "q_proj")
-
-
-def divides(pattern: Pattern, num_columns: int) -> bool:
-    return not isinstance(pattern, NM) or num_columns % pattern.of == 0
-
-
-def is_n_of_m(mask: torch.Tensor, pattern: NM) -> bool:
-    return bool((mask.reshape(len(mask), -1, pattern.of).sum(2) == pattern.keep).all())
 
 
 # The loss
@@ -90,7 +78,7 @@ def test_obs_lies_between_the_exact_update_of_its_mask_and_no_update(pattern, sh
     """Oracle: float64 least squares on the mask, the best that any update can do, row by row."""
     num_columns = shape[1] if divides(pattern, shape[1]) else 208
     case = problem(seed, shape[0], num_columns)
-    result = run(case, pattern)
+    result = run_obs(case, pattern)
     gram = damped(case.stats.gram, result.damp)
     best = row_losses(least_squares(case.weight, result.mask, gram) - case.weight, gram)
     got = row_losses(result.weight - case.weight, gram)
@@ -104,7 +92,7 @@ def test_obs_is_least_squares_when_all_pruned_columns_come_first():
     case = problem(3, 12, 64)
     case.weight[:, :20] *= 1e-3
     case.weight[:, 20:] += case.weight[:, 20:].sign()
-    result = run(case, Unstructured(20 / 64), criterion="magnitude")
+    result = run_obs(case, Unstructured(20 / 64), criterion="magnitude")
     assert torch.equal(result.mask, torch.arange(64).ge(20).expand(12, 64))
     best = least_squares(case.weight, result.mask, damped(case.stats.gram, 0.01))
     torch.testing.assert_close(result.weight.double(), best, rtol=1e-3, atol=1e-5)
@@ -119,7 +107,7 @@ def test_obs_equals_the_textbook(pattern, shape):
     """Oracle: one column at a time, H inverted anew for each, in float64."""
     num_columns = shape[1] if divides(pattern, shape[1]) else 208
     case = problem(4, shape[0], num_columns)
-    result = run(case, pattern)
+    result = run_obs(case, pattern)
     weight, mask = textbook_obs(case.weight, damped(case.stats.gram, 0.01), pattern)
     assert torch.equal(result.mask, mask)
     torch.testing.assert_close(result.weight.double(), weight, rtol=1e-3, atol=1e-4)
@@ -129,7 +117,7 @@ def test_obs_equals_the_textbook(pattern, shape):
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=repr)
 def test_obs_equals_the_textbook_with_every_criterion(criterion, pattern):
     case = problem(5, 15, 152)
-    result = run(case, pattern, criterion=criterion, damp=0.02)
+    result = run_obs(case, pattern, criterion=criterion, damp=0.02)
     weight, mask = textbook_obs(case.weight, damped(case.stats.gram, 0.02), pattern, criterion)
     assert torch.equal(result.mask, mask)
     torch.testing.assert_close(result.weight.double(), weight, rtol=1e-3, atol=1e-4)
@@ -140,7 +128,7 @@ def test_obs_equals_the_textbook_with_every_criterion(criterion, pattern):
 def test_obs_with_grid_equals_the_textbook_on_the_same_scales(pattern, grid):
     """Oracle: the textbook, which rounds every column to the nearest code of the scales that the sweep chose."""
     case = problem(6, 16, 192)
-    result = run(case, Target(pattern, grid))
+    result = run_obs(case, Target(pattern, grid))
     assert result.codes is not None
     scales, zeros = result.codes.scales.double(), result.codes.zeros.double()
     size = 192 // scales.shape[1]
@@ -170,7 +158,7 @@ def test_counts_are_exact_and_dead_inputs_go_first(num_rows, num_columns, sparsi
     """By counting: the total is exact and no live weight is pruned while a whole dead input's worth is kept."""
     dead = sorted(j for j in dead if j < num_columns)
     case = problem(num_rows, num_rows, num_columns, dead)
-    result = run(case, Unstructured(sparsity), criterion=criterion, activation_order=activation_order)
+    result = run_obs(case, Unstructured(sparsity), criterion=criterion, activation_order=activation_order)
     count = round(num_rows * num_columns * sparsity)
     assert int((~result.mask).sum()) == count
     assert torch.equal(result.weight != 0, result.mask)
@@ -183,7 +171,7 @@ def test_dead_inputs_beyond_the_budget_leave_everything_else_as_it_was():
     """By hand: 60 of 200 inputs dead and 20 percent to prune, so only dead weights change, and only to zero."""
     dead = list(range(10, 40)) + list(range(150, 180))
     case = problem(7, 16, 200, dead)
-    result = run(case, Unstructured(0.2))
+    result = run_obs(case, Unstructured(0.2))
     assert int((~result.mask).sum()) == 16 * 40
     assert torch.equal(result.weight, torch.where(result.mask, case.weight, 0))
     live = [j for j in range(200) if j not in dead]
@@ -197,7 +185,7 @@ def test_dead_inputs_are_independent_of_all_others():
     case = problem(8, 16, 100, dead)
     smaller = Problem(case.weight[:, live], case.inputs[live], GramStats(case.stats.gram[live][:, live], 400))
     pruned = 16 * len(dead) + 16 * 48
-    result, expected = run(case, Unstructured(pruned / 1600)), run(smaller, Unstructured(0.5))
+    result, expected = run_obs(case, Unstructured(pruned / 1600)), run_obs(smaller, Unstructured(0.5))
     assert torch.equal(result.mask[:, live], expected.mask)
     torch.testing.assert_close(result.weight[:, live], expected.weight, rtol=1e-4, atol=1e-5)
 
@@ -208,7 +196,7 @@ def test_groups_of_n_of_m_are_full_and_dead_inputs_lose(pattern, grid):
     """By counting every group; an input that is dead is kept only where fewer than N live ones are left."""
     dead = [1, 34, 35, 180]
     case = problem(9, 16, 208, dead)
-    result = run(case, Target(pattern, grid))
+    result = run_obs(case, Target(pattern, grid))
     assert is_n_of_m(result.mask, pattern)
     assert bool((result.weight[~result.mask] == 0).all())
     if grid is None:
@@ -221,7 +209,7 @@ def test_groups_of_n_of_m_are_full_and_dead_inputs_lose(pattern, grid):
 @pytest.mark.parametrize("criterion", ["ria", "wanda"])
 def test_criteria_per_row_prune_every_row_alike(criterion, sparsity):
     """By counting: 256 columns at these shares divide evenly, up to one weight for each of the two blocks."""
-    mask = run(problem(10, 16, 256), Unstructured(sparsity), criterion=criterion).mask
+    mask = run_obs(problem(10, 16, 256), Unstructured(sparsity), criterion=criterion).mask
     assert bool(((~mask).sum(1) - 256 * sparsity).abs().le(2).all())
 
 
@@ -233,7 +221,7 @@ def test_permuting_rows_permutes_the_result(target):
     case = problem(11, 24, 208 if target.grid is None else 192)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     permuted = Problem(case.weight[order], case.inputs, case.stats)
-    result, other = run(case, target), run(permuted, target)
+    result, other = run_obs(case, target), run_obs(permuted, target)
     assert torch.equal(result.mask[order], other.mask)
     torch.testing.assert_close(result.weight[order], other.weight, rtol=1e-4, atol=1e-5)
 
@@ -243,7 +231,7 @@ def test_size_of_the_inputs_does_not_matter(factor):
     """Oracle: the unscaled problem; scaling H by a power of 4 is exact in floating point."""
     case = problem(12, 16, 160)
     scaled = Problem(case.weight, case.inputs * factor, GramStats(case.stats.gram * factor**2, 640))
-    result, other = run(case, Unstructured(0.5)), run(scaled, Unstructured(0.5))
+    result, other = run_obs(case, Unstructured(0.5)), run_obs(scaled, Unstructured(0.5))
     assert torch.equal(result.weight, other.weight)
 
 
@@ -259,7 +247,7 @@ def test_size_of_the_inputs_does_not_matter(factor):
 def test_same_bits_every_time_and_inputs_left_alone(target, options):
     case = problem(13, 24, 224, dead=[9])
     weight, gram = case.weight.clone(), case.stats.gram.clone()
-    first, second = run(case, target, **options), run(case, target, **options)
+    first, second = run_obs(case, target, **options), run_obs(case, target, **options)
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.mask, second.mask)
     assert torch.equal(case.weight, weight)
@@ -272,7 +260,7 @@ def test_result_shares_no_memory_with_the_weight():
     """By writing into the result where nothing needed changing."""
     case = problem(14, 1, 64)
     before = case.weight.clone()
-    run(case, Unstructured(0.0)).weight.zero_()
+    run_obs(case, Unstructured(0.0)).weight.zero_()
     assert torch.equal(case.weight, before)
 
 
@@ -280,7 +268,7 @@ def test_half_precision_weights_give_their_float32_values():
     """Oracle: the same weights, cast first."""
     case = problem(15)
     half = case.weight.bfloat16()
-    results = [run(Problem(w, case.inputs, case.stats), NM(2, 4)) for w in (half, half.float())]
+    results = [run_obs(Problem(w, case.inputs, case.stats), NM(2, 4)) for w in (half, half.float())]
     assert results[0].weight.dtype == torch.float32
     assert torch.equal(results[0].weight, results[1].weight)
 
@@ -288,7 +276,7 @@ def test_half_precision_weights_give_their_float32_values():
 @pytest.mark.parametrize("pattern", [Unstructured(0.0), NM(16, 16), NM(4, 4)], ids=repr)
 def test_sparsity_zero_changes_nothing(pattern):
     case = problem(16, 16, 208, dead=[0, 150])
-    result = run(case, pattern)
+    result = run_obs(case, pattern)
     assert torch.equal(result.weight, case.weight)
     assert bool(result.mask.all())
 
@@ -314,112 +302,6 @@ def test_independent_inputs_leave_nothing_to_correct(target):
     assert torch.equal(result.weight, plain.weight)
 
 
-# Grids
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.5), NM(2, 4)], ids=repr)
-@pytest.mark.parametrize("grid", GRIDS, ids=repr)
-def test_weight_is_the_product_of_its_codes_and_better_than_rounding_to_nearest(grid, pattern):
-    """Oracles: Python arithmetic on the codes, and the error of masking and rounding without feedback."""
-    case = problem(18, 24, 256)
-    target = Target(pattern, grid)
-    result = run(case, target)
-    codes = result.codes
-    assert codes is not None
-    num_groups = 256 // (grid.group_size or 256)
-    assert codes.values.shape == (24, 256)
-    assert codes.scales.shape == codes.zeros.shape == (24, num_groups)
-    assert all(t.is_contiguous() for t in (codes.values, codes.scales, codes.zeros))
-    assert torch.equal(result.weight.double(), code_product(codes))
-    zeros = codes.zeros.repeat_interleave(256 // num_groups, 1)
-    assert torch.equal(codes.values[~result.mask], zeros[~result.mask])
-    assert int(codes.values.max()) < 2**grid.bits
-    assert not bool(result.weight[~result.mask].any())
-    plain = mask_only(case.weight, case.stats, target, SolverOptions(), "q_proj")
-    error, plain_error = (output_error(case.weight, r.weight, case.stats.gram) for r in (result, plain))
-    assert error < plain_error
-
-
-def test_sizes_of_groups_that_cross_blocks():
-    """By counting and by the code product: groups of 256 and of 96 do not lie in blocks of 128."""
-    for num_columns, size in ((512, 256), (288, 96), (200, 200), (200, 40)):
-        case = problem(19, 8, num_columns)
-        result = run(case, Target(Unstructured(0.5), Grid(4, size)))
-        assert result.codes is not None
-        assert result.codes.scales.shape == (8, num_columns // size)
-        assert torch.equal(result.weight.double(), code_product(result.codes))
-        assert int((~result.mask).sum()) == 4 * num_columns
-
-
-@pytest.mark.parametrize("options", [{}, {"activation_order": True}], ids=repr)
-def test_static_groups_are_fitted_on_the_weights_as_they_came(options):
-    """Oracle: `fit_groups` of the whole weight, with the damped diagonal as importance."""
-    case = problem(20, 16, 192)
-    for grid in (Grid(4, None), Grid(3, 96, symmetric=False)):
-        codes = run(case, Target(Unstructured(0.0), grid), **options).codes
-        diagonal = damped(case.stats.gram, 0.01).diagonal().float()
-        everything = torch.ones_like(case.weight, dtype=torch.bool)
-        scales, zeros = fit_groups(case.weight, everything, diagonal, grid, "q_proj")
-        assert codes is not None
-        assert torch.equal(codes.scales, scales)
-        assert torch.equal(codes.zeros, zeros)
-
-
-def test_first_group_is_fitted_before_anything_moved_and_the_next_one_after():
-    """Oracle: `fit_groups` of the original weight agrees in the first group and, feedback being at work, not later."""
-    case = problem(21, 16, 128)
-    grid = Grid(3, 32)
-    codes = run(case, Target(Unstructured(0.0), grid)).codes
-    everything = torch.ones_like(case.weight, dtype=torch.bool)
-    diagonal = damped(case.stats.gram, 0.01).diagonal().float()
-    scales, _ = fit_groups(case.weight, everything, diagonal, grid, "q_proj")
-    assert codes is not None
-    assert torch.equal(codes.scales[:, 0], scales[:, 0])
-    assert not torch.equal(codes.scales[:, 1], scales[:, 1])
-
-
-# Activation order
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.7])
-def test_activation_order_is_the_sweep_over_sorted_columns(sparsity):
-    """Oracle: sort the columns by their inputs by hand, sweep in that order, and sort back. (One block: how the blocks
-    share the budget is another matter.)"""
-    case = problem(22, 16, 120, dead=[17])
-    order = torch.tensor(sorted(range(120), key=lambda j: -float(case.stats.gram[j, j])))
-    ordered = Problem(case.weight[:, order], case.inputs[order], GramStats(case.stats.gram[order][:, order], 480))
-    expected = run(ordered, Unstructured(sparsity))
-    result = run(case, Unstructured(sparsity), activation_order=True)
-    assert torch.equal(result.mask[:, order], expected.mask)
-    assert torch.equal(result.weight[:, order], expected.weight)
-
-
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, None, symmetric=False)], ids=repr)
-def test_activation_order_with_grid_keeps_the_groups_of_columns(grid):
-    """Oracles: the code product in column order, and the error of the natural order, which settles the inputs that
-    matter most with fewer columns left to correct them."""
-    case = problem(23, 24, 192)
-    target = Target(Unstructured(0.0), grid)
-    result, natural = run(case, target, activation_order=True), run(case, target)
-    assert result.codes is not None
-    assert torch.equal(result.weight.double(), code_product(result.codes))
-    error, natural_error = (output_error(case.weight, r.weight, case.stats.gram) for r in (result, natural))
-    assert error < natural_error
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("grid", [None, Grid(4, 32)], ids=repr)
-def test_pruning_in_activation_order_is_better_than_no_update(grid, seed):
-    """Oracle: the error of masking without feedback. The inputs differ in size, and so should the shares of blocks."""
-    case = problem(seed, 24, 256)
-    target = Target(Unstructured(0.5), grid)
-    result = run(case, target, activation_order=True)
-    assert int((~result.mask).sum()) == 24 * 128
-    plain = mask_only(case.weight, case.stats, target, SolverOptions(), "q_proj")
-    error, plain_error = (output_error(case.weight, r.weight, case.stats.gram) for r in (result, plain))
-    assert error < plain_error
-
-
 # Refusals
 
 
@@ -442,7 +324,7 @@ def test_what_cannot_be_done_is_refused_by_name(target, options, match):
 def test_grid_groups_smaller_than_those_of_the_pattern(of):
     """By counting: scales for 4 columns and 4:8 or 8:16 have nothing to do with each other."""
     case = problem(24, 8, 64)
-    result = run(case, Target(NM(of // 2, of), Grid(4, 4)))
+    result = run_obs(case, Target(NM(of // 2, of), Grid(4, 4)))
     assert is_n_of_m(result.mask, NM(of // 2, of))
     assert result.codes is not None
     assert torch.equal(result.weight.double(), code_product(result.codes))
@@ -466,5 +348,5 @@ def test_climbed_rung_is_reported():
 
 def test_pruned_weights_are_zero_without_a_sign():
     """By the bits: a weight of -0.0 would not survive packing by mask."""
-    result = run(problem(25), Unstructured(0.5))
+    result = run_obs(problem(25), Unstructured(0.5))
     assert not bool(result.weight[~result.mask].signbit().any())

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from mspc.linalg import check_finite, inverse_factor, regularized
-from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m
+from mspc.masks import check_divides, select
 from mspc.quant import dequantize, round_to_nearest
 from mspc.saliency import COMPARED_PER_ROW, CRITERIA
 from mspc.solvers.options import SolverOptions
-from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
+from mspc.types import CompressedLinear, GramStats, Target
 
 NEEDS_INVERSE = frozenset({"isc", "obs"})
 
@@ -39,11 +39,3 @@ def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverO
         codes = round_to_nearest(kept, mask, diagonal, target.grid, name)
         kept = dequantize(codes)
     return CompressedLinear(kept, mask, target, codes, damp, precision)
-
-
-def select(score: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
-    """The mask (O, I) that a pattern makes of scores compared over the whole matrix, or within each row."""
-    if isinstance(pattern, NM):
-        return prune_n_of_m(score, pattern)
-    count = num_pruned(score.numel(), pattern.sparsity)
-    return prune_lowest_per_row(score, count) if per_row else prune_lowest(score, count)

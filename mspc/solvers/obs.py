@@ -17,10 +17,9 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.linalg import InverseFactor, inverse_factor, precise_matmul
-from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, spread
+from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, select, spread
 from mspc.quant import dequantize, fit, fit_groups, groups_of
 from mspc.saliency import COMPARED_PER_ROW, CRITERIA
-from mspc.solvers.mask_only import select
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target
 
@@ -42,7 +41,9 @@ def sweep(
     """`obs`, with the loss the sweep itself adds up: the sum of ((w_j - q_j) / U_jj)^2 at the time of settling."""
     check_pattern(target.pattern, weight.shape[1], options, name)
     order = column_order(stats, options)
-    factor = inverse_factor(GramStats(stats.gram[order][:, order], stats.num_tokens), options.damp, name)
+    if options.activation_order:
+        stats = GramStats(stats.gram[order][:, order], stats.num_tokens)
+    factor = inverse_factor(stats, options.damp, name)
     state = Sweep(weight.float()[:, order].T.contiguous(), factor, target, options, order, name)
     for start, count in zip(range(0, len(order), BLOCK), state.block_counts(), strict=True):
         state.settle_block(start, min(start + BLOCK, len(order)), count)
