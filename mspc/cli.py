@@ -72,7 +72,13 @@ def compress(
         str | None, _option("Inputs that share a scale: 128, 64, 32 or row.", 128, rich_help_panel=WHAT)
     ] = None,
     asymmetric: Annotated[
-        bool | None, typer.Option("--asymmetric", help="Integer zero point per group.", rich_help_panel=WHAT)
+        bool | None,
+        typer.Option(
+            "--asymmetric/--symmetric",
+            help="Integer zero point per group. (default: symmetric)",
+            show_default=False,
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,
@@ -113,7 +119,12 @@ def compress(
     ] = None,
     activation_order: Annotated[
         bool | None,
-        typer.Option("--activation-order", help="Settle columns with the largest inputs first.", rich_help_panel=HOW),
+        typer.Option(
+            "--activation-order/--column-order",
+            help="Settle columns with the largest inputs first. (default: column order)",
+            show_default=False,
+            rich_help_panel=HOW,
+        ),
     ] = None,
     calibration: Annotated[
         str | None,

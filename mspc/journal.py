@@ -42,6 +42,11 @@ class Journal:
             entries.append(entry)
         return cls(folder, header, entries)
 
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The commits of solved blocks; the one before them is that of the plan."""
+        return [entry for entry in self.entries if "block" in entry]
+
     def commit(self, entry: dict[str, Any]) -> None:
         """Append one entry durably; its file must be on disk already."""
         try:

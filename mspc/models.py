@@ -227,6 +227,14 @@ class StreamedModel:
         found = [self._block_matrices(index, patterns) for index in range(len(self.blocks))]
         if not any(found):
             raise InputError("Nothing is left to compress: --skip matches every matrix of every block.")
+        first_name: dict[int, str] = {}
+        for matrix in (matrix for of_block in found for matrix in of_block):
+            first = first_name.setdefault(id(self.model.get_parameter(matrix.parameter)), matrix.name)
+            if first != matrix.name:
+                raise InputError(
+                    f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
+                    "yet; leave it dense with --skip REGEX."
+                )
         return found
 
     def _block_matrices(self, index: int, skip: Sequence[re.Pattern[str]]) -> list[Matrix]:

@@ -1,6 +1,10 @@
 """The output folder of a run: where it may be written, and how an old one is replaced only by a whole one."""
 
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mspc.artifact import MANIFEST, is_artifact
@@ -19,6 +23,10 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out needs a folder.")
     beside = sibling(out, "new")
+    for folder in (out, beside):
+        if folder.is_dir():
+            with held(folder):
+                pass
     # A run that was killed over its first file leaves nothing but the temporary name of that.
     occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
     if occupied and not is_artifact(out):
@@ -34,6 +42,19 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     except OSError as error:
         raise StorageError(f"Cannot make {folder}: {error}.") from error
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing in a folder. Raises InputError when one does already."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{folder} is being written by another mspc process; wait for it, or stop it.") from error
+    finally:
+        os.close(descriptor)
 
 
 def sibling(out: Path, ending: str) -> Path:

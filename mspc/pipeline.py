@@ -32,7 +32,7 @@ from mspc.models import (
     open_model,
     resolve,
 )
-from mspc.output import check_space, publish, working_folder
+from mspc.output import check_space, held, publish, working_folder
 from mspc.plan import read_plan, write_plan
 from mspc.recipe import DTYPES, Recipe
 from mspc.report import ConsoleReporter, Reporter
@@ -83,7 +83,8 @@ def compress(
     """
     run = _Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, reporter or ConsoleReporter())
     try:
-        return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
+        with held(run.folder):
+            return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
     except InputError:
         with suppress(OSError):  # goes only if it is empty: nothing was begun
             run.folder.rmdir()
@@ -163,10 +164,10 @@ class _Run:
         if (self.folder / MANIFEST).is_file():
             return self.finished(header)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
-        if journal.entries:
-            reporter.say(f"Resuming after {len(journal.entries)} of {len(matrices)} blocks.")
+        if journal.blocks:
+            reporter.say(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
         write_text(self.folder / RECIPE, recipe.to_toml())
-        plan = self.plan(model, tokens, matrices, header, measurements)
+        plan = self.plan(model, tokens, matrices, header, journal, measurements)
         self.copy_rest(checkpoint, model, plan, matrices)
         self.solve(model, tokens, matrices, plan, journal, spill)
         self.write_manifest(header, plan, checkpoint, journal)
@@ -202,11 +203,12 @@ class _Run:
         tokens: Tokens,
         matrices: list[list[Matrix]],
         header: dict[str, Any],
+        journal: Journal,
         measurements: Path | None,
     ) -> list[PlannedMatrix]:
         """The plan of the interrupted run, the user's, or a new one from measured sensitivities."""
         file = self.folder / PLAN
-        if file.is_file() and self.resume:
+        if journal.entries:  # the plan is what is committed first
             return read_plan(file, _flat(matrices))
         plan = self.given_plan(matrices)
         if plan is None:
@@ -221,6 +223,10 @@ class _Run:
                 )
             plan = allocate(self.recipe, matrices, measured)
         write_plan(file, self.checked(plan))
+        journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": []})
+        removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
+        if removed:
+            self.reporter.say(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
         return plan
 
     def open_model(self, *, eager: bool = False) -> StreamedModel:

@@ -67,10 +67,13 @@ def read_plan(path: Path, matrices: Sequence[Matrix]) -> list[PlannedMatrix]:
     plan leaves out.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["matrices"]
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version, rows = document.get("format_version", FORMAT_VERSION), document["matrices"]
         by_name = {str(row["name"]): row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"Plan {path} cannot be read ({error!r}); expected the format of a plan.json.") from error
+    if version != FORMAT_VERSION:
+        raise InputError(f"Plan {path} has format {version}, and this mspc reads {FORMAT_VERSION}.")
     twice = [name for name, count in Counter(str(row["name"]) for row in rows).items() if count > 1]
     if twice:
         raise InputError(f"Plan {path} has more than one line for {', '.join(twice[:3])}.")

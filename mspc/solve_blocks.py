@@ -35,7 +35,7 @@ def solve_blocks(
     options = solver_options(recipe)
     rows: list[dict[str, Any]] = []
     stored: dict[str, Tensor] = {}
-    for visit in walk(model, batches, matrices, _committed(folder, list(journal.entries))):
+    for visit in walk(model, batches, matrices, _committed(folder, journal.blocks)):
         row, tensors = solve_one(model, visit, planned[visit.matrix.name], recipe.solver, options)
         row["file"] = f"{MATRICES}/{visit.block:05d}.safetensors"
         rows.append(row)

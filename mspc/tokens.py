@@ -110,6 +110,8 @@ def load_documents(source: str, split: Split) -> list[str]:
     if source == "builtin":
         return builtin_text.documents(split)
     path = Path(source)
+    if not source:
+        raise InputError("The name of the text is empty: give builtin, a file or folder, or a dataset id.")
     if path.exists():
         documents = [text for file in _text_files(path) for text in _read_file(file) if text.strip()]
     elif source in HUB_TEXTS:

@@ -89,25 +89,27 @@ def read_groups(
 
     def note(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if any(matrix in seen for seen in groups.values()):
+                raise InputError(
+                    f"{matrix.name}: used more than once in its block, so it has no one input; leave it dense with "
+                    "--skip REGEX."
+                )
             x = args[0]
             inputs.append(x)
-            group = groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), [])
-            if not any(matrix in seen for seen in groups.values()):
-                group.append(matrix)
+            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(matrix)
 
         return hook
 
     with torch.no_grad(), hooks(model, index, block, {matrix: note(matrix) for matrix in matrices}):
         run_block(model, block, batch.hidden.to(model.device), batch.calls[index])
-    found = [group for group in groups.values() if group]
-    reached = {matrix for group in found for matrix in group}
+    reached = {matrix for group in groups.values() for matrix in group}
     missed = [matrix.name for matrix in matrices if matrix not in reached]
     if missed:
         raise InputError(
             f"{', '.join(missed)}: never called in a forward pass, so nothing is known of the input; leave such "
             "matrices dense with --skip REGEX."
         )
-    return found
+    return list(groups.values())
 
 
 def collect(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch], matrix: Matrix) -> GramStats:

@@ -139,6 +139,7 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
     assert asked("--recipe", file) == written
     changed = asked("--recipe", file, "--sparsity", 0.2, "--group-size", 32, "--skip", "b")
     assert changed == Recipe(**written.to_dict() | {"sparsity": 0.2, "group_size": 32, "skip": ("b",)})
+    assert not asked("--recipe", file, "--symmetric").asymmetric
     assert asked("--recipe", file, "--pattern", "2:4").target_sparsity == 0.5  # its sparsity gives way
 
 

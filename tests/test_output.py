@@ -12,7 +12,7 @@ import mspc
 from mspc.artifact import MANIFEST, read_manifest
 from mspc.errors import InputError, StorageError
 from mspc.journal import NAME as JOURNAL
-from mspc.output import check_space, publish, sibling, working_folder
+from mspc.output import check_space, held, publish, sibling, working_folder
 
 
 def filled(folder: Path, *files: str) -> Path:
@@ -81,6 +81,17 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path):
     with pytest.raises(InputError, match="--resume and --overwrite exclude each other"):
         fresh(tmp_path / "out", resume=True, overwrite=True)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}], ids=str)
+def test_a_folder_in_use_is_not_touched(flags, tmp_path):
+    out = filled(tmp_path / "out", JOURNAL)
+    beside = filled(sibling(out, "new"), JOURNAL)
+    for used in (out, beside):
+        with held(used), pytest.raises(InputError, match=r"is being written by another mspc process"):
+            fresh(out, **flags)
+        assert names(beside) == names(out) == [JOURNAL]
+    fresh(out, **flags)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

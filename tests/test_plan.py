@@ -136,6 +136,12 @@ def test_files_that_are_no_plan_are_named(content, path):
         read_plan(path, MATRICES)
 
 
+def test_a_plan_of_another_format_is_refused(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    with pytest.raises(InputError, match=r"plan\.json has format 2, and this mspc reads 1"):
+        read_plan(path, MATRICES)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.json cannot be read"):
         read_plan(tmp_path / "nowhere.json", MATRICES)

@@ -112,6 +112,17 @@ def test_blocks_without_matrices_do_not_confuse_a_resumed_run(llama: Path, recip
     assert content(out) == content(tmp_path / "undisturbed")
 
 
+def test_a_plan_that_was_changed_meanwhile_is_not_obeyed(
+    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert killed_at(1, pipeline, "write_json", lambda: run(llama, recipe, out))
+    plan = out / "plan.json"
+    plan.write_text(plan.read_text().replace('"bits": 4', '"bits": 8'))
+    run(llama, recipe, out, resume=True)
+    assert content(out) == undisturbed
+
+
 def test_a_resumed_run_solves_no_block_again(
     llama: Path, recipe: mspc.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,7 @@ def test_sources_that_are_nothing(tmp_path):
         (tmp_path / "empty.txt", r"empty\.txt' is empty"),
         (tmp_path / "nowhere.txt", r"nowhere\.txt' does not exist"),
         ("./nowhere", r"Text '\./nowhere' does not exist"),
+        ("", "name of the text is empty"),
     ):
         with pytest.raises(InputError, match=message):
             load_documents(str(source), "calibration")

@@ -256,3 +256,20 @@ def test_matrices_that_are_never_called_are_an_error(llama, monkeypatch):
         list(walk(model, batches, model.matrices(())))
     assert_untouched(model)
     assert len(list(walk(model, batches_of(model, tiny.ids(2)), model.matrices(("gate_proj",))))) == 12
+
+
+def test_a_matrix_that_is_called_twice_is_an_error(llama, monkeypatch):
+    model = opened(llama)
+    batches = batches_of(model, tiny.ids(2))
+    twice = lambda self, x: self.down_proj(self.up_proj(x) * self.gate_proj(x) * self.gate_proj(x + 1))  # noqa: E731
+    monkeypatch.setattr(LlamaMLP, "forward", twice)
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj: used more than once.*--skip REGEX"):
+        list(walk(model, batches, model.matrices(())))
+
+
+def test_a_weight_that_blocks_share_is_an_error(llama):
+    model = opened(llama)
+    model.blocks[1].mlp.up_proj = model.blocks[0].mlp.up_proj
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj and model\.layers\.0\.mlp\.up_proj are one weight"):
+        model.matrices(())
+    assert len([matrix for of_block in model.matrices(("up_proj",)) for matrix in of_block]) == 12
