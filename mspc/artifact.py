@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.checkpoint import read_file
+from mspc.checkpoint import read_file, sha256_of
 from mspc.errors import InputError
 from mspc.formats import canonical
 from mspc.journal import NAME as JOURNAL
@@ -28,6 +28,10 @@ FORMAT_VERSION = 1
 MANIFEST = "mspc.json"
 MATRICES = "matrices"
 UNCHANGED = "unchanged"
+ROW_KEYS = {
+    *("name", "parameter", "tensor", "index", "transposed", "shape", "dtype", "file", "stored", "sha256"),
+    *("pattern", "sparsity", "bits", "pruned", "zeros", "sensitivity", "output_error", "damp"),
+}
 
 
 def is_artifact(folder: Path) -> bool:
@@ -50,16 +54,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} was written in format {version}, and this mspc reads up to {FORMAT_VERSION}: upgrade mspc."
         )
+    for row in manifest.get("matrices", []):
+        if missing := ROW_KEYS - row.keys():
+            raise InputError(
+                f"{path}: the row of {row.get('name')} lacks {', '.join(sorted(missing))}; the artifact is damaged."
+            )
     return manifest
 
 
 class ArtifactSource:
-    """An artifact as a source of tensors: compressed matrices are unpacked as they are read, under their old keys."""
+    """An artifact as a source of tensors: compressed matrices are unpacked as they are read, under their old keys.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    With `exact`, weights on a grid are the float32 products of codes and scales, not rounded to the checkpoint's dtype.
+    """
+
+    def __init__(self, folder: Path, *, exact: bool = False) -> None:
+        self.folder, self.exact = folder, exact
         self.manifest = read_manifest(folder)
-        for name in [*self.manifest["source"]["shards"], *(row["file"] for row in self.manifest["matrices"])]:
+        files = (row["file"] for row in self.manifest["matrices"])
+        for name in [*self.manifest["source"]["shards"], *files, *self.manifest["files"]]:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise InputError(
                     f"{folder / MANIFEST} points outside its folder, at {name!r}; do not use this artifact."
@@ -90,15 +103,25 @@ class ArtifactSource:
 
     def matrix(self, row: dict[str, Any]) -> CompressedLinear:
         """The compressed matrix of one row of the manifest."""
-        return read_matrix(self.folder, row)
+        return read_matrix(self.folder, row, exact=self.exact)
+
+    def check_files(self) -> None:
+        """Raises InputError, naming the file, when one does not have the bytes that were written."""
+        for name, digest in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file() or sha256_of(path) != digest:
+                state = "is damaged: its bytes are not those" if path.is_file() else "is missing of those"
+                raise InputError(f"{path} {state} that mspc wrote; compress again, or restore the file.")
 
 
-def read_matrix(folder: Path, row: dict[str, Any]) -> CompressedLinear:
-    """The matrix that a manifest's row describes, its weight in the checkpoint's dtype."""
+def read_matrix(folder: Path, row: dict[str, Any], *, exact: bool = False) -> CompressedLinear:
+    """The matrix that a manifest's row describes, its weight in the checkpoint's dtype (see `ArtifactSource.exact`)."""
+    target = target_from_dict(row)
+    dtype = torch.float32 if exact and target.grid else getattr(torch, row["dtype"])
     stored = [f"{row['name']}.{part}" for part in row["stored"]]
     tensors = {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / row["file"], stored)}
     num_out, num_in = row["shape"]
-    return canonical.unpack(tensors, (num_out, num_in), target_from_dict(row), getattr(torch, row["dtype"]))
+    return canonical.unpack(tensors, (num_out, num_in), target, dtype)
 
 
 def address_of(row: dict[str, Any]) -> Matrix:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from mspc import __version__
 from mspc.errors import InputError, MspcError
@@ -162,6 +163,14 @@ def compress(
         Path | None,
         typer.Option(metavar="DIR", help="Keep activations in files here, not in memory.", rich_help_panel=RUN),
     ] = None,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Also export to OUT/exports/FORMAT; repeatable (see `mspc export --list`).",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     resume: Annotated[
@@ -196,8 +205,9 @@ def compress(
         from mspc import pipeline, report
 
         artifact = pipeline.compress(
-            model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite
-        )
+            model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
+            exports=export or (),
+        )  # fmt: skip
         if as_json:
             _print_json(artifact.manifest)
         else:
@@ -245,27 +255,64 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     if as_json:
         _print_json(manifest)
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(matrix_table(manifest))
-    console.print(summary(manifest), highlight=False, soft_wrap=True)
+    _print_table(matrix_table(manifest))
+    print(summary(manifest))
 
 
 @app.command()
 def export(
-    artifact: ArtifactArgument,
-    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="dense: a Hugging Face folder, exact zeros.")],
-    out: OutOption,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older folder.")] = False,
+    artifact: Annotated[
+        Path | None, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.", show_default=False)
+    ] = None,
+    format_name: Annotated[
+        str | None, typer.Argument(metavar="FORMAT", help="A format of --list.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
+    verified: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
+    ] = True,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write an artifact in a format that a runtime loads."""
+    """Write an artifact in a format that a runtime loads, and verify it there."""
     with reported(debug):
         import exporters
-        from mspc.report import ConsoleReporter
+        from mspc.report import ConsoleReporter, format_table
 
-        ConsoleReporter().say(f"{exporters.export(artifact, format_name, out, overwrite=overwrite)} written.")
+        if show_list:
+            _print_table(format_table(exporters.FORMATS))
+            return
+        if artifact is None or format_name is None or out is None:
+            raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
+        reporter = ConsoleReporter()
+        exporters.export(artifact, format_name, out, overwrite=overwrite, verified=verified, reporter=reporter)
+        reporter.say(f"{out} written.")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `mspc export` wrote.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="Compare every weight with this artifact.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prove that an export holds and computes what its artifact does; exit 1 if it does not."""
+    with reported(debug):
+        import exporters
+        from mspc.report import ConsoleReporter, verification_table
+
+        result = exporters.verify(folder, against, ConsoleReporter())
+        wrong = exporters.failures(result)
+        if as_json:
+            _print_json(result)
+        else:
+            _print_table(verification_table(result))
+        if wrong:
+            fail(f"Error: {folder} is wrong: {'; '.join(wrong)}.", 1)
 
 
 @app.callback(invoke_without_command=True)
@@ -291,6 +338,11 @@ def _recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
     if "pattern" in chosen and "sparsity" not in chosen:
         del values["sparsity"]
     return values
+
+
+def _print_table(table: Table) -> None:
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _print_json(value: dict[str, Any]) -> None:

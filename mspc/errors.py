@@ -5,6 +5,7 @@ MspcError                 1  something failed that the input cannot be blamed fo
 +-- SingularGramError     1  a Gram matrix stayed singular after the whole damping ladder
 +-- ActivationError       1  NaN or infinity appeared in a forward pass
 +-- StorageError          1  the disk is full or a write failed
++-- VerificationError     1  an export does not hold or compute what the artifact does
 """
 
 import difflib
@@ -28,6 +29,10 @@ class ActivationError(MspcError):
 
 
 class StorageError(MspcError):
+    pass
+
+
+class VerificationError(MspcError):
     pass
 
 

@@ -1,5 +1,6 @@
 """`compress`, whole: measure, allocate, solve, write; and pick up where an earlier run was cut off."""
 
+import json
 import resource
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 import exporters
+import exporters.formats
 from mspc import __version__, perplexity
 from mspc.allocation import allocate, check_plan, planned_sparsity, wants_sensitivity
 from mspc.allocators import ALLOCATORS
@@ -33,7 +35,7 @@ from mspc.models import (
     resolve,
 )
 from mspc.output import check_space, held, publish, working_folder
-from mspc.plan import read_plan, write_plan
+from mspc.plan import read_plan, target_to_dict, write_plan
 from mspc.recipe import DTYPES, Recipe
 from mspc.report import ConsoleReporter, Reporter
 from mspc.saliency import CRITERIA
@@ -44,6 +46,7 @@ from mspc.solvers.obs import check_pattern
 from mspc.tokens import Tokens, calibration_tokens, evaluation_tokens
 from mspc.types import Matrix, PlannedMatrix
 
+EXPORTS = "exports"
 PLAN = "plan.json"
 RECIPE = "recipe.toml"
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
@@ -59,9 +62,21 @@ class Artifact:
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.path)
 
-    def export(self, format_name: str, out: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the artifact in a format that a runtime loads; see `exporters.FORMATS`."""
-        return exporters.export(self.path, format_name, Path(out), overwrite=overwrite)
+    def export(
+        self,
+        format_name: str,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        verified: bool = True,
+        reporter: Reporter | None = None,
+        **options: Any,
+    ) -> Path:
+        """Write the artifact in a format that a runtime loads, and verify it; see `exporters.FORMATS`."""
+        return exporters.export(
+            self.path, format_name, Path(out), overwrite=overwrite, verified=verified, options=options,
+            reporter=reporter or ConsoleReporter(),
+        )  # fmt: skip
 
 
 def compress(
@@ -73,22 +88,29 @@ def compress(
     spill: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    exports: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Artifact:
     """Prune, and round, the matrices of a checkpoint folder or hub id by their sensitivity.
 
     `measurements` is a folder in which sensitivities are kept for other budgets; `spill` one for activations that do
     not fit in memory. A run that was cut off goes on with `resume`; `overwrite` replaces an older artifact once the new
-    one is whole. Raises the errors of `mspc.errors`.
+    one is whole. `exports` names formats to write to `out/exports/` as well. Raises the errors of `mspc.errors`.
     """
-    run = _Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, reporter or ConsoleReporter())
+    reporter = reporter or ConsoleReporter()
+    for name in exports:
+        exporters.formats.load(name)  # a mistake is told before any work
+    run = _Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, tuple(exports), reporter)
     try:
         with held(run.folder):
-            return run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
+            artifact = run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
     except InputError:
         with suppress(OSError):  # goes only if it is empty: nothing was begun
             run.folder.rmdir()
         raise
+    for name in exports:
+        artifact.export(name, artifact.path / EXPORTS / name, overwrite=resume, reporter=reporter)
+    return artifact
 
 
 def evaluate(
@@ -129,6 +151,7 @@ class _Run:
     out: Path
     resume: bool
     overwrite: bool
+    exports: tuple[str, ...]
     reporter: Reporter
 
     def __post_init__(self) -> None:
@@ -241,6 +264,10 @@ class _Run:
         if self.recipe.solver == "obs":
             for matrix in plan:
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
+        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]
+        for name in self.exports:
+            exporters.check(name, rows, config)
         return plan
 
     def copy_rest(
@@ -285,7 +312,7 @@ class _Run:
         rows = [row for entry in journal.entries for row in entry["matrices"]]
         numel = sum(row["shape"][0] * row["shape"][1] for row in rows)
         pruned = sum(row["pruned"] for row in rows)
-        files = {entry["file"]: entry["sha256"] for entry in journal.entries}
+        files = {entry["file"]: entry["sha256"] for entry in journal.blocks}
         for path in sorted((self.folder / UNCHANGED).glob("*.safetensors")):
             files[f"{UNCHANGED}/{path.name}"] = sha256_of(path)
         manifest = header | {

@@ -1,7 +1,7 @@
 """What a person sees while and after mspc works. Everything here goes to stderr; stdout is for results."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -91,6 +91,36 @@ def matrix_table(manifest: dict[str, Any]) -> Table:
             f"{row['output_error']:.2e}",
             f"{row['damp']:g}",
             f"{row['zeros']:,}",
+        )
+    return table
+
+
+def format_table(formats: Mapping[str, Any]) -> Table:
+    """One row a format, for `mspc export --list`."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("format", "holds", "patterns and bits", "verified in", "what zeros gain"):
+        table.add_column(heading)
+    for name, row in formats.items():
+        table.add_row(name, row.holds, row.accepts, ", ".join(row.runtimes), row.zeros)
+    return table
+
+
+def verification_table(result: dict[str, Any]) -> Table:
+    """One row a check, for `mspc verify`."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "status", "relative error", "greedy tokens equal", ""):
+        table.add_column(heading)
+    for check, counted in (("files", "checked"), ("weights", "matrices")):
+        wrong = result[check]["wrong"]
+        table.add_row(check, "mismatch" if wrong else "verified", "", "", f"{result[check][counted]} {counted}")
+    for name, of in result["runtimes"].items():
+        error, tokens = of.get("relative_error"), of.get("greedy_tokens_compared")
+        table.add_row(
+            f"{name} {of.get('version', '')}".strip(),
+            of["status"],
+            "" if error is None else f"{error:.1e}",
+            "" if tokens is None else str(tokens),
+            of.get("reason", ""),
         )
     return table
 

@@ -93,6 +93,7 @@ def solve_one(
         "dtype": str(dtype).removeprefix("torch."),
         "stored": list(tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "sha256": canonical.digest(result),
         **target_to_dict(planned.target),
         "sparsity": pruned / matrix.numel,
         "pruned": pruned,

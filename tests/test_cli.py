@@ -24,7 +24,17 @@ from mspc.errors import MspcError
 from mspc.recipe import Recipe
 
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--allocator", "uniform")
-RUN_FLAGS = {"--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"}
+RUN_FLAGS = {
+    "--export",
+    "--recipe",
+    "--measurements",
+    "--spill",
+    "--resume",
+    "--overwrite",
+    "--json",
+    "--debug",
+    "--out",
+}
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--solver", "--criterion"),
     *("--allocator", "--alpha", "--sensitivity", "--sensitivity-sequences", "--sensitivity-probes", "--damp"),

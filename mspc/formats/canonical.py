@@ -10,6 +10,8 @@
 So 2:4 + int4 with groups of 128 takes 2 + 1 + 0.125 bits per weight, and 50% + int4 takes the same.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,16 @@ def unpack(tensors: dict[str, Tensor], shape: tuple[int, int], target: Target, d
     values[mask] = unpack_bits(tensors["codes"], grid.bits, kept)
     codes = Codes(values, scales, zeros)
     return CompressedLinear(dequantize(codes).to(dtype), mask, target, codes)
+
+
+def digest(matrix: CompressedLinear) -> str:
+    """sha256 of what every export must hold: codes, scales and zeros of a grid, else the weights."""
+    codes = matrix.codes
+    parts = [matrix.weight] if codes is None else [codes.values, codes.scales, codes.zeros]
+    sha256 = hashlib.sha256()
+    for part in parts:
+        sha256.update(part.cpu().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def _unpack_mask(tensors: dict[str, Tensor], shape: tuple[int, int], target: Target) -> Tensor:

@@ -1,0 +1,52 @@
+"""What every export that is a Hugging Face folder shares: configs and tokenizer carried over, weights in shards."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mspc.artifact import ArtifactSource
+from mspc.checkpoint import INDEX, write_atomically, write_json, write_tensors
+from mspc.report import Step
+
+PRIVATE = ("mspc.json", "plan.json", "recipe.toml", "config.json")
+
+
+def copy_configs(artifact: ArtifactSource, out: Path) -> None:
+    """Tokenizer, generation config and the like, but for config.json, which every format changes."""
+    for path in sorted(artifact.folder.iterdir()):
+        if path.is_file() and path.name not in PRIVATE:
+            write_atomically(out / path.name, partial(shutil.copyfile, path))
+
+
+def read_config(artifact: ArtifactSource) -> dict[str, Any]:
+    """config.json of the source, with the sparsity under a key of our own.
+
+    Readers of `quantization_config` and `sparsity_config` would expect packed tensors, and vLLM refuses a model whose
+    `sparsity_config` names targets.
+    """
+    config: dict[str, Any] = json.loads((artifact.folder / "config.json").read_text(encoding="utf-8"))
+    manifest = artifact.manifest
+    return config | {"mspc": {key: manifest[key] for key in ("format_version", "mspc_version", "sparsity")}}
+
+
+def write_shards(
+    artifact: ArtifactSource, out: Path, tensors_of: Callable[[str], Iterator[tuple[str, Tensor]]], step: Step
+) -> None:
+    """Weights sharded like the source; `tensors_of` gives what one tensor of the source becomes, by key."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for shard, keys in artifact.shards().items():
+        tensors: dict[str, Tensor] = {}
+        for key in keys:
+            tensors |= tensors_of(key)
+            step(key)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+        write_tensors(out / shard, tensors)
+    if len(artifact.shards()) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})

@@ -1,0 +1,87 @@
+"""The table of formats: what each holds, who reads it, and what zeros gain there."""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from mspc.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of `mspc export --list`."""
+
+    module: str
+    extra: str | None
+    """The extra of the package that writing needs, if any."""
+    holds: str
+    accepts: str
+    runtimes: tuple[str, ...]
+    """Names in `exporters.runtimes.RUNTIMES` that `verify` runs it in."""
+    zeros: str
+    """What zeros gain there."""
+
+
+FORMATS = {
+    "dense": Format(
+        "exporters.dense",
+        None,
+        "Hugging Face folder, weights in the model's dtype with exact zeros",
+        "every pattern and grid",
+        ("transformers",),
+        "same size and speed as dense; TensorRT and 2:4 kernels can use the zeros",
+    ),
+    "sparse": Format(
+        "exporters.sparse",
+        None,
+        "Hugging Face folder of mspc's own format: values or codes of the kept weights, and where they are",
+        "every pattern and grid",
+        (),
+        "smaller: 2:4 and 50% take 9/16 of dense bf16, with int4 g128 3.125 bits per weight",
+    ),
+    "gptq": Format(
+        "exporters.gptq",
+        None,
+        "GPTQ-packed Hugging Face folder, float16 scales",
+        "every pattern; 2, 3, 4 or 8 bits in groups of 32, 64, 128 or a row",
+        ("transformers", "gptqmodel"),
+        "same size and speed as without zeros",
+    ),
+    "compressed-tensors": Format(
+        "exporters.compressed_tensors",
+        None,
+        "pack-quantized Hugging Face folder in the layout of compressed-tensors >= 0.18",
+        "every pattern; 2, 3, 4 or 8 bits, mixed as they come",
+        ("transformers",),
+        "same size and speed as without zeros",
+    ),
+    "onnx": Format(
+        "exporters.onnx",
+        "onnx",
+        "decoder with KV cache for ONNX Runtime, its generate() extension and OpenVINO",
+        "every pattern; MatMulNBits and QDQ: 2, 4 or 8 bits",
+        ("onnxruntime", "onnxruntime-genai", "openvino"),
+        "same size and speed; TensorRT can use 2:4; sparse initializers pay in file size from 67% (float32) up",
+    ),
+    "gguf": Format(
+        "exporters.gguf",
+        "gguf",
+        "GGUF file for llama.cpp: Q4_0, Q8_0 or F16",
+        "every pattern; symmetric 4 or 8 bits in groups of 32, or unquantized; Llama architecture",
+        ("transformers",),
+        "same size and speed as without zeros",
+    ),
+}
+
+
+def load(format_name: str) -> ModuleType:
+    """The module of a format. Raises InputError when it is unknown, or needs a package that is not installed."""
+    if format_name not in FORMATS:
+        raise unknown("format", format_name, FORMATS)
+    row = FORMATS[format_name]
+    try:
+        return importlib.import_module(row.module)
+    except ModuleNotFoundError as error:
+        if row.extra is None or str(error.name).startswith(("mspc", "exporters")):
+            raise
+        raise InputError(f"Exporting {format_name} needs {error.name}: pip install 'mspc[{row.extra}]'.") from error

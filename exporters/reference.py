@@ -1,0 +1,65 @@
+"""What an artifact computes, in float32: logits on fixed tokens and a greedy continuation, for runtimes to match."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mspc.artifact import ArtifactSource
+from mspc.errors import InputError
+from mspc.models import StreamedModel, load_config, load_tokenizer, longest_sequence
+from mspc.tokens import evaluation_tokens
+
+NAME = "verification.npz"
+SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 16, 8, 16
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`ids` (B, T) and their `logits` (B, T, V) float32; the greedy `tokens` (N) after the first PROMPT tokens of the
+    first sequence, and by what `margins` (N) each led the second choice."""
+
+    ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+    margins: NDArray[np.float32]
+
+    @property
+    def prompt(self) -> list[int]:
+        return [int(i) for i in self.ids[0, :PROMPT]]
+
+    def save(self, folder: Path) -> None:
+        np.savez(folder / NAME, ids=self.ids, logits=self.logits, tokens=self.tokens, margins=self.margins)
+
+
+def load_reference(folder: Path) -> Reference:
+    if not (folder / NAME).is_file():
+        raise InputError(f"{folder} was exported without verification, so it has no {NAME}: give --against ARTIFACT.")
+    try:
+        with np.load(folder / NAME, allow_pickle=False) as file:
+            return Reference(file["ids"], file["logits"], file["tokens"], file["margins"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder / NAME} cannot be read ({error}); give --against ARTIFACT.") from error
+
+
+def compute_reference(artifact: Path) -> Reference:
+    """The whole model is in memory, as it is in the runtimes that are compared with it."""
+    config = load_config(artifact)
+    model = StreamedModel(ArtifactSource(artifact, exact=True), config, torch.device("cpu"), torch.float32, eager=False)
+    length = min(LENGTH, (longest_sequence(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
+    ids = evaluation_tokens(load_tokenizer(artifact), "builtin", length, SEQUENCES).ids
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(model.loaded_outer())
+        for index in range(len(model.blocks)):
+            stack.enter_context(model.loaded(index))
+        logits = model.model(input_ids=ids, use_cache=False).logits.float()
+        sequence, tokens, margins = ids[:1, :PROMPT], [], []
+        for _ in range(NEW_TOKENS):
+            best = model.model(input_ids=sequence, use_cache=False).logits[0, -1].float().topk(2)
+            tokens.append(int(best.indices[0]))
+            margins.append(float(best.values[0] - best.values[1]))
+            sequence = torch.cat([sequence, best.indices[None, :1]], 1)
+    return Reference(ids.numpy(), logits.numpy(), np.array(tokens), np.array(margins, np.float32))

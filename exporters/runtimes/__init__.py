@@ -1,0 +1,54 @@
+"""The runtimes that exports are made for, each behind `load(folder, record) -> Runner`.
+
+A runtime that rules a format out by itself raises Unsupported with the reason; one that is not installed raises the
+ModuleNotFoundError of its import.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Unsupported(Exception):
+    """What the runtime is known not to do; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A loaded model. `tolerance` is the relative error of logits that the arithmetic of the runtime explains."""
+
+    version: str
+    tolerance: float
+    logits: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+    """Tokens (B, T) -> logits (B, T, V)."""
+    generate: Callable[[Sequence[int], int], list[int]]
+    """Prompt, number of tokens -> the greedy continuation, by the runtime's own generation where it has one."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    module: str
+    install: str
+
+
+RUNTIMES = {
+    "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "pip install 'mspc[gptq]'"),
+    "onnxruntime": Runtime("exporters.runtimes.onnxruntime", "pip install 'mspc[onnx]'"),
+    "onnxruntime-genai": Runtime("exporters.runtimes.genai", "pip install 'mspc[onnx]'"),
+    "openvino": Runtime("exporters.runtimes.openvino", "pip install 'mspc[openvino]'"),
+    "transformers": Runtime("exporters.runtimes.transformers", "pip install 'mspc[FORMAT]' of the format at hand"),
+}
+
+FLOAT32 = 1e-2
+"""Products of a grid may be rounded to the model's dtype on the way; a wrong layout is off by 0.1 and more."""
+HALF = 3e-2
+
+
+def load(name: str, folder: Path, record: dict[str, Any]) -> Runner:
+    runner: Runner = importlib.import_module(RUNTIMES[name].module).load(folder, record)
+    return runner
