@@ -1,6 +1,5 @@
 """What an artifact computes, in float32: logits on fixed tokens and a greedy continuation, for runtimes to match."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +50,11 @@ def compute_reference(artifact: Path) -> Reference:
     model = StreamedModel(ArtifactSource(artifact, exact=True), config, torch.device("cpu"), torch.float32, eager=False)
     length = min(LENGTH, (longest_sequence(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
     ids = evaluation_tokens(load_tokenizer(artifact), "builtin", length, SEQUENCES).ids
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(model.loaded_outer())
-        for index in range(len(model.blocks)):
-            stack.enter_context(model.loaded(index))
-        logits = model.model(input_ids=ids, use_cache=False).logits.float()
+    with model.whole() as loaded, torch.no_grad():
+        logits = loaded(input_ids=ids, use_cache=False).logits.float()
         sequence, tokens, margins = ids[:1, :PROMPT], [], []
         for _ in range(NEW_TOKENS):
-            best = model.model(input_ids=sequence, use_cache=False).logits[0, -1].float().topk(2)
+            best = loaded(input_ids=sequence, use_cache=False).logits[0, -1].float().topk(2)
             tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
             sequence = torch.cat([sequence, best.indices[None, :1]], 1)

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,6 +173,15 @@ class StreamedModel:
             yield self.model
         finally:
             _drop(self.model, names)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all of its weights, for what cannot be done block by block."""
+        with ExitStack() as stack:
+            model = stack.enter_context(self.loaded_outer())
+            for index in range(len(self.blocks)):
+                stack.enter_context(self.loaded(index))
+            yield model
 
     def _load(self, names: dict[str, str], module: nn.Module) -> None:
         """Fill the tensors of `module`: full name -> name within it. Tied ones stay one tensor."""

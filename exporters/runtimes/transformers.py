@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from exporters.runtimes import FLOAT32, Runner
 
@@ -28,9 +28,10 @@ def runner_of(model: Any, version: str, tolerance: float) -> Runner:
 
     def generate(prompt: Sequence[int], count: int) -> list[int]:
         ids = torch.tensor([list(prompt)])
-        settings = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+        # The model's own would stop at its end-of-text token.
+        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
         with torch.no_grad():
-            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         return list(found[0, len(prompt) :].tolist())
 
     return Runner(version, tolerance, logits, generate)
