@@ -4,25 +4,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint verify-all verify-autogptq clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/installed
+test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every format in every runtime, as a table.
+verify-all: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/verify_all.py
+
+# The archived auto-gptq lives only with old packages, in a venv of its own.
+verify-autogptq: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/verify_autogptq.py
+
 # constraints.txt is the one place that names the torch build.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 clean:

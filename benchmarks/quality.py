@@ -28,6 +28,9 @@ SETTINGS = {
     "N:16 50%": {"pattern": "N:16", "sparsity": 0.5},
     "50%+int4": {"sparsity": 0.5, "bits": 4},
     "int4": {"sparsity": 0.0, "bits": 4},
+    "50%+int4 g64": {"sparsity": 0.5, "bits": 4, "group_size": 64},
+    "2:4+int4 g64": {"pattern": "2:4", "bits": 4, "group_size": 64},
+    "int4 g64": {"sparsity": 0.0, "bits": 4, "group_size": 64},
 }
 METHODS = {
     "obs uniform": {"criterion": "obs", "allocator": "uniform"},
@@ -116,7 +119,7 @@ def main() -> None:
         for setting in args.settings:
             for method in args.methods:
                 key = f"{setting}|{method}|{seed}"
-                fixed = setting == "2:4" or setting == "int4"
+                fixed = SETTINGS[setting].get("pattern") == "2:4" or SETTINGS[setting].get("sparsity") == 0
                 if key in results or (fixed and METHODS[method]["allocator"] != "uniform"):
                     continue  # nothing to allocate
                 recipe = mspc.Recipe(
