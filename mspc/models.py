@@ -129,7 +129,9 @@ class StreamedModel:
         self, source: TensorSource, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, eager: bool
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
-        kernels = "eager" if eager else None
+        # Some versions of transformers run capped attention through kernels that leave the cap out.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        kernels = "eager" if eager or capped else None
         with parameters_on_meta():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels

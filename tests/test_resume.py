@@ -210,7 +210,9 @@ def test_an_interrupt_exits_130_with_a_hint_and_can_be_resumed(
     (tmp_path / "recipe.toml").write_bytes(undisturbed["recipe.toml"])
     options = ["--out", str(out), "--recipe", str(tmp_path / "recipe.toml")]
     # A sweep that takes its time, so that the interrupt comes while it works.
-    slow = "import time; from mspc.solvers.obs import Sweep; settle = Sweep.settle_block; "
+    # The signal is ignored in the background jobs of a shell, and children inherit that.
+    slow = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    slow += "from mspc.solvers.obs import Sweep; settle = Sweep.settle_block; "
     slow += "Sweep.settle_block = lambda *a: (time.sleep(0.5), settle(*a))[1]; from mspc.cli import main; main()"
     command = [sys.executable, "-c", slow, "compress", str(llama), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
