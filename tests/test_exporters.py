@@ -1,0 +1,142 @@
+"""What `export` does around every format: an old output is there until a new one is; bad artifacts are refused."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_resume import killed_at
+
+import exporters
+import mspc
+from exporters import folder as folder_module
+from exporters.record import NAME as RECORD
+from mspc.artifact import MANIFEST
+from mspc.errors import InputError, StorageError
+from mspc.output import held, sibling
+from mspc.report import Silent
+
+
+@pytest.fixture(scope="module")
+def recipe(calibration: Path) -> mspc.Recipe:
+    return mspc.Recipe(
+        bits=4, group_size=32, sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
+    )
+
+
+@pytest.fixture(scope="module")
+def artifact(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("exporters") / "artifact", reporter=Silent()).path
+
+
+def export(artifact: Path, out: Path, *, overwrite: bool = False, verified: bool = False) -> Path:
+    return exporters.export(artifact, "dense", out, overwrite=overwrite, verified=verified)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_artifact_gives_the_same_bytes(artifact, tmp_path):
+    assert content(export(artifact, tmp_path / "a")) == content(export(artifact, tmp_path / "b"))
+
+
+def test_killed_at_every_flush_the_older_is_whole_and_the_next_works(artifact, tmp_path):
+    out = export(artifact, tmp_path / "out")
+    older = content(out)
+    newer = older | {"tokenizer_config.json": b"{}"}
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    (source / "tokenizer_config.json").write_bytes(b"{}")
+    kills = 0
+    while killed_at(kills + 1, os, "fsync", lambda: export(source, out, overwrite=True)):
+        kills += 1
+        found = content(out)
+        assert found == older or found["tokenizer_config.json"] == b"{}", f"killed at flush {kills}"
+        assert RECORD in found
+    assert kills > 5
+    found = content(out)
+    assert {name: found[name] for name in newer if name != RECORD} == {
+        name: newer[name] for name in newer if name != RECORD
+    }
+    assert not sibling(out, "new").exists()
+
+
+def test_a_full_disk_leaves_the_older(artifact, tmp_path, monkeypatch):
+    out = export(artifact, tmp_path / "out")
+    older = content(out)
+
+    def full(*_):
+        raise StorageError(f"Cannot write: {os.strerror(errno.ENOSPC)}")
+
+    monkeypatch.setattr(folder_module, "write_tensors", full)
+    with pytest.raises(StorageError, match="No space left"):
+        export(artifact, out, overwrite=True)
+    assert content(out) == older
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_in_use_is_not_touched(artifact, tmp_path):
+    partial = sibling(tmp_path / "out", "new")
+    partial.mkdir()
+    (partial / "a file").write_text("of another process")
+    with held(partial), pytest.raises(InputError, match="is being written by another mspc process"):
+        export(artifact, tmp_path / "out")
+    assert content(partial) == {"a file": b"of another process"}
+
+
+def test_a_damaged_artifact_is_refused(artifact, tmp_path):
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    file = source / "matrices" / "00001.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(InputError, match=r"00001\.safetensors is damaged: its bytes are not those that mspc wrote"):
+        export(source, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(InputError, match=r"00001\.safetensors is missing of those that mspc wrote"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_that_cannot_be_read_is_refused(artifact, tmp_path):
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    manifest = json.loads((source / MANIFEST).read_text())
+    (source / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(InputError, match="was written in format 99.*upgrade mspc"):
+        export(source, tmp_path / "out")
+    del manifest["matrices"][0]["pruned"]
+    (source / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"the row of model\.layers\.0\.self_attn\.q_proj lacks pruned"):
+        export(source, tmp_path / "out")
+
+
+def test_a_tokenizer_that_is_gone_is_named(artifact, tmp_path):
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        export(source, tmp_path / "out", verified=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
+    with pytest.raises(InputError, match="Unknown format 'dens': did you mean 'dense'"):
+        exporters.export(artifact, "dens", tmp_path / "out")
+    with pytest.raises(InputError, match="dense has no option --weights"):
+        exporters.export(artifact, "dense", tmp_path / "out", options={"weights": "int4"})
+
+
+def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
+    with pytest.raises(InputError, match="Unknown format 'gptk'"):
+        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptk"], reporter=Silent())
+    assert not (tmp_path / "out").exists()
+    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], reporter=Silent())
+    first = content(artifact.path / "exports" / "dense")
+    assert exporters.failures(exporters.verify(artifact.path / "exports" / "dense", artifact.path, Silent())) == []
+    shutil.rmtree(artifact.path / "exports")
+    mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], resume=True, reporter=Silent())
+    again = content(artifact.path / "exports" / "dense")
+    assert {name: again[name] for name in first if name != "verification.npz"} == {
+        name: first[name] for name in first if name != "verification.npz"
+    }

@@ -1,0 +1,234 @@
+"""What `verify` must catch, each fault made by hand in an export that was right; and what it must not call a fault."""
+
+import json
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+import exporters
+import mspc
+from exporters import reference as reference_module
+from exporters import runtimes
+from exporters.record import NAME as RECORD
+from exporters.runtimes import Runner, Runtime, Unsupported
+from mspc.checkpoint import sha256_of
+from mspc.errors import InputError, VerificationError
+from mspc.report import Silent
+
+SHARD = "model.safetensors"
+MATRIX = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def artifact(llama: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> mspc.Artifact:
+    recipe = mspc.Recipe(
+        pattern="2:4", sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
+    )
+    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("verify") / "artifact", reporter=Silent())
+
+
+@pytest.fixture(scope="module")
+def exported(artifact: mspc.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return artifact.export("dense", tmp_path_factory.mktemp("verify") / "dense", reporter=Silent())
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(exported, tmp_path / "dense"))
+
+
+def check(folder: Path, against: Path | None = None) -> dict[str, object]:
+    return exporters.verify(folder, against, Silent())
+
+
+def edit_weight(folder: Path, change: Callable[..., None], *, recorded: bool) -> None:
+    """Change one matrix of the export, and with `recorded` the digest of its file as well."""
+    tensors = load_file(folder / SHARD)
+    change(tensors[f"{MATRIX}.weight"])
+    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
+    if recorded:
+        record = json.loads((folder / RECORD).read_text())
+        record["files"][SHARD] = sha256_of(folder / SHARD)
+        (folder / RECORD).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_a_right_export_is_verified(against, folder, artifact):
+    report = check(folder, artifact.path if against else None)
+    assert exporters.failures(report) == []
+    zeros = sum(row["zeros"] for row in artifact.manifest["matrices"])
+    assert report["weights"] == {"matrices": 14, "zeros": zeros, "wrong": []}
+    result = report["runtimes"]["transformers"]
+    assert result["status"] == "verified"
+    assert result["relative_error"] < 1e-6
+    assert result["greedy_tokens_compared"] == len(result["greedy_tokens"]) == reference_module.NEW_TOKENS
+    assert json.loads((folder / "verification.json").read_text()) == report
+
+
+def test_a_flipped_byte_a_truncated_and_a_missing_file_are_named(folder):
+    content = bytearray((folder / SHARD).read_bytes())
+    content[-1] ^= 1
+    (folder / SHARD).write_bytes(content)
+    assert f"{SHARD} does not have the bytes that were written" in exporters.failures(check(folder))
+    (folder / SHARD).write_bytes(content[:-100])
+    assert any("cannot be read" in wrong for wrong in exporters.failures(check(folder)))
+    (folder / "config.json").unlink()
+    assert "config.json is missing" in exporters.failures(check(folder))
+
+
+def test_one_wrong_weight_is_named_with_its_place(folder, artifact):
+    def change(weight):
+        row = int((weight[:, 5] != 0).nonzero()[0])
+        weight[row, 5] += 1e-3
+
+    edit_weight(folder, change, recorded=True)
+    (wrong,) = check(folder, artifact.path)["weights"]["wrong"]
+    assert wrong.startswith(f"{MATRIX}: 1 of 2,048 weights differ, the first at (")
+    (wrong,) = check(folder)["weights"]["wrong"]
+    assert wrong == f"{MATRIX}: what was read back does not have the digest of the artifact"
+
+
+def test_lost_zeros_and_full_groups_are_counted(folder):
+    edit_weight(folder, lambda weight: weight[0, :4].fill_(1.0), recorded=True)
+    (wrong,) = check(folder)["weights"]["wrong"]
+    assert wrong == f"{MATRIX}: it has 1,022 zeros, and 1,024 weights were pruned"
+
+    def balance(weight):
+        weight[1, (weight[1] != 0).nonzero()[:2, 0]] = 0.0
+
+    edit_weight(folder, balance, recorded=True)
+    (wrong,) = check(folder)["weights"]["wrong"]
+    assert wrong == f"{MATRIX}: 4 weights of one group of 4 are not zero, and its pattern is 2:4"
+
+
+def test_an_index_that_names_other_tensors_is_a_fault(folder):
+    keys = list(load_file(folder / SHARD))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys[1:], SHARD)}
+    (folder / f"{SHARD}.index.json").write_text(json.dumps(index))
+    (wrong,) = check(folder)["weights"]["wrong"]
+    assert "does not name the tensors that the files hold" in wrong
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/hostname"])
+def test_a_record_that_points_outside_is_refused(name, folder):
+    record = json.loads((folder / RECORD).read_text())
+    record["files"][name] = "0" * 64
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(InputError, match="points outside its folder"):
+        check(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"format_version": 1}', "lacks files, format, matrices, options"),
+        ('{"format_version": 9, "format": "dense", "options": {}, "files": {}, "matrices": []}', "upgrade"),
+    ],
+)
+def test_records_that_cannot_be_used(content, message, folder):
+    (folder / RECORD).write_text(content)
+    with pytest.raises(InputError, match=message):
+        check(folder)
+
+
+def test_folders_that_are_no_exports(artifact):
+    with pytest.raises(InputError, match=r"is not an export of mspc.*no mspc_export\.json"):
+        check(artifact.path)
+
+
+def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
+    out = artifact.export("dense", tmp_path / "dense", verified=False, reporter=Silent())
+    assert not (out / "verification.npz").exists()
+    with pytest.raises(InputError, match="give --against ARTIFACT"):
+        check(out)
+    assert exporters.failures(check(out, artifact.path)) == []
+    assert exporters.failures(check(out)) == []
+
+
+# Runtimes, played by a module of the test
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = types.ModuleType("a_runtime")
+    monkeypatch.setitem(sys.modules, "a_runtime", module)
+    monkeypatch.setitem(runtimes.RUNTIMES, "transformers", Runtime("a_runtime", "pip install it"))
+    return module
+
+
+def result(folder: Path) -> tuple[str, str]:
+    report = check(folder)
+    of = report["runtimes"]["transformers"]
+    assert bool(exporters.failures(report)) == (of["status"] in ("mismatch", "failed"))
+    return of["status"], of.get("reason", "")
+
+
+def test_what_a_runtime_cannot_do_or_lacks_is_no_failure(runtime, folder):
+    def unsupported(*_):
+        raise Unsupported("it never could")
+
+    runtime.load = unsupported
+    assert result(folder) == ("unsupported", "it never could")
+
+    def missing(*_):
+        import a_package_that_is_not_there  # noqa: F401
+
+    runtime.load = missing
+    status, reason = result(folder)
+    assert status == "not installed"
+    assert reason == "a_package_that_is_not_there is missing: pip install it"
+
+
+def test_a_runtime_that_raises_has_failed(runtime, folder):
+    def broken(*_):
+        raise RuntimeError("size mismatch")
+
+    runtime.load = broken
+    assert result(folder) == ("failed", "RuntimeError: size mismatch")
+
+
+@pytest.mark.parametrize("fault", ["none", "logits", "nan", "shape", "tokens", "tokens too close to call"])
+def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
+    right = reference_module.load_reference(folder)
+    logits, tokens, margins = right.logits.copy(), right.tokens.copy(), right.margins.copy()
+    if fault == "logits":
+        logits *= 1.05
+    elif fault == "nan":
+        logits[0, 0, 0] = np.nan
+    elif fault == "shape":
+        logits = logits[..., :-1]
+    elif fault.startswith("tokens"):
+        tokens[3] += 1
+        margins[3] = 0.0 if fault.endswith("call") else margins[3]
+    reference_module.Reference(right.ids, right.logits, right.tokens, margins).save(folder)
+    runtime.load = lambda *_: Runner("1", 1e-2, lambda ids: logits, lambda prompt, count: tokens.tolist())
+    status, reason = result(folder)
+    expected = {
+        "none": ("verified", ""),
+        "logits": ("mismatch", "off by 0.05, more than 0.01"),
+        "nan": ("mismatch", "off by nan"),
+        "shape": ("mismatch", "its logits have shape"),
+        "tokens": ("mismatch", "greedy tokens"),
+        "tokens too close to call": ("verified", ""),
+    }[fault]
+    assert status == expected[0]
+    assert expected[1] in reason
+
+
+def test_an_export_that_is_wrong_is_not_kept(runtime, artifact, tmp_path):
+    def broken(*_):
+        raise RuntimeError("size mismatch")
+
+    runtime.load = broken
+    with pytest.raises(VerificationError, match=r"was not kept: transformers: RuntimeError: size mismatch"):
+        artifact.export("dense", tmp_path / "dense", reporter=Silent())
+    assert list(tmp_path.iterdir()) == []
