@@ -121,7 +121,7 @@ def read_matrix(folder: Path, row: dict[str, Any], *, exact: bool = False) -> Co
     stored = [f"{row['name']}.{part}" for part in row["stored"]]
     tensors = {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / row["file"], stored)}
     num_out, num_in = row["shape"]
-    return canonical.unpack(tensors, (num_out, num_in), target, dtype)
+    return canonical.unpack(tensors, (num_out, num_in), target, dtype, row["name"])
 
 
 def address_of(row: dict[str, Any]) -> Matrix:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from oracles import few
 from safetensors.torch import load, save
 
+from mspc.errors import InputError
 from mspc.formats.bits import pack_bits, unpack_bits
 from mspc.formats.canonical import index_bits, pack, unpack
 from mspc.masks import num_pruned, prune_lowest, prune_n_of_m
@@ -146,11 +147,29 @@ def test_bits_per_weight_are_what_the_layout_says(pattern, grid, dtype, expected
     assert stored_bits(tensors) / (64 * 256) == expected
 
 
-def test_padding_is_less_than_a_byte_a_tensor():
+def test_padding_is_less_than_a_byte_a_row():
     matrix = compressed(Unstructured(0.5), Grid(3, 5, False), (7, 15))
     kept, groups = int(matrix.mask.sum()), 7 * 3
     least = 105 + 3 * kept + (16 + 3) * groups
-    assert least <= stored_bits(pack(matrix, torch.float32)) < least + 3 * 8
+    assert least <= stored_bits(pack(matrix, torch.float32)) < least + (7 + 7 + 1) * 8
+
+
+@pytest.mark.parametrize("grid", [None, Grid(3, 32, False)], ids=repr)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.0), NM(2, 4), NM(5, 16)], ids=repr)
+def test_tensors_of_another_shape_dtype_or_order_are_refused(pattern, grid):
+    matrix = compressed(pattern, grid)
+    tensors = pack(matrix, torch.float32)
+    for part, tensor in tensors.items():
+        spoiled = [tensor[:-1], tensor.flatten()[None], tensor[..., :-1]]
+        spoiled += [] if part == "values" else [tensor.to(torch.int32)]
+        if part == "indices":
+            spoiled.append(tensor.flip(0).bitwise_not())
+        for wrong in spoiled:
+            with pytest.raises(InputError, match=rf"m: its {part} are"):
+                unpack(tensors | {part: wrong}, SHAPE, matrix.target, torch.float32, "m")
+        rest = {name: other for name, other in tensors.items() if name != part}
+        with pytest.raises(InputError, match=f"m: its {part} are missing"):
+            unpack(rest, SHAPE, matrix.target, torch.float32, "m")
 
 
 @few
@@ -189,9 +208,9 @@ def test_two_of_four_by_hand():
     target = Target(NM(2, 4), Grid(4, None))
     tensors = pack(CompressedLinear(weight, mask, target, codes), torch.float32)
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
-        "codes": [0x79, 0x8F],
+        "codes": [[0x79, 0x8F]],
         "scales": [[0.5]],
-        "indices": [0b10_00_11_01],
+        "indices": [[0b10_00_11_01]],
     }
     assert torch.equal(unpack(tensors, (1, 8), target, torch.float32).weight, weight)
 

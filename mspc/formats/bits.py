@@ -1,18 +1,41 @@
-"""Small integers as a dense little-endian bit stream: value i occupies bits i*b .. i*b + b - 1, low bits first."""
+"""Small integers as dense little-endian bit streams: value i occupies bits i*b .. i*b + b - 1, low bits first."""
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """uint8 (R, K), each below 2^bits -> uint8 (R, ceil(K * bits / 8)): a stream for every row.
+
+    Eight values make `bits` whole bytes, so they are gathered in one int64, whose low bytes are kept.
+    """
+    rows, count = values.shape
+    eights = pad(values, (0, -count % 8)).view(rows, -(-count // 8), 8)
+    words = torch.zeros(eights.shape[:2], dtype=torch.int64)
+    for place in range(8):
+        words |= eights[..., place].long() << (bits * place)
+    stream = words.view(torch.uint8).view(*eights.shape)[..., :bits].reshape(rows, eights.shape[1] * bits)
+    return stream[:, : -(-count * bits // 8)].contiguous()
+
+
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse: uint8 (R, count)."""
+    rows, num_eights = len(packed), -(-count // 8)
+    bytes_ = torch.zeros(rows, num_eights, 8, dtype=torch.uint8)
+    bytes_[..., :bits] = pad(packed, (0, num_eights * bits - packed.shape[1])).view(rows, num_eights, bits)
+    words = bytes_.view(torch.int64).view(rows, num_eights)
+    values = torch.empty(rows, num_eights, 8, dtype=torch.uint8)
+    for place in range(8):
+        values[..., place] = (words >> (bits * place)) & (2**bits - 1)
+    return values.view(rows, num_eights * 8)[:, :count].contiguous()
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """uint8 of any shape, each below 2^bits -> uint8 (ceil(numel * bits / 8),)."""
-    flat = values.reshape(-1, 1).cpu().numpy()
-    stream = np.unpackbits(flat, axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
+    """uint8 of any shape -> uint8 (ceil(numel * bits / 8),): one stream."""
+    return pack_rows(values.reshape(1, -1), bits)[0]
 
 
 def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
     """The inverse: uint8 (numel,)."""
-    stream = np.unpackbits(packed.cpu().numpy(), count=numel * bits, bitorder="little")
-    return torch.from_numpy(np.packbits(stream.reshape(numel, bits), axis=1, bitorder="little").reshape(-1))
+    return unpack_rows(packed[None], bits, numel)[0]
