@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint verify-all verify-autogptq clean
+.PHONY: demo test test-slow lint verify-all clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -22,10 +22,6 @@ lint: $(VENV)/installed-dev
 # Every format in every runtime, as a table.
 verify-all: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/verify_all.py
-
-# The archived auto-gptq lives only with old packages, in a venv of its own.
-verify-autogptq: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/verify_autogptq.py
 
 # constraints.txt is the one place that names the torch build.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

@@ -3,6 +3,7 @@
 Each format is one module with
 
     Options                              a frozen dataclass; its fields are the format's options
+    notes(rows, options)                 what the user should know of such an export, in sentences
     check(rows, config, options)         raises InputError for what the format cannot hold, before any work; `rows` are
                                          those of a manifest, or of a plan; `config` is the config.json
     export(artifact, out, options, step) fills an empty folder, calling `step` with the name of every tensor
@@ -20,7 +21,7 @@ from typing import Any
 
 from exporters.formats import FORMATS, load
 from exporters.record import is_export, write_record
-from exporters.verify import failures, verify
+from exporters.verification import failures, verify
 from mspc.artifact import ArtifactSource
 from mspc.errors import InputError, VerificationError, unknown
 from mspc.output import held, publish, sibling
@@ -59,6 +60,8 @@ def export(
         try:
             with reporter.stage(f"Exporting {format_name}", len(source.keys())) as step:
                 module.export(source, partial, chosen, step)
+            for note in module.notes(source.manifest["matrices"], chosen):
+                reporter.say(note)
             write_record(partial, format_name, chosen, source)
             if verified:
                 _verify(partial, artifact, reporter)

@@ -20,6 +20,10 @@ def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Optio
     """Every artifact can be dense."""
 
 
+def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+    return []
+
+
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     copy_configs(artifact, out)
     write_json(out / "config.json", read_config(artifact))

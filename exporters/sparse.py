@@ -31,6 +31,10 @@ def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Optio
     """Every artifact can be sparse."""
 
 
+def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+    return []
+
+
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     rows = {row["tensor"]: row for row in artifact.manifest["matrices"]}
     matrices = {base_of(key): {name: row[name] for name in KEYS if name in row} for key, row in rows.items()}

@@ -272,6 +272,10 @@ def export(
     verified: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
     ] = True,
+    checkpoint_format: Annotated[
+        str | None,
+        typer.Option(help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)", show_default=False),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -286,7 +290,10 @@ def export(
         if artifact is None or format_name is None or out is None:
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
         reporter = ConsoleReporter()
-        exporters.export(artifact, format_name, out, overwrite=overwrite, verified=verified, reporter=reporter)
+        options = {} if checkpoint_format is None else {"checkpoint_format": checkpoint_format}
+        exporters.export(
+            artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter
+        )
         reporter.say(f"{out} written.")
 
 

@@ -114,7 +114,7 @@ def verification_table(result: dict[str, Any]) -> Table:
         wrong = result[check]["wrong"]
         table.add_row(check, "mismatch" if wrong else "verified", "", "", f"{result[check][counted]} {counted}")
     for name, of in result["runtimes"].items():
-        error, tokens = of.get("relative_error"), of.get("greedy_tokens_compared")
+        error, tokens = of.get("relative_error"), of.get("greedy_tokens_equal")
         table.add_row(
             f"{name} {of.get('version', '')}".strip(),
             of["status"],

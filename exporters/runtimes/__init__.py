@@ -38,10 +38,9 @@ class Runtime:
 
 RUNTIMES = {
     "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "pip install 'mspc[gptq]'"),
-    "onnxruntime": Runtime("exporters.runtimes.onnxruntime", "pip install 'mspc[onnx]'"),
-    "onnxruntime-genai": Runtime("exporters.runtimes.genai", "pip install 'mspc[onnx]'"),
-    "openvino": Runtime("exporters.runtimes.openvino", "pip install 'mspc[openvino]'"),
-    "transformers": Runtime("exporters.runtimes.transformers", "pip install 'mspc[FORMAT]' of the format at hand"),
+    "transformers": Runtime(
+        "exporters.runtimes.transformers", "pip install 'mspc[gptq]' or 'mspc[compressed-tensors]'"
+    ),
 }
 
 FLOAT32 = 1e-2

@@ -1,6 +1,9 @@
 """transformers on the CPU, in float32 where the format allows it."""
 
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +11,37 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
 
-from exporters.runtimes import FLOAT32, Runner
+from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
 
 
 def load(folder: Path, record: dict[str, Any]) -> Runner:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return runner_of(model, transformers.__version__, FLOAT32)
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    packed = [row for row in record["matrices"] if row["bits"] != 16]
+    if record["format"] == "gptq":
+        _check_gptq(packed)
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its kernels are compiled when they load
+        settings = {"dtype": torch.float16}
+    elif record["format"] == "compressed-tensors":
+        import compressed_tensors  # noqa: F401  transformers would say it is missing in other words
+
+        if not all(row["symmetric"] for row in packed):  # their packed zero points have no meta shape otherwise
+            settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with redirect_stdout(sys.stderr):
+        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    return runner_of(model, transformers.__version__, HALF if record["format"] == "gptq" else FLOAT32)
+
+
+def _check_gptq(packed: list[dict[str, Any]]) -> None:
+    """What the loader of transformers (optimum and GPTQModel) is known not to do."""
+    import gptqmodel  # noqa: F401
+    import optimum  # noqa: F401
+
+    if any(row["transposed"] for row in packed):
+        raise Unsupported("its GPTQ loader fails for GPT-2's Conv1D: the packed layer has no `weight` to initialize")
+    if len({(row["bits"], row["group_size"]) for row in packed}) > 1:
+        raise Unsupported("its GPTQ loader knows one bit width and group size for all matrices")
 
 
 def runner_of(model: Any, version: str, tolerance: float) -> Runner:

@@ -1,0 +1,102 @@
+"""pack-quantized Hugging Face folder in the layout of compressed-tensors >= 0.18, with mixed bits as they come.
+
+`sparsity_config` stays empty: zeros lie inside the codes, and vLLM refuses a model whose sparsity names targets.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from exporters.folder import copy_configs, read_config, write_shards
+from exporters.packed import check_packed, model_names, packed_tensors
+from mspc.artifact import ArtifactSource
+from mspc.checkpoint import write_json
+from mspc.errors import InputError
+from mspc.formats.gptq import pack_quantized
+from mspc.recipe import ROW
+from mspc.report import Step
+
+LAYOUT = "0.20.0"
+"""The release of compressed-tensors whose layout this is."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """None: the artifact decides everything."""
+
+
+def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
+    check_packed(rows, "compressed-tensors", 32)
+    if config.get("model_type") == "gpt2":
+        raise InputError("compressed-tensors packs nn.Linear, and GPT-2's matrices are Conv1D; export gptq or sparse.")
+
+
+def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+    if all(row["symmetric"] for row in rows if row["bits"] != 16):
+        return []
+    return ["Note: transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
+
+
+def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
+    matrices = artifact.manifest["matrices"]
+    rows = {row["tensor"]: row for row in matrices}
+    dense: list[str] = []
+    name_of = model_names(artifact)
+
+    def pack(row: dict[str, Any]) -> dict[str, Tensor]:
+        codes = artifact.matrix(row).codes
+        assert codes is not None
+        return pack_quantized(codes, row["bits"], symmetric=row["symmetric"])
+
+    def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in packed_tensors(artifact, key, rows, pack, None):
+            if name == name_of(key) and name.endswith(".weight") and tensor.ndim == 2:  # some may be nn.Linear
+                dense.append(name.removesuffix(".weight"))
+            yield name, tensor
+
+    copy_configs(artifact, out)
+    write_shards(artifact, out, tensors_of, step)
+    write_json(
+        out / "config.json", read_config(artifact) | {"quantization_config": quantization_config(matrices, dense)}
+    )
+
+
+def quantization_config(matrices: Sequence[dict[str, Any]], dense: Sequence[str]) -> dict[str, Any]:
+    """One config group for every grid: `Linear` when there is one, else the names of its matrices."""
+    names_of: dict[tuple[int, int | str, bool], list[str]] = defaultdict(list)
+    for row in matrices:
+        if row["bits"] != 16:
+            names_of[row["bits"], row["group_size"], row["symmetric"]].append(row["name"])
+    groups = {}
+    for number, (grid, names) in enumerate(names_of.items()):
+        bits, size, symmetric = grid
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(names_of) == 1 else names,
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "channel" if size == ROW else "group",
+                "group_size": None if size == ROW else size,
+                "dynamic": False,
+            },
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "version": LAYOUT,
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "ignore": sorted({"lm_head", *dense}),
+        "config_groups": groups,
+    }

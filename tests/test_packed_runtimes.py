@@ -1,0 +1,162 @@
+"""Packed exports in the real loaders; and faults that those loaders do not notice, which `verify` must.
+
+A loader failure that is known is asserted by calling the loader, so that the day it works is seen.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import exporters
+import mspc
+from exporters.record import NAME as RECORD
+from exporters.runtimes import transformers as transformers_runtime
+from mspc.checkpoint import sha256_of
+from mspc.report import Silent
+
+pytest.importorskip("gptqmodel")
+pytest.importorskip("optimum")
+pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the loaders' own
+
+BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
+
+
+@pytest.fixture(scope="module")
+def compress(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., mspc.Artifact]:
+    kept: dict[str, mspc.Artifact] = {}
+
+    def get(family: str, **options: object) -> mspc.Artifact:
+        key = f"{family}{sorted(options.items())}"
+        if key not in kept:
+            folder = tmp_path_factory.mktemp("runtimes")
+            model = BUNDLED if family == "bundled" else tiny.build(folder / "model", family, hidden_size=64)
+            text = {"calibration": "builtin"} if family == "bundled" else {"calibration": str(calibration)}
+            recipe = mspc.Recipe(
+                **{"bits": 4, "group_size": 32, "allocator": "uniform"} | text | options,
+                num_sequences=4, sequence_length=32,
+            )  # fmt: skip
+            kept[key] = mspc.compress(model, recipe, out=folder / "artifact", reporter=Silent())
+        return kept[key]
+
+    return get
+
+
+def runtimes_of(folder: Path) -> dict[str, dict[str, object]]:
+    return json.loads((folder / "verification.json").read_text())["runtimes"]
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_families_in_their_runtimes(family, format_name, compress, tmp_path):
+    for result in runtimes_of(compress(family).export(format_name, tmp_path / "out", reporter=Silent())).values():
+        assert result["status"] == "verified"
+        assert result["relative_error"] < 0.02
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "grid",
+    [{"bits": 2}, {"bits": 3}, {"bits": 8}, {"asymmetric": True}, {"pattern": "2:4", "group_size": None}],
+    ids=str,
+)
+def test_grids_in_their_runtimes(grid, format_name, compress, tmp_path):
+    for result in runtimes_of(
+        compress("llama", **grid).export(format_name, tmp_path / "out", reporter=Silent())
+    ).values():
+        assert result["status"] == "verified"
+
+
+def test_the_trained_model_writes_the_same_text_everywhere(compress, tmp_path):
+    artifact = compress("bundled", pattern="2:4", bits=8)
+    for format_name in ("dense", "gptq", "compressed-tensors"):
+        results = runtimes_of(artifact.export(format_name, tmp_path / format_name, reporter=Silent()))
+        for result in results.values():
+            assert result["greedy_tokens_equal"] == 16
+
+
+def test_gpt2_is_read_by_gptqmodel_and_known_to_fail_in_transformers(compress, tmp_path):
+    out = compress("gpt2").export("gptq", tmp_path / "out", reporter=Silent())
+    assert runtimes_of(out)["gptqmodel"]["status"] == "verified"
+    assert runtimes_of(out)["transformers"]["status"] == "unsupported"
+    with pytest.raises(AttributeError, match="weight"):
+        transformers_runtime.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
+
+
+def test_mixed_bits_are_read_by_gptqmodel_and_known_to_fail_in_transformers(compress, tmp_path):
+    artifact = compress("llama")
+    plan = json.loads((artifact.path / "plan.json").read_text())
+    plan["matrices"][0] |= {"bits": 8}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    recipe = mspc.Recipe(**artifact.manifest["recipe"] | {"plan": str(tmp_path / "plan.json")})
+    mixed = mspc.compress(artifact.path.parent / "model", recipe, out=tmp_path / "artifact", reporter=Silent())
+    out = mixed.export("gptq", tmp_path / "gptq", reporter=Silent())
+    assert runtimes_of(out)["gptqmodel"]["status"] == "verified"
+    assert runtimes_of(out)["transformers"]["status"] == "unsupported"
+    with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
+        transformers_runtime.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
+    out = mixed.export("compressed-tensors", tmp_path / "ct", reporter=Silent())
+    assert runtimes_of(out)["transformers"]["status"] == "verified"
+
+
+# Silent failures
+
+
+def spoiled(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, object]], None]) -> Path:
+    """A copy with other tensors and another quantization_config, whose record knows of the new bytes."""
+    out = Path(shutil.copytree(folder, tmp_path / "spoiled"))
+    tensors = load_file(out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "quantize_config.json").write_text(json.dumps(config["quantization_config"]))
+    record = json.loads((out / RECORD).read_text())
+    for name in ("model.safetensors", "config.json", "quantize_config.json"):
+        record["files"][name] = sha256_of(out / name)
+    (out / RECORD).write_text(json.dumps(record))
+    return out
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_zero_points_of_the_other_version_are_noticed(asymmetric, compress, tmp_path):
+    """The loaders read them without a word, one step off."""
+    folder = compress("llama", asymmetric=asymmetric).export("gptq", tmp_path / "out", reporter=Silent())
+
+    def change(tensors, config):
+        config["checkpoint_format"] = "gptq" if asymmetric else "gptq_v2"
+
+    report = exporters.verify(spoiled(folder, tmp_path, change), None, Silent())
+    assert len(report["weights"]["wrong"]) == 14
+    assert report["runtimes"]["gptqmodel"]["status"] == "mismatch"
+    assert report["runtimes"]["gptqmodel"]["relative_error"] > 0.1
+
+
+def test_sparse_compressed_tensors_become_random_weights_and_are_noticed(compress, tmp_path):
+    """The loader finds no compressor for the format, and reports its tensors as unexpected only."""
+    folder = compress("llama", pattern="2:4").export("compressed-tensors", tmp_path / "out", reporter=Silent())
+
+    def change(tensors, config):
+        for name in [name for name in tensors if name.endswith(".weight_packed")]:
+            base = name.removesuffix("weight_packed")
+            packed = tensors.pop(name)
+            tensors[f"{base}compressed"] = torch.zeros(len(packed), packed.shape[1] * 4, dtype=torch.float16)
+            tensors[f"{base}bitmask"] = torch.full((len(packed), packed.shape[1]), 0b0101, dtype=torch.uint8)
+            tensors[f"{base}shape"] = tensors.pop(f"{base}weight_shape")[:, None]
+            del tensors[f"{base}weight_scale"]
+        config["config_groups"], config["format"] = {}, "dense"
+        config["sparsity_config"] = {
+            "format": "sparse-24-bitmask", "sparsity_structure": "2:4", "global_sparsity": 0.5, "targets": ["Linear"],
+            "ignore": ["lm_head"], "registry_requires_subclass": False,
+        }  # fmt: skip
+
+    report = exporters.verify(spoiled(folder, tmp_path, change), None, Silent())
+    assert report["runtimes"]["transformers"]["status"] == "mismatch"
+    assert report["runtimes"]["transformers"]["relative_error"] > 0.5
+    assert len(report["weights"]["wrong"]) == 14
