@@ -22,7 +22,7 @@ FLOORS = (
     {"mspc.saliency"},
     {
         *("mspc.solvers", "mspc.allocators", "mspc.allocation", "mspc.sensitivity", "mspc.plan", "mspc.checkpoint"),
-        *("mspc.journal", "mspc.artifact", "mspc.output"),
+        *("mspc.journal", "mspc.artifact", "mspc.output", "mspc.sparse_folder"),
     },
     {"mspc.models", "mspc.tokens", "mspc.builtin_text"},
     {"mspc.blocks", "mspc.walk", "mspc.gradients", "mspc.perplexity"},

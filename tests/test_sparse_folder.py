@@ -1,0 +1,159 @@
+"""The sparse export: what comes back is bitwise what was there; and a spoiled file raises InputError, never anything else.
+
+Oracle of the round trip: the artifact's own matrices. The fuzzer flips bytes and edits the description.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import few
+
+import mspc
+from mspc.artifact import ArtifactSource
+from mspc.errors import InputError
+from mspc.report import Silent
+from mspc.sparse_folder import read_sparse
+
+SETTINGS = [
+    {"sparsity": 0.5},
+    {"pattern": "2:4"},
+    {"pattern": "8:16", "bits": 4, "group_size": 32},
+    {"sparsity": 0.6, "bits": 3, "group_size": None, "asymmetric": True},
+    {"sparsity": 0.0, "bits": 8, "group_size": 32},
+]
+
+
+@pytest.fixture(scope="module")
+def exported(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[mspc.Artifact, Path]]:
+    """The same model in every setting; bf16, and sharded."""
+    folder = tmp_path_factory.mktemp("sparse")
+    model = tiny.build(folder / "model", "llama", dtype=torch.bfloat16, sharded=True)
+    found = []
+    for number, setting in enumerate(SETTINGS):
+        recipe = mspc.Recipe(
+            **setting, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
+        )
+        artifact = mspc.compress(model, recipe, out=folder / f"artifact{number}", reporter=Silent())
+        found.append((artifact, artifact.export("sparse", folder / f"sparse{number}", reporter=Silent())))
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=[str(setting) for setting in SETTINGS])
+def test_every_matrix_comes_back_bit_for_bit(number, exported):
+    artifact, folder = exported[number]
+    source = ArtifactSource(artifact.path)
+    rows = {row["tensor"].removesuffix(".weight"): row for row in artifact.manifest["matrices"]}
+    back = {name: matrix for name, _, matrix in read_sparse(folder)}
+    assert back.keys() == rows.keys()
+    for name, matrix in back.items():
+        expected = source.matrix(rows[name])
+        assert matrix.weight.dtype == torch.bfloat16
+        assert torch.equal(matrix.weight.view(torch.int16), expected.weight.view(torch.int16))
+        assert torch.equal(matrix.mask, expected.mask)
+        if expected.codes is not None:
+            assert torch.equal(matrix.codes.values, expected.codes.values)
+
+
+def test_sizes_are_those_of_the_specification(exported):
+    """9/16 of bf16 for 2:4; a byte of offsets a row and 64 bits more for 50%; 4:8 by 2 + 2 + 0.5 bits with int4 g32."""
+    from safetensors.torch import load_file
+
+    def bits_of(folder: Path, name: str) -> int:
+        files = [load_file(path) for path in folder.glob("*.safetensors")]
+        return 8 * sum(t.nbytes for file in files for key, t in file.items() if key.startswith(name + "."))
+
+    name, numel = "model.layers.0.mlp.down_proj", 32 * 64
+    assert bits_of(exported[1][1], name) == numel * 9
+    assert bits_of(exported[0][1], name) == numel * 9 + 64 * 33
+    assert bits_of(exported[2][1], name) == numel * (2 + 2 + 0.5)
+    assert bits_of(exported[4][1], name) == numel * 8.5
+
+
+def try_to_read(folder: Path) -> None:
+    """Any outcome but an error that is not ours."""
+    try:
+        for _ in read_sparse(folder):
+            pass
+    except InputError:
+        pass
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=[str(setting) for setting in SETTINGS])
+def test_flipped_bytes_and_truncated_files_raise_only_input_errors(number, exported, tmp_path):
+    folder = Path(shutil.copytree(exported[number][1], tmp_path / "copy"))
+    rng = random.Random(number)
+    shards = sorted(folder.glob("*.safetensors"))
+    for _ in range(60):
+        shard = rng.choice(shards)
+        whole = shard.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        spoiled = bytearray(whole)
+        if rng.random() < 0.25:
+            del spoiled[rng.randrange(len(spoiled)) :]
+        else:
+            place = rng.randrange(header if rng.random() < 0.7 else len(spoiled))
+            spoiled[place] ^= 1 << rng.randrange(8)
+        shard.write_bytes(spoiled)
+        try_to_read(folder)
+        shard.write_bytes(whole)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 2**40), st.floats(), st.text(max_size=5), st.just("2:4"),
+    st.just("1:256"), st.lists(st.integers(-1, 2**40), max_size=3), st.just("float16"), st.just("int8"),
+    st.just("unstructured"),
+)  # fmt: skip
+
+
+@few
+@given(st.integers(0, len(SETTINGS) - 1), st.data())
+def test_edited_descriptions_raise_only_input_errors(exported, tmp_path_factory, number, data):
+    folder = exported[number][1]
+    config = json.loads((folder / "config.json").read_text())
+    matrices = config["quantization_config"]["matrices"]
+    row = matrices[data.draw(st.sampled_from(sorted(matrices)))]
+    row[data.draw(st.sampled_from(sorted(row)))] = data.draw(VALUES)
+    copy = tmp_path_factory.mktemp("edited")
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (copy / path.name).symlink_to(path)
+    (copy / "config.json").write_text(json.dumps(config))
+    try_to_read(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [2**30, 2**30]}, "its mask are torch.uint8"),
+        ({"shape": [32, -1]}, "two whole numbers above 0"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "its indices are missing"),
+        ({"dtype": "float64"}, "dtype must be one of"),
+        ({"sparsity": 0.0}, "its values are torch.bfloat16"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(change, message, exported, tmp_path):
+    """A shape that no file justifies is refused before anything of that size is made."""
+    folder = Path(shutil.copytree(exported[0][1], tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["matrices"]["model.layers.0.mlp.down_proj"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        list(read_sparse(folder))
+
+
+def test_newer_formats_and_other_methods_are_refused(exported, tmp_path):
+    folder = Path(shutil.copytree(exported[0][1], tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (({"format_version": 2}, "upgrade mspc"), ({"quant_method": "gptq"}, "is no sparse export")):
+        edited = config | {"quantization_config": config["quantization_config"] | change}
+        (folder / "config.json").write_text(json.dumps(edited))
+        with pytest.raises(InputError, match=message):
+            list(read_sparse(folder))
