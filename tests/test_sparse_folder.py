@@ -1,4 +1,4 @@
-"""The sparse export: what comes back is bitwise what was there; and a spoiled file raises InputError, never anything else.
+"""The sparse export: what comes back is bitwise what was there; a spoiled file raises InputError and nothing else.
 
 Oracle of the round trip: the artifact's own matrices. The fuzzer flips bytes and edits the description.
 """
