@@ -44,7 +44,7 @@ def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
         return []
     return [
         "Note: written as gptq_v2, since its grids are asymmetric or it was asked for. GPTQModel and transformers read "
-        "it; ONNX Runtime GenAI and auto-gptq misread it silently, vLLM refuses it. Symmetric grids avoid this."
+        "it; ONNX Runtime GenAI, auto-gptq and vLLM are known not to. Symmetric grids avoid this."
     ]
 
 

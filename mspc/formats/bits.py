@@ -1,5 +1,6 @@
 """Small integers as dense little-endian bit streams: value i occupies bits i*b .. i*b + b - 1, low bits first."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -10,6 +11,8 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 
     Eight values make `bits` whole bytes, so they are gathered in one int64, whose low bytes are kept.
     """
+    if bits == 1:
+        return torch.from_numpy(np.packbits(values.numpy(), axis=1, bitorder="little"))
     rows, count = values.shape
     eights = pad(values, (0, -count % 8)).view(rows, -(-count // 8), 8)
     words = torch.zeros(eights.shape[:2], dtype=torch.int64)
@@ -21,6 +24,8 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse: uint8 (R, count)."""
+    if bits == 1:
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=count, bitorder="little"))
     rows, num_eights = len(packed), -(-count // 8)
     bytes_ = torch.zeros(rows, num_eights, 8, dtype=torch.uint8)
     bytes_[..., :bits] = pad(packed, (0, num_eights * bits - packed.shape[1])).view(rows, num_eights, bits)

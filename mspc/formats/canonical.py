@@ -34,20 +34,26 @@ def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     pattern, grid = matrix.target.pattern, matrix.target.grid
     rows = () if has_mask(matrix.target) else (len(mask), -1)  # kept weights of a row, where all keep as many
     if matrix.codes is None or grid is None:
-        kept = matrix.weight.cpu()[mask].to(dtype)
+        kept = _kept(matrix.weight.cpu().to(dtype), mask)
         tensors["values"] = kept.view(rows) if rows else kept
     else:
-        codes = matrix.codes.values.cpu()[mask]
+        codes = _kept(matrix.codes.values.cpu(), mask)
         tensors["codes"] = pack_rows(codes.view(rows), grid.bits) if rows else pack_bits(codes, grid.bits)
         tensors["scales"] = matrix.codes.scales.cpu().contiguous()
         if not grid.symmetric:
             tensors["zeros"] = pack_rows(matrix.codes.zeros.cpu(), grid.bits)
     if isinstance(pattern, NM) and pattern.keep < pattern.of:
-        places = (torch.arange(mask.shape[1]) % pattern.of).to(torch.uint8)
-        tensors["indices"] = pack_rows(places.expand_as(mask)[mask].view(len(mask), -1), index_bits(pattern))
+        places = (torch.arange(mask.shape[1]) % pattern.of).to(torch.uint8).expand_as(mask)
+        tensors["indices"] = pack_rows(_kept(places, mask).view(len(mask), -1), index_bits(pattern))
     elif has_mask(matrix.target):
         tensors["mask"] = pack_rows(mask.to(torch.uint8), 1)
     return tensors
+
+
+def _kept(values: Tensor, mask: Tensor) -> Tensor:
+    """`values[mask]`, by numpy, which is twice as fast at it; it does not know bfloat16."""
+    as_integers = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+    return torch.from_numpy(as_integers.numpy()[mask.numpy()]).view(values.dtype)
 
 
 def has_mask(target: Target) -> bool:
@@ -67,8 +73,7 @@ def unpack(
     rows = () if has_mask(target) else (shape[0], kept // shape[0])
     if grid is None:
         values = _expect(tensors, "values", None, rows or (kept,), name)
-        weight = torch.zeros(shape, dtype=dtype)
-        weight[mask] = values.flatten().to(dtype)
+        weight = torch.zeros(shape, dtype=dtype).masked_scatter_(mask, values.flatten().to(dtype))
         return CompressedLinear(weight, mask, target)
     size = groups_of(shape[1], grid, name)
     scales = _expect(tensors, "scales", torch.float16, (shape[0], shape[1] // size), name)
@@ -83,8 +88,7 @@ def unpack(
     else:
         packed = _expect(tensors, "codes", torch.uint8, (_bytes(kept, grid.bits),), name)
         codes = unpack_bits(packed, grid.bits, kept)
-    values = zeros.repeat_interleave(size, 1)
-    values[mask] = codes
+    values = zeros.repeat_interleave(size, 1).masked_scatter_(mask, codes)
     all_codes = Codes(values, scales, zeros)
     return CompressedLinear(dequantize(all_codes).to(dtype), mask, target, all_codes)
 
