@@ -160,3 +160,31 @@ def test_sparse_compressed_tensors_become_random_weights_and_are_noticed(compres
     assert report["runtimes"]["transformers"]["status"] == "mismatch"
     assert report["runtimes"]["transformers"]["relative_error"] > 0.5
     assert len(report["weights"]["wrong"]) == 14
+
+
+def test_a_zero_point_of_zero_in_the_first_version_is_noticed(calibration, tmp_path):
+    """The files hold the right weights, and the loader's carry spoils the neighbours: only logits can tell."""
+    model = tiny.make("llama", hidden_size=64)
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):  # positive weights: the smallest is 0, which is then code 0
+            model.model.layers[0].mlp.get_submodule(name).weight.abs_()
+    tiny.save(model, tmp_path / "model")
+    recipe = mspc.Recipe(
+        bits=4, group_size=32, asymmetric=True, solver="mask", criterion="magnitude", allocator="uniform",
+        calibration=str(calibration), num_sequences=4, sequence_length=32,
+    )  # fmt: skip
+    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", reporter=Silent())
+    folder = artifact.export("gptq", tmp_path / "out", reporter=Silent())
+
+    def change(tensors, config):
+        config["checkpoint_format"] = "gptq"
+        for name in [name for name in tensors if name.endswith(".qzeros")]:
+            zeros = [[(word >> (4 * i)) & 15 for i in range(8)] for word in tensors[name].flatten().tolist()]
+            words = [sum(((zero - 1) & 15) << (4 * i) for i, zero in enumerate(eight)) for eight in zeros]
+            signed = [word - 2**32 if word >= 2**31 else word for word in words]
+            tensors[name] = torch.tensor(signed, dtype=torch.int32).view_as(tensors[name])
+
+    report = exporters.verify(spoiled(folder, tmp_path, change), None, Silent())
+    assert report["weights"]["wrong"] == []
+    assert report["runtimes"]["gptqmodel"]["status"] == "mismatch"
+    assert report["runtimes"]["gptqmodel"]["relative_error"] > 0.1
