@@ -12,6 +12,8 @@ it is a `mismatch` or has `failed`; only the last two, and any wrong weight, are
 
 import hashlib
 import importlib.metadata
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from mspc.report import Reporter
 from mspc.types import CompressedLinear
 
 REPORT = "verification.json"
+# What reading a damaged export comes to: readers do not look twice.
+UNREADABLE = (MspcError, OSError, LookupError, TypeError, ValueError)
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
@@ -96,16 +100,16 @@ def _check_weights(
     rows = {row["name"]: row for row in artifact.manifest["matrices"]} if artifact else {}
     try:
         read = reader_of(record["format"], folder)
-    except InputError as error:
-        return {"matrices": 0, "zeros": 0, "wrong": [str(error)]}
+    except UNREADABLE as error:
+        return {"matrices": 0, "zeros": 0, "wrong": [f"the weights cannot be read back ({error!r})"]}
     with reporter.stage("Reading weights back", len(record["matrices"])) as step:
         for row in record["matrices"]:
             canonical = artifact.matrix(rows[row["name"]]) if artifact else None
             try:
                 decoded = read(row)
                 difference = difference_of(row, decoded, canonical)
-            except MspcError as error:
-                difference = str(error)
+            except UNREADABLE as error:
+                difference = f"it cannot be read back ({error!r})"
             if difference:
                 wrong.append(f"{row['name']}: {difference}")
             else:
@@ -174,9 +178,10 @@ def _digest_difference(row: dict[str, Any], decoded: Decoded) -> str | None:
 def check_runtime(name: str, folder: Path, record: dict[str, Any], reference: Reference) -> dict[str, Any]:
     """One runtime's result: its status, and the numbers or the reason."""
     try:
-        runner = runtimes.load(name, folder, record)
-        logits = runner.logits(reference.ids)
-        tokens = runner.generate(reference.prompt, len(reference.tokens))
+        with redirect_stdout(sys.stderr):  # where ours is JSON, some print banners
+            runner = runtimes.load(name, folder, record)
+            logits = runner.logits(reference.ids)
+            tokens = runner.generate(reference.prompt, len(reference.tokens))
     except runtimes.Unsupported as limit:
         return {"status": "unsupported", "reason": str(limit)}
     except ModuleNotFoundError as missing:

@@ -5,6 +5,8 @@ A loader failure that is known is asserted by calling the loader, so that the da
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +81,18 @@ def test_the_trained_model_writes_the_same_text_everywhere(compress, tmp_path):
         results = runtimes_of(artifact.export(format_name, tmp_path / format_name, reporter=Silent()))
         for result in results.values():
             assert result["greedy_tokens_equal"] == 16
+
+
+def test_stdout_is_json_whatever_a_runtime_prints(compress, tmp_path):
+    """In a process of its own: the banner comes with the first import."""
+    out = compress("llama").export("gptq", tmp_path / "out", reporter=Silent())
+    command = [sys.executable, "-m", "mspc", "verify", str(out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["runtimes"]["gptqmodel"]["status"] == "verified"
+    (out / "config.json").write_text("{}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "config.json does not have the bytes that were written" in done.stderr
 
 
 def test_gpt2_is_read_by_gptqmodel_and_known_to_fail_in_transformers(compress, tmp_path):

@@ -1,17 +1,14 @@
 """GPTQModel on the CPU, by its own loader."""
 
 import os
-import sys
-from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles kernels when it loads: seconds for every model
-with redirect_stdout(sys.stderr):  # it prints a banner
-    from gptqmodel import GPTQModel
 
 import torch
+from gptqmodel import GPTQModel
 
 from exporters.runtimes import HALF, Runner
 from exporters.runtimes.transformers import runner_of
@@ -19,6 +16,5 @@ from exporters.runtimes.transformers import runner_of
 
 def load(folder: Path, record: dict[str, Any]) -> Runner:
     # Without a dtype it takes bfloat16 on a CPU, whatever the config says; its portable kernel takes every shape.
-    with redirect_stdout(sys.stderr):
-        loaded = GPTQModel.load(str(folder), device="cpu", backend="gptq_torch", dtype=torch.float16)
-    return runner_of(loaded.model, f"{version('gptqmodel')}", HALF)
+    loaded = GPTQModel.load(str(folder), device="cpu", backend="gptq_torch", dtype=torch.float16)
+    return runner_of(loaded.model, version("gptqmodel"), HALF)

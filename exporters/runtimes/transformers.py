@@ -1,9 +1,7 @@
 """transformers on the CPU, in float32 where the format allows it."""
 
 import os
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,7 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
 
         if not all(row["symmetric"] for row in packed):  # their packed zero points have no meta shape otherwise
             settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with redirect_stdout(sys.stderr):
-        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if record["format"] == "gptq" else FLOAT32)
 
 
