@@ -44,10 +44,16 @@ def load_reference(folder: Path) -> Reference:
         raise InputError(f"{folder / NAME} cannot be read ({error}); give --against ARTIFACT.") from error
 
 
+def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:
+    """The artifact's model on the CPU, in `dtype` without rounding to the checkpoint's on the way."""
+    source = ArtifactSource(artifact, exact=True)
+    return StreamedModel(source, load_config(artifact), torch.device("cpu"), dtype, eager=False)
+
+
 def compute_reference(artifact: Path) -> Reference:
     """The whole model is in memory, as it is in the runtimes that are compared with it."""
-    config = load_config(artifact)
-    model = StreamedModel(ArtifactSource(artifact, exact=True), config, torch.device("cpu"), torch.float32, eager=False)
+    model = exact_model(artifact, torch.float32)
+    config = model.config
     length = min(LENGTH, (longest_sequence(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
     ids = evaluation_tokens(load_tokenizer(artifact), "builtin", length, SEQUENCES).ids
     with model.whole() as loaded, torch.no_grad():

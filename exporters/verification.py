@@ -46,7 +46,7 @@ def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, 
     artifact had when it was exported. Raises InputError for a folder that is no export.
     """
     record = read_record(folder)
-    artifact = ArtifactSource(against) if against else None
+    artifact = ArtifactSource(against, exact=True) if against else None
     if against:
         with reporter.stage("Reference logits", 1) as step:
             reference = compute_reference(against)
@@ -162,11 +162,14 @@ def _first_difference(what: str, found: NDArray[Any], expected: NDArray[Any]) ->
 def _digest_difference(row: dict[str, Any], decoded: Decoded) -> str | None:
     if decoded.codes is not None:
         parts = [decoded.codes, decoded.scales, decoded.zeros]
-    elif row["bits"] == 16 and decoded.dtype == row["dtype"]:
-        stored = torch.from_numpy(decoded.weight).to(getattr(torch, row["dtype"]))
+    elif row["bits"] == 16 and decoded.dtype in (row["dtype"], "float32"):
+        weight = torch.from_numpy(decoded.weight)
+        stored = weight.to(getattr(torch, row["dtype"]))
+        if not stored.float().equal(weight):
+            return f"it has values that {row['dtype']} does not have"
         parts = [stored.flatten().view(torch.uint8).numpy()]
     else:
-        return None  # stored in another precision: only the artifact can tell
+        return None  # rounded once more on the way: only the artifact can tell
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(np.ascontiguousarray(part).tobytes())

@@ -276,6 +276,18 @@ def export(
         str | None,
         typer.Option(help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)", show_default=False),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="onnx: float32, float16, matmulnbits or qdq. (default: float32)", show_default=False),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(help="onnx, matmulnbits: 0 is exact, 4 rounds activations to int8.", show_default=False),
+    ] = None,
+    sparse_initializers: Annotated[
+        bool | None,
+        typer.Option("--sparse-initializers", help="onnx: smaller files from 67% zeros on.", show_default=False),
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -290,7 +302,13 @@ def export(
         if artifact is None or format_name is None or out is None:
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
         reporter = ConsoleReporter()
-        options = {} if checkpoint_format is None else {"checkpoint_format": checkpoint_format}
+        asked = {
+            "checkpoint_format": checkpoint_format,
+            "weights": weights,
+            "accuracy_level": accuracy_level,
+            "sparse_initializers": sparse_initializers,
+        }
+        options = {name: value for name, value in asked.items() if value is not None}
         exporters.export(
             artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter
         )

@@ -91,7 +91,7 @@ def test_contributing_shows_the_same_floors():
     assert shown == {floor: {name.removeprefix("mspc.") for name in names} for floor, names in enumerate(FLOORS)}
 
 
-KNOW_TRANSFORMERS = {"mspc.models", "exporters.runtimes.transformers"}
+KNOW_TRANSFORMERS = {"mspc.models", "exporters.onnx_graph", "exporters.runtimes.transformers"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -37,12 +37,17 @@ class Runtime:
 
 
 RUNTIMES = {
+    "onnxruntime": Runtime("exporters.runtimes.onnxruntime", "pip install 'mspc[onnx]'"),
+    "onnxruntime-genai": Runtime("exporters.runtimes.onnxruntime_genai", "pip install 'mspc[onnx]'"),
+    "openvino": Runtime("exporters.runtimes.openvino", "pip install 'mspc[openvino]'"),
     "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "pip install 'mspc[gptq]'"),
     "transformers": Runtime(
         "exporters.runtimes.transformers", "pip install 'mspc[gptq]' or 'mspc[compressed-tensors]'"
     ),
 }
 
+EXACT = 1e-4
+"""Only the order of float32 sums differs."""
 FLOAT32 = 1e-2
 """Products of a grid may be rounded to the model's dtype on the way; a wrong layout is off by 0.1 and more."""
 HALF = 3e-2
