@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow lint verify-all clean
+.PHONY: demo test test-slow lint verify-all verify-autogptq clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -23,6 +23,10 @@ lint: $(VENV)/installed-dev
 verify-all: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/verify_all.py
 
+# GPTQ exports in the archived auto-gptq, in an environment of its own.
+verify-autogptq: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/verify_autogptq.py
+
 # constraints.txt is the one place that names the torch build.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -35,4 +39,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-autogptq

@@ -1,0 +1,222 @@
+"""Exported gptq folders in auto-gptq 0.7.1, which is archived: relative errors of logits and equal greedy tokens.
+
+    python benchmarks/verify_autogptq.py [--venv FOLDER] [--json FILE] [--bits 2 3 4 8]
+
+auto-gptq imports only with old packages, so it gets a virtual environment of its own, with what
+autogptq-requirements.txt names, made again only when that file changes. The bundled model and a random one are
+compressed and exported here and loaded there, on the CPU in float32. Two things it gets wrong without an error. They
+are shown and are no failure; any other mismatch makes the exit code 1.
+
+It takes every folder for the first version of the format, so it misreads gptq_v2. And a model whose output head is tied
+to its embeddings loses both: accelerate ties them again after loading, to the head, which no file holds and nothing has
+filled. The same folder with a copy of the embeddings stored as `lm_head.weight` is the control: only if that one is
+right is the loss called known.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from verify_all import model_folder
+
+import mspc
+from exporters.reference import PROMPT, Reference, compute_reference
+from exporters.runtimes import FLOAT32
+from exporters.verification import comparable_tokens
+from mspc.report import Silent
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE / "autogptq-requirements.txt"
+PACKAGE = "auto-gptq"
+MODELS = ("bundled", "llama")
+MISREAD = "known: misreads gptq_v2"
+LOST = "known: loses tied embeddings"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An exported folder and what the artifact computes."""
+
+    model: str
+    bits: int
+    checkpoint_format: str
+    head: str
+    """own; tied, so no file holds it; or stored: tied, with a copy in the file."""
+    folder: Path
+    reference: Reference
+
+
+def environment(folder: Path) -> Path:
+    """The Python of auto-gptq's environment, installed anew unless it has the requirements as they are now."""
+    stamp, python = folder / "requirements.txt", folder / "bin" / "python"
+    wanted = REQUIREMENTS.read_text(encoding="utf-8")
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    if folder.exists() and not (folder / "pyvenv.cfg").is_file():
+        sys.exit(f"{folder} is not a virtual environment; choose another --venv.")
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"Installing {PACKAGE} into {folder}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    lines = [line for line in wanted.splitlines() if line and not line.startswith("#")]
+    # Its setup.py imports torch: everything else comes first, and it is built without isolation.
+    install(python, [line for line in lines if not line.startswith(PACKAGE)])
+    install(python, ["--no-build-isolation", *(line for line in lines if line.startswith(PACKAGE))])
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def install(python: Path, arguments: list[str]) -> None:
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(command, env=os.environ | {"BUILD_CUDA_EXT": "0"}, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(
+            f"{done.stderr[-2000:]}\npip could not install {' '.join(arguments)}. It needs a package index: check the "
+            f"network or pip's settings (`pip config list`), and run this again."
+        )
+
+
+def make_cases(model: str, bits: int, work: Path) -> list[Case]:
+    recipe = mspc.Recipe(
+        bits=bits, sparsity=0.5, group_size=128, allocator="uniform", num_sequences=16, sequence_length=64
+    )
+    artifact = mspc.compress(
+        model_folder(model, work), recipe, out=work / "artifact", overwrite=True, reporter=Silent()
+    )
+    reference = compute_reference(artifact.path)
+    cases = []
+    for checkpoint_format in ("gptq", "gptq_v2") if bits == 4 else ("gptq",):
+        folder = work / f"{model}-int{bits}-{checkpoint_format}"
+        artifact.export("gptq", folder, verified=False, reporter=Silent(), checkpoint_format=checkpoint_format)
+        reference.save(folder)
+        tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+        cases.append(Case(model, bits, checkpoint_format, "tied" if tied else "own", folder, reference))
+        if tied:
+            stored = store_head(folder)
+            cases.append(Case(model, bits, checkpoint_format, "stored", stored, reference))
+    return cases
+
+
+def store_head(folder: Path) -> Path:
+    """A copy of the folder whose file holds the output head too."""
+    copy = folder.with_name(f"{folder.name}-stored")
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    save_file(tensors | {HEAD: tensors[EMBEDDINGS].clone()}, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def run_autogptq(python: Path, cases: list[Case], out: Path) -> dict[str, Any]:
+    """Its report: versions, layers by folder, failures by folder. The arrays are left in `out`."""
+    out.mkdir()
+    command = [str(python), str(HERE / "autogptq_logits.py"), str(PROMPT), str(out), *(str(c.folder) for c in cases)]
+    # Of this process's variables, these two would change which packages it finds.
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(command, env=variables | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-2000:]}\n{PACKAGE} did not start; remove its environment and run this again.")
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def compare(case: Case, report: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One row of the result; `status` is verified, mismatch, failed, or the known misreading of gptq_v2."""
+    row: dict[str, Any] = {
+        "model": case.model,
+        "artifact": f"50%+int{case.bits} g128",
+        "checkpoint_format": case.checkpoint_format,
+        "head": case.head,
+        "tolerance": FLOAT32,
+    }
+    if reason := report["failed"].get(case.folder.name):
+        return row | {"status": "failed", "reason": reason}
+    with np.load(out / f"{case.folder.name}.npz", allow_pickle=False) as file:
+        logits, tokens = file["logits"], file["tokens"]
+    expected = case.reference.logits
+    error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+    compared = comparable_tokens(case.reference, float(np.abs(logits - expected).max()))
+    equal = int(np.cumprod(tokens == case.reference.tokens).sum())
+    right = error <= FLOAT32 and equal >= compared
+    wrong = MISREAD if case.checkpoint_format == "gptq_v2" else "mismatch"
+    return row | {
+        "status": "verified" if right else wrong,
+        "relative_error": error if math.isfinite(error) else None,  # JSON has no NaN
+        "greedy_tokens_compared": compared,
+        "greedy_tokens_equal": equal,
+        "greedy_tokens": tokens.tolist(),
+        "artifact_tokens": case.reference.tokens.tolist(),
+        "layers": report["layers"][case.folder.name],
+    }
+
+
+def excuse_tied(rows: list[dict[str, Any]]) -> None:
+    """A mismatch of a tied head becomes the known loss where the same folder with the head stored is right."""
+    keys = ("model", "artifact", "checkpoint_format")
+    right = [[row[key] for key in keys] for row in rows if row["head"] == "stored" and row["status"] == "verified"]
+    for row in rows:
+        if row["head"] == "tied" and row["status"] == "mismatch" and [row[key] for key in keys] in right:
+            row["status"] = LOST
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "artifact", "format", "head", "relative error", "greedy tokens equal", "status"):
+        table.add_column(heading)
+    for row in rows:
+        found = ("", "")
+        if row["status"] != "failed":
+            error = "not finite" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
+            found = (error, f"{row['greedy_tokens_equal']} of {len(row['artifact_tokens'])}")
+        table.add_row(row["model"], row["artifact"], row["checkpoint_format"], row["head"], *found, row["status"])
+    return table
+
+
+def main() -> None:
+    today = datetime.date.today().isoformat()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=HERE.parent / ".venv-autogptq")
+    parser.add_argument("--json", type=Path, default=Path("out/verify_autogptq.json"))
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], choices=[2, 3, 4, 8])
+    args = parser.parse_args()
+    python = environment(args.venv)
+    with tempfile.TemporaryDirectory(prefix="mspc-autogptq-") as name:
+        work = Path(name)
+        cases = [case for model in MODELS for bits in args.bits for case in make_cases(model, bits, work)]
+        report = run_autogptq(python, cases, work / "found")
+        rows = [compare(case, report, work / "found") for case in cases]
+    excuse_tied(rows)
+    ours = {name: version(name) for name in ("mspc", "torch", "transformers", "safetensors", "numpy")}
+    result = {
+        "date": today,
+        "command": "make verify-autogptq",
+        "hardware": f"CPU, {platform.machine()}, float32",
+        "versions": {"python": platform.python_version()} | ours,
+        "autogptq_versions": dict(sorted(report["versions"].items(), key=lambda item: item[0].lower())),
+        "rows": rows,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1))
+    Console(width=150).print(table_of(rows))
+    wrong = [row for row in rows if row["status"] in ("mismatch", "failed")]
+    for row in wrong:
+        print("WRONG", row["model"], row["artifact"], row.get("reason", row.get("relative_error")))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
