@@ -44,7 +44,7 @@ FORMATS = {
         None,
         "GPTQ-packed Hugging Face folder, float16 scales",
         "every pattern; 2, 3, 4 or 8 bits in groups of 32, 64, 128 or a row",
-        ("transformers", "gptqmodel"),
+        ("transformers", "gptqmodel", "onnxruntime-genai"),
         "same size and speed as without zeros",
     ),
     "compressed-tensors": Format(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the loaders' own
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
+
+
+@pytest.fixture(autouse=True)
+def without_genai(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its model builder takes seconds for every export; test_onnx_runtimes has it."""
+    quick = replace(exporters.FORMATS["gptq"], runtimes=("transformers", "gptqmodel"))
+    monkeypatch.setitem(exporters.FORMATS, "gptq", quick)
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,59 @@
-"""ONNX Runtime GenAI on the CPU, by the folder's genai_config.json."""
+"""ONNX Runtime GenAI on the CPU: an ONNX folder by its genai_config.json, a GPTQ folder through its model builder."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
 from numpy.typing import NDArray
 
-from exporters.runtimes import Runner
+from exporters.runtimes import FLOAT32, Runner, Unsupported
 from exporters.runtimes.onnxruntime import tolerance_of
+
+NOT_ROUNDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
 
 def load(folder: Path, record: dict[str, Any]) -> Runner:
-    model = genai.Model(str(folder))
+    if record["format"] != "gptq":
+        return runner_of(genai.Model(str(folder)), tolerance_of(record))
+    _check_gptq(folder, record)
+    with TemporaryDirectory(prefix="mspc-genai-") as built:
+        build(folder, Path(built))
+        return runner_of(genai.Model(built), FLOAT32)
 
-    def generator(rows: int, length: int) -> genai.Generator:
+
+def _check_gptq(folder: Path, record: dict[str, Any]) -> None:
+    """What its model builder is known not to do."""
+    if record["options"]["checkpoint_format"] == "gptq_v2" or not all(
+        row.get("symmetric", True) for row in record["matrices"]
+    ):
+        raise Unsupported("its model builder reads the zero points of gptq_v2 as those of gptq")
+    if any(row["bits"] == 3 for row in record["matrices"]):
+        raise Unsupported("its model builder does not unpack 3 bits")
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    if "modules_in_block_to_quantize" in quantization:
+        raise Unsupported("its model builder takes no GPTQ folder with matrices left dense")
+
+
+def build(folder: Path, out: Path) -> None:
+    """Without the extra options it would round embeddings and head too, and activations to int8."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
+    command += ["-p", "int4", "-e", "cpu", "-c", str(out / "cache")]
+    command += ["--extra_options", "accuracy_level=1", f"nodes_to_exclude={NOT_ROUNDED}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "model is not currently supported" in done.stderr:
+        raise Unsupported("its model builder does not know this architecture")
+    if done.returncode:
+        raise RuntimeError(f"its model builder failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def runner_of(model: Any, tolerance: float) -> Runner:
+    def generator(rows: int, length: int) -> Any:
         parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=length, do_sample=False, batch_size=rows)
         return genai.Generator(model, parameters)
@@ -32,4 +70,4 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
             running.generate_next_token()
         return [int(token) for token in running.get_sequence(0)[len(prompt) :]]
 
-    return Runner(genai.__version__, tolerance_of(record), logits, generate)
+    return Runner(genai.__version__, tolerance, logits, generate)

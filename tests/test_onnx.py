@@ -1,0 +1,151 @@
+"""ONNX layouts against brute force, golden bytes and the reference implementation of DequantizeLinear in onnx."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import few
+
+from exporters.genai import genai_config
+from exporters.reading import little_endian_fields
+from mspc.errors import InputError
+from mspc.formats.onnx import block_size, pack_dequantize_linear, pack_matmul_nbits
+from mspc.types import Codes
+
+onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.filterwarnings("ignore")  # onnx's own
+
+from exporters import onnx as exporter  # noqa: E402
+
+ROW = {
+    "name": "model.layers.0.mlp.up_proj", "parameter": "model.layers.0.mlp.up_proj.weight", "shape": [8, 64],
+    "bits": 4, "group_size": 32, "zeros": 256, "index": None, "symmetric": True, "pattern": "unstructured",
+}  # fmt: skip
+
+
+def random_codes(num_out: int, num_groups: int, group_size: int, bits: int, seed: int) -> Codes:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)
+
+    scales = torch.rand(num_out, num_groups, generator=generator).half()
+    return Codes(draw(num_out, num_groups * group_size), scales, draw(num_out, num_groups))
+
+
+@pytest.mark.parametrize(("group_size", "block"), [(32, 32), (128, 128), (96, 32), (768, 256), (4096, 256), (24, 8)])
+def test_blocks(group_size, block):
+    assert block_size(group_size) == block
+
+
+grids = given(
+    st.integers(1, 5), st.integers(1, 4), st.sampled_from([16, 32, 48]), st.sampled_from([2, 4, 8]), st.integers(0, 9)
+)
+
+
+@few
+@grids
+def test_matmul_nbits_by_brute_force(num_out, num_groups, group_size, bits, seed):
+    """One Python integer for every block, and for the zero points of every row."""
+    codes = random_codes(num_out, num_groups, group_size, bits, seed)
+    parts = pack_matmul_nbits(codes, bits, symmetric=False)
+    block = block_size(group_size)
+    repeats = group_size // block
+    for o in range(num_out):
+        for b in range(num_groups * repeats):
+            values = codes.values[o, b * block : (b + 1) * block].tolist()
+            number = sum(value << (bits * place) for place, value in enumerate(values))
+            assert bytes(parts["codes"][o, b].tolist()) == number.to_bytes(block * bits // 8, "little")
+            assert parts["scales"][o, b] == codes.scales[o, b // repeats].float()
+        zeros = [int(codes.zeros[o, b // repeats]) for b in range(num_groups * repeats)]
+        number = sum(zero << (bits * place) for place, zero in enumerate(zeros))
+        assert bytes(parts["zeros"][o].tolist()) == number.to_bytes(-(-len(zeros) * bits // 8), "little")
+    assert set(pack_matmul_nbits(codes, bits, symmetric=True)) == {"codes", "scales"}
+
+
+@few
+@grids
+def test_dequantize_linear_by_brute_force(num_out, num_groups, group_size, bits, seed):
+    codes = random_codes(num_out, num_groups, group_size, bits, seed)
+    parts = pack_dequantize_linear(codes, bits)
+    num_in = num_groups * group_size
+    for name, expected in (("codes", codes.values), ("zeros", codes.zeros)):
+        flat = little_endian_fields(parts[name].numpy()[None], bits, num_out * (num_in if name == "codes" else len(
+            parts["scales"])))[0]  # fmt: skip
+        repeats = 1 if name == "codes" else group_size // block_size(group_size)
+        assert flat.tolist() == expected.repeat_interleave(repeats, 1).T.flatten().tolist()
+    assert parts["scales"].tolist() == codes.scales.float().repeat_interleave(repeats, 1).T.tolist()
+
+
+def test_golden_bytes():
+    values = torch.arange(16, dtype=torch.uint8)[None]
+    codes = Codes(values, torch.ones(1, 1).half(), torch.full((1, 1), 8, dtype=torch.uint8))
+    assert pack_matmul_nbits(codes, 4, symmetric=False)["codes"].numpy().tobytes().hex() == "1032547698badcfe"
+    assert pack_matmul_nbits(codes, 4, symmetric=False)["zeros"].tolist() == [[8]]
+    assert pack_dequantize_linear(codes, 4)["codes"].numpy().tobytes().hex() == "1032547698badcfe"
+
+
+def test_dequantize_linear_is_what_the_standard_computes():
+    """Oracle: onnx.reference, which knows nothing of blocks of ours."""
+    codes = random_codes(4, 2, 32, 4, 0)
+    parts = pack_dequantize_linear(codes, 4)
+    integers = onnx.TensorProto.UINT4
+    tensors = [
+        onnx.helper.make_tensor("codes", integers, [64, 4], parts["codes"].numpy().tobytes(), raw=True),
+        onnx.helper.make_tensor("scales", onnx.TensorProto.FLOAT, [2, 4], parts["scales"].numpy().tobytes(), raw=True),
+        onnx.helper.make_tensor("zeros", integers, [2, 4], parts["zeros"].numpy().tobytes(), raw=True),
+    ]
+    node = onnx.helper.make_node("DequantizeLinear", ["codes", "scales", "zeros"], ["weight"], axis=0, block_size=32)
+    output = onnx.helper.make_tensor_value_info("weight", onnx.TensorProto.FLOAT, [64, 4])
+    graph = onnx.helper.make_graph([node], "one", [], [output], tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    (weight,) = onnx.reference.ReferenceEvaluator(model).run(None, {})
+    groups = torch.repeat_interleave(torch.arange(2), 32)
+    expected = (codes.values.float() - codes.zeros.float()[:, groups]) * codes.scales.float()[:, groups]
+    assert np.array_equal(weight, expected.T.numpy())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"weights": "int4"}, "weights must be one of float32, float16, matmulnbits, qdq, not 'int4'"),
+        ({}, {"weights": "qdq", "accuracy_level": 9}, "accuracy_level must be 0 to 4, not 9"),
+        ({}, {"weights": "qdq", "sparse_initializers": True}, "hold float32 or float16 weights, not qdq"),
+        ({"bits": 3}, {"weights": "matmulnbits"}, "up_proj: matmulnbits takes 2, 4 or 8 bits, not 3"),
+        ({"bits": 16}, {"weights": "qdq"}, "no matrix has a grid; use float32 or float16"),
+        ({"group_size": 8}, {"weights": "qdq"}, "multiple of 16 inputs, not of 8"),
+        ({"group_size": "row", "shape": [8, 72]}, {"weights": "qdq"}, "multiple of 16 inputs, not of 72"),
+        ({"index": 3}, {}, "cannot hold one expert"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(changes, options, message):
+    with pytest.raises(InputError, match=message):
+        exporter.check([ROW | changes], {}, exporter.Options(**options))
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "float16"}])
+def test_three_bits_are_held_as_floats(options):
+    exporter.check([ROW | {"bits": 3}], {}, exporter.Options(**options))
+
+
+def test_sparse_initializers_only_where_they_are_smaller():
+    """By hand: 512 weights of 4 bytes are 2048; 12 bytes for each of 170 are 2040, of 171 are 2052."""
+    options = exporter.Options(sparse_initializers=True)
+    rows = [ROW | {"zeros": zeros} for zeros in (512 - 170, 512 - 171)]
+    assert [exporter.stored_sparsely(row, options) for row in rows] == [True, False]
+    (note,) = exporter.notes(rows, options)
+    assert "above 67% zeros in float32: 1 of 2 matrices" in note
+    assert exporter.notes(rows, exporter.Options()) == []
+
+
+def test_genai_config_takes_what_the_configs_lack():
+    config = {"vocab_size": 260, "n_embd": 32, "n_head": 4, "n_positions": 64, "eos_token_id": None}
+    made = genai_config(config, {"eos_token_id": [7, 8]}, (2, 4, 8), {"session.entry": "1"})
+    model = made["model"]
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (7, [7, 8], 7)
+    assert (model["context_length"], model["decoder"]["hidden_size"]) == (64, 32)
+    assert model["decoder"]["session_options"]["session.entry"] == "1"
+    json.dumps(made)

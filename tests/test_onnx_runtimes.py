@@ -1,0 +1,289 @@
+"""ONNX exports in ONNX Runtime, GenAI and OpenVINO; and faults that those do not notice, which `verify` must.
+
+A failure of a runtime that is known is asserted by running it, so that the day it works is seen.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import exporters
+import mspc
+from exporters.record import NAME as RECORD
+from mspc.checkpoint import sha256_of
+from mspc.errors import InputError, MspcError
+from mspc.report import Silent
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime_genai")
+openvino = pytest.importorskip("openvino")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.onnx and the runtimes
+
+from exporters import onnx as exporter  # noqa: E402
+from exporters import onnx_graph  # noqa: E402
+from exporters.runtimes import onnxruntime_genai as genai_runtime  # noqa: E402
+
+BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
+RUNTIMES = ("onnxruntime", "onnxruntime-genai", "openvino")
+
+
+@pytest.fixture(scope="module")
+def compress(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., mspc.Artifact]:
+    kept: dict[str, mspc.Artifact] = {}
+
+    def get(family: str, **options: object) -> mspc.Artifact:
+        key = f"{family}{sorted(options.items())}"
+        if key not in kept:
+            folder = tmp_path_factory.mktemp("onnx")
+            model = BUNDLED if family == "bundled" else tiny.build(folder / "model", family, hidden_size=64)
+            text = {"calibration": "builtin"} if family == "bundled" else {"calibration": str(calibration)}
+            recipe = mspc.Recipe(
+                **{"bits": 4, "group_size": 32, "allocator": "uniform"} | text | options,
+                num_sequences=4, sequence_length=32,
+            )  # fmt: skip
+            kept[key] = mspc.compress(model, recipe, out=folder / "artifact", reporter=Silent())
+        return kept[key]
+
+    return get
+
+
+def export(artifact: mspc.Artifact, out: Path, **options: object) -> dict[str, dict[str, object]]:
+    """The runtimes' results."""
+    exporters.export(artifact.path, "onnx", out, options=options)
+    return json.loads((out / "verification.json").read_text())["runtimes"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gpt2"])
+def test_families_in_every_runtime(family, compress, tmp_path):
+    results = export(compress(family), tmp_path / "out", weights="matmulnbits")
+    assert tuple(results) == RUNTIMES
+    for result in results.values():
+        assert result["status"] == "verified"
+        assert result["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16", "qdq"])
+def test_weights_in_every_runtime(weights, compress, tmp_path):
+    for result in export(compress("llama"), tmp_path / "out", weights=weights).values():
+        assert result["status"] == "verified"
+        assert result["relative_error"] < (0.01 if weights == "float16" else 1e-5)
+
+
+@pytest.mark.parametrize("weights", ["matmulnbits", "qdq"])
+def test_two_asymmetric_bits_and_rows(weights, compress, tmp_path):
+    results = export(
+        compress("llama", bits=2, group_size=None, asymmetric=True, sparsity=0.3), tmp_path / "out", weights=weights
+    )
+    assert {name: result["status"] for name, result in results.items()} == {
+        "onnxruntime": "verified",
+        "onnxruntime-genai": "verified",
+        "openvino": "verified" if weights == "matmulnbits" else "unsupported",
+    }
+    if weights == "qdq":
+        with pytest.raises(RuntimeError):
+            openvino.Core().compile_model(tmp_path / "out" / "model.onnx", "CPU")
+
+
+def test_the_trained_model_writes_the_same_text_everywhere(compress, tmp_path):
+    artifact = compress("bundled", pattern="2:4", bits=8)
+    for result in export(artifact, tmp_path / "out", weights="matmulnbits").values():
+        assert result["greedy_tokens_equal"] == 16
+
+
+def test_the_graph_is_named_as_others_name_theirs(compress, tmp_path):
+    export(compress("llama"), tmp_path / "out")
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    onnx.checker.check_model(model)
+    shapes = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.input, *model.graph.output]
+    }
+    assert shapes["input_ids"] == shapes["position_ids"] == ["batch_size", "sequence_length"]
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 16]
+    assert shapes["logits"] == ["batch_size", "sequence_length", 260]
+    assert {"present.0.key", "present.1.value"} <= shapes.keys()
+    names = {tensor.name for tensor in model.graph.initializer}
+    assert "model.layers.0.mlp.down_proj.weight" in names
+    assert not [name for name in names if name.startswith("model.model.")]
+
+
+def test_sparse_initializers(compress, tmp_path):
+    artifact = compress("llama", bits=16, sparsity=0.8)
+    results = export(artifact, tmp_path / "sparse", sparse_initializers=True)
+    assert [result["status"] for result in results.values()] == ["verified", "verified", "unsupported"]
+    graph = onnx.load(tmp_path / "sparse" / "model.onnx").graph
+    row = next(row for row in artifact.manifest["matrices"] if row["name"].endswith("up_proj"))
+    kept = {tensor.values.name: len(tensor.indices.raw_data) // 8 for tensor in graph.sparse_initializer}
+    assert kept[row["parameter"]] == row["shape"][0] * row["shape"][1] - row["zeros"]
+    with pytest.raises(RuntimeError):
+        openvino.Core().compile_model(tmp_path / "sparse" / "model.onnx", "CPU")
+
+
+def test_weights_beyond_float16_are_refused(compress, tmp_path):
+    model = tiny.make("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 0] = 1e6
+    tiny.save(model, tmp_path / "model")
+    artifact = mspc.compress(
+        tmp_path / "model",
+        mspc.Recipe(sensitivity="gram", calibration=compress("llama").manifest["recipe"]["calibration"],
+                    num_sequences=2, sequence_length=16),
+        out=tmp_path / "artifact", reporter=Silent(),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"model.embed_tokens.weight has weights that do not fit into torch.float16"):
+        export(artifact, tmp_path / "out", weights="float16")
+
+
+class Unexportable(nn.Module):
+    """An operator that ONNX has no form of, in the place of a causal LM."""
+
+    def forward(self, input_ids, attention_mask, position_ids=None, past_key_values=None, use_cache=True):
+        eigenvalues = torch.linalg.eigvals(torch.eye(3) + input_ids.sum()).real
+        hidden = eigenvalues.sum() + input_ids[..., None]
+
+        class Out:
+            logits = hidden
+
+        Out.past_key_values = past_key_values
+        return Out
+
+
+def test_a_model_without_an_onnx_form_is_an_error_that_names_the_operator():
+    past = [(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4))]
+    model = onnx_graph.Decoder(Unexportable())
+    with pytest.raises(MspcError, match=r"torch.onnx cannot export Unexportable: it stops at the operator .*eig"):
+        onnx_graph.traced(model, past, 18)
+
+
+# GPTQ folders through the model builder of ONNX Runtime GenAI
+
+
+@pytest.fixture
+def only_genai(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(exporters.FORMATS, "gptq", replace(exporters.FORMATS["gptq"], runtimes=("onnxruntime-genai",)))
+
+
+def gptq(artifact: mspc.Artifact, out: Path) -> dict[str, object]:
+    artifact.export("gptq", out, reporter=Silent())
+    return json.loads((out / "verification.json").read_text())["runtimes"]["onnxruntime-genai"]
+
+
+def test_gptq_in_genai(only_genai, compress, tmp_path):
+    result = gptq(compress("llama", bits=8), tmp_path / "out")
+    assert result["status"] == "verified"
+    assert result["relative_error"] < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("opt", {}, "does not know this architecture"),
+        ("llama", {"bits": 3}, "does not unpack 3 bits"),
+        ("llama", {"skip": ("down_proj",)}, "matrices left dense"),
+        ("llama", {"asymmetric": True}, "reads the zero points of gptq_v2 as those of gptq"),
+    ],
+)
+def test_gptq_that_genai_does_not_read(family, options, reason, only_genai, compress, tmp_path):
+    result = gptq(compress(family, **options), tmp_path / "out")
+    assert result["status"] == "unsupported"
+    assert reason in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"bits": 3}, "Unpacking for 3-bit"), ({"skip": ("down_proj",)}, "'NoneType' object")]
+)
+def test_known_failures_of_the_builder(options, reason, compress, tmp_path):
+    exporters.export(compress("llama", **options).path, "gptq", tmp_path / "out", verified=False)
+    (tmp_path / "built").mkdir()
+    with pytest.raises(RuntimeError, match=reason):
+        genai_runtime.build(tmp_path / "out", tmp_path / "built")
+
+
+def test_gptq_v2_in_genai_is_noticed(only_genai, compress, tmp_path):
+    """Its builder adds one to zero points whatever the version, so a folder of that version is not run unless it lies."""
+    out = exporters.export(
+        compress("llama").path, "gptq", tmp_path / "out", verified=True, options={"checkpoint_format": "gptq_v2"}
+    )
+
+    def change(folder: Path) -> None:
+        record = json.loads((folder / RECORD).read_text())
+        record["options"]["checkpoint_format"] = None
+        (folder / RECORD).write_text(json.dumps(record))
+
+    report = exporters.verify(spoiled(out, tmp_path, change), None, Silent())
+    assert report["weights"]["wrong"] == []
+    assert report["runtimes"]["onnxruntime-genai"]["status"] == "mismatch"
+    assert report["runtimes"]["onnxruntime-genai"]["relative_error"] > 0.1
+
+
+# Silent failures
+
+
+def spoiled(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> Path:
+    """A copy that `change` was done to, whose record knows of the new bytes."""
+    out = Path(shutil.copytree(folder, tmp_path / "spoiled"))
+    change(out)
+    record = json.loads((out / RECORD).read_text())
+    record["files"] = {name: sha256_of(out / name) for name in record["files"]}
+    (out / RECORD).write_text(json.dumps(record))
+    return out
+
+
+def test_g_idx_beside_packed_zero_points_is_noticed(compress, tmp_path, monkeypatch):
+    """It names the groups that the blocks have anyway, and ONNX Runtime computes something else."""
+    export(compress("llama", asymmetric=True), tmp_path / "out", weights="matmulnbits")
+
+    def change(folder: Path) -> None:
+        model = onnx.load(folder / "model.onnx")
+        for node in model.graph.node:
+            if node.op_type == "MatMulNBits":
+                sizes = {attribute.name: attribute.i for attribute in node.attribute}
+                groups = (np.arange(sizes["K"]) // sizes["block_size"]).astype(np.int32)
+                model.graph.initializer.append(onnx.numpy_helper.from_array(groups, f"{node.name}.g_idx"))
+                node.input.append(f"{node.name}.g_idx")
+        onnx.save(model, folder / "model.onnx")
+
+    # OpenVINO crashes on it, and would take the tests along.
+    monkeypatch.setitem(exporters.FORMATS, "onnx", replace(exporters.FORMATS["onnx"], runtimes=("onnxruntime",)))
+    report = exporters.verify(spoiled(tmp_path / "out", tmp_path, change), None, Silent())
+    assert len(report["weights"]["wrong"]) == 14
+    assert report["runtimes"]["onnxruntime"]["status"] == "mismatch"
+    assert report["runtimes"]["onnxruntime"]["relative_error"] > 0.1
+
+
+def test_activations_rounded_behind_qdq_are_noticed(compress, tmp_path, monkeypatch):
+    """What ONNX Runtime does unless a session is told otherwise, and genai_config.json tells it."""
+    export(compress("llama"), tmp_path / "out", weights="qdq")
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "genai_config.json").read_text())
+        del config["model"]["decoder"]["session_options"]["session.qdq_matmulnbits_accuracy_level"]
+        (folder / "genai_config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", lambda *entry: None)
+    report = exporters.verify(spoiled(tmp_path / "out", tmp_path, change), None, Silent())
+    for name in ("onnxruntime", "onnxruntime-genai"):
+        assert report["runtimes"][name]["status"] == "mismatch"
+        assert 1e-3 < report["runtimes"][name]["relative_error"] < 0.1
+
+
+def test_large_models_have_their_weights_in_a_file_of_their_own(compress, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "LARGEST_FILE", 1000)
+    for result in export(compress("llama"), tmp_path / "out", weights="matmulnbits").values():
+        assert result["status"] == "verified"
+    artifact = compress("llama")
+    embeddings = artifact.path / "unchanged" / "model.safetensors"
+    assert (tmp_path / "out" / "model.onnx.data").stat().st_size > embeddings.stat().st_size
+    with pytest.raises(InputError, match="Sparse initializers need a model below 2 GB"):
+        export(compress("llama", bits=16, sparsity=0.8), tmp_path / "sparse", sparse_initializers=True)
