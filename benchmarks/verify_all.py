@@ -20,7 +20,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import exporters
 import mspc
@@ -47,6 +47,11 @@ ARTIFACTS = {
     "50%+int2 g32": {"sparsity": 0.5, "bits": 2, "group_size": 32},
 }
 
+EXPORTS: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in exporters.FORMATS} | {
+    "onnx matmulnbits": ("onnx", {"weights": "matmulnbits"}),
+    "onnx qdq": ("onnx", {"weights": "qdq"}),
+}
+
 
 def model_folder(name: str, work: Path) -> Path:
     """The bundled model, or a random one of that architecture with the bundled tokenizer."""
@@ -64,8 +69,9 @@ def model_folder(name: str, work: Path) -> Path:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the files with weights."""
+    weights = (".safetensors", ".onnx", ".data", ".gguf")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in weights)
 
 
 def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
@@ -75,14 +81,14 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
     )
     rows: list[dict[str, object]] = []
     sizes: dict[str, int] = {}
-    for label in exporters.FORMATS:
+    for label, (format_name, options) in EXPORTS.items():
         out = work / "export"
         shutil.rmtree(out, ignore_errors=True)
         row: dict[str, object] = {"model": model, "artifact": setting, "format": label}
         rows.append(row)
         begin = time.perf_counter()
         try:
-            artifact.export(label, out, verified=False, reporter=Silent())
+            artifact.export(format_name, out, verified=False, reporter=Silent(), **options)
         except InputError as refusal:
             row["refused"] = str(refusal)
             continue
@@ -101,9 +107,18 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
                 "runtimes": report["runtimes"],
                 "failures": exporters.failures(report),
             }
+            if model == "bundled":
+                row["texts"] = texts_of(report["runtimes"])
         except VerificationError as error:
             row["failures"] = [str(error)]
     return rows
+
+
+def texts_of(runtimes: dict[str, dict[str, object]]) -> dict[str, str]:
+    """What each runtime wrote after the same prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    verified = {name: result for name, result in runtimes.items() if "greedy_tokens" in result}
+    return {name: tokenizer.decode(result["greedy_tokens"]) for name, result in verified.items()}
 
 
 def table_of(rows: list[dict[str, object]]) -> Table:
@@ -144,7 +159,10 @@ def main() -> None:
             for setting in args.artifacts:
                 rows += measure(model, setting, Path(work))
                 args.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1))
-                Console(width=250).print(table_of(rows[-len(exporters.FORMATS) :]))
+                Console(width=250).print(table_of(rows[-len(EXPORTS) :]))
+    for row in rows:
+        for name, text in row.get("texts", {}).items():
+            print(f"{row['artifact']}, {row['format']}, {name}: {text!r}")
     wrong = [
         f"{row['model']}, {row['artifact']}, {row['format']}: {row['failures']}" for row in rows if row.get("failures")
     ]

@@ -121,7 +121,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
         if packed and options.weights == MATMUL_NBITS:
             graph.opset_imports["com.microsoft"] = 1
         sparse = [row["parameter"] for row in rows if stored_sparsely(row, options)]
-        write_atomically(out / MODEL, partial(_write, graph, sparse, out / DATA))
+        write_atomically(out / MODEL, partial(write, graph, sparse, out / DATA))
     copy_configs(artifact, out)
     config = read_config(artifact)
     write_json(out / "config.json", config | {"dtype": options.weights if options.weights == FLOAT16 else FLOAT32})
@@ -215,7 +215,8 @@ def _cache(graph: ir.Model) -> tuple[int, int, int]:
     return len(keys), int(keys[0].shape[1]), int(keys[0].shape[3])
 
 
-def _write(graph: ir.Model, sparse: Sequence[str], data: Path, path: Path) -> None:
+def write(graph: ir.Model, sparse: Sequence[str], data: Path, path: Path) -> None:
+    """The graph to `path`, the initializers named in `sparse` sparsely; more than LARGEST_FILE bytes go to `data`."""
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
     if not sparse:
         ir.save(graph, path, format="protobuf", external_data=data.name if size > LARGEST_FILE else None)

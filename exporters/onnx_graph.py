@@ -70,20 +70,18 @@ def decoder_graph(model: nn.Module, matrices: Iterable[dict[str, Any]], opset: i
         linear: Any = model.get_submodule(row["name"])
         weight = linear.weight if row["transposed"] else linear.weight.T
         model.set_submodule(row["name"], MatMul(weight.contiguous(), linear.bias), strict=True)
-    decoder = Decoder(model).eval()
-    graph = _traced(decoder, opset)
+    with torch.no_grad():
+        layers = model(input_ids=torch.zeros(2, 5, dtype=torch.long), use_cache=True).past_key_values.layers
+    graph = traced(Decoder(model).eval(), [(layer.keys, layer.values) for layer in layers], opset)
     for name, value in list(graph.graph.initializers.items()):
         if name.startswith("model."):
             value.name = name.removeprefix("model.")
     return graph
 
 
-def _traced(decoder: Decoder, opset: int) -> ir.Model:
-    # Lengths of 0 and 1 would be taken for constants.
-    ids = torch.zeros(2, 3, dtype=torch.long)
-    with torch.no_grad():
-        layers = decoder.model(input_ids=torch.zeros(2, 5, dtype=torch.long), use_cache=True).past_key_values.layers
-    past = [(layer.keys, layer.values) for layer in layers]
+def traced(decoder: Decoder, past: Past, opset: int) -> ir.Model:
+    """`past` is a cache (2, H, 5, D) of keys and values for every layer."""
+    ids = torch.zeros(2, 3, dtype=torch.long)  # lengths of 0 and 1 would be taken for constants
     inputs = (ids, torch.ones(2, 8, dtype=torch.long), torch.arange(5, 8).expand(2, 3).contiguous(), past)
     names = [f"{index}.{part}" for index in range(len(past)) for part in ("key", "value")]
     cache = {0: BATCH, 2: PAST}

@@ -199,6 +199,7 @@ def check_runtime(name: str, folder: Path, record: dict[str, Any], reference: Re
     compared = comparable_tokens(reference, float(np.abs(logits - expected).max()))
     equal = np.cumprod(np.array(tokens) == reference.tokens).sum() if len(tokens) == len(reference.tokens) else 0
     result |= {"relative_error": error, "greedy_tokens_compared": compared, "greedy_tokens_equal": int(equal)}
+    result["greedy_tokens"] = tokens
     if not error <= runner.tolerance:
         return result | {
             "status": "mismatch",

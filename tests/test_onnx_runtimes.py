@@ -211,7 +211,7 @@ def test_known_failures_of_the_builder(options, reason, compress, tmp_path):
 
 
 def test_gptq_v2_in_genai_is_noticed(only_genai, compress, tmp_path):
-    """Its builder adds one to zero points whatever the version, so a folder of that version is not run unless it lies."""
+    """Its builder adds one to zero points whatever the version, so such a folder is not run unless it lies."""
     out = exporters.export(
         compress("llama").path, "gptq", tmp_path / "out", verified=True, options={"checkpoint_format": "gptq_v2"}
     )
