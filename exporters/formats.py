@@ -63,6 +63,14 @@ FORMATS = {
         ("onnxruntime", "onnxruntime-genai", "openvino"),
         "same size and speed as dense; TensorRT can use 2:4 zeros; --sparse-initializers: smaller above 67% zeros",
     ),
+    "gguf": Format(
+        "exporters.gguf",
+        "gguf",
+        "one file for llama.cpp: codes as Q4_0 or Q8_0, everything else in the model's dtype",
+        "Llama models, every pattern; symmetric 4 or 8 bits in groups of 32",
+        ("transformers",),
+        "same size and speed as without zeros",
+    ),
 }
 
 

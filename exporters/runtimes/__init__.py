@@ -42,7 +42,7 @@ RUNTIMES = {
     "openvino": Runtime("exporters.runtimes.openvino", "pip install 'mspc[openvino]'"),
     "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "pip install 'mspc[gptq]'"),
     "transformers": Runtime(
-        "exporters.runtimes.transformers", "pip install 'mspc[gptq]' or 'mspc[compressed-tensors]'"
+        "exporters.runtimes.transformers", "pip install 'mspc[gptq]', 'mspc[compressed-tensors]' or 'mspc[gguf]'"
     ),
 }
 

@@ -26,6 +26,10 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
 
         if not all(row["symmetric"] for row in packed):  # their packed zero points have no meta shape otherwise
             settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    elif record["format"] == "gguf":
+        import gguf  # noqa: F401  likewise
+
+        settings["gguf_file"] = "model.gguf"
     model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if record["format"] == "gptq" else FLOAT32)
 
