@@ -15,7 +15,7 @@ from torch import Tensor
 from exporters.folder import copy_configs, read_config, write_shards
 from mspc.artifact import ArtifactSource
 from mspc.checkpoint import write_json
-from mspc.formats import canonical
+from mspc.formats.bits import unpack_rows
 from mspc.report import Step
 
 FORMAT_VERSION = 1
@@ -47,11 +47,10 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
             yield from artifact.read([key])
             return
         row = rows[key]
-        matrix = artifact.matrix(row)
-        for part, tensor in canonical.pack(matrix, getattr(torch, row["dtype"])).items():
+        for part, tensor in artifact.stored(row).items():  # they are those of the artifact: no packing is due
             yield f"{base_of(key)}.{part}", tensor
-        if canonical.has_mask(matrix.target):
-            yield f"{base_of(key)}.row_offsets", row_offsets(matrix.mask)
+            if part == "mask":
+                yield f"{base_of(key)}.row_offsets", row_offsets(tensor, row["shape"][1])
 
     write_shards(artifact, out, tensors_of, step)
 
@@ -60,7 +59,8 @@ def base_of(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def row_offsets(mask: Tensor) -> Tensor:
-    """int64 (O + 1): where the kept weights of each row begin, and the end, so that rows can be read on their own."""
-    counts = mask.sum(1)
+def row_offsets(mask: Tensor, num_columns: int) -> Tensor:
+    """Mask bits uint8 (O, ceil(I / 8)) -> int64 (O + 1): where the kept weights of each row begin, and the end, so that
+    rows can be read on their own."""
+    counts = unpack_rows(mask, 1, num_columns).sum(1)
     return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])

@@ -105,6 +105,10 @@ class ArtifactSource:
         """The compressed matrix of one row of the manifest."""
         return read_matrix(self.folder, row, exact=self.exact)
 
+    def stored(self, row: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of one matrix as the artifact holds them (`mspc.formats.canonical`)."""
+        return read_stored(self.folder, row)
+
     def check_files(self) -> None:
         """Raises InputError, naming the file, when one does not have the bytes that were written."""
         for name, digest in self.manifest["files"].items():
@@ -118,10 +122,13 @@ def read_matrix(folder: Path, row: dict[str, Any], *, exact: bool = False) -> Co
     """The matrix that a manifest's row describes, its weight in the checkpoint's dtype (see `ArtifactSource.exact`)."""
     target = target_from_dict(row)
     dtype = torch.float32 if exact and target.grid else getattr(torch, row["dtype"])
-    stored = [f"{row['name']}.{part}" for part in row["stored"]]
-    tensors = {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / row["file"], stored)}
     num_out, num_in = row["shape"]
-    return canonical.unpack(tensors, (num_out, num_in), target, dtype, row["name"])
+    return canonical.unpack(read_stored(folder, row), (num_out, num_in), target, dtype, row["name"])
+
+
+def read_stored(folder: Path, row: dict[str, Any]) -> dict[str, Tensor]:
+    keys = [f"{row['name']}.{part}" for part in row["stored"]]
+    return {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / row["file"], keys)}
 
 
 def address_of(row: dict[str, Any]) -> Matrix:

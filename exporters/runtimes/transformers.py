@@ -27,7 +27,8 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
         if not all(row["symmetric"] for row in packed):  # their packed zero points have no meta shape otherwise
             settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     elif record["format"] == "gguf":
-        import gguf  # noqa: F401  likewise
+        import accelerate  # noqa: F401  likewise
+        import gguf  # noqa: F401
 
         settings["gguf_file"] = "model.gguf"
     model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()

@@ -116,13 +116,22 @@ def _unpack_mask(tensors: dict[str, Tensor], shape: tuple[int, int], target: Tar
         places = unpack_rows(packed, index_bits(pattern), kept).view(-1, pattern.keep)
         if int(places.max()) >= pattern.of or not bool((places[:, 1:] > places[:, :-1]).all()):
             raise InputError(f"{name}: its indices are not {pattern.keep} ascending places below {pattern.of} a group.")
-        groups = torch.zeros(len(places), pattern.of, dtype=torch.bool)
-        return groups.scatter_(1, places.long(), True).view(shape)
+        return _mask_of_places(places, pattern.of).view(shape)
     # All weights are kept: what holds them must be there before a mask of that size is made.
     part = "values" if target.grid is None else "codes"
     columns = num_columns if target.grid is None else _bytes(num_columns, target.grid.bits)
     _expect(tensors, part, None, (num_rows, columns), name)
     return torch.ones(shape, dtype=torch.bool)
+
+
+def _mask_of_places(places: Tensor, of: int) -> Tensor:
+    """uint8 (groups, N), each below M -> bool (groups, M). Up to 16 places are bits of one word, which is fast."""
+    if of > 16:
+        return torch.zeros(len(places), of, dtype=torch.bool).scatter_(1, places.long(), True)
+    words = torch.zeros(len(places), dtype=torch.int16)
+    for column in places.T:
+        words |= torch.ones_like(words) << column
+    return unpack_rows(words.view(torch.uint8).view(len(words), 2), 1, of).bool()
 
 
 def _bytes(count: int, bits: int) -> int:
