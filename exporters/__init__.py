@@ -11,98 +11,27 @@ Each format is one module with
 and one reader in `exporters.reading` that shares no code with it.
 """
 
-import dataclasses
-import json
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from exporters.formats import FORMATS, load
-from exporters.record import is_export, write_record
-from exporters.verification import failures, verify
-from mspc.artifact import ArtifactSource
-from mspc.errors import InputError, VerificationError, unknown
-from mspc.output import held, publish, sibling
-from mspc.report import Reporter, Silent
+if TYPE_CHECKING:
+    from exporters.exporting import check, export
+    from exporters.formats import FORMATS
+    from exporters.verification import failures, verify
 
 __all__ = ["FORMATS", "check", "export", "failures", "verify"]
 
-
-def export(
-    artifact: Path,
-    format_name: str,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    verified: bool = True,
-    options: dict[str, Any] | None = None,
-    reporter: Reporter | None = None,
-) -> Path:
-    """Write `artifact` in a format of `FORMATS` to the folder `out`, which appears when it is whole and verified.
-
-    Raises InputError for an unknown format or option, for what the format cannot hold, and for an output that is there
-    already; VerificationError when what was written does not hold or compute what the artifact does.
-    """
-    reporter = reporter or Silent()
-    source = ArtifactSource(artifact)
-    config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
-    chosen = check(format_name, source.manifest["matrices"], config, options or {})
-    _check_out(artifact, out, overwrite)
-    source.check_files()
-    module = load(format_name)
-    partial = sibling(out, "new")
-    partial.mkdir(parents=True, exist_ok=True)
-    with held(partial):
-        for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        try:
-            with reporter.stage(f"Exporting {format_name}", len(source.keys())) as step:
-                module.export(source, partial, chosen, step)
-            for note in module.notes(source.manifest["matrices"], chosen):
-                reporter.say(note)
-            write_record(partial, format_name, chosen, source)
-            if verified:
-                _verify(partial, artifact, reporter)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        publish(partial, out)
-    return out
+# Loaded when first used: to show the table of formats takes no transformers.
+_HOME = {
+    "FORMATS": "exporters.formats",
+    "check": "exporters.exporting",
+    "export": "exporters.exporting",
+    "failures": "exporters.verification",
+    "verify": "exporters.verification",
+}
 
 
-def check(
-    format_name: str, rows: Sequence[dict[str, Any]], config: dict[str, Any], options: dict[str, Any] | None = None
-) -> Any:
-    """The format's `Options`, if it can hold matrices such as these. Raises InputError, naming what it accepts."""
-    module = load(format_name)
-    chosen = _options(module, format_name, options or {})
-    module.check(rows, config, chosen)
-    return chosen
-
-
-def _options(module: ModuleType, format_name: str, values: dict[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(module.Options)}
-    for name in values:
-        if name not in known:
-            if not known:
-                raise InputError(f"{format_name} has no option --{name.replace('_', '-')}; it has none at all.")
-            raise unknown(f"option of {format_name}", name, known)
-    return module.Options(**values)
-
-
-def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
-    if out.resolve() == artifact.resolve():
-        raise InputError(f"--out {out} is the artifact itself; choose another folder.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not is_export(out):
-            raise InputError(f"{out} is not empty and was not exported by mspc; choose another --out.")
-        if not overwrite:
-            raise InputError(f"{out} holds an older export; choose another --out, or --overwrite it.")
-
-
-def _verify(folder: Path, artifact: Path, reporter: Reporter) -> None:
-    result = verify(folder, artifact, reporter)
-    if found := failures(result):
-        raise VerificationError(f"The export is wrong and was not kept: {'; '.join(found)}.")
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'exporters' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -12,8 +12,8 @@ it is a `mismatch` or has `failed`; only the last two, and any wrong weight, are
 
 import hashlib
 import importlib.metadata
-import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def _digest_difference(row: dict[str, Any], decoded: Decoded) -> str | None:
 def check_runtime(name: str, folder: Path, record: dict[str, Any], reference: Reference) -> dict[str, Any]:
     """One runtime's result: its status, and the numbers or the reason."""
     try:
-        with redirect_stdout(sys.stderr):  # where ours is JSON, some print banners
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # banners and pages of settings, from some
             runner = runtimes.load(name, folder, record)
             logits = runner.logits(reference.ids)
             tokens = runner.generate(reference.prompt, len(reference.tokens))

@@ -1,6 +1,7 @@
 """The command line: thin verbs over `mspc.pipeline`. Results go to stdout, progress and messages to stderr."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -294,10 +295,11 @@ def export(
     """Write an artifact in a format that a runtime loads, and verify it there."""
     with reported(debug):
         import exporters
+        from exporters.runtimes import RUNTIMES
         from mspc.report import ConsoleReporter, format_table
 
         if show_list:
-            _print_table(format_table(exporters.FORMATS))
+            _print_table(format_table(exporters.FORMATS, RUNTIMES))
             return
         if artifact is None or format_name is None or out is None:
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
@@ -393,4 +395,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def main() -> None:
+    # What these say when they are imported is not about anything that the user did.
+    for name in ("torchao", "torch.utils._pytree", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()

@@ -95,13 +95,14 @@ def matrix_table(manifest: dict[str, Any]) -> Table:
     return table
 
 
-def format_table(formats: Mapping[str, Any]) -> Table:
+def format_table(formats: Mapping[str, Any], runtimes: Mapping[str, Any]) -> Table:
     """One row a format, for `mspc export --list`."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("format", "holds", "patterns and bits", "verified in", "what zeros gain"):
+    for heading in ("format", "holds", "patterns and bits", "verified in (tested)", "what zeros gain"):
         table.add_column(heading)
     for name, row in formats.items():
-        table.add_row(name, row.holds, row.accepts, ", ".join(row.runtimes), row.zeros)
+        tested = ", ".join(f"{runtime} {runtimes[runtime].tested}" for runtime in row.runtimes)
+        table.add_row(name, row.holds, row.accepts, tested or "weights only", row.zeros)
     return table
 
 

@@ -161,7 +161,7 @@ def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
 def runtime(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("a_runtime")
     monkeypatch.setitem(sys.modules, "a_runtime", module)
-    monkeypatch.setitem(runtimes.RUNTIMES, "transformers", Runtime("a_runtime", "pip install it"))
+    monkeypatch.setitem(runtimes.RUNTIMES, "transformers", Runtime("a_runtime", "1.0", "pip install it"))
     return module
 
 

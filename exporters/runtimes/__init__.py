@@ -33,16 +33,20 @@ class Runner:
 @dataclass(frozen=True)
 class Runtime:
     module: str
+    tested: str
+    """The version whose results are known."""
     install: str
 
 
 RUNTIMES = {
-    "onnxruntime": Runtime("exporters.runtimes.onnxruntime", "pip install 'mspc[onnx]'"),
-    "onnxruntime-genai": Runtime("exporters.runtimes.onnxruntime_genai", "pip install 'mspc[onnx]'"),
-    "openvino": Runtime("exporters.runtimes.openvino", "pip install 'mspc[openvino]'"),
-    "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "pip install 'mspc[gptq]'"),
+    "onnxruntime": Runtime("exporters.runtimes.onnxruntime", "1.32", "pip install 'mspc[onnx]'"),
+    "onnxruntime-genai": Runtime("exporters.runtimes.onnxruntime_genai", "0.18", "pip install 'mspc[onnx]'"),
+    "openvino": Runtime("exporters.runtimes.openvino", "2026.4", "pip install 'mspc[openvino]'"),
+    "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "7.6", "pip install 'mspc[gptq]'"),
     "transformers": Runtime(
-        "exporters.runtimes.transformers", "pip install 'mspc[gptq]', 'mspc[compressed-tensors]' or 'mspc[gguf]'"
+        "exporters.runtimes.transformers",
+        "5.23",
+        "pip install 'mspc[gptq]', 'mspc[compressed-tensors]' or 'mspc[gguf]'",
     ),
 }
 

@@ -31,6 +31,7 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
         import gguf  # noqa: F401
 
         settings["gguf_file"] = "model.gguf"
+    transformers.utils.logging.disable_progress_bar()  # `verify` shows its own
     model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if record["format"] == "gptq" else FLOAT32)
 
