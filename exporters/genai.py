@@ -12,14 +12,10 @@ def genai_config(
     layers, kv_heads, head_size = cache
     heads = config.get("num_attention_heads", config.get("n_head", kv_heads))
     context = config.get("max_position_embeddings", config.get("n_positions", 2048))
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos = 0 if eos is None else eos
-    bos = generation.get("bos_token_id", config.get("bos_token_id"))
-    pad = generation.get("pad_token_id", config.get("pad_token_id"))
-    first_eos = eos[0] if isinstance(eos, list) else eos
+    ends = _tokens("eos_token_id", config, generation) or [0]
     return {
         "model": {
-            "bos_token_id": first_eos if bos is None else bos,
+            "bos_token_id": (_tokens("bos_token_id", config, generation) or ends)[0],
             "context_length": context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session},
@@ -42,8 +38,8 @@ def genai_config(
                 "num_hidden_layers": layers,
                 "num_key_value_heads": kv_heads,
             },
-            "eos_token_id": eos,
-            "pad_token_id": first_eos if pad is None else pad,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": (_tokens("pad_token_id", config, generation) or ends)[0],
             # Its name for a decoder with a cache per layer; the graph, not the name, says how the model computes.
             "type": "llama",
             "vocab_size": config["vocab_size"],
@@ -60,3 +56,11 @@ def genai_config(
             "top_p": 1.0,
         },
     }
+
+
+def _tokens(name: str, config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
+    """The ids that a config gives, of those that exist: defaults of a family may lie beyond a small vocabulary, and
+    GenAI refuses such a folder."""
+    found = generation.get(name, config.get(name))
+    ids = found if isinstance(found, list) else [found]
+    return [i for i in ids if i is not None and 0 <= i < config["vocab_size"]]

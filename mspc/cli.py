@@ -305,11 +305,9 @@ def export(
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
         reporter = ConsoleReporter()
         asked = {
-            "checkpoint_format": checkpoint_format,
-            "weights": weights,
-            "accuracy_level": accuracy_level,
+            "checkpoint_format": checkpoint_format, "weights": weights, "accuracy_level": accuracy_level,
             "sparse_initializers": sparse_initializers,
-        }
+        }  # fmt: skip
         options = {name: value for name, value in asked.items() if value is not None}
         exporters.export(
             artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter

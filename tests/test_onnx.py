@@ -149,3 +149,5 @@ def test_genai_config_takes_what_the_configs_lack():
     assert (model["context_length"], model["decoder"]["hidden_size"]) == (64, 32)
     assert model["decoder"]["session_options"]["session.entry"] == "1"
     json.dumps(made)
+    beyond = genai_config(config | {"bos_token_id": 50256}, {"eos_token_id": 50256}, (2, 4, 8), {})["model"]
+    assert (beyond["bos_token_id"], beyond["eos_token_id"], beyond["pad_token_id"]) == (0, 0, 0)
