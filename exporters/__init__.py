@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from exporters.exporting import check, export
     from exporters.formats import FORMATS
-    from exporters.verification import failures, verify
+    from exporters.verification import failures, in_short, verify
 
-__all__ = ["FORMATS", "check", "export", "failures", "verify"]
+__all__ = ["FORMATS", "check", "export", "failures", "in_short", "verify"]
 
 # Loaded when first used: to show the table of formats takes no transformers.
 _HOME = {
@@ -27,6 +27,7 @@ _HOME = {
     "check": "exporters.exporting",
     "export": "exporters.exporting",
     "failures": "exporters.verification",
+    "in_short": "exporters.verification",
     "verify": "exporters.verification",
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from exporters.formats import load
 from exporters.record import is_export, write_record
-from exporters.verification import failures, verify
+from exporters.verification import failures, in_short, verify
 from mspc.artifact import ArtifactSource
 from mspc.errors import InputError, VerificationError, unknown
 from mspc.output import held, publish, sibling
@@ -92,4 +92,4 @@ def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
 def _verify(folder: Path, artifact: Path, reporter: Reporter) -> None:
     result = verify(folder, artifact, reporter)
     if found := failures(result):
-        raise VerificationError(f"The export is wrong and was not kept: {'; '.join(found)}.")
+        raise VerificationError(f"The export is wrong and was not kept: {in_short(found)}.")

@@ -80,6 +80,12 @@ def failures(report: dict[str, Any]) -> list[str]:
     return wrong
 
 
+def in_short(found: list[str]) -> str:
+    """The first few failures, and how many more there are."""
+    shown = "; ".join(found[:3])
+    return shown if len(found) <= 3 else f"{shown}; and {len(found) - 3} more (see {REPORT})"
+
+
 def _check_files(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     wrong = []
     for name, digest in record["files"].items():

@@ -337,7 +337,7 @@ def verify(
         else:
             _print_table(verification_table(result))
         if wrong:
-            fail(f"Error: {folder} is wrong: {'; '.join(wrong)}.", 1)
+            fail(f"Error: {folder} is wrong: {exporters.in_short(wrong)}.", 1)
 
 
 @app.callback(invoke_without_command=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import few
 
 from exporters.genai import genai_config
-from exporters.reading import little_endian_fields
+from exporters.reading import little_endian_fields, reader_of
 from mspc.errors import InputError
 from mspc.formats.onnx import block_size, pack_dequantize_linear, pack_matmul_nbits
 from mspc.types import Codes
@@ -151,3 +151,29 @@ def test_genai_config_takes_what_the_configs_lack():
     json.dumps(made)
     beyond = genai_config(config | {"bos_token_id": 50256}, {"eos_token_id": 50256}, (2, 4, 8), {})["model"]
     assert (beyond["bos_token_id"], beyond["eos_token_id"], beyond["pad_token_id"]) == (0, 0, 0)
+
+
+def test_what_is_no_onnx_model_is_an_error(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
+    with pytest.raises(InputError, match="model.onnx is no ONNX model"):
+        reader_of("onnx", tmp_path)
+
+
+@pytest.mark.parametrize("location", ["../elsewhere", "/etc/hostname"])
+def test_weights_outside_the_folder_are_not_read(location, tmp_path):
+    tensor = onnx.TensorProto(name=ROW["parameter"], dims=[64, 8], data_type=1, data_location=1)
+    tensor.external_data.add(key="location", value=location)
+    graph = onnx.helper.make_graph([], "one", [], [], [tensor])
+    (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(InputError, match="points outside the folder"):
+        reader_of("onnx", tmp_path)(ROW)
+
+
+def test_a_data_file_cut_short_is_an_error(tmp_path):
+    tensor = onnx.TensorProto(name=ROW["parameter"], dims=[64, 8], data_type=1, data_location=1)
+    tensor.external_data.add(key="location", value="model.onnx.data")
+    graph = onnx.helper.make_graph([], "one", [], [], [tensor])
+    (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (tmp_path / "model.onnx.data").write_bytes(b"abcd")
+    with pytest.raises(ValueError, match="reshape"):
+        reader_of("onnx", tmp_path)(ROW)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from exporters.reading import Decoded, Reader, from_grid, little_endian_fields
@@ -17,7 +18,10 @@ PACKED_BITS = {21: 4, 25: 2}
 
 
 def reader(folder: Path) -> Reader:
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    try:
+        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    except DecodeError as error:
+        raise InputError(f"{folder / 'model.onnx'} is no ONNX model ({error})") from error
     dense = {tensor.name: tensor for tensor in graph.initializer}
     sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
     user_of = {name: node for node in graph.node for name in node.input}
