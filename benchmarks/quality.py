@@ -38,6 +38,8 @@ METHODS = {
     "obs trace-rank": {"criterion": "obs", "allocator": "trace-rank"},
     "isc trace-rank": {"criterion": "isc", "allocator": "trace-rank"},
     "obs fisher-rank": {"criterion": "obs", "allocator": "trace-rank", "sensitivity": "fisher"},
+    "admm uniform": {"solver": "admm", "allocator": "uniform"},
+    "admm fisher-rank": {"solver": "admm", "allocator": "trace-rank", "sensitivity": "fisher"},
     "magnitude uniform": {"solver": "mask", "criterion": "magnitude", "allocator": "uniform"},
     "wanda uniform": {"solver": "mask", "criterion": "wanda", "allocator": "uniform"},
     "ria uniform": {"solver": "mask", "criterion": "ria", "allocator": "uniform"},

@@ -88,7 +88,7 @@ def compress(
     ] = None,
     solver: Annotated[
         str | None,
-        _option("obs (kept weights make up for the removed ones) or mask (only remove).", "obs", rich_help_panel=HOW),
+        _option("obs, admm (searches for what to keep) or mask (no update).", "obs", rich_help_panel=HOW),
     ] = None,
     criterion: Annotated[
         str | None, _option("Which weights go: isc, obs, wanda, ria, magnitude.", "isc", rich_help_panel=HOW)

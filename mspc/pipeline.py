@@ -261,8 +261,8 @@ class _Run:
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
         """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
         check_plan(plan)
-        if self.recipe.solver == "obs":
-            for matrix in plan:
+        for matrix in plan:
+            if self.recipe.solver == "obs" or (self.recipe.solver == "admm" and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
         rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]

@@ -33,7 +33,7 @@ class Recipe:
     asymmetric: bool = False
     """Give every group an integer zero point of its own."""
     solver: str = "obs"
-    """`obs` corrects the kept weights for the removed ones; `mask` only removes."""
+    """`obs` corrects the kept weights for the removed ones; `admm` also searches for which; `mask` only removes."""
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str = "trace-rank"

@@ -36,15 +36,19 @@ def obs(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions
 
 
 def sweep(
-    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str
+    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
 ) -> tuple[CompressedLinear, float]:
-    """`obs`, with the loss the sweep itself adds up: the sum of ((w_j - q_j) / U_jj)^2 at the time of settling."""
+    """`obs`, with the loss the sweep itself adds up: the sum of ((w_j - q_j) / U_jj)^2 at the time of settling.
+
+    With `mask` (O, I) that one is obeyed, and the target's pattern decides nothing.
+    """
     check_pattern(target.pattern, weight.shape[1], options, name)
     order = column_order(stats, options)
     if options.activation_order:
         stats = GramStats(stats.gram[order][:, order], stats.num_tokens)
     factor = inverse_factor(stats, options.damp, name)
-    state = Sweep(weight.float()[:, order].T.contiguous(), factor, target, options, order, name)
+    given = None if mask is None else mask[:, order]
+    state = Sweep(weight.float()[:, order].T.contiguous(), factor, target, options, order, name, given)
     for start, count in zip(range(0, len(order), BLOCK), state.block_counts(), strict=True):
         state.settle_block(start, min(start + BLOCK, len(order)), count)
     return state.result(), state.loss
@@ -77,11 +81,14 @@ class Sweep:
     options: SolverOptions
     order: Tensor
     name: str
+    given: Tensor | None = None
+    """A mask (O, I), in the order of the sweep, that is obeyed; without it the sweep chooses."""
 
     def __post_init__(self) -> None:
         num_columns, num_rows = self.columns.shape
         self.per_row = self.options.criterion in COMPARED_PER_ROW
-        self.mask = torch.ones_like(self.columns, dtype=torch.bool)
+        chosen = torch.ones_like(self.columns, dtype=torch.bool)
+        self.mask = chosen if self.given is None else self.given.T.contiguous()
         self.loss = 0.0
         self.grid = self.target.grid
         if self.grid is None:
@@ -109,20 +116,25 @@ class Sweep:
     def fit_static(self, grid: Grid) -> None:
         """All scales before the sweep, on the weights that a first scoring of the whole matrix would keep."""
         original = torch.argsort(self.order)
-        mask = select(self.score(0, len(self.columns)), self.target.pattern, per_row=self.per_row)[:, original]
+        mask = self.first_mask()[:, original]
         weight, importance = self.columns.T[:, original], self.factor.diagonal[original]
         scales, zeros = fit_groups(weight, mask, importance, grid, self.name)
         self.scales, self.zeros = scales.T.contiguous(), zeros.T.contiguous()
+
+    def first_mask(self) -> Tensor:
+        """The given mask, or what a scoring of the whole matrix before the sweep would keep."""
+        if self.given is not None:
+            return self.given
+        return select(self.score(0, len(self.columns)), self.target.pattern, per_row=self.per_row)
 
     def block_counts(self) -> list[int]:
         """How many weights each block prunes: exact in total, in proportion to its live weights, dead ones first."""
         num_rows = self.columns.shape[1]
         blocks = self.factor.dead.split(BLOCK)
-        if isinstance(self.target.pattern, NM):
+        if isinstance(self.target.pattern, NM) or self.given is not None:
             return [0] * len(blocks)
         if self.options.activation_order:  # the first blocks hold the largest inputs, so equal shares would be wrong
-            mask = select(self.score(0, len(self.columns)), self.target.pattern, per_row=self.per_row)
-            return [int((~part).sum()) for part in mask.split(BLOCK, dim=1)]
+            return [int((~part).sum()) for part in self.first_mask().split(BLOCK, dim=1)]
         total = num_pruned(self.columns.numel(), self.target.pattern.sparsity)
         dead = [int(block.sum()) * num_rows for block in blocks]
         live = [len(block) * num_rows - d for block, d in zip(blocks, dead, strict=True)]
@@ -140,7 +152,7 @@ class Sweep:
             mask.copy_(prune(self.score(start, stop), count).T)
         for j in range(stop - start):
             column = start + j
-            if isinstance(pattern, NM) and pattern.sparsity and j % pattern.of == 0:
+            if isinstance(pattern, NM) and pattern.sparsity and j % pattern.of == 0 and self.given is None:
                 group = slice(column, column + pattern.of)
                 self.mask[group] = prune_n_of_m(self.score(group.start, group.stop), pattern).T
             settled = self.settle_column(column)
@@ -167,7 +179,8 @@ class Sweep:
 
     def fit_reached_group(self, start: int, stop: int, grid: Grid) -> None:
         pattern = self.target.pattern
-        if isinstance(pattern, NM) and pattern.sparsity:  # the N:M groups ahead choose again when they are reached
+        if isinstance(pattern, NM) and pattern.sparsity and self.given is None:
+            # The N:M groups ahead choose again when they are reached.
             mask = prune_n_of_m(self.score(start, stop), pattern)
         else:
             mask = self.mask[start:stop].T

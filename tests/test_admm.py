@@ -1,0 +1,102 @@
+"""ADMM against exact float64 least squares on its own support, the OBS sweep, and all supports of a small problem."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from oracles import code_product, damped, least_squares, loss, problem, row_losses
+
+from mspc.errors import ActivationError, InputError
+from mspc.solvers import SOLVERS, SolverOptions
+from mspc.solvers.admm import admm
+from mspc.types import NM, GramStats, Grid, Target, Unstructured
+
+PATTERNS = [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(5, 16)]
+
+
+def solve(case, target, **options):
+    return admm(case.weight, case.stats, target, SolverOptions(**options), "q_proj")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_weights_are_nearly_the_best_on_their_support(pattern):
+    case = problem(0, 24, 64)
+    found = solve(case, Target(pattern))
+    gram = damped(case.stats.gram, 0.01)
+    best = loss(case.weight - least_squares(case.weight, found.mask, gram), gram)
+    assert best <= loss(case.weight - found.weight, gram) <= 1.02 * best
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_support_is_better_than_that_of_the_sweep(pattern, seed):
+    case = problem(seed, 24, 64)
+    swept = SOLVERS["obs"](case.weight, case.stats, Target(pattern), SolverOptions(criterion="obs"), "q_proj")
+    found = solve(case, Target(pattern))
+    gram = damped(case.stats.gram, 0.01)
+    assert loss(case.weight - found.weight, gram) < 0.9 * loss(case.weight - swept.weight, gram)
+
+
+def test_near_the_best_of_all_supports():
+    """Oracle: least squares on each of the 70 supports of one row of 8."""
+    ranks = []
+    for seed in range(10):
+        case = problem(seed, 1, 8)
+        gram = damped(case.stats.gram, 0.01)
+        masks = torch.zeros(70, 8, dtype=torch.bool)
+        for mask, kept in zip(masks, combinations(range(8), 4), strict=True):
+            mask[list(kept)] = True
+        weights = case.weight.expand(70, 8)
+        losses = row_losses(weights - least_squares(weights, masks, gram), gram)
+        found = loss(case.weight - solve(case, Target(Unstructured(0.5))).weight, gram)
+        ranks.append(int((losses * 1.001 < found).sum()))
+    assert sorted(ranks)[5] <= 1
+    assert max(ranks) <= 10
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.99, 1.0])
+def test_counts_are_exact(sparsity):
+    case = problem(3, 16, 32)
+    found = solve(case, Target(Unstructured(sparsity)))
+    assert int((~found.mask).sum()) == round(16 * 32 * sparsity)
+    assert not found.weight[~found.mask].any()
+    if sparsity == 0:
+        assert torch.equal(found.weight, case.weight)
+
+
+def test_groups_keep_n_of_m():
+    found = solve(problem(4, 16, 32), Target(NM(2, 4)))
+    assert (found.mask.view(16, 8, 4).sum(-1) == 2).all()
+
+
+def test_dead_inputs_go_first_and_what_is_left_of_them_stays():
+    case = problem(5, 8, 16, dead=(3, 7))
+    half = solve(case, Target(Unstructured(0.5)))
+    assert not half.mask[:, [3, 7]].any()
+    few = solve(case, Target(Unstructured(0.0625)))
+    assert int((~few.mask).sum()) == 8
+    left = few.mask[:, [3, 7]]
+    assert torch.equal(few.weight[:, [3, 7]][left], case.weight[:, [3, 7]][left])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_rounding_obeys_the_support(pattern, group_size):
+    case = problem(6, 24, 64)
+    grid = Grid(4, group_size)
+    found = solve(case, Target(pattern, grid))
+    assert torch.equal(found.mask, solve(case, Target(pattern)).mask)
+    assert not found.weight[~found.mask].any()
+    assert torch.equal(found.weight.double(), code_product(found.codes))
+    gram = damped(case.stats.gram, 0.01)
+    swept = SOLVERS["obs"](case.weight, case.stats, Target(pattern, grid), SolverOptions(criterion="obs"), "q_proj")
+    assert loss(case.weight - found.weight, gram) < loss(case.weight - swept.weight, gram)
+
+
+def test_bad_input_is_refused():
+    case = problem(7, 8, 18)
+    with pytest.raises(InputError, match=r"q_proj: the pattern 2:4 needs in features divisible by 4, got 18"):
+        solve(case, Target(NM(2, 4)))
+    spoiled = GramStats(case.stats.gram.clone().fill_(float("nan")), 4)
+    with pytest.raises(ActivationError, match="q_proj"):
+        admm(case.weight, spoiled, Target(Unstructured(0.5)), SolverOptions(), "q_proj")
