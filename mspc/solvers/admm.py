@@ -16,7 +16,7 @@ from torch import Tensor
 from mspc.errors import SingularGramError
 from mspc.linalg import check_finite, precise_matmul, regularized
 from mspc.masks import check_divides, num_pruned, prune_n_of_m, select
-from mspc.solvers.obs import sweep
+from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
@@ -42,14 +42,16 @@ def admm(weight: Tensor, stats: GramStats, target: Target, options: SolverOption
     gram = gram / scale[:, None] / scale
     with precise_matmul():
         mask, solution = _search(gram, _scaled(weight, scale, dead), target.pattern, dead, options, name)
-        if target.grid is not None:
-            return sweep(weight, stats, target, options, name, mask=mask.T.contiguous())[0]
         solution = _refine(gram, _scaled(weight, scale, dead), mask, solution)
     kept = torch.where(mask, solution / scale[:, None], 0.0)
     kept[dead] = torch.where(mask, weight.T, 0.0)[dead]  # nothing depends on them
     if bool(mask.all()):
         kept = weight.T
-    return CompressedLinear(kept.T.contiguous(), mask.T.contiguous(), target, None, options.damp)
+    kept, mask = kept.T.contiguous(), mask.T.contiguous()
+    if target.grid is None:
+        return CompressedLinear(kept, mask, target, None, options.damp)
+    # These are the best on the support, so the loss of rounding them adds to theirs, and the sweep sees to it alone.
+    return obs(kept, stats, target, options, name, mask)
 
 
 def _scaled(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:

@@ -26,13 +26,15 @@ from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Ta
 BLOCK = 128
 
 
-def obs(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """(O, I) -> pruned (and rounded) weights, kept ones corrected for the removed ones.
+def obs(
+    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
+) -> CompressedLinear:
+    """(O, I) -> pruned (and rounded) weights, kept ones corrected for the removed ones; a given `mask` is obeyed.
 
     Raises InputError when the pattern or the group size does not fit, and what `inverse_factor` raises.
     """
     with precise_matmul():
-        return sweep(weight, stats, target, options, name)[0]
+        return sweep(weight, stats, target, options, name, mask)[0]
 
 
 def sweep(
