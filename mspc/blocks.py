@@ -80,24 +80,29 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
     raise AssertionError("the model did not run all of its blocks")
 
 
-def run_block(model: StreamedModel, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Hidden states (B, T, D) after one loaded block."""
-    output = block(hidden, *call.args, **call.kwargs)
+def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) -> Tensor:
+    """Hidden states (B, T, D) of a batch after block `index`, which is loaded."""
+    call = batch.calls[index]
+    output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
     model.blocks_return_tuples = isinstance(output, tuple)
     return output[0] if isinstance(output, tuple) else output
 
 
 def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
-    """Move all batches through block `index`. Raises ActivationError when hidden states are not finite after it."""
+    """Move all batches through block `index`, with what `arrive` raises."""
     with torch.no_grad():
         for batch in batches:
-            hidden = run_block(model, block, batch.hidden.to(model.device), batch.calls[index])
-            if not bool(hidden.isfinite().all()):
-                raise ActivationError(
-                    f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model "
-                    "overflows in this precision: try --dtype float32."
-                )
-            batch.hidden.copy_(hidden)
+            arrive(model, index, batch, run_block(model, block, batch, index))
+
+
+def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
+    """Make the output of block `index` the hidden states of a batch. Raises ActivationError if it is not finite."""
+    if not bool(output.isfinite().all()):
+        raise ActivationError(
+            f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model overflows in "
+            "this precision: try --dtype float32."
+        )
+    batch.hidden.copy_(output)
 
 
 def logits_after(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 from mspc.errors import ActivationError, SingularGramError
 from mspc.types import GramStats
 
+GRAM_STRIP = 256
+"""Columns of a Gram that are computed at once; the part above its diagonal is left out, up to a strip."""
+
 
 @contextmanager
 def precise_matmul() -> Iterator[None]:
@@ -20,6 +23,19 @@ def precise_matmul() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add x^T x of `inputs` (T, I) to the lower triangle of `gram` (I, I), and some of the upper: see `symmetrize`."""
+    for start in range(0, len(gram), GRAM_STRIP):
+        strip = slice(start, start + GRAM_STRIP)
+        gram[strip, : strip.stop].addmm_(inputs[:, strip].T, inputs[:, : strip.stop])
+
+
+def symmetrize(gram: Tensor) -> Tensor:
+    """The whole symmetric matrix of its lower triangle."""
+    lower = gram.tril()
+    return lower + lower.tril(-1).T
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,13 +72,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class GramStats:
-    """Statistics of one input: `gram` (I, I) float32 is the *sum* of x x^T over `num_tokens` tokens. They add."""
+    """Statistics of one input: `gram` (I, I) float32 is the *sum* of x x^T over `num_tokens` tokens. They add.
+
+    `drift` (I, I), where it is known, is the sum of (z - x) x^T, with z the input in the dense model.
+    """
 
     gram: Tensor
     num_tokens: int
+    drift: Tensor | None = None
 
     def __add__(self, other: "GramStats") -> "GramStats":
-        return GramStats(self.gram + other.gram, self.num_tokens + other.num_tokens)
+        drift = None if self.drift is None or other.drift is None else self.drift + other.drift
+        return GramStats(self.gram + other.gram, self.num_tokens + other.num_tokens, drift)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,23 +2,30 @@
 that compresses.
 
 A caller that installs a new weight before it resumes makes every later matrix see compressed activations; one that
-does not, measures the dense model. Which matrices read the same input (q, k and v; gate and up) is found by running
-the block, not from a table of architectures; they share one Gram.
+does not, measures the dense model. With a second stream of batches, the dense model walks beside it, and the statistics
+also say how far the inputs have drifted from the dense ones.
+
+Every batch passes a block once: it stops where a matrix reads its input, and goes on when the caller does.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mspc.blocks import Batch, advance, run_block
+from mspc.blocks import Batch, advance, arrive, run_block
 from mspc.errors import InputError
-from mspc.linalg import check_finite, precise_matmul
+from mspc.linalg import add_gram, check_finite, precise_matmul, symmetrize
 from mspc.models import StreamedModel
+from mspc.passage import Passage, Stop, free_memory, stops
 from mspc.types import GramStats, Matrix
+
+BUFFERS_HELD = 3
+"""A suspended pass holds at most about so many activations of the width of the widest input."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,28 @@ def walk(
     batches: Sequence[Batch],
     matrices: Sequence[Sequence[Matrix]],
     known: Callable[[int], dict[str, Tensor] | None] = lambda block: None,
+    *,
+    dense: Sequence[Batch] = (),
+    memory: int | None = None,
 ) -> Iterator[Visit]:
     """Visit the matrices of every block; `batches` end as the outputs of the last block.
 
     `known(i)` may give the weights of block i by matrix name, if they were solved before: they are installed and the
-    block is passed without a visit.
+    block is passed without a visit. `dense` are the same batches on their way through the dense model. Passes are
+    suspended in up to `memory` bytes (None: half of what is free).
     """
     for index, of_block in enumerate(matrices):
         with model.loaded(index) as block:
+            dense_block = copy.deepcopy(block) if dense else block
             solved = known(index)
             if solved is None:
-                yield from _visits(model, index, block, batches, of_block)
+                kept = _num_kept(model, batches, of_block, memory) // (2 if dense else 1)
+                yield from _Block(model, index, block, dense_block, of_block).visits(batches, dense, kept)
             else:
                 for matrix in of_block:
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
-            advance(model, index, block, batches)
+                advance(model, index, block, batches)
+                advance(model, index, dense_block, dense)
 
 
 def install(weight: Tensor, compressed: Tensor) -> None:
@@ -64,92 +78,113 @@ def matrix_of(model: StreamedModel, block: nn.Module, index: int, matrix: Matrix
     return matrix.read(block.get_parameter(model.name_in_block(index, matrix)).data)
 
 
-def _visits(
-    model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch], matrices: Sequence[Matrix]
-) -> Iterator[Visit]:
-    groups = read_groups(model, index, block, batches[0], matrices)
-    left = len(matrices)
-    for group in groups:
-        stats = collect(model, index, block, batches, group[0])
-        for matrix in group:
-            left -= 1
-            yield Visit(matrix, matrix_of(model, block, index, matrix), stats, index, left == 0)
+def _num_kept(model: StreamedModel, batches: Sequence[Batch], matrices: Sequence[Matrix], memory: int | None) -> int:
+    """How many batches can be suspended in a block at once, by the widest thing that a suspended pass holds."""
+    if memory is None:
+        memory = free_memory(model.device) // 2
+    width = max((matrix.shape[1] for matrix in matrices), default=0)
+    bytes_each = BUFFERS_HELD * width * batches[0].ids.numel() * model.dtype.itemsize
+    return memory // max(bytes_each, 1)
 
 
-class _Seen(Exception):
-    """Raised to leave a block once its later part cannot matter."""
+@dataclass(frozen=True)
+class _Block:
+    """A loaded block on its way; `dense_block` is a copy that stays as it was."""
 
+    model: StreamedModel
+    index: int
+    block: nn.Module
+    dense_block: nn.Module
+    matrices: Sequence[Matrix]
 
-def read_groups(
-    model: StreamedModel, index: int, block: nn.Module, batch: Batch, matrices: Sequence[Matrix]
-) -> list[list[Matrix]]:
-    """Matrices that read the same input, in execution order, found by running the block on one batch."""
-    inputs: list[Tensor] = []  # kept alive, so that no address is used twice
-    groups: dict[tuple[Any, ...], list[Matrix]] = {}
+    def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
+        seen: list[Matrix] = []
+        with ExitStack() as stack:
+            passages = stack.enter_context(self.passages(self.block, batches, num_kept))
+            beside = stack.enter_context(self.passages(self.dense_block, dense, num_kept)) if dense else []
+            read, stats = torch.empty(0), GramStats(torch.empty(0), 0)
+            while isinstance(stop := passages[0].stop(len(seen)), tuple):
+                matrix, inputs = stop
+                self.check_new(matrix, seen)
+                if not _same(inputs, read):
+                    stats = self.collect(matrix, len(seen), passages, beside)
+                read = inputs  # kept alive, so that no address is used twice
+                seen.append(matrix)
+                weight = matrix_of(self.model, self.block, self.index, matrix)
+                yield Visit(matrix, weight, stats, self.index, len(seen) == len(self.matrices))
+            self.check_all(seen)
+            for batch, passage in (*zip(batches, passages, strict=True), *zip(dense, beside, strict=True)):
+                output = passage.stop(len(seen))
+                if isinstance(output, tuple):
+                    raise self.other_order(output[0])
+                arrive(self.model, self.index, batch, output)
+                passage.close()
 
-    def note(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if any(matrix in seen for seen in groups.values()):
-                raise InputError(
-                    f"{matrix.name}: used more than once in its block, so it has no one input; leave it dense with "
-                    "--skip REGEX."
-                )
-            x = args[0]
-            inputs.append(x)
-            groups.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(matrix)
-
-        return hook
-
-    with torch.no_grad(), hooks(model, index, block, {matrix: note(matrix) for matrix in matrices}):
-        run_block(model, block, batch.hidden.to(model.device), batch.calls[index])
-    reached = {matrix for group in groups.values() for matrix in group}
-    missed = [matrix.name for matrix in matrices if matrix not in reached]
-    if missed:
-        raise InputError(
-            f"{', '.join(missed)}: never called in a forward pass, so nothing is known of the input; leave such "
-            "matrices dense with --skip REGEX."
-        )
-    return list(groups.values())
-
-
-def collect(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch], matrix: Matrix) -> GramStats:
-    """The Gram of the input of one matrix over all batches, in float32 with full-precision products."""
-    size = matrix.shape[1]
-    gram = torch.zeros(size, size, device=model.device)
-    tokens = 0
-
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal tokens
-        x = args[0].detach().reshape(-1, size).float()
-        gram.addmm_(x.T, x)
-        tokens += len(x)
-        raise _Seen
-
-    with torch.no_grad(), precise_matmul(), hooks(model, index, block, {matrix: add}):
-        for batch in batches:
+    @contextmanager
+    def passages(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[Passage]]:
+        modules = {
+            matrix: block.get_submodule(self.model.name_in_block(self.index, matrix).rpartition(".")[0])
+            for matrix in self.matrices
+        }
+        passages = [
+            Passage(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1))
+            for i, batch in enumerate(batches)
+        ]
+        with stops(modules):
             try:
-                run_block(model, block, batch.hidden.to(model.device), batch.calls[index])
-            except _Seen:
-                continue
-    stats = GramStats(gram, tokens)
-    check_finite(stats, matrix.name)
-    return stats
+                yield passages
+            finally:
+                for passage in passages:
+                    passage.close()
+
+    def collect(self, matrix: Matrix, number: int, passages: Sequence[Passage], beside: Sequence[Passage]) -> GramStats:
+        """The Gram of what a matrix reads over all batches, in float32 with full-precision products, and its drift."""
+        size = matrix.shape[1]
+        gram = torch.zeros(size, size, device=self.model.device)
+        drift = torch.zeros_like(gram) if beside else None
+        tokens = 0
+        with precise_matmul():
+            for i, passage in enumerate(passages):
+                inputs = self.inputs(matrix, passage.stop(number))
+                passage.rest()
+                add_gram(gram, inputs)
+                tokens += len(inputs)
+                if drift is not None:
+                    drift.addmm_((self.inputs(matrix, beside[i].stop(number)) - inputs).T, inputs)
+                    beside[i].rest()
+        stats = GramStats(symmetrize(gram), tokens, drift)
+        check_finite(stats, matrix.name)
+        return stats
+
+    def inputs(self, matrix: Matrix, stop: Stop | Tensor) -> Tensor:
+        """What a matrix reads at a stop, as float32 tokens (T, I)."""
+        if isinstance(stop, Tensor) or stop[0] != matrix:
+            raise self.other_order(matrix)
+        return stop[1].detach().reshape(-1, matrix.shape[1]).float()
+
+    def other_order(self, matrix: Matrix) -> InputError:
+        return InputError(
+            f"{matrix.name}: its block runs its matrices in another order for other text; leave those that are not "
+            "always used dense with --skip REGEX."
+        )
+
+    def check_new(self, matrix: Matrix, seen: Sequence[Matrix]) -> None:
+        if matrix in seen:
+            raise InputError(
+                f"{matrix.name}: used more than once in its block, so it has no one input; leave it dense with --skip "
+                "REGEX."
+            )
+
+    def check_all(self, seen: Sequence[Matrix]) -> None:
+        missed = [matrix.name for matrix in self.matrices if matrix not in seen]
+        if missed:
+            raise InputError(
+                f"{', '.join(missed)}: never called in a forward pass, so nothing is known of the input; leave such "
+                "matrices dense with --skip REGEX."
+            )
 
 
-@contextmanager
-def hooks(
-    model: StreamedModel,
-    index: int,
-    block: nn.Module,
-    of_matrix: dict[Matrix, Callable[[nn.Module, tuple[Tensor, ...]], None]],
-) -> Iterator[None]:
-    """Forward pre-hooks on the modules of matrices; they are gone afterwards, whatever happens."""
-    handles = []
-    try:
-        for matrix, hook in of_matrix.items():
-            module = block.get_submodule(model.name_in_block(index, matrix).rpartition(".")[0])
-            handles.append(module.register_forward_pre_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.stride(), one._version) == (
+        other.data_ptr(), other.shape, other.stride(), other._version,
+    )  # fmt: skip

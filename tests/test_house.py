@@ -25,7 +25,7 @@ FLOORS = (
         *("mspc.journal", "mspc.artifact", "mspc.output", "mspc.sparse_folder"),
     },
     {"mspc.models", "mspc.tokens", "mspc.builtin_text"},
-    {"mspc.blocks", "mspc.walk", "mspc.gradients", "mspc.perplexity"},
+    {"mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity"},
     {"exporters", "mspc.measurements", "mspc.solve_blocks", "mspc.report"},
     {"mspc.pipeline"},
     {"mspc.cli", "mspc.__main__"},

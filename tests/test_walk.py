@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 from mspc import perplexity
-from mspc.blocks import advance, batches_of
+from mspc.blocks import batches_of
 from mspc.errors import ActivationError, InputError
 from mspc.models import StreamedModel, open_model
 from mspc.types import Matrix
-from mspc.walk import Visit, install, read_groups, walk
+from mspc.walk import Visit, install, walk
 
 CPU = torch.device("cpu")
 
@@ -52,16 +52,13 @@ def test_grams_of_the_dense_model(family, folder_of):
 def test_matrices_with_the_same_input_share_one_gram(family, folder_of):
     """Oracle: the table of each architecture's layers in `tiny.GROUPS`."""
     model = opened(folder_of(family))
-    batches, matrices = batches_of(model, tiny.ids(2)), model.matrices(())
-    for index in range(len(matrices)):
-        with model.loaded(index) as block:
-            groups = read_groups(model, index, block, batches[0], matrices[index])
-            advance(model, index, block, batches)
-        prefix = f"{tiny.blocks_name(family)}.{index}."
-        found = tuple(tuple(matrix.name.removeprefix(prefix) for matrix in group) for group in groups)
-        assert found == tiny.GROUPS[family]
+    matrices = model.matrices(())
+    groups: dict[int, list[str]] = {}
     visits = list(walk(model, batches_of(model, tiny.ids(2)), matrices))
-    assert len({id(visit.stats) for visit in visits}) == len(matrices) * len(tiny.GROUPS[family])
+    for visit in visits:
+        prefix = f"{tiny.blocks_name(family)}.{visit.block}."
+        groups.setdefault(id(visit.stats), []).append(visit.matrix.name.removeprefix(prefix))
+    assert list(map(tuple, groups.values())) == list(tiny.GROUPS[family]) * len(matrices)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
@@ -157,7 +154,7 @@ def test_an_error_in_a_forward_pass_leaves_no_trace(llama, monkeypatch):
 
     monkeypatch.setattr(LlamaMLP, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        next(walk(model, batches, model.matrices(())))
+        list(walk(model, batches, model.matrices(())))
     assert_untouched(model)
 
 
@@ -218,6 +215,41 @@ def test_batch_size_does_not_matter(family, batch_size, folder_of):
     for visit, stats in zip(batched, expected, strict=True):
         assert visit.stats.num_tokens == stats.num_tokens == ids.numel()
         torch.testing.assert_close(visit.stats.gram, stats.gram, rtol=1e-5, atol=1e-5 * float(stats.gram.max()))
+
+
+@pytest.mark.parametrize("memory", [0, 3 * 4 * 48 * 32 * 3])
+def test_passes_that_are_run_again_give_the_same(memory, llama):
+    """Oracle: passes that are all suspended. 48 is the widest input; the second number has room for one or two."""
+    model, ids = opened(llama), tiny.ids(5)
+    matrices, results = model.matrices(()), []
+    for limit in (None, memory):
+        batches, dense = batches_of(model, ids, batch_size=1), batches_of(model, ids, batch_size=1)
+        stats = []
+        for visit in walk(model, batches, matrices, dense=dense, memory=limit):
+            stats.append(visit.stats)
+            install(visit.weight, visit.weight * 0.9)
+        results.append((stats, batches))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(one.gram, other.gram)
+        assert torch.equal(one.drift, other.drift)
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_drift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
+    """Oracle: hooks on two transformers models, one of them compressed so far."""
+    model, ids = opened(folder_of(family)), tiny.ids(3)
+    dense, actual = tiny.reference(folder_of(family)), tiny.reference(folder_of(family))
+    streams = [batches_of(model, ids, batch_size=2) for _ in range(2)]
+    for visit in walk(model, streams[0], model.matrices(()), dense=streams[1]):
+        name = visit.matrix.name
+        was, now = (tiny.inputs_of(whole, ids, [name])[name].double() for whole in (dense, actual))
+        expected = (was - now).T @ now
+        error = (visit.stats.drift.double() - expected).abs().max()
+        assert float(error) < 1e-5 * float((now.T @ now).diagonal().max()), name
+        install(visit.weight, visit.weight * 0.8)
+        actual.get_submodule(name).weight.mul_(0.8)
+    assert not torch.equal(streams[0][0].hidden, streams[1][0].hidden)
 
 
 def overflowing(folder: Path, parameter: str) -> StreamedModel:
