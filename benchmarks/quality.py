@@ -20,29 +20,46 @@ from rich.table import Table
 
 import mspc
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, object]] = {
     "50%": {"sparsity": 0.5},
     "60%": {"sparsity": 0.6},
     "70%": {"sparsity": 0.7},
+    "80%": {"sparsity": 0.8},
     "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+    "8:16": {"pattern": "8:16"},
     "N:16 50%": {"pattern": "N:16", "sparsity": 0.5},
     "50%+int4": {"sparsity": 0.5, "bits": 4},
+    "2:4+int4": {"pattern": "2:4", "bits": 4},
+    "int8": {"sparsity": 0.0, "bits": 8},
     "int4": {"sparsity": 0.0, "bits": 4},
-    "50%+int4 g64": {"sparsity": 0.5, "bits": 4, "group_size": 64},
-    "2:4+int4 g64": {"pattern": "2:4", "bits": 4, "group_size": 64},
-    "int4 g64": {"sparsity": 0.0, "bits": 4, "group_size": 64},
+    "int3": {"sparsity": 0.0, "bits": 3},
+    "int2": {"sparsity": 0.0, "bits": 2},
 }
-METHODS = {
-    "obs uniform": {"criterion": "obs", "allocator": "uniform"},
-    "isc uniform": {"criterion": "isc", "allocator": "uniform"},
-    "obs trace-rank": {"criterion": "obs", "allocator": "trace-rank"},
-    "isc trace-rank": {"criterion": "isc", "allocator": "trace-rank"},
-    "obs fisher-rank": {"criterion": "obs", "allocator": "trace-rank", "sensitivity": "fisher"},
-    "admm uniform": {"solver": "admm", "allocator": "uniform"},
-    "admm fisher-rank": {"solver": "admm", "allocator": "trace-rank", "sensitivity": "fisher"},
-    "magnitude uniform": {"solver": "mask", "criterion": "magnitude", "allocator": "uniform"},
-    "wanda uniform": {"solver": "mask", "criterion": "wanda", "allocator": "uniform"},
-    "ria uniform": {"solver": "mask", "criterion": "ria", "allocator": "uniform"},
+
+
+def sweep(criterion: str, allocator: str, **more: object) -> dict[str, object]:
+    return {"solver": "obs", "criterion": criterion, "allocator": allocator, "propagation": 0.0} | more
+
+
+METHODS: dict[str, dict[str, object]] = {
+    "obs uniform": sweep("obs", "uniform"),
+    "isc uniform": sweep("isc", "uniform"),
+    "obs trace-rank": sweep("obs", "trace-rank"),
+    "isc trace-rank": sweep("isc", "trace-rank"),
+    "obs fisher-rank": sweep("obs", "trace-rank", sensitivity="fisher"),
+    "obs curves": sweep("obs", "curves"),
+    "admm uniform": {"solver": "admm", "allocator": "uniform", "propagation": 0.0},
+    "admm curves": {"solver": "admm", "allocator": "curves", "propagation": 0.0},
+    "admm curves propagated": {"solver": "admm", "allocator": "curves", "propagation": 1.0},
+    "kfac uniform": {"solver": "kfac", "allocator": "uniform", "propagation": 0.0},
+    "kfac curves": {"solver": "kfac", "allocator": "curves", "propagation": 0.0},
+    "fast": {"effort": "fast"},
+    "default": {"effort": "default"},
+    "best": {"effort": "best"},
+    "magnitude uniform": {"solver": "mask", "criterion": "magnitude", "allocator": "uniform", "propagation": 0.0},
+    "wanda uniform": {"solver": "mask", "criterion": "wanda", "allocator": "uniform", "propagation": 0.0},
+    "ria uniform": {"solver": "mask", "criterion": "ria", "allocator": "uniform", "propagation": 0.0},
 }
 BASELINE = "obs uniform"
 
@@ -121,9 +138,8 @@ def main() -> None:
         for setting in args.settings:
             for method in args.methods:
                 key = f"{setting}|{method}|{seed}"
-                fixed = SETTINGS[setting].get("pattern") == "2:4" or SETTINGS[setting].get("sparsity") == 0
-                if key in results or (fixed and METHODS[method]["allocator"] != "uniform"):
-                    continue  # nothing to allocate
+                if key in results:
+                    continue
                 recipe = mspc.Recipe(
                     **SETTINGS[setting],
                     **METHODS[method],
@@ -132,6 +148,9 @@ def main() -> None:
                     sequence_length=args.sequence_length,
                     seed=seed,
                 )
+                allocates = recipe.fixed_pattern is None and recipe.target_sparsity > 0
+                if not (allocates or recipe.allocator == "uniform" or "effort" in METHODS[method]):
+                    continue  # nothing to allocate: it would be the uniform run once more
                 results[key] = measure(args, recipe, work)
                 args.results.write_text(json.dumps(results, indent=1))
         shutil.rmtree(work)

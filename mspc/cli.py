@@ -1,20 +1,29 @@
 """The command line: thin verbs over `mspc.pipeline`. Results go to stdout, progress and messages to stderr."""
 
-import json
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mspc import __version__
-from mspc.errors import InputError, MspcError
+from mspc.console import (
+    ArtifactArgument,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    OutOption,
+    fail,
+    option,
+    print_json,
+    print_table,
+    reported,
+)  # fmt: skip
+from mspc.errors import InputError
 from mspc.recipe import ROW, Recipe
 
 app = typer.Typer(
@@ -28,26 +37,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
-ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
-OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(help="Of the forward passes: auto, float32, bfloat16, float16. (default: auto)"),
-]
-LengthOption = Annotated[
-    int | None, typer.Option(help="Tokens of a sequence. (default: 2048, or what the model allows)")
-]
-
-
-def _option(text: str, default: object, *names: str, **settings: Any) -> Any:
-    """An option whose absence is None, so that a recipe file's value is not overwritten by a default."""
-    return typer.Option(*names, help=f"{text} (default: {default})", show_default=False, **settings)
-
-
 WHAT, HOW, TEXT, RUN = "What to make", "How to make it", "Calibration", "Running"
 
 
@@ -57,21 +46,21 @@ def compress(
     out: OutOption,
     sparsity: Annotated[
         float | None,
-        _option("Share of zeros over all pruned weights, in 0 .. 1.", 0.5, rich_help_panel=WHAT),
+        option("Share of zeros over all pruned weights, in 0 .. 1.", 0.5, rich_help_panel=WHAT),
     ] = None,
     pattern: Annotated[
         str | None,
-        _option(
+        option(
             "unstructured; 2:4, 4:8, 8:16, ... the same in every matrix; or N:16, N chosen per matrix.",
             "unstructured",
             rich_help_panel=WHAT,
         ),
     ] = None,
     bits: Annotated[
-        int | None, _option("16 (no rounding), 8, 4, 3 or 2 bits for the kept weights.", 16, rich_help_panel=WHAT)
+        int | None, option("16 (no rounding), 8, 4, 3 or 2 bits for the kept weights.", 16, rich_help_panel=WHAT)
     ] = None,
     group_size: Annotated[
-        str | None, _option("Inputs that share a scale: 128, 64, 32 or row.", 128, rich_help_panel=WHAT)
+        str | None, option("Inputs that share a scale: 128, 64, 32 or row.", 128, rich_help_panel=WHAT)
     ] = None,
     asymmetric: Annotated[
         bool | None,
@@ -86,38 +75,52 @@ def compress(
         list[str] | None,
         typer.Option(help="Leave matrices dense whose name this matches anywhere; repeatable.", rich_help_panel=WHAT),
     ] = None,
+    effort: Annotated[
+        str | None,
+        option("fast, default or best: what the options marked * are by default.", "default", rich_help_panel=HOW),
+    ] = None,
     solver: Annotated[
         str | None,
-        _option("obs, admm (searches for what to keep) or mask (no update).", "obs", rich_help_panel=HOW),
+        option(
+            "kfac (searches for what to keep by the model's loss), admm (by the layer's error), obs (one sweep) or "
+            "mask (no update).",
+            "kfac*",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    iterations: Annotated[int | None, option("Of the search of kfac and admm.", "30*", rich_help_panel=HOW)] = None,
+    propagation: Annotated[
+        float | None,
+        option("How far a matrix makes good what those before it lost, in 0 .. 1.", "1*", rich_help_panel=HOW),
     ] = None,
     criterion: Annotated[
-        str | None, _option("Which weights go: isc, obs, wanda, ria, magnitude.", "isc", rich_help_panel=HOW)
+        str | None, option("Which weights go: isc, obs, wanda, ria, magnitude.", "isc", rich_help_panel=HOW)
     ] = None,
     allocator: Annotated[
         str | None,
-        _option(
-            "How sparsity is shared out: trace-rank, layer-trace-rank, uniform.", "trace-rank", rich_help_panel=HOW
+        option(
+            "How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank.",
+            "curves*",
+            rich_help_panel=HOW,
         ),
     ] = None,
-    alpha: Annotated[
-        float | None, _option("Half-width of the trace-rank allocators.", 0.1, rich_help_panel=HOW)
-    ] = None,
+    alpha: Annotated[float | None, option("Half-width of the trace-rank allocators.", 0.1, rich_help_panel=HOW)] = None,
     sensitivity: Annotated[
         str | None,
-        _option(
+        option(
             "What is ranked: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient).",
             "hutchinson",
             rich_help_panel=HOW,
         ),
     ] = None,
     sensitivity_sequences: Annotated[
-        int | None, _option("Most sequences that measure the sensitivity.", 32, rich_help_panel=HOW)
+        int | None, option("Most sequences that measure gradients, curves and sensitivity.", 32, rich_help_panel=HOW)
     ] = None,
     sensitivity_probes: Annotated[
-        int | None, _option("Random probes of each of those sequences.", 1, rich_help_panel=HOW)
+        int | None, option("Random probes of each of those sequences.", 1, rich_help_panel=HOW)
     ] = None,
     damp: Annotated[
-        float | None, _option("Share of its mean added to the diagonal of a Gram.", 0.01, rich_help_panel=HOW)
+        float | None, option("Share of its mean added to the diagonal of a Gram.", 0.01, rich_help_panel=HOW)
     ] = None,
     activation_order: Annotated[
         bool | None,
@@ -130,16 +133,16 @@ def compress(
     ] = None,
     calibration: Annotated[
         str | None,
-        _option(
+        option(
             "builtin (Python's own documentation), a .txt, .jsonl or .parquet file, a folder of them, c4, wikitext2, "
             "or a dataset id.",
             "builtin",
             rich_help_panel=TEXT,
         ),
     ] = None,
-    num_sequences: Annotated[int | None, _option("Calibration sequences.", 128, rich_help_panel=TEXT)] = None,
+    num_sequences: Annotated[int | None, option("Calibration sequences.", 128, rich_help_panel=TEXT)] = None,
     sequence_length: LengthOption = None,
-    seed: Annotated[int | None, _option("Of the choice of text and the probes.", 0, rich_help_panel=TEXT)] = None,
+    seed: Annotated[int | None, option("Of the choice of text and the probes.", 0, rich_help_panel=TEXT)] = None,
     plan: Annotated[
         str | None,
         typer.Option(
@@ -158,7 +161,7 @@ def compress(
     ] = None,
     measurements: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep sensitivities here for the next budget.", rich_help_panel=RUN),
+        typer.Option(metavar="DIR", help="Keep what was measured here for the next budget.", rich_help_panel=RUN),
     ] = None,
     spill: Annotated[
         Path | None,
@@ -192,7 +195,8 @@ def compress(
     mspc compress MODEL --out DIR --sparsity 0 --bits 4    only rounding
     """
     given = {
-        "sparsity": sparsity, "pattern": pattern, "bits": bits, "asymmetric": asymmetric, "solver": solver,
+        "sparsity": sparsity, "pattern": pattern, "bits": bits, "asymmetric": asymmetric, "effort": effort,
+        "solver": solver, "iterations": iterations, "propagation": propagation,
         "criterion": criterion, "allocator": allocator, "alpha": alpha, "sensitivity": sensitivity,
         "sensitivity_sequences": sensitivity_sequences, "sensitivity_probes": sensitivity_probes, "damp": damp,
         "activation_order": activation_order, "calibration": calibration, "num_sequences": num_sequences,
@@ -210,7 +214,7 @@ def compress(
             exports=export or (),
         )  # fmt: skip
         if as_json:
-            _print_json(artifact.manifest)
+            print_json(artifact.manifest)
         else:
             report.ConsoleReporter().say(f"{out}: {report.summary(artifact.manifest)}")
 
@@ -237,7 +241,7 @@ def evaluate(
             dtype=dtype or "auto",
         )  # fmt: skip
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
     else:
         print(
             f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
@@ -254,9 +258,9 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
 
         manifest = read_manifest(artifact)
     if as_json:
-        _print_json(manifest)
+        print_json(manifest)
         return
-    _print_table(matrix_table(manifest))
+    print_table(matrix_table(manifest))
     print(summary(manifest))
 
 
@@ -299,7 +303,7 @@ def export(
         from mspc.report import ConsoleReporter, format_table
 
         if show_list:
-            _print_table(format_table(exporters.FORMATS, RUNTIMES))
+            print_table(format_table(exporters.FORMATS, RUNTIMES))
             return
         if artifact is None or format_name is None or out is None:
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
@@ -333,9 +337,9 @@ def verify(
         result = exporters.verify(folder, against, ConsoleReporter())
         wrong = exporters.failures(result)
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
-            _print_table(verification_table(result))
+            print_table(verification_table(result))
         if wrong:
             fail(f"Error: {folder} is wrong: {exporters.in_short(wrong)}.", 1)
 
@@ -363,33 +367,6 @@ def _recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
     if "pattern" in chosen and "sparsity" not in chosen:
         del values["sparsity"]
     return values
-
-
-def _print_table(table: Table) -> None:
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
-
-
-@contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        fail("\nInterrupted. What was solved is kept: `mspc compress` goes on with --resume.", 130)
-    except (MspcError, OSError) as error:
-        if debug:
-            raise
-        fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(code)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ beside the gradient, and no second-order graph of the whole model is ever built.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.func import functional_call, grad, jvp, vjp
 
 from mspc.blocks import Batch, batches_of, token_losses
 from mspc.errors import ActivationError, InputError
+from mspc.linalg import precise_matmul
 from mspc.models import StreamedModel
 from mspc.types import Matrix
 
@@ -27,17 +27,22 @@ Run = Callable[[Tensor, Weights], Tensor]
 State = tuple[Tensor, ...]  # a value, and in the dual pass its derivative along z
 Place = tuple[int, int]  # a sequence and a block
 
+LARGEST_BLOCK = 256
+"""Of a Fisher factor: the whole of it gained nothing over blocks of this size, which always fit in memory."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """What one sequence says about one matrix; sensitivities are means over samples."""
+    """What one sequence says about one matrix, or a batch its Fisher factor (K, B, B). The mean over samples counts."""
 
     matrix: Matrix
-    value: float
+    value: Tensor
 
 
 class SquaredGradient:
     """The mean squared gradient of each matrix: the diagonal of the empirical Fisher information, averaged."""
+
+    batch_size = 1
 
     def start(self, hidden: Tensor) -> State:
         return (hidden,)
@@ -55,12 +60,63 @@ class SquaredGradient:
         return (gradient,), {name: g.square() for name, g in of_weights.items()}
 
 
+class FisherFactor:
+    """The mean over tokens of g g^T, with g the gradient of a sequence's summed loss at the outputs of a matrix.
+
+    With the Gram of the inputs it is the Kronecker-factored Fisher information of the matrix (Martens and Grosse,
+    arXiv:1503.05671). Only blocks of B outputs on its diagonal are kept, (K, B, B). No weight's gradient is computed.
+    """
+
+    batch_size = None  # as many sequences as go through a block at once: the gradients of tokens do not mix
+
+    def __init__(self, model: StreamedModel, matrices: Sequence[Sequence[Matrix]]) -> None:
+        self.model, self.matrices = model, matrices
+
+    def start(self, hidden: Tensor) -> State:
+        return (hidden,)
+
+    def forward(self, run: Run, weights: Weights, state: State, place: Place) -> State:
+        return (run(state[0], weights),)
+
+    def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
+        return (grad(loss)(state[0]),)
+
+    def backward(
+        self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
+    ) -> tuple[State, Weights]:
+        block, outputs = self.model.blocks[place[1]], dict[str, Tensor]()
+        names = [self.model.name_in_block(place[1], matrix) for matrix in self.matrices[place[1]]]
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                outputs[name] = output
+
+            return hook
+
+        handles = [block.get_submodule(n.rpartition(".")[0]).register_forward_hook(keep(n)) for n in names]
+        try:
+            with torch.enable_grad():
+                hidden = state[0].detach().requires_grad_()
+                result = run(hidden, weights)
+                wanted = [outputs[name] for name in names]
+                gradient, *of_outputs = torch.autograd.grad(result, [hidden, *wanted], cotangent[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        predicted = gradient.shape[0] * (gradient.shape[1] - 1)  # the loss is a mean over them
+        return (gradient,), {
+            name: _moment(predicted * g.flatten(0, -2)) for name, g in zip(names, of_outputs, strict=True)
+        }
+
+
 class HessianTrace:
     """One Hutchinson sample z * (H z) of each matrix, averaged over its weights, with signs z drawn per sequence.
 
     z covers all matrices at once; the terms between different matrices have mean zero. The model must have second
     derivatives (`open_model(..., eager=True)`).
     """
+
+    batch_size = 1
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -94,18 +150,21 @@ class HessianTrace:
         return signs
 
 
+Measure = SquaredGradient | FisherFactor | HessianTrace
+
+
 def reverse_walk(
     model: StreamedModel,
     ids: Tensor,
     matrices: Sequence[Sequence[Matrix]],
-    measure: SquaredGradient | HessianTrace,
+    measure: Measure,
     first_sequence: int = 0,
 ) -> Iterator[Sample]:
-    """Samples of every matrix from every sequence of `ids` (N, T), last block first.
+    """Samples of every matrix from `ids` (N, T), last block first: of every sequence, or of batches of equal size.
 
     Raises ActivationError when a gradient is not finite.
     """
-    batches = batches_of(model, ids, batch_size=1)
+    batches = batches_of(model, ids, batch_size=measure.batch_size)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the inputs of the blocks, then of the head
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
@@ -131,7 +190,7 @@ def reverse_walk(
                 with _differentiating(model.block_name(index)):
                     cotangents[i], values = measure.backward(run, weights, state, cotangents[i], place)
                 for matrix in matrices[index]:
-                    yield Sample(matrix, _mean(matrix, values[model.name_in_block(index, matrix)]))
+                    yield Sample(matrix, _value(matrix, values[model.name_in_block(index, matrix)], measure))
 
 
 @contextmanager
@@ -161,13 +220,27 @@ def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
     return token_losses(model, batch.ids, hidden).mean()
 
 
-def _mean(matrix: Matrix, values: Tensor) -> float:
-    mean = float(matrix.read(values).double().mean())
-    if not math.isfinite(mean):
+def fisher_block(num_outputs: int) -> int:
+    """B of a Fisher factor: the largest number up to 256 that divides the outputs."""
+    return next(size for size in range(min(num_outputs, LARGEST_BLOCK), 0, -1) if num_outputs % size == 0)
+
+
+def _moment(gradients: Tensor) -> Tensor:
+    """(T, O) -> the blocks (K, B, B) of the mean of g g^T."""
+    num_tokens, num_outputs = gradients.shape
+    blocks = gradients.float().view(num_tokens, -1, fisher_block(num_outputs)).transpose(0, 1)
+    with precise_matmul():
+        return blocks.mT @ blocks / num_tokens
+
+
+def _value(matrix: Matrix, values: Tensor, measure: Measure) -> Tensor:
+    """A Fisher factor as it is; what is given for each weight is averaged over the weights."""
+    value = values if isinstance(measure, FisherFactor) else matrix.read(values).double().mean()
+    if not bool(value.isfinite().all()):
         raise ActivationError(
             f"{matrix.name}: its gradient contains NaN or infinity; try --dtype float32, or --sensitivity gram."
         )
-    return mean
+    return value
 
 
 def _weights(model: StreamedModel, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> Weights:

@@ -1,4 +1,4 @@
-"""Sensitivities of a model, measured once: kept in a folder, another budget finds them there.
+"""Sensitivities, gradients and loss curves of a model, measured once: kept in a folder, another budget finds them.
 
 A measurement is named by the hash of everything that it depends on, so a folder may hold those of many models.
 """
@@ -9,16 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mspc.blocks import batches_of
-from mspc.checkpoint import write_json
+from mspc.allocators.curves import Curve
+from mspc.blocks import TOKENS_PER_BATCH, batches_of
+from mspc.checkpoint import write_json, write_tensors
+from mspc.curves import measure_curves, patterns_of, read_curves, write_curves
 from mspc.errors import InputError
-from mspc.gradients import HessianTrace, SquaredGradient, reverse_walk
+from mspc.gradients import FisherFactor, HessianTrace, SquaredGradient, reverse_walk
 from mspc.models import StreamedModel
 from mspc.recipe import Recipe
 from mspc.report import Reporter
 from mspc.sensitivity import RunningMean, converged
+from mspc.solvers import SolverOptions
 from mspc.types import Matrix
 from mspc.walk import walk
 
@@ -39,20 +44,14 @@ def sensitivities(
 
     `identity` says which model and text this is; `ids` (N, T) are the calibration sequences.
     """
-    names = [matrix.name for of_block in matrices for matrix in of_block]
-    key = identity | {
-        "sensitivity": recipe.sensitivity,
-        "dtype": str(model.dtype),
-        "matrices": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-    }
+    key = _key(model, matrices, identity) | {"sensitivity": recipe.sensitivity}
     if recipe.sensitivity != "gram":
         key |= {
             "sequences": recipe.sensitivity_sequences,
             "probes": recipe.sensitivity_probes,
             "seed": recipe.seed,
         }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = folder / f"sensitivity-{digest}.json" if folder else None
+    file = folder / f"sensitivity-{_digest(key)}.json" if folder else None
     if file and file.is_file():
         reporter.say(f"Sensitivity: taken from {file}.")
         return _read(file)
@@ -67,6 +66,83 @@ def sensitivities(
         }
         write_json(file, {"of": key, "matrices": rows})
     return {name: mean.mean for name, mean in means.items()}
+
+
+def fisher_factors(
+    model: StreamedModel,
+    ids: Tensor,
+    matrices: Sequence[Sequence[Matrix]],
+    recipe: Recipe,
+    identity: dict[str, Any],
+    folder: Path | None,
+    reporter: Reporter,
+) -> dict[str, Tensor]:
+    """The Fisher factor of every matrix by name (see `FisherFactor`), in host memory; kept in `folder` likewise."""
+    key = _key(model, matrices, identity) | {"sequences": recipe.sensitivity_sequences}
+    file = folder / f"fisher-{_digest(key)}.safetensors" if folder else None
+    if file and file.is_file():
+        reporter.say(f"Gradients: taken from {file}.")
+        return _read_tensors(file)
+    ids = ids[: recipe.sensitivity_sequences]
+    sums: dict[str, Tensor] = {}
+    rounds = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
+    with reporter.stage("Gradients", len(rounds) * sum(map(len, matrices))) as step:
+        for part in rounds:
+            for sample in reverse_walk(model, part, matrices, FisherFactor(model, matrices)):
+                name, value = sample.matrix.name, sample.value.cpu() * (len(part) / len(ids))
+                sums[name] = sums[name].add_(value) if name in sums else value
+                step(name)
+    if file:
+        write_tensors(file, sums)
+    return sums
+
+
+def loss_curves(
+    model: StreamedModel,
+    ids: Tensor,
+    matrices: Sequence[Sequence[Matrix]],
+    fisher: dict[str, Tensor],
+    recipe: Recipe,
+    options: SolverOptions,
+    identity: dict[str, Any],
+    folder: Path | None,
+    reporter: Reporter,
+) -> dict[str, Curve]:
+    """The loss curve of every matrix by name; kept in `folder` likewise."""
+    method = {
+        "patterns": [str(pattern) + str(pattern.sparsity) for pattern in patterns_of(recipe)],
+        "solver": "admm" if recipe.solver in ("admm", "kfac") else [recipe.solver, recipe.criterion],
+        "damp": recipe.damp,
+        "sequences": recipe.sensitivity_sequences,
+    }
+    file = folder / f"curves-{_digest(_key(model, matrices, identity) | method)}.json" if folder else None
+    if file and file.is_file():
+        reporter.say(f"Loss curves: taken from {file}.")
+        return read_curves(file)
+    ids = ids[: recipe.sensitivity_sequences]
+    curves = measure_curves(model, ids, matrices, fisher, recipe, options, reporter)
+    if file:
+        write_curves(file, curves)
+    return curves
+
+
+def _key(model: StreamedModel, matrices: Sequence[Sequence[Matrix]], identity: dict[str, Any]) -> dict[str, Any]:
+    names = [matrix.name for of_block in matrices for matrix in of_block]
+    return identity | {
+        "dtype": str(model.dtype),
+        "matrices": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as a measurement ({error}); delete it to measure again.") from error
 
 
 def _read(file: Path) -> dict[str, float]:
@@ -100,7 +176,7 @@ def _by_gradients(
                 part = ids[first : first + SEQUENCES_PER_ROUND]
                 kind = HessianTrace(recipe.seed) if recipe.sensitivity == "hutchinson" else SquaredGradient()
                 for sample in reverse_walk(model, part, matrices, kind, probe * len(ids) + first):
-                    means[sample.matrix.name].add(sample.value)
+                    means[sample.matrix.name].add(float(sample.value))
                     step(sample.matrix.name)
                 if converged(means.values(), TOLERANCE):
                     return means

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import exporters
 import exporters.formats
 from mspc import __version__, perplexity
-from mspc.allocation import allocate, check_plan, planned_sparsity, wants_sensitivity
+from mspc.allocation import CURVES, allocate, check_plan, planned_sparsity, wants_curves, wants_sensitivity
 from mspc.allocators import ALLOCATORS
 from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
 from mspc.blocks import batches_of
 from mspc.checkpoint import Checkpoint, read_file, sha256_of, write_atomically, write_json, write_tensors, write_text
 from mspc.errors import InputError, unknown
 from mspc.journal import Journal
-from mspc.measurements import sensitivities
+from mspc.measurements import fisher_factors, loss_curves, sensitivities
 from mspc.models import (
     StreamedModel,
     choose_device,
@@ -48,6 +49,7 @@ from mspc.types import Matrix, PlannedMatrix
 
 EXPORTS = "exports"
 PLAN = "plan.json"
+MEASUREMENTS = "measurements"
 RECIPE = "recipe.toml"
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
@@ -190,9 +192,10 @@ class _Run:
         if journal.blocks:
             reporter.say(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
         write_text(self.folder / RECIPE, recipe.to_toml())
-        plan = self.plan(model, tokens, matrices, header, journal, measurements)
+        fisher = self.fisher(model, tokens, matrices, header, measurements)
+        plan = self.plan(model, tokens, matrices, header, journal, measurements, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
-        self.solve(model, tokens, matrices, plan, journal, spill)
+        self.solve(model, tokens, matrices, plan, journal, spill, fisher)
         self.write_manifest(header, plan, checkpoint, journal)
         publish(self.folder, self.out)
         return Artifact(self.out)
@@ -220,6 +223,20 @@ class _Run:
         self.reporter.say(f"{self.out} is complete already.")
         return Artifact(self.out)
 
+    def fisher(
+        self,
+        model: StreamedModel,
+        tokens: Tokens,
+        matrices: Sequence[Sequence[Matrix]],
+        header: dict[str, Any],
+        measurements: Path | None,
+    ) -> dict[str, Tensor]:
+        """The Fisher factors, where they are needed; kept in the unfinished folder for --resume, if nowhere else."""
+        if self.recipe.solver != "kfac" and not wants_curves(self.recipe):
+            return {}
+        kept = measurements or self.folder / MEASUREMENTS
+        return fisher_factors(model, tokens.ids, matrices, self.recipe, _identity(header), kept, self.reporter)
+
     def plan(
         self,
         model: StreamedModel,
@@ -228,6 +245,7 @@ class _Run:
         header: dict[str, Any],
         journal: Journal,
         measurements: Path | None,
+        fisher: dict[str, Tensor],
     ) -> list[PlannedMatrix]:
         """The plan of the interrupted run, the user's, or a new one from measured sensitivities."""
         file = self.folder / PLAN
@@ -236,15 +254,21 @@ class _Run:
         plan = self.given_plan(matrices)
         if plan is None:
             measured: dict[str, float] = {}
+            curves = None
+            identity = _identity(header)
             if wants_sensitivity(self.recipe):
                 # Fused attention has no second derivative.
                 eager = self.recipe.sensitivity == "hutchinson"
                 measured_on = self.open_model(eager=True) if eager else model
-                identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
                 measured = sensitivities(
                     measured_on, tokens.ids, matrices, self.recipe, identity, measurements, self.reporter
                 )
-            plan = allocate(self.recipe, matrices, measured)
+            if wants_curves(self.recipe):
+                options = solver_options(self.recipe)
+                curves = loss_curves(
+                    model, tokens.ids, matrices, fisher, self.recipe, options, identity, measurements, self.reporter
+                )
+            plan = allocate(self.recipe, matrices, measured, curves)
         write_plan(file, self.checked(plan))
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": []})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
@@ -262,7 +286,7 @@ class _Run:
         """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
         check_plan(plan)
         for matrix in plan:
-            if self.recipe.solver == "obs" or (self.recipe.solver == "admm" and matrix.target.grid):
+            if self.recipe.solver == "obs" or (self.recipe.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
         rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]
@@ -299,11 +323,16 @@ class _Run:
         plan: Sequence[PlannedMatrix],
         journal: Journal,
         spill: Path | None,
+        fisher: dict[str, Tensor],
     ) -> None:
         left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
         with self.reporter.stage("Compressing", left) as step:
             batches = batches_of(model, tokens.ids, spill)
-            for name in solve_blocks(model, batches, matrices, plan, self.recipe, self.folder, journal):
+            dense = batches_of(model, tokens.ids, spill) if self.recipe.propagation else ()
+            solved = solve_blocks(
+                model, batches, matrices, plan, self.recipe, self.folder, journal, dense=dense, fisher=fisher
+            )
+            for name in solved:
                 step(name)
 
     def write_manifest(
@@ -325,6 +354,7 @@ class _Run:
             "files": files,
             "matrices": rows,
         }
+        shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
         Journal.discard(self.folder)
 
@@ -333,11 +363,16 @@ def _check_names(recipe: Recipe) -> None:
     for what, name, known in (
         ("solver", recipe.solver, SOLVERS),
         ("criterion", recipe.criterion, CRITERIA),
-        ("allocator", recipe.allocator, ALLOCATORS),
+        ("allocator", recipe.allocator, {*ALLOCATORS, CURVES}),
         ("sensitivity", recipe.sensitivity, SENSITIVITIES),
     ):
         if name not in known:
-            raise unknown(what, name, known)
+            raise unknown(what, str(name), known)
+
+
+def _identity(header: dict[str, Any]) -> dict[str, Any]:
+    """What measurements depend on besides the recipe."""
+    return {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
 
 
 def _requested_sparsity(recipe: Recipe, plan: Sequence[PlannedMatrix]) -> float:

@@ -18,6 +18,14 @@ ROW = "row"  # a group size of None, in TOML and on the command line
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"solver": "admm", "iterations": 10, "allocator": "uniform", "propagation": 0.0},
+    "default": {"solver": "kfac", "iterations": 30, "allocator": "curves", "propagation": 1.0},
+    "best": {"solver": "kfac", "iterations": 100, "allocator": "curves", "propagation": 1.0},
+}
+"""What a recipe leaves open."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Every choice that decides the bytes of an artifact. Raises InputError for values that cannot be meant."""
@@ -32,18 +40,25 @@ class Recipe:
     """Inputs that share a scale; None (`row` on the command line): one scale per row."""
     asymmetric: bool = False
     """Give every group an integer zero point of its own."""
-    solver: str = "obs"
-    """`obs` corrects the kept weights for the removed ones; `admm` also searches for which; `mask` only removes."""
+    effort: str = "default"
+    """`fast`, `default` or `best`: decides solver, iterations, allocator and propagation where they are None."""
+    solver: str | None = None
+    """`kfac` searches for what to keep by the loss of the model, `admm` by the error of the layer; `obs` sweeps once
+    and corrects the kept weights for the removed ones; `mask` only removes."""
+    iterations: int | None = None
+    """Of the search of kfac and admm."""
+    propagation: float | None = None
+    """In [0, 1]: how far each matrix makes good what the matrices before it have lost."""
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
-    allocator: str = "trace-rank"
-    """How sparsity is shared out: uniform, trace-rank, layer-trace-rank."""
+    allocator: str | None = None
+    """How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank."""
     alpha: float = 0.1
     """Half-width of the trace-rank allocators: sparsities lie within about sparsity +- alpha."""
     sensitivity: str = "hutchinson"
     """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
     sensitivity_sequences: int = 32
-    """At most so many calibration sequences measure the sensitivity; hutchinson stops when it has converged."""
+    """At most so many calibration sequences measure sensitivities, gradients and curves."""
     sensitivity_probes: int = 1
     """Random probes per sequence of the Hutchinson estimate."""
     calibration: str = "builtin"
@@ -71,6 +86,14 @@ class Recipe:
         for field in dataclasses.fields(self):
             _check_type(field.name, field.type, getattr(self, field.name))
         object.__setattr__(self, "skip", tuple(self.skip))
+        if self.effort not in EFFORTS:
+            raise unknown("effort", self.effort, EFFORTS)
+        chosen = EFFORTS[self.effort] | ({"propagation": 0.0} if self.solver == "mask" else {})
+        for name, value in chosen.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.solver == "mask" and self.propagation:
+            raise InputError("The mask solver leaves kept weights as they are, so propagation must be 0.")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must lie in [0, 1), not {self.sparsity}: it is the share of zeros (0.5 = 50%).")
         if self.fixed_pattern and self.sparsity is not None and abs(self.sparsity - self.fixed_pattern.sparsity) > 5e-5:
@@ -82,14 +105,15 @@ class Recipe:
             raise InputError(f"bits must be 16 (no rounding), 8, 4, 3 or 2, not {self.bits}.")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        for name in ("num_sequences", "sensitivity_sequences", "sensitivity_probes", "group_size"):
+        for name in ("num_sequences", "sensitivity_sequences", "sensitivity_probes", "group_size", "iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, not {value}.")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise InputError(f"sequence_length must be at least 2, not {self.sequence_length}.")
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"alpha must lie in [0, 1], not {self.alpha}.")
+        for name in ("alpha", "propagation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
         if not 0 <= self.damp < float("inf"):
             raise InputError(f"damp must be a number >= 0, not {self.damp}.")
         for pattern in self.skip:

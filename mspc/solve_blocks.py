@@ -1,6 +1,7 @@
 """Walk through a model, solve every matrix by the plan, and commit each block as soon as it is solved."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mspc.models import StreamedModel
 from mspc.plan import target_to_dict
 from mspc.recipe import Recipe
 from mspc.solvers import SOLVERS, SolverOptions
+from mspc.solvers.propagation import propagated
 from mspc.types import Matrix, PlannedMatrix
 from mspc.walk import Visit, install, walk
 
@@ -29,14 +31,21 @@ def solve_blocks(
     recipe: Recipe,
     folder: Path,
     journal: Journal,
+    *,
+    dense: Sequence[Batch] = (),
+    fisher: dict[str, Tensor] | None = None,
 ) -> Iterator[str]:
-    """The name of each matrix when it is solved. Blocks that the journal holds are installed, not solved again."""
+    """The name of each matrix when it is solved. Blocks that the journal holds are installed, not solved again.
+
+    `dense` are the batches once more, for propagation; `fisher` the Fisher factors by matrix name.
+    """
     planned = {matrix.name: matrix for matrix in plan}
     options = solver_options(recipe)
     rows: list[dict[str, Any]] = []
     stored: dict[str, Tensor] = {}
-    for visit in walk(model, batches, matrices, _committed(folder, journal.blocks)):
-        row, tensors = solve_one(model, visit, planned[visit.matrix.name], recipe.solver, options)
+    for visit in walk(model, batches, matrices, _committed(folder, journal.blocks), dense=dense):
+        factor = fisher[visit.matrix.name].to(visit.weight.device) if fisher else None
+        row, tensors = solve_one(model, visit, planned[visit.matrix.name], recipe, options, factor)
         row["file"] = f"{MATRICES}/{visit.block:05d}.safetensors"
         rows.append(row)
         stored |= {f"{visit.matrix.name}.{part}": tensor for part, tensor in tensors.items()}
@@ -49,7 +58,10 @@ def solve_blocks(
 
 
 def solver_options(recipe: Recipe) -> SolverOptions:
-    return SolverOptions(criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order)
+    return SolverOptions(
+        criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order,
+        iterations=recipe.iterations or 0,
+    )  # fmt: skip
 
 
 def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int], dict[str, Tensor] | None]:
@@ -66,7 +78,12 @@ def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int
 
 
 def solve_one(
-    model: StreamedModel, visit: Visit, planned: PlannedMatrix, solver: str, options: SolverOptions
+    model: StreamedModel,
+    visit: Visit,
+    planned: PlannedMatrix,
+    recipe: Recipe,
+    options: SolverOptions,
+    fisher: Tensor | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Solve and install one matrix: its row of the manifest, and its tensors as they are stored.
 
@@ -74,7 +91,9 @@ def solve_one(
     """
     matrix, name = visit.matrix, visit.matrix.name
     weight = visit.weight.float().clone()
-    solution = SOLVERS[solver](weight, visit.stats, planned.target, options, name)
+    stats = replace(visit.stats, fisher=fisher)
+    wanted = propagated(weight, stats, recipe.propagation or 0.0, options.damp, name)
+    solution = SOLVERS[str(recipe.solver)](wanted, stats, planned.target, options, name)
     dtype = model.source_dtypes[matrix.parameter]
     tensors = canonical.pack(solution, dtype)
     result = canonical.unpack(tensors, matrix.shape, planned.target, dtype)

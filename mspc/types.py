@@ -74,16 +74,19 @@ class Target:
 class GramStats:
     """Statistics of one input: `gram` (I, I) float32 is the *sum* of x x^T over `num_tokens` tokens. They add.
 
-    `drift` (I, I), where it is known, is the sum of (z - x) x^T, with z the input in the dense model.
+    `drift` (I, I), where it is known, is the sum of (z - x) x^T, with z the input in the dense model. `fisher`
+    (K, B, B), of one matrix that reads the input, is a mean of g g^T over tokens, with g the gradient of a sequence's
+    summed loss at K groups of B outputs.
     """
 
     gram: Tensor
     num_tokens: int
     drift: Tensor | None = None
+    fisher: Tensor | None = None
 
     def __add__(self, other: "GramStats") -> "GramStats":
         drift = None if self.drift is None or other.drift is None else self.drift + other.drift
-        return GramStats(self.gram + other.gram, self.num_tokens + other.num_tokens, drift)
+        return GramStats(self.gram + other.gram, self.num_tokens + other.num_tokens, drift, self.fisher)
 
 
 @dataclass(frozen=True, slots=True)

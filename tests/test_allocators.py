@@ -1,5 +1,6 @@
 """Allocators against the paper's formula, exact counting, and brute force over all roundings of a few matrices."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
 
-from mspc.allocation import allocate, check_plan, planned_sparsity, wants_sensitivity
+from mspc.allocation import allocate, check_plan, planned_sparsity, wants_curves, wants_sensitivity
 from mspc.allocators import ALLOCATORS, NEEDS_SENSITIVITY
 from mspc.allocators.budget import exact_counts, exact_keeps, shifted
 from mspc.allocators.trace_rank import layer_trace_rank, trace_rank
@@ -173,11 +174,14 @@ def test_no_matrix_goes_below_one_of_sixteen():
 
 def test_every_allocator_that_ranks_is_told_to_measure():
     assert NEEDS_SENSITIVITY == {"trace-rank", "layer-trace-rank"} < set(ALLOCATORS)
-    assert wants_sensitivity(Recipe())
-    assert wants_sensitivity(Recipe(pattern="N:16"))
-    assert not wants_sensitivity(Recipe(pattern="2:4"))
-    assert not wants_sensitivity(Recipe(allocator="uniform"))
-    assert not wants_sensitivity(Recipe(plan="plan.json"))
+    for allocator, wants in (("trace-rank", wants_sensitivity), ("curves", wants_curves)):
+        recipe = Recipe(allocator=allocator)
+        assert wants(recipe)
+        assert wants(replace(recipe, pattern="N:16"))
+        assert not wants(replace(recipe, pattern="2:4"))
+        assert not wants(replace(recipe, sparsity=0.0))
+        assert not wants(replace(recipe, allocator="uniform"))
+        assert not wants(replace(recipe, plan="plan.json"))
 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
@@ -202,7 +206,7 @@ def test_a_layer_is_one_sparsity_within_a_weight():
 
 def test_patterns_of_a_recipe():
     assert {m.target.pattern for m in allocate(Recipe(pattern="2:4"), MODEL, {})} == {NM(2, 4)}
-    mixed = [m.target.pattern for m in allocate(Recipe(pattern="N:16", sparsity=0.5), MODEL, SENSITIVITIES)]
+    mixed = [m.target.pattern for m in allocate(Recipe(pattern="N:16", allocator="trace-rank"), MODEL, SENSITIVITIES)]
     assert {pattern.of for pattern in mixed} == {16}
     assert len({pattern.keep for pattern in mixed}) > 1
     assert mixed[1].keep > mixed[2].keep  # 0.k is far more sensitive than 0.up

@@ -36,10 +36,10 @@ RUN_FLAGS = {
     "--out",
 }
 RECIPE_FLAGS = {
-    *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--solver", "--criterion"),
-    *("--allocator", "--alpha", "--sensitivity", "--sensitivity-sequences", "--sensitivity-probes", "--damp"),
-    *("--activation-order", "--calibration", "--num-sequences", "--sequence-length", "--seed", "--plan", "--device"),
-    "--dtype",
+    *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--effort", "--solver"),
+    *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
+    *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
+    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype"),
 }
 
 
@@ -165,6 +165,9 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--effort", "bets"), "Unknown effort 'bets': did you mean 'best'?"),
+        (("--propagation", 2), "propagation must lie in [0, 1], not 2"),
+        (("--iterations", 0), "iterations must be at least 1, not 0"),
         (("--solver", "obz"), "Unknown solver 'obz': did you mean 'obs'?"),
         (("--criterion", "wando"), "Unknown criterion 'wando': did you mean 'wanda'?"),
         (("--allocator", "trace_rank"), "Unknown allocator 'trace_rank': did you mean 'trace-rank'?"),
@@ -183,7 +186,7 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
         ),
         (("--bits", 4), "model.layers.0.self_attn.q_proj: group size 128 does not divide its 32 in features"),
         (("--bits", 4, "--group-size", 64), "model.layers.0.self_attn.q_proj: group size 64 does not divide"),
-        (("--pattern", "2:4", "--activation-order"), "activation order reorders columns"),
+        (("--pattern", "2:4", "--activation-order", "--solver", "obs"), "activation order reorders columns"),
         (("--skip", ""), "Nothing is left to compress"),
         (("--skip", "("), "skip: '(' is not a regular expression"),
         (("--calibration", "nowhere.txt"), "Text 'nowhere.txt' does not exist."),
@@ -368,9 +371,21 @@ def test_kept_measurements_are_told_on_stderr(compress, tmp_path):
     first = mspc_cli(*compress(tmp_path / "first", *asked))
     second = mspc_cli(*compress(tmp_path / "second", *asked, "--sparsity", 0.3))
     assert "Sensitivity (gram): done" in first.stderr
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "kept").glob("sensitivity-*.json")
     assert f"Sensitivity: taken from {file}." in second.stderr
     assert "Sensitivity (gram)" not in second.stderr
+
+
+def test_gradients_and_curves_are_kept_for_another_budget(compress, tmp_path):
+    asked = ("--allocator", "curves", "--measurements", tmp_path / "kept")
+    first = mspc_cli(*compress(tmp_path / "first", *asked))
+    second = mspc_cli(*compress(tmp_path / "second", *asked, "--sparsity", 0.3))
+    assert "Gradients: done" in first.stderr
+    assert "Loss curves: done" in first.stderr
+    (fisher,), (curves,) = ((tmp_path / "kept").glob(f"{kind}-*") for kind in ("fisher", "curves"))
+    assert f"Gradients: taken from {fisher}." in second.stderr
+    assert f"Loss curves: taken from {curves}." in second.stderr
+    assert not (tmp_path / "first" / "measurements").exists()
 
 
 def test_resume_of_another_run_exits_2_and_of_a_finished_one_0(compress, artifact, tmp_path):

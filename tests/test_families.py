@@ -84,9 +84,17 @@ def test_manifest_has_every_matrix_in_execution_order_and_the_exact_sparsity(cas
     assert all(row["bits"] == 4 and row["num_tokens"] == 8 * tiny.LENGTH for row in manifest["matrices"])
 
 
-def test_sparsity_falls_with_sensitivity(case):
+def test_the_plan_follows_the_loss_curves(case):
+    """The sensitivity of a plan by curves is a predicted loss: finite, above zero where something goes; never even."""
+    rows = case.artifact.manifest["matrices"]
+    assert all(0 < row["sensitivity"] < math.inf for row in rows if row["pruned"])
+    assert len({row["sparsity"] for row in rows}) > 2
+
+
+def test_sparsity_falls_with_sensitivity(llama, calibration, tmp_path):
     """Trace-rank: the more sensitive, the denser; all within alpha = 0.1 of 0.5, plus the shift of the mean."""
-    rows = sorted(case.artifact.manifest["matrices"], key=lambda row: row["sensitivity"])
+    artifact = mspc.compress(llama, recipe(calibration, allocator="trace-rank"), out=tmp_path / "out", reporter=QUIET)
+    rows = sorted(artifact.manifest["matrices"], key=lambda row: row["sensitivity"])
     sparsities = [row["sparsity"] for row in rows]
     assert sparsities == sorted(sparsities, reverse=True)
     assert sparsities[0] - sparsities[-1] == pytest.approx(0.2, abs=0.01)
@@ -98,7 +106,7 @@ def test_dense_export_is_the_artifact(case, heldout):
     expected = perplexity_by_transformers(case.dense, heldout)
     assert perplexity(case.artifact.path, heldout) == pytest.approx(expected, rel=1e-5)
     assert perplexity(case.dense, heldout) == pytest.approx(expected, rel=1e-5)
-    assert perplexity_by_transformers(case.source, heldout) != pytest.approx(expected, rel=1e-3)
+    assert perplexity_by_transformers(case.source, heldout) != pytest.approx(expected, rel=1e-4)
 
 
 def test_dense_export_has_the_zeros_and_the_grid_of_the_manifest(case):
@@ -191,7 +199,7 @@ def mean_squared_inputs(whole: PreTrainedModel, names: list[str], ids: torch.Ten
 @pytest.mark.parametrize(("sensitivity", "oracle"), [("fisher", mean_squared_gradients), ("gram", mean_squared_inputs)])
 def test_other_sensitivities(sensitivity, oracle, llama, calibration, tmp_path):
     """Oracle: autograd, and hooks, on the whole transformers model and the same calibration sequences."""
-    asked = recipe(calibration, sensitivity=sensitivity)
+    asked = recipe(calibration, allocator="trace-rank", sensitivity=sensitivity)
     rows = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET).manifest["matrices"]
     ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 8, tiny.LENGTH, asked.seed).ids
     expected = oracle(tiny.reference(llama), [row["name"] for row in rows], ids)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mspc.errors import ActivationError, InputError
-from mspc.gradients import HessianTrace, SquaredGradient, reverse_walk
+from mspc.gradients import FisherFactor, HessianTrace, SquaredGradient, fisher_block, reverse_walk
 from mspc.models import StreamedModel, open_model
 from mspc.types import Matrix
 
@@ -40,13 +40,46 @@ class Case:
     def samples(self, ids: Tensor, measure: SquaredGradient | HessianTrace, first: int = 0) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {matrix.name: [] for matrix in self.flat}
         for sample in reverse_walk(self.model, ids, self.matrices, measure, first):
-            found[sample.matrix.name].append(sample.value)
+            found[sample.matrix.name].append(float(sample.value))
         return found
 
 
 def opened(folder: Path, dtype: str = "float32", skip: tuple[str, ...] = ("experts",)) -> Case:
     model = open_model(folder, device=CPU, dtype=dtype, eager=True)
     return Case(model, model.matrices(skip), tiny.reference(folder, getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "mixtral"])
+def test_fisher_factor_equals_autograd(family, folder_of):
+    """Oracle: gradients at the outputs of each module of the whole model, by autograd, sequences together."""
+    case, ids = opened(folder_of(family)), tiny.ids(2)
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        case.whole.get_submodule(matrix.name).register_forward_hook(
+            lambda _, args, output, name=matrix.name: outputs.__setitem__(name, output)
+        )
+        for matrix in case.flat
+    ]
+    loss = tiny.losses(case.whole, ids).sum()
+    for handle in handles:
+        handle.remove()
+    gradients = torch.autograd.grad(loss, [outputs[matrix.name] for matrix in case.flat])
+    measure = FisherFactor(case.model, case.matrices)
+    found = {sample.matrix.name: sample.value for sample in reverse_walk(case.model, ids, case.matrices, measure)}
+    for matrix, gradient in zip(case.flat, gradients, strict=True):
+        g = gradient.flatten(0, -2).double()
+        expected = g.T @ g / ids.numel()
+        size, blocks = fisher_block(matrix.shape[0]), found[matrix.name]
+        assert blocks.shape == (matrix.shape[0] // size, size, size)
+        for k, block in enumerate(blocks):
+            part = slice(k * size, (k + 1) * size)
+            tolerance = 1e-5 * float(expected.diagonal().max())
+            torch.testing.assert_close(block.double(), expected[part, part], rtol=1e-3, atol=tolerance)
+
+
+@pytest.mark.parametrize(("outputs", "size"), [(1, 1), (256, 256), (896, 224), (257, 1), (14336, 256), (48, 48)])
+def test_fisher_blocks_divide_the_outputs(outputs, size):
+    assert fisher_block(outputs) == size
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "mixtral"])

@@ -26,9 +26,9 @@ FLOORS = (
     },
     {"mspc.models", "mspc.tokens", "mspc.builtin_text"},
     {"mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity"},
-    {"exporters", "mspc.measurements", "mspc.solve_blocks", "mspc.report"},
+    {"exporters", "mspc.curves", "mspc.measurements", "mspc.solve_blocks", "mspc.report"},
     {"mspc.pipeline"},
-    {"mspc.cli", "mspc.__main__"},
+    {"mspc.cli", "mspc.console", "mspc.__main__"},
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mspc.solvers.admm import admm
+from mspc.solvers.admm import admm, kfac
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
@@ -18,4 +18,4 @@ __all__ = ["SOLVERS", "Solver", "SolverOptions"]
 
 Solver = Callable[[Tensor, GramStats, Target, SolverOptions, str], CompressedLinear]
 
-SOLVERS: dict[str, Solver] = {"admm": admm, "mask": mask_only, "obs": obs}
+SOLVERS: dict[str, Solver] = {"admm": admm, "kfac": kfac, "mask": mask_only, "obs": obs}

@@ -1,23 +1,27 @@
 """Supports found by ADMM, then exact weights on them by conjugate gradients.
 
-The method of ALPS (Meng et al., arXiv:2406.07831): minimize || (W - B) X ||^2 over B with so many nonzeros. Inputs are
-first scaled so that the Gram has a unit diagonal, G = D^-1 H D^-1; the square of a weight is then what it is worth
-alone. With the multiplier V and the sparse copy Z of B, one iteration is
+The method of ALPS (Meng et al., arXiv:2406.07831) on the quadratic form of `quadratic`: with B0 the target, the
+multiplier V and the sparse copy Z of B, one iteration is
 
-    B = (G + rho 1)^-1 (G B0 - V + rho Z);   Z = the largest of B + V / rho;   V = V + rho (B - Z)
+    S B G + rho B = S B0 G - V + rho Z, solved for B;   Z = the largest of B + V / rho;   V = V + rho (B - Z)
 
-and rho grows until the support stays. One eigendecomposition of G serves every rho. Where kept weights are rounded, the
-OBS sweep does that on the support found here. Tensors inside are transposed, (I, O), as in the sweep.
+and rho grows until the support stays. One eigendecomposition of each factor serves every rho. `admm` is ALPS, which
+minimizes the squared error of the layer; `kfac` minimizes the loss of the model, so errors at outputs that hardly
+matter, or that cancel in what reads them, cost little. Where kept weights are rounded, the OBS sweep does that on the
+support found here.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from mspc.errors import SingularGramError
-from mspc.linalg import check_finite, precise_matmul, regularized
-from mspc.masks import check_divides, num_pruned, prune_n_of_m, select
+from mspc.errors import InputError
+from mspc.linalg import precise_matmul
+from mspc.masks import check_divides, kth_lowest, num_pruned, select
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
+from mspc.solvers.quadratic import Quadratic, quadratic
 from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
 FIRST_RHO = 0.1
@@ -26,6 +30,7 @@ ROUND = 3
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """rho's factor where more than this share of the support changed in a round."""
 CG_STEPS = 10
+PATH_RHO, PATH_GROWTH, PATH_ITERATIONS, PATH_CG_STEPS = 0.3, 1.2, 4, 2
 
 
 def admm(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
@@ -34,89 +39,124 @@ def admm(weight: Tensor, stats: GramStats, target: Target, options: SolverOption
     Raises InputError when the pattern or the group size does not divide I, ActivationError and SingularGramError for
     a Gram that cannot be used.
     """
-    check_divides(target.pattern, weight.shape[1], name)
-    check_finite(stats, name)
-    weight = weight.float()
-    gram, dead = regularized(stats.gram, options.damp)
-    scale = gram.diagonal().sqrt()
-    gram = gram / scale[:, None] / scale
+    return _solve(weight, stats, None, target, options, name)
+
+
+def kfac(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
+    """`admm` for the loss of the model; `stats` must have its Fisher factor."""
+    if stats.fisher is None:
+        raise InputError(f"{name}: the kfac solver needs the Fisher factor of its outputs (GramStats.fisher).")
+    return _solve(weight, stats, stats.fisher, target, options, name)
+
+
+def error_path(
+    weight: Tensor, stats: GramStats, patterns: list[Pattern], damp: float, name: str
+) -> Iterator[tuple[Tensor, float]]:
+    """For patterns of growing sparsity: weights (O, I) after a few iterations begun from those before, and their loss.
+
+    The loss is tr(S E H E^T) with the Fisher factor that `stats` has, or the layer's squared error without.
+    """
     with precise_matmul():
-        mask, solution = _search(gram, _scaled(weight, scale, dead), target.pattern, dead, options, name)
-        solution = _refine(gram, _scaled(weight, scale, dead), mask, solution)
-    kept = torch.where(mask, solution / scale[:, None], 0.0)
-    kept[dead] = torch.where(mask, weight.T, 0.0)[dead]  # nothing depends on them
+        form = quadratic(weight.float(), stats, stats.fisher, damp, name)
+        wanted, multiplier, sparse = form.apply(form.target), torch.zeros_like(form.target), form.target
+        for pattern in patterns:
+            if pattern.sparsity == 1:
+                yield torch.zeros_like(weight), form.loss(torch.zeros_like(form.target))
+                continue
+            rho = PATH_RHO
+            for _ in range(PATH_ITERATIONS):
+                _, support, sparse = _iterate(form, wanted, multiplier, sparse, rho, pattern)
+                rho *= PATH_GROWTH
+            values = _refine(form, support, sparse, PATH_CG_STEPS)
+            yield form.weight(values), form.loss(values)
+
+
+def _solve(
+    weight: Tensor, stats: GramStats, outputs: Tensor | None, target: Target, options: SolverOptions, name: str
+) -> CompressedLinear:
+    check_divides(target.pattern, weight.shape[1], name)
+    weight = weight.float()
+    with precise_matmul():
+        form = quadratic(weight, stats, outputs, options.damp, name)
+        mask, values = _search(form, target.pattern, options.iterations)
+        kept = torch.where(mask, form.weight(_refine(form, mask, values, CG_STEPS)), 0.0)
+    kept[:, form.dead] = torch.where(mask, weight, 0.0)[:, form.dead]  # nothing depends on them
     if bool(mask.all()):
-        kept = weight.T
-    kept, mask = kept.T.contiguous(), mask.T.contiguous()
+        kept = weight
     if target.grid is None:
         return CompressedLinear(kept, mask, target, None, options.damp)
     # These are the best on the support, so the loss of rounding them adds to theirs, and the sweep sees to it alone.
     return obs(kept, stats, target, options, name, mask)
 
 
-def _scaled(weight: Tensor, scale: Tensor, dead: Tensor) -> Tensor:
-    """The target B0 (I, O); weights of dead inputs are worth nothing."""
-    return torch.where(dead[:, None], 0.0, weight.T * scale[:, None])
-
-
-def _search(
-    gram: Tensor, target: Tensor, pattern: Pattern, dead: Tensor, options: SolverOptions, name: str
-) -> tuple[Tensor, Tensor]:
-    """Mask and weights (I, O) after `options.iterations`, or when a round did not change the support."""
-    try:
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-    except RuntimeError as error:  # LinAlgError is one, and torch does not export it
-        raise SingularGramError(
-            f"{name}: the Gram matrix of {len(gram)} inputs has no eigendecomposition ({error}); calibrate on more "
-            "text (--num-sequences, --sequence-length) or raise --damp."
-        ) from error
-    wanted = gram @ target
-    rho, multiplier = FIRST_RHO, torch.zeros_like(target)
-    support = _largest(target, pattern)
-    sparse, settled = target * support, support
-    for iteration in range(1, options.iterations + 1):
-        rotated = vectors.T @ (wanted - multiplier + rho * sparse)
-        dense = vectors @ rotated.div_((eigenvalues + rho)[:, None])
-        shifted = dense + multiplier / rho
-        support = _largest(shifted, pattern)
-        sparse = shifted * support
-        multiplier += rho * (dense - sparse)
+def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:
+    """Mask and weights (O, I), scaled, after so many iterations, or when a round did not change the support."""
+    wanted, multiplier = form.apply(form.target), torch.zeros_like(form.target)
+    settled = _largest(form.target, pattern)
+    sparse, shifted, rho = form.target * settled, form.target, FIRST_RHO
+    for iteration in range(1, iterations + 1):
+        shifted, support, sparse = _iterate(form, wanted, multiplier, sparse, rho, pattern)
         if iteration % ROUND == 0:
             changed = float((support != settled).float().mean())
             if changed == 0:
                 break
             rho *= next(factor for share, factor in GROWTH if changed > share)
             settled = support
-    score = (dense + multiplier / rho).square().T if options.iterations else target.square().T
-    score[:, dead] = -1.0
-    mask = select(score, pattern, per_row=False).T.contiguous()
+    score = shifted.square()
+    score[:, form.dead] = -1.0
+    mask = select(score, pattern, per_row=False)
     return mask, sparse * mask
 
 
+def _iterate(
+    form: Quadratic, wanted: Tensor, multiplier: Tensor, sparse: Tensor, rho: float, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One iteration: B + V / rho, its support, and Z; `multiplier` changes in place."""
+    dense = form.solve(wanted - multiplier + rho * sparse, rho)
+    shifted = dense + multiplier / rho
+    support = _largest(shifted, pattern)
+    sparse = shifted * support
+    multiplier += rho * (dense - sparse)
+    return shifted, support, sparse
+
+
 def _largest(values: Tensor, pattern: Pattern) -> Tensor:
-    """Where the largest magnitudes lie, bool (I, O). Ties may make it a few more than the pattern says."""
+    """Where the largest magnitudes lie, bool (O, I). Among ties it is not the pattern that decides; see `select`."""
+    magnitudes = values.abs()
     if isinstance(pattern, NM):
-        return prune_n_of_m(values.abs().T.contiguous(), pattern).T
+        groups = magnitudes.view(-1, pattern.of)
+        kept = groups.topk(pattern.keep, dim=-1, sorted=False).indices
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).view_as(values)
     count = num_pruned(values.numel(), pattern.sparsity)
     if count == 0:
         return torch.ones_like(values, dtype=torch.bool)
-    magnitudes = values.abs()
-    return magnitudes > magnitudes.flatten().kthvalue(count).values
+    return magnitudes > kth_lowest(magnitudes, count)
 
 
-def _refine(gram: Tensor, target: Tensor, mask: Tensor, solution: Tensor) -> Tensor:
-    """Conjugate gradients for G B = G B0 on the support, all columns at once; the diagonal of G is 1 already."""
-    residual = (gram @ (target - solution)) * mask
+def _refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
+    """Conjugate gradients for S B G = S B0 G on the support; what is independent has steps of its own.
+
+    Without an output factor that is every row, with one every block of it. The diagonal is 1 already.
+    """
+    tiny = torch.finfo(values.dtype).tiny
+    num_parts = len(values) if form.outputs is None else len(form.outputs)
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).view(num_parts, -1).sum(1)
+
+    def each(numbers: Tensor) -> Tensor:
+        return numbers.repeat_interleave(len(values) // num_parts)[:, None]
+
+    residual = form.apply(form.target - values) * mask
     direction = residual.clone()
-    norm = residual.square().sum(0)
-    for _ in range(CG_STEPS):
-        image = (gram @ direction) * mask
-        curvature = (direction * image).sum(0)
-        step = torch.where(curvature > 0, norm / curvature.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
-        solution = solution + step * direction
+    norm = dot(residual, residual)
+    for _ in range(steps):
+        image = form.apply(direction) * mask
+        curvature = dot(direction, image)
+        step = each(torch.where(curvature > 0, norm / curvature.clamp_min(tiny), 0.0))
+        values = values + step * direction
         residual = residual - step * image
-        following = residual.square().sum(0)
-        ratio = torch.where(norm > 0, following / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
-        direction = residual + ratio * direction
+        following = dot(residual, residual)
+        direction = residual + each(torch.where(norm > 0, following / norm.clamp_min(tiny), 0.0)) * direction
         norm = following
-    return solution
+    return values

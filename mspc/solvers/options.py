@@ -12,4 +12,4 @@ class SolverOptions:
     activation_order: bool = False
     """Settle the columns with the largest inputs first (grids then have static groups)."""
     iterations: int = 30
-    """Of the admm solver."""
+    """Of the search of the kfac and admm solvers."""

@@ -1,0 +1,87 @@
+"""Allocation by loss curves: the least total of predicted losses within one budget.
+
+Every matrix has options, each with a cost and a predicted loss. Which one of each keeps the sum of costs within the
+budget at the least sum of losses is a multiple-choice knapsack, solved exactly by dynamic programming over the cost:
+costs of real models are multiples of a large number, so there are few sums. Where they are not, costs are rounded up
+to a fraction of the budget, and the result is exact for costs that are so much larger.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+SUMS = 1 << 15
+STEPS = 128
+"""Sparsities tried for each matrix, as parts of 1."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Predicted increase of the loss (nats a token) of one matrix at some sparsities, ascending from above 0."""
+
+    sparsities: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    def at(self, sparsity: float) -> float:
+        """Straight between the logarithms of the losses; below the first sparsity, the power law of the first two."""
+        if sparsity <= 0:
+            return 0.0
+        logs = [math.log(max(loss, 1e-300)) for loss in self.losses]
+        first, second = self.sparsities[:2]
+        if sparsity < first:
+            power = max((logs[1] - logs[0]) / math.log(second / first), 1.0)
+            return math.exp(logs[0] + power * math.log(sparsity / first))
+        return math.exp(float(numpy.interp(sparsity, self.sparsities, logs)))
+
+
+def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None) -> list[float]:
+    """Sparsities of least predicted loss with at most (1 - sparsity) of all weights kept.
+
+    With `of`, those of N:of patterns; a matrix then keeps at least one of each group.
+    """
+    steps = of or STEPS
+    shares = [k / steps for k in range(1 if of else 0, steps + 1)]
+    options = [[(n * share, curve.at(1 - share)) for share in shares] for curve, n in zip(curves, numels, strict=True)]
+    return [1 - shares[i] for i in cheapest(options, (1 - sparsity) * sum(numels))]
+
+
+def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
+    """One of the options (cost, loss) of each matrix: least sum of losses with the sum of costs at most `budget`.
+
+    Raises ValueError when even the cheapest are more than the budget.
+    """
+    unit, size = _unit([cost for of_matrix in options for cost, _ in of_matrix], budget)
+    best = numpy.zeros(size + 1)
+    choices: list[NDArray[numpy.int32]] = []
+    for of_matrix in options:
+        extended = numpy.full(size + 1, math.inf)
+        chosen: NDArray[numpy.int32] = numpy.zeros(size + 1, dtype=numpy.int32)
+        for i, (cost, loss) in enumerate(of_matrix):
+            units = math.ceil(cost / unit - 1e-9)
+            if units > size:
+                continue
+            candidate = best[: size + 1 - units] + loss
+            better = candidate < extended[units:]
+            extended[units:][better] = candidate[better]
+            chosen[units:][better] = i
+        best = extended
+        choices.append(chosen)
+    if not math.isfinite(best[size]):
+        raise ValueError("no choice of options fits the budget")
+    picked, left = list[int](), size
+    for of_matrix, last in zip(reversed(options), reversed(choices), strict=True):
+        picked.append(int(last[left]))
+        left -= math.ceil(of_matrix[picked[-1]][0] / unit - 1e-9)
+    return picked[::-1]
+
+
+def _unit(costs: Sequence[float], budget: float) -> tuple[float, int]:
+    """What costs are counted in, and how many of it the budget is: their divisor, if that is not too small."""
+    if all(float(cost).is_integer() for cost in costs):
+        divisor = math.gcd(*(int(cost) for cost in costs))
+        if divisor and budget / divisor <= SUMS:
+            return divisor, int(budget / divisor + 1e-9)
+    return max(budget, 1e-9) / SUMS, SUMS

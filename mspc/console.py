@@ -1,0 +1,60 @@
+"""What the verbs of the command line share: options, printing, and errors as exit codes."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mspc.errors import MspcError
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
+OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Of the forward passes: auto, float32, bfloat16, float16. (default: auto)"),
+]
+LengthOption = Annotated[
+    int | None, typer.Option(help="Tokens of a sequence. (default: 2048, or what the model allows)")
+]
+
+
+def option(text: str, default: object, *names: str, **settings: Any) -> Any:
+    """An option whose absence is None, so that a recipe file's value is not overwritten by a default."""
+    return typer.Option(*names, help=f"{text} (default: {default})", show_default=False, **settings)
+
+
+def print_table(table: Table) -> None:
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(table)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("\nInterrupted. What was solved is kept: `mspc compress` goes on with --resume.", 130)
+    except (MspcError, OSError) as error:
+        if debug:
+            raise
+        fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,145 @@
+"""Loss curves and their allocation against brute force, and the measured curves against explicit losses."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import few
+
+from mspc.allocation import allocate
+from mspc.allocators.curves import Curve, by_curves, cheapest
+from mspc.blocks import batches_of
+from mspc.curves import SPARSITIES, measure_curves, read_curves, write_curves
+from mspc.errors import InputError
+from mspc.masks import num_pruned
+from mspc.measurements import fisher_factors
+from mspc.models import open_model
+from mspc.recipe import Recipe
+from mspc.report import Silent
+from mspc.solve_blocks import solver_options
+from mspc.types import Matrix
+from mspc.walk import walk
+
+NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
+MODEL = [[Matrix(f"{name}.weight", shape) for name, shape in NAMES.items()]]
+
+
+def curve(size: float, power: float = 2.0) -> Curve:
+    """size * s^power at the sparsities that are measured."""
+    return Curve(SPARSITIES, tuple(size * s**power for s in SPARSITIES))
+
+
+@few
+@given(st.integers(0, 10**6))
+def test_the_cheapest_choice_is_that_of_brute_force(seed):
+    draw = random.Random(seed)
+    options = [
+        [(draw.randint(1, 6) * draw.choice([4, 8]), draw.random()) for _ in range(draw.randint(1, 4))]
+        for _ in range(draw.randint(1, 5))
+    ]
+    budget = draw.randint(sum(min(c for c, _ in o) for o in options), 200)
+    picked = cheapest(options, budget)
+    assert sum(o[i][0] for o, i in zip(options, picked, strict=True)) <= budget
+    best = min(
+        sum(loss for _, loss in choice) for choice in product(*options) if sum(cost for cost, _ in choice) <= budget
+    )
+    assert sum(o[i][1] for o, i in zip(options, picked, strict=True)) == pytest.approx(best)
+
+
+def test_costs_without_a_common_divisor_stay_within_the_budget():
+    """Oracle: brute force with a budget that is 0.1% smaller."""
+    draw = random.Random(0)
+    options = [[(draw.uniform(1e6, 9e6), draw.random()) for _ in range(5)] for _ in range(6)]
+    budget = 24e6
+    picked = cheapest(options, budget)
+    assert sum(o[i][0] for o, i in zip(options, picked, strict=True)) <= budget
+    smaller = [c for c in product(*options) if sum(cost for cost, _ in c) <= 0.999 * budget]
+    assert sum(o[i][1] for o, i in zip(options, picked, strict=True)) <= min(sum(x for _, x in c) for c in smaller)
+
+
+def test_a_budget_below_the_cheapest_is_an_error():
+    with pytest.raises(ValueError, match="fits the budget"):
+        cheapest([[(2, 0.0)], [(3, 0.0)]], 4)
+
+
+def test_between_levels_the_logarithm_is_straight():
+    one = Curve((0.2, 0.4, 1.0), (1.0, 8.0, 512.0))
+    assert one.at(0) == 0
+    assert one.at(0.1) == pytest.approx(1 / 8)  # the power law through the first two: 3
+    assert [one.at(0.2), one.at(0.4), one.at(1)] == pytest.approx([1, 8, 512])
+    assert one.at(0.3) == pytest.approx(math.sqrt(8))
+    assert one.at(0.7) == pytest.approx(64)
+
+
+def test_equal_curves_share_equally_and_steep_ones_stay_dense():
+    numels = [128, 384, 128, 384]
+    even = by_curves([curve(1.0)] * 4, [128] * 4, 0.5)
+    assert even == pytest.approx([0.5] * 4)
+    # 1/2 c s^2 under a mean of s: s is proportional to n / c, so one of equal size and ten times the loss has a tenth.
+    first, second = by_curves([curve(1.0), curve(10.0)], [128, 128], 0.4)
+    assert first / second == pytest.approx(10, rel=0.25)
+    assert sum(
+        n * s for n, s in zip(numels, by_curves([curve(c) for c in (1, 2, 3, 4)], numels, 0.6), strict=True)
+    ) >= (0.6 * sum(numels) - 1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "N:16"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
+def test_a_plan_by_curves_meets_the_budget(pattern, sparsity):
+    curves = {name: curve(10.0**i) for i, name in enumerate(NAMES)}
+    recipe = Recipe(sparsity=sparsity, pattern=pattern, allocator="curves")
+    plan = allocate(recipe, MODEL, {}, curves)
+    total = sum(matrix.numel for matrix in plan)
+    if pattern == "N:16":
+        kept = sum(m.target.pattern.keep * m.numel for m in plan)
+        assert abs(kept - 16 * (1 - sparsity) * total) <= 64
+    else:
+        assert sum(num_pruned(m.numel, m.target.pattern.sparsity) for m in plan) == round(sparsity * total)
+    shares = {m.name: m.target.pattern.sparsity for m in plan}
+    assert shares["0.q"] >= shares["1.q"]
+    assert shares["0.up"] >= shares["1.up"]
+    for m in plan:
+        assert m.sensitivity == pytest.approx(curves[m.name].at(m.target.pattern.sparsity))
+
+
+@pytest.mark.parametrize("solver", ["kfac", "obs"])
+def test_measured_curves_rise_and_predict_removal_exactly(solver, llama):
+    """Oracle: 1/2 tr(S W H W^T) / tokens in float64, which removing a whole matrix costs, from the walk's Gram."""
+    model, ids = open_model(llama, device=torch.device("cpu")), tiny.ids(4)
+    matrices = model.matrices(())
+    recipe = Recipe(solver=solver)
+    fisher = fisher_factors(model, ids, matrices, recipe, {}, None, Silent())
+    curves = measure_curves(model, ids, matrices, fisher, recipe, solver_options(recipe), Silent())
+    for visit in walk(model, batches_of(model, ids), matrices):
+        found = curves[visit.matrix.name]
+        assert found.sparsities == SPARSITIES
+        assert list(found.losses) == sorted(found.losses)
+        assert found.losses[0] < 0.5 * found.losses[-1]
+        weight = visit.weight.double()
+        outputs = torch.block_diag(*fisher[visit.matrix.name].double())
+        expected = float((outputs @ weight @ visit.stats.gram.double() * weight).sum()) / 2 / visit.stats.num_tokens
+        assert found.losses[-1] == pytest.approx(expected, rel=0.35)  # both factors are damped
+
+
+def test_curves_come_back_exactly_and_damage_is_an_error(tmp_path):
+    curves, file = {"a": curve(1 / 3), "b": curve(1e-9)}, tmp_path / "curves.json"
+    write_curves(file, curves)
+    assert read_curves(file) == curves
+    assert json.loads(file.read_text())["a"]["sparsities"] == list(SPARSITIES)
+    for damage in ("{", '{"a": 1}', '{"a": {"sparsities": [1]}}'):
+        file.write_text(damage)
+        with pytest.raises(InputError, match="delete it to measure again"):
+            read_curves(file)
+
+
+def test_an_allocation_without_curves_is_uniform():
+    plan = allocate(Recipe(allocator="curves"), MODEL, {})
+    assert {m.target.pattern.sparsity for m in plan} == {0.5}
+    assert replace(Recipe(), allocator="curves") == Recipe()

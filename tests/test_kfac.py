@@ -1,0 +1,196 @@
+"""The Fisher-weighted solver against dense Kronecker products in float64, all supports of a small matrix, and ALPS."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from oracles import code_product, damped, loss, problem
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.solvers import SolverOptions
+from mspc.solvers.admm import admm, error_path, kfac
+from mspc.solvers.propagation import propagated
+from mspc.solvers.quadratic import OUTPUT_DAMP, quadratic
+from mspc.types import NM, GramStats, Grid, Target, Unstructured
+
+PATTERNS = [Unstructured(0.5), Unstructured(0.8), NM(2, 4), NM(5, 16)]
+
+
+def fisher(seed: int, num_blocks: int, size: int) -> Tensor:
+    """Second moments (K, B, B) of correlated gradients of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(num_blocks, size, 3 * size, generator=generator)
+    mixing *= torch.randn(num_blocks, size, 1, generator=generator).exp()
+    mixing[:, :, : size // 2] += 2 * mixing[:, :1, : size // 2]
+    return mixing @ mixing.mT / (3 * size)
+
+
+def whole(blocks: Tensor) -> Tensor:
+    """The damped output factor (O, O) in float64, as the docstrings say it."""
+    factor = torch.block_diag(*blocks.double())
+    return factor + OUTPUT_DAMP * factor.diagonal().mean() * torch.eye(len(factor), dtype=torch.float64)
+
+
+def model_loss(difference: Tensor, outputs: Tensor, gram: Tensor) -> float:
+    """tr(S E H E^T)."""
+    error = difference.double()
+    return float((outputs @ error @ gram.double() * error).sum())
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_the_form_is_the_kronecker_product(num_blocks):
+    """Oracle: the dense matrix S x H of 12 * 8 weights."""
+    case, blocks = problem(0, 12, 8), fisher(1, num_blocks, 12 // num_blocks)
+    form = quadratic(case.weight, case.stats, blocks, 0.01, "q")
+    dense = torch.kron(whole(blocks), damped(case.stats.gram, 0.01))
+    scale = (dense.diagonal().sqrt()).view(12, 8)
+    dense = dense / scale.flatten()[:, None] / scale.flatten()
+    torch.testing.assert_close(form.target.double(), case.weight * scale, rtol=1e-4, atol=1e-5)
+    values = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
+    flat = values.double().flatten()
+    torch.testing.assert_close(form.apply(values).double().flatten(), dense @ flat, rtol=1e-3, atol=1e-4)
+    solved = torch.linalg.solve(dense + 0.3 * torch.eye(96, dtype=torch.float64), flat)
+    torch.testing.assert_close(form.solve(values, 0.3).double().flatten(), solved, rtol=1e-3, atol=1e-4)
+    error = flat - form.target.double().flatten()
+    assert form.loss(values) == pytest.approx(float(error @ dense @ error), rel=1e-4)
+    torch.testing.assert_close(form.weight(form.target), case.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_loss_of_the_model_is_less_than_with_alps(pattern, seed):
+    case, blocks = problem(seed, 32, 64), fisher(seed, 2, 16)
+    stats, target = replace(case.stats, fisher=blocks), Target(pattern)
+    found = kfac(case.weight, stats, target, SolverOptions(), "q")
+    plain = admm(case.weight, case.stats, target, SolverOptions(), "q")
+    outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
+    assert model_loss(found.weight - case.weight, outputs, gram) < 0.9 * model_loss(
+        plain.weight - case.weight, outputs, gram
+    )
+    assert int((~found.mask).sum()) == round(pattern.sparsity * case.weight.numel())
+    assert not found.weight[~found.mask].any()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_weights_are_nearly_the_best_on_their_support(pattern):
+    """Oracle: the normal equations of the dense Kronecker product."""
+    case, blocks = problem(3, 8, 16), fisher(4, 2, 4)
+    found = kfac(case.weight, replace(case.stats, fisher=blocks), Target(pattern), SolverOptions(), "q")
+    dense = torch.kron(whole(blocks), damped(case.stats.gram, 0.01))
+    kept, weight = found.mask.flatten(), case.weight.double().flatten()
+    best = torch.zeros_like(weight)
+    best[kept] = torch.linalg.solve(dense[kept][:, kept], dense[kept] @ weight)
+
+    def of(values: Tensor) -> float:
+        return float((values - weight) @ dense @ (values - weight))
+
+    assert of(best) <= of(found.weight.double().flatten()) <= 1.05 * of(best)
+
+
+def test_near_the_best_of_all_supports():
+    """Oracle: the best weights on each of the 924 supports of a matrix of 3 x 4."""
+    ranks = []
+    for seed in range(6):
+        case, blocks = problem(seed, 3, 4), fisher(seed, 1, 3)
+        dense = torch.kron(whole(blocks), damped(case.stats.gram, 0.01))
+        weight, losses = case.weight.double().flatten(), []
+        for kept in combinations(range(12), 6):
+            places = list(kept)
+            gone = torch.tensor([i for i in range(12) if i not in kept])
+            # What is left of the loss when the kept weights are the best: the Schur complement of their part.
+            inside = dense[places][:, places]
+            cross = dense[gone][:, places]
+            rest = dense[gone][:, gone] - cross @ torch.linalg.solve(inside, cross.T)
+            losses.append(float(weight[gone] @ rest @ weight[gone]))
+        found = kfac(case.weight, replace(case.stats, fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q")
+        error = found.weight.double().flatten() - weight
+        ranks.append(sum(other * 1.02 < float(error @ dense @ error) for other in losses))
+    assert sorted(ranks)[3] <= 5
+    assert max(ranks) <= 60
+
+
+def test_equal_and_independent_outputs_are_alps():
+    """Oracle: `admm`, which has S = 1."""
+    case = problem(5, 16, 32)
+    stats = replace(case.stats, fisher=torch.eye(8).expand(2, 8, 8))
+    for pattern in PATTERNS:
+        found = kfac(case.weight, stats, Target(pattern), SolverOptions(), "q")
+        plain = admm(case.weight, case.stats, Target(pattern), SolverOptions(), "q")
+        assert float((found.mask == plain.mask).float().mean()) > 0.99
+        gram = damped(case.stats.gram, 0.01)
+        assert loss(found.weight - case.weight, gram) == pytest.approx(loss(plain.weight - case.weight, gram), rel=0.01)
+
+
+def test_a_matrix_that_nothing_depends_on():
+    case = problem(6, 16, 32)
+    found = kfac(case.weight, replace(case.stats, fisher=torch.zeros(2, 8, 8)), Target(NM(2, 4)), SolverOptions(), "q")
+    assert bool(found.weight.isfinite().all())
+    assert (found.mask.view(16, 8, 4).sum(-1) == 2).all()
+
+
+def test_outputs_that_do_not_matter_go_first():
+    case, blocks = problem(7, 16, 32), torch.eye(16)[None].clone()
+    blocks[0, :8] *= 1e-8
+    found = kfac(case.weight, replace(case.stats, fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q")
+    pruned = (~found.mask).sum(1)
+    assert int(pruned[:8].sum()) > 1.5 * int(pruned[8:].sum())
+
+
+def test_rounding_obeys_the_support():
+    case = problem(8, 16, 64)
+    stats, target = replace(case.stats, fisher=fisher(8, 1, 16)), Target(Unstructured(0.5), Grid(4, 32))
+    found = kfac(case.weight, stats, target, SolverOptions(), "q")
+    assert torch.equal(found.mask, kfac(case.weight, stats, Target(target.pattern), SolverOptions(), "q").mask)
+    assert torch.equal(found.weight.double(), code_product(found.codes))
+
+
+def test_without_a_fisher_factor_it_says_so():
+    case = problem(9, 8, 16)
+    with pytest.raises(InputError, match=r"q_proj: the kfac solver needs the Fisher factor"):
+        kfac(case.weight, case.stats, Target(NM(2, 4)), SolverOptions(), "q_proj")
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "n:m"])
+def test_the_path_gives_its_own_losses_and_they_rise(kind):
+    """Oracle: the form in float64. The solver at the end of the path may be better, but not by much."""
+    case, blocks = problem(10, 32, 64), fisher(10, 2, 16)
+    patterns = (
+        [Unstructured(s) for s in (0.2, 0.5, 0.8, 1.0)] if kind == "unstructured" else [NM(k, 16) for k in (12, 8, 3)]
+    )
+    stats = replace(case.stats, fisher=blocks)
+    outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
+    losses = []
+    for pattern, (weight, of_path) in zip(patterns, error_path(case.weight, stats, patterns, 0.01, "q"), strict=True):
+        assert float((weight == 0).float().mean()) == pytest.approx(pattern.sparsity, abs=1e-3)
+        assert of_path == pytest.approx(model_loss(weight - case.weight, outputs, gram), rel=1e-3)
+        solved = kfac(case.weight, stats, Target(pattern), SolverOptions(), "q").weight
+        assert of_path < 2 * model_loss(solved - case.weight, outputs, gram)
+        losses.append(of_path)
+    assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_propagation_is_the_least_squares_answer_to_the_dense_outputs(share):
+    """Oracle: float64 least squares of W Z on X, with the damping on the difference."""
+    case = problem(11, 12, 24)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(case.inputs.shape, generator=generator) * case.inputs.std(1, keepdim=True)
+    dense_inputs = case.inputs + 0.3 * noise
+    drift = (dense_inputs - case.inputs) @ case.inputs.T
+    stats = GramStats(case.stats.gram, case.stats.num_tokens, drift)
+    x, z, w = case.inputs.double(), dense_inputs.double(), case.weight.double()
+    step = w @ (z - x) @ x.T @ torch.linalg.inv(damped(case.stats.gram, 1e-6))
+    found = propagated(case.weight, stats, share, 1e-6, "q")
+    torch.testing.assert_close(found.double(), w + share * step, rtol=1e-2, atol=1e-3)
+    if share == 1:
+        exact = torch.linalg.lstsq(x.T, (w @ z).T).solution.T
+        least, reached = ((w @ z - solution @ x).square().sum() for solution in (exact, found.double()))
+        assert float(least) <= float(reached) < 1.01 * float(least)
+        assert float(reached) < 0.9 * float((w @ z - w @ x).square().sum())
+
+
+def test_without_drift_nothing_is_corrected():
+    case = problem(12, 8, 16)
+    assert propagated(case.weight, case.stats, 1.0, 0.01, "q") is case.weight
