@@ -2,16 +2,23 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from mspc.allocators import ALLOCATORS, NEEDS_SENSITIVITY
 from mspc.allocators.budget import exact_counts, exact_keeps
-from mspc.allocators.curves import Curve, by_curves
-from mspc.masks import check_divides
+from mspc.allocators.curves import Curve, by_curves, mixture
+from mspc.errors import InputError
+from mspc.formats.canonical import num_bytes as num_bytes_of
+from mspc.masks import check_divides, num_pruned
 from mspc.quant import groups_of
 from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
-from mspc.types import NM, Matrix, Pattern, PlannedMatrix, Target, Unstructured
+from mspc.types import NM, Grid, Matrix, Pattern, PlannedMatrix, Target, Unstructured
 
 CURVES = "curves"
 """The allocator that needs loss curves."""
+SPARSITY_STEPS = 32
+"""Sparsities that a matrix may have under a budget, as parts of 1."""
+ROUNDED_BITS = (8, 4, 3, 2)
 
 
 def wants_sensitivity(recipe: Recipe) -> bool:
@@ -20,7 +27,7 @@ def wants_sensitivity(recipe: Recipe) -> bool:
 
 
 def wants_curves(recipe: Recipe) -> bool:
-    return _allocates(recipe) and recipe.allocator == CURVES
+    return recipe.has_budget or (_allocates(recipe) and recipe.allocator == CURVES)
 
 
 def _allocates(recipe: Recipe) -> bool:
@@ -41,11 +48,10 @@ def allocate(
     flat = [(matrix, block) for block, of_block in enumerate(matrices) for matrix in of_block]
     patterns = _patterns(recipe, flat, sensitivities, curves)
     if curves:
-        predicted = {
+        sensitivities = {
             matrix.name: curves[matrix.name].at(pattern.sparsity)
             for (matrix, _), pattern in zip(flat, patterns, strict=True)
         }
-        sensitivities = predicted
     return [
         PlannedMatrix(matrix.name, matrix.shape, Target(pattern, recipe.grid), sensitivities.get(matrix.name))
         for (matrix, _), pattern in zip(flat, patterns, strict=True)
@@ -74,6 +80,56 @@ def _patterns(
         return [NM(keep, MIXED_OF) for keep in exact_keeps(wished, numels, sparsity, MIXED_OF)]
     counts = exact_counts(wished, numels, sparsity)
     return [Unstructured(count / numel) for count, numel in zip(counts, numels, strict=True)]
+
+
+def allocate_bytes(
+    recipe: Recipe,
+    matrices: Sequence[Sequence[Matrix]],
+    curves: dict[str, Curve] | None,
+    num_bytes: int,
+    dtype: torch.dtype,
+) -> list[PlannedMatrix]:
+    """The plan of least predicted loss that takes at most so many bytes; without curves, only whether there is one.
+
+    Raises InputError for a size that is too small for all matrices together.
+    """
+    flat = [matrix for of_block in matrices for matrix in of_block]
+    options = [
+        [(target, num_bytes_of(matrix.shape, target, dtype)) for target in _targets(recipe, matrix)] for matrix in flat
+    ]
+    smallest = sum(min(size for _, size in of_matrix) for of_matrix in options)
+    if smallest > num_bytes:
+        numel = sum(matrix.numel for matrix in flat)
+        raise InputError(
+            f"The size asked for leaves {8 * num_bytes / numel:.3f} bits per weight for the {len(flat)} matrices, and "
+            f"the smallest that pattern {recipe.pattern} allows is {8 * smallest / numel:.3f}; ask for a larger size."
+        )
+    if curves is None:
+        return []
+    chosen = mixture([curves[matrix.name] for matrix in flat], options, num_bytes)
+    return [
+        PlannedMatrix(matrix.name, matrix.shape, target, _predicted(curves[matrix.name], target))
+        for matrix, target in zip(flat, chosen, strict=True)
+    ]
+
+
+def _targets(recipe: Recipe, matrix: Matrix) -> list[Target]:
+    """What a matrix may become under a budget: any sparsity, or N, that its pattern has, and any bits."""
+    patterns: list[Pattern] = [Unstructured(0.0)]
+    if recipe.fixed_pattern is not None:
+        patterns.append(recipe.fixed_pattern)
+    elif recipe.pattern == MIXED_PATTERN:
+        patterns += [NM(keep, MIXED_OF) for keep in range(1, MIXED_OF)]
+    else:
+        counts = {num_pruned(matrix.numel, step / SPARSITY_STEPS) for step in range(1, SPARSITY_STEPS)}
+        patterns += [Unstructured(count / matrix.numel) for count in sorted(counts - {0})]
+    groups_of(matrix.shape[1], Grid(4, recipe.group_size), matrix.name)
+    grids = [None, *(Grid(bits, recipe.group_size, not recipe.asymmetric) for bits in ROUNDED_BITS)]
+    return [Target(pattern, grid) for pattern in patterns for grid in grids]
+
+
+def _predicted(curve: Curve, target: Target) -> float:
+    return curve.at(target.pattern.sparsity, target.grid.bits if target.grid else 16)
 
 
 def check_plan(plan: Sequence[PlannedMatrix]) -> None:

@@ -59,6 +59,18 @@ def compress(
     bits: Annotated[
         int | None, option("16 (no rounding), 8, 4, 3 or 2 bits for the kept weights.", 16, rich_help_panel=WHAT)
     ] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        option(
+            "Instead: sparsity and bits of each matrix for so many bits a weight, all included.",
+            "none",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        option("The same for the weights of the sparse export, such as 2.2GB.", "none", rich_help_panel=WHAT),
+    ] = None,
     group_size: Annotated[
         str | None, option("Inputs that share a scale: 128, 64, 32 or row.", 128, rich_help_panel=WHAT)
     ] = None,
@@ -193,9 +205,11 @@ def compress(
     mspc compress MODEL --out DIR                          half of the weights
     mspc compress MODEL --out DIR --pattern 2:4 --bits 4   3.125 bits a weight
     mspc compress MODEL --out DIR --sparsity 0 --bits 4    only rounding
+    mspc compress MODEL --out DIR --bits-per-weight 3.125  the best mixture of that size
     """
     given = {
-        "sparsity": sparsity, "pattern": pattern, "bits": bits, "asymmetric": asymmetric, "effort": effort,
+        "sparsity": sparsity, "pattern": pattern, "bits": bits,
+        "bits_per_weight": bits_per_weight, "target_size": target_size, "asymmetric": asymmetric, "effort": effort,
         "solver": solver, "iterations": iterations, "propagation": propagation,
         "criterion": criterion, "allocator": allocator, "alpha": alpha, "sensitivity": sensitivity,
         "sensitivity_sequences": sensitivity_sequences, "sensitivity_probes": sensitivity_probes, "damp": damp,

@@ -1,9 +1,12 @@
 """Loss curves of a model: what every matrix would cost at a few sparsities, measured in the dense model."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,15 +19,21 @@ from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.report import Reporter
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
+from mspc.solvers.obs import obs
 from mspc.solvers.quadratic import quadratic
-from mspc.types import NM, Matrix, Pattern, Target, Unstructured
+from mspc.types import NM, GramStats, Grid, Matrix, Pattern, Target, Unstructured
 from mspc.walk import walk
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
 KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
+ROUNDED = (0, 1, 2, 4)
+"""Where rounding is measured under a budget: without pruning, and at these places of the path, counted from 1."""
+SWEPT_BITS = (4, 3, 2)
 
 
 def patterns_of(recipe: Recipe) -> list[Pattern]:
+    if recipe.fixed_pattern is not None:
+        return [recipe.fixed_pattern]
     if recipe.pattern == MIXED_PATTERN:
         return [NM(keep, MIXED_OF) for keep in KEEPS]
     return [Unstructured(sparsity) for sparsity in SPARSITIES]
@@ -40,35 +49,63 @@ def measure_curves(
     reporter: Reporter,
 ) -> dict[str, Curve]:
     """The curve of each matrix by name: 1/2 tr(S dW H dW^T) a token, with dW from a short run of the solver."""
-    patterns = patterns_of(recipe)
     curves = {}
     with reporter.stage("Loss curves", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
             name, weight = visit.matrix.name, visit.weight.float()
             stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
-            if recipe.solver in ("kfac", "admm"):
-                losses = [loss for _, loss in error_path(weight, stats, patterns, options.damp, name)]
-            else:
-                form = quadratic(weight, stats, stats.fisher, options.damp, name)
-                solve = SOLVERS[str(recipe.solver)]
-                solved = [solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns]
-                losses = [form.loss(result * form.scale) for result in solved]
-            per_token = [loss / 2 / stats.num_tokens for loss in losses]
-            rising = [max(per_token[: i + 1]) for i in range(len(per_token))]
-            curves[name] = Curve(tuple(pattern.sparsity for pattern in patterns), tuple(rising))
+            curves[name] = curve_of(weight, stats, recipe, options, name)
             step(name)
     return curves
 
 
+def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOptions, name: str) -> Curve:
+    """The curve of one matrix (O, I), with what rounding costs where the recipe leaves the bits open."""
+    patterns = patterns_of(recipe)
+    form = quadratic(weight, stats, stats.fisher, options.damp, name)
+    half_tokens = 1 / (2 * stats.num_tokens)
+    if recipe.solver in ("kfac", "admm"):
+        path = error_path(form, patterns)
+    else:
+        solve = SOLVERS[str(recipe.solver)]
+        solved = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
+        path = ((result, form.loss(result * form.scale)) for result in solved)
+    losses: list[float] = []
+    rounded: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for i, (pattern, (kept, loss)) in enumerate(
+        zip((Unstructured(0.0), *patterns), chain([(weight, 0.0)], path), strict=True)
+    ):
+        losses.append(max([loss, *losses]))  # a short run may not rise everywhere
+        if not recipe.has_budget or i not in ROUNDED:
+            continue
+        for bits in SWEPT_BITS:
+            grid = Grid(bits, recipe.group_size, not recipe.asymmetric)
+            swept = obs(kept, stats, Target(pattern, grid), options, name, kept != 0).weight
+            more = max(form.loss(swept * form.scale) - loss, 0.0) * half_tokens
+            rounded[bits].append((pattern.sparsity, more))
+            if bits == 4:  # sixteen times the levels, so a 256th of the error
+                rounded[8].append((pattern.sparsity, more / 256))
+    return Curve(
+        tuple(pattern.sparsity for pattern in patterns),
+        tuple(loss * half_tokens for loss in losses[1:]),
+        {bits: tuple(points) for bits, points in rounded.items()},
+    )
+
+
 def write_curves(file: Path, curves: dict[str, Curve]) -> None:
-    write_json(file, {name: {"sparsities": c.sparsities, "losses": c.losses} for name, c in curves.items()})
+    write_json(file, {name: asdict(curve) for name, curve in curves.items()})
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
     try:
-        return {
-            name: Curve(tuple(map(float, row["sparsities"])), tuple(map(float, row["losses"])))
-            for name, row in json.loads(file.read_text()).items()
-        }
+        return {name: _curve_from(row) for name, row in json.loads(file.read_text()).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read as a measurement ({error!r}); delete it to measure again.") from error
+
+
+def _curve_from(row: dict[str, Any]) -> Curve:
+    rounding = {
+        int(bits): tuple((float(sparsity), float(loss)) for sparsity, loss in points)
+        for bits, points in row["rounding"].items()
+    }
+    return Curve(tuple(map(float, row["sparsities"])), tuple(map(float, row["losses"])), rounding)

@@ -114,6 +114,7 @@ def loss_curves(
         "solver": "admm" if recipe.solver in ("admm", "kfac") else [recipe.solver, recipe.criterion],
         "damp": recipe.damp,
         "sequences": recipe.sensitivity_sequences,
+        "rounding": [recipe.group_size, recipe.asymmetric] if recipe.has_budget else None,
     }
     file = folder / f"curves-{_digest(_key(model, matrices, identity) | method)}.json" if folder else None
     if file and file.is_file():

@@ -18,14 +18,13 @@ from torch import Tensor
 import exporters
 import exporters.formats
 from mspc import __version__, perplexity
-from mspc.allocation import CURVES, allocate, check_plan, planned_sparsity, wants_curves, wants_sensitivity
+from mspc.allocation import CURVES, allocate, check_plan, planned_sparsity
 from mspc.allocators import ALLOCATORS
 from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
 from mspc.blocks import batches_of
 from mspc.checkpoint import Checkpoint, read_file, sha256_of, write_atomically, write_json, write_tensors, write_text
 from mspc.errors import InputError, unknown
 from mspc.journal import Journal
-from mspc.measurements import fisher_factors, loss_curves, sensitivities
 from mspc.models import (
     StreamedModel,
     choose_device,
@@ -37,8 +36,9 @@ from mspc.models import (
 )
 from mspc.output import check_space, held, publish, working_folder
 from mspc.plan import read_plan, target_to_dict, write_plan
+from mspc.planning import Planner
 from mspc.recipe import DTYPES, Recipe
-from mspc.report import ConsoleReporter, Reporter
+from mspc.report import ConsoleReporter, Reporter, mixture_lines
 from mspc.saliency import CRITERIA
 from mspc.sensitivity import SENSITIVITIES
 from mspc.solve_blocks import solve_blocks, solver_options
@@ -186,19 +186,36 @@ class _Run:
                 digests[file] = digest
                 step(file)
         header = self.header(digests, tokens)
+        planner = self.planner(checkpoint, tokens, matrices, header, measurements)
+        planner.check_budget()
         if (self.folder / MANIFEST).is_file():
             return self.finished(header)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
         if journal.blocks:
             reporter.say(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
         write_text(self.folder / RECIPE, recipe.to_toml())
-        fisher = self.fisher(model, tokens, matrices, header, measurements)
-        plan = self.plan(model, tokens, matrices, header, journal, measurements, fisher)
+        fisher = planner.fisher(model)
+        plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
         self.write_manifest(header, plan, checkpoint, journal)
         publish(self.folder, self.out)
         return Artifact(self.out)
+
+    def planner(
+        self,
+        checkpoint: Checkpoint,
+        tokens: Tokens,
+        matrices: list[list[Matrix]],
+        header: dict[str, Any],
+        measurements: Path | None,
+    ) -> Planner:
+        """Measurements are kept in the unfinished folder, for --resume, if nowhere else."""
+        identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
+        kept = measurements or self.folder / MEASUREMENTS
+        return Planner(
+            self.recipe, checkpoint, self.open_model, tokens.ids, matrices, identity, kept, self.reporter
+        )  # fmt: skip
 
     def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
         """What identifies the run: another of the same identity ends with the same bytes."""
@@ -223,57 +240,22 @@ class _Run:
         self.reporter.say(f"{self.out} is complete already.")
         return Artifact(self.out)
 
-    def fisher(
-        self,
-        model: StreamedModel,
-        tokens: Tokens,
-        matrices: Sequence[Sequence[Matrix]],
-        header: dict[str, Any],
-        measurements: Path | None,
-    ) -> dict[str, Tensor]:
-        """The Fisher factors, where they are needed; kept in the unfinished folder for --resume, if nowhere else."""
-        if self.recipe.solver != "kfac" and not wants_curves(self.recipe):
-            return {}
-        kept = measurements or self.folder / MEASUREMENTS
-        return fisher_factors(model, tokens.ids, matrices, self.recipe, _identity(header), kept, self.reporter)
-
     def plan(
-        self,
-        model: StreamedModel,
-        tokens: Tokens,
-        matrices: list[list[Matrix]],
-        header: dict[str, Any],
-        journal: Journal,
-        measurements: Path | None,
-        fisher: dict[str, Tensor],
+        self, planner: Planner, model: StreamedModel, journal: Journal, fisher: dict[str, Tensor]
     ) -> list[PlannedMatrix]:
-        """The plan of the interrupted run, the user's, or a new one from measured sensitivities."""
+        """The plan of the interrupted run, the user's, or a new one."""
         file = self.folder / PLAN
         if journal.entries:  # the plan is what is committed first
-            return read_plan(file, _flat(matrices))
-        plan = self.given_plan(matrices)
-        if plan is None:
-            measured: dict[str, float] = {}
-            curves = None
-            identity = _identity(header)
-            if wants_sensitivity(self.recipe):
-                # Fused attention has no second derivative.
-                eager = self.recipe.sensitivity == "hutchinson"
-                measured_on = self.open_model(eager=True) if eager else model
-                measured = sensitivities(
-                    measured_on, tokens.ids, matrices, self.recipe, identity, measurements, self.reporter
-                )
-            if wants_curves(self.recipe):
-                options = solver_options(self.recipe)
-                curves = loss_curves(
-                    model, tokens.ids, matrices, fisher, self.recipe, options, identity, measurements, self.reporter
-                )
-            plan = allocate(self.recipe, matrices, measured, curves)
+            return read_plan(file, _flat(planner.matrices))
+        plan = self.given_plan(planner.matrices) or planner.plan(model, fisher)
         write_plan(file, self.checked(plan))
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": []})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
             self.reporter.say(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
+        if self.recipe.has_budget:
+            for line in mixture_lines(plan):
+                self.reporter.say(line)
         return plan
 
     def open_model(self, *, eager: bool = False) -> StreamedModel:
@@ -370,13 +352,8 @@ def _check_names(recipe: Recipe) -> None:
             raise unknown(what, str(name), known)
 
 
-def _identity(header: dict[str, Any]) -> dict[str, Any]:
-    """What measurements depend on besides the recipe."""
-    return {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
-
-
 def _requested_sparsity(recipe: Recipe, plan: Sequence[PlannedMatrix]) -> float:
-    return recipe.target_sparsity if recipe.plan is None else planned_sparsity(plan)
+    return planned_sparsity(plan) if recipe.plan is not None or recipe.has_budget else recipe.target_sparsity
 
 
 def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:

@@ -36,6 +36,10 @@ class Recipe:
     """`unstructured`; N:M such as `2:4`, the same in every matrix; or the literal `N:16`, N chosen per matrix."""
     bits: int = 16
     """16 keeps the checkpoint's precision; 8, 4, 3 and 2 round the kept weights to a grid in the same pass."""
+    bits_per_weight: float | None = None
+    """Of everything that the pruned matrices need, masks and scales too: chooses sparsity and bits of each matrix."""
+    target_size: str | None = None
+    """The same for the weights of the `sparse` export, such as 2.2GB (1 GB is 10^9 bytes)."""
     group_size: int | None = 128
     """Inputs that share a scale; None (`row` on the command line): one scale per row."""
     asymmetric: bool = False
@@ -89,6 +93,7 @@ class Recipe:
         if self.effort not in EFFORTS:
             raise unknown("effort", self.effort, EFFORTS)
         chosen = EFFORTS[self.effort] | ({"propagation": 0.0} if self.solver == "mask" else {})
+        chosen |= {"allocator": "curves"} if self.has_budget else {}
         for name, value in chosen.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -101,6 +106,8 @@ class Recipe:
                 f"pattern {self.pattern} fixes the sparsity at {self.fixed_pattern.sparsity:g}, but sparsity "
                 f"{self.sparsity:g} was asked for; leave one of the two out, or let N vary with the pattern N:16."
             )
+        if self.has_budget:
+            self._check_budget()
         if self.bits not in (16, 8, 4, 3, 2):
             raise InputError(f"bits must be 16 (no rounding), 8, 4, 3 or 2, not {self.bits}.")
         if self.dtype not in DTYPES:
@@ -121,6 +128,33 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise InputError(f"skip: {pattern!r} is not a regular expression ({error}).") from error
+
+    def _check_budget(self) -> None:
+        given = {"sparsity": self.sparsity is not None, "bits": self.bits != 16, "plan": self.plan is not None}
+        for name, is_given in given.items():
+            if is_given:
+                raise InputError(f"bits_per_weight and target_size decide {name} themselves; leave one of the two out.")
+        if self.bits_per_weight is not None and self.target_size is not None:
+            raise InputError("bits_per_weight and target_size are both a budget; give one of them.")
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
+            raise InputError(f"bits_per_weight must lie in (0, 32], not {self.bits_per_weight}.")
+        if self.target_size is not None:
+            _ = self.target_bytes
+        if self.allocator != "curves":
+            raise InputError(f"A budget needs the allocator curves, not {self.allocator}.")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether sparsity and bits of every matrix are chosen to fit a size."""
+        return self.bits_per_weight is not None or self.target_size is not None
+
+    @property
+    def target_bytes(self) -> int:
+        """`target_size` in bytes."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", self.target_size or "")
+        if not match:
+            raise InputError(f"target_size must be a number with a unit, such as 2.2GB, not {self.target_size!r}.")
+        return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
 
     @property
     def fixed_pattern(self) -> NM | None:
@@ -143,6 +177,8 @@ class Recipe:
         """Plain values under the field names; a None becomes what it stands for, or is left out."""
         values = dataclasses.asdict(self) | {"sparsity": self.target_sparsity, "skip": list(self.skip)}
         values["group_size"] = values["group_size"] or ROW
+        if self.has_budget:
+            values["sparsity"] = None
         return {name: value for name, value in values.items() if value is not None}
 
     def to_toml(self) -> str:

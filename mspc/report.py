@@ -1,13 +1,16 @@
 """What a person sees while and after mspc works. Everything here goes to stderr; stdout is for results."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from mspc.types import PlannedMatrix
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -124,6 +127,24 @@ def verification_table(result: dict[str, Any]) -> Table:
             of.get("reason", ""),
         )
     return table
+
+
+def mixture_lines(plan: Sequence[PlannedMatrix]) -> list[str]:
+    """What a plan is made of, in one line for each number of bits."""
+    parts: dict[int, list[PlannedMatrix]] = defaultdict(list)
+    for matrix in plan:
+        parts[matrix.target.grid.bits if matrix.target.grid else 16].append(matrix)
+    whole = sum(matrix.numel for matrix in plan)
+    lines = []
+    for bits, part in sorted(parts.items(), reverse=True):
+        numel = sum(matrix.numel for matrix in part)
+        sparsities = [matrix.target.pattern.sparsity for matrix in part]
+        mean = sum(matrix.target.pattern.sparsity * matrix.numel for matrix in part) / numel
+        lines.append(
+            f"Mixture: {len(part)} matrices ({numel / whole:.0%} of the weights) at {bits} bits, sparsity {mean:.0%} "
+            f"({min(sparsities):.0%} to {max(sparsities):.0%})."
+        )
+    return lines
 
 
 def summary(manifest: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import mspc
-from mspc import pipeline
+from mspc import pipeline, planning
 from mspc.cli import app
 from mspc.errors import MspcError
 from mspc.recipe import Recipe
@@ -37,6 +37,7 @@ RUN_FLAGS = {
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--effort", "--solver"),
+    *("--bits-per-weight", "--target-size"),
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype"),
@@ -177,6 +178,16 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
         (("--pattern", "two"), "Unknown pattern 'two'"),
         (("--sparsity", 50), "sparsity must lie in [0, 1), not 50"),
         (("--bits", 5), "bits must be 16 (no rounding), 8, 4, 3 or 2, not 5"),
+        (("--bits-per-weight", 0), "bits_per_weight must lie in (0, 32], not 0"),
+        (("--bits-per-weight", 3), "A budget needs the allocator curves, not uniform."),
+        (("--target-size", "small"), "target_size must be a number with a unit, such as 2.2GB, not 'small'"),
+        (("--target-size", "1GB", "--bits-per-weight", 3), "are both a budget; give one of them"),
+        (("--target-size", "1GB", "--bits", 4), "bits_per_weight and target_size decide bits themselves"),
+        (("--bits-per-weight", 3, "--sparsity", 0.5), "decide sparsity themselves; leave one of the two out"),
+        (
+            ("--bits-per-weight", 3, "--allocator", "curves"),
+            "q_proj: group size 128 does not divide its 32 in features",
+        ),
         (("--group-size", "wide"), "--group-size must be a number or 'row', not 'wide'"),
         (("--sequence-length", 129), "A sequence length of 129 is longer than the model allows (128); lower it."),
         (("--pattern", "3:5"), "model.layers.0.self_attn.q_proj: the pattern 3:5 needs in features divisible by 5"),
@@ -198,8 +209,9 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(options, message, compress, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "sensitivities", lambda *args: pytest.fail("measured"))
-    monkeypatch.setattr(pipeline, "solve_blocks", lambda *args: pytest.fail("solved"))
+    for measure in ("sensitivities", "fisher_factors", "loss_curves"):
+        monkeypatch.setattr(planning, measure, lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(pipeline, "solve_blocks", lambda *args, **kwargs: pytest.fail("solved"))
     assert message in refused(*compress(tmp_path / "out", *options))
     assert not (tmp_path / "out").exists()
 

@@ -13,18 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
 
-from mspc.allocation import allocate
+import mspc
+from mspc.allocation import allocate, allocate_bytes
 from mspc.allocators.curves import Curve, by_curves, cheapest
 from mspc.blocks import batches_of
 from mspc.curves import SPARSITIES, measure_curves, read_curves, write_curves
 from mspc.errors import InputError
+from mspc.formats.canonical import num_bytes
 from mspc.masks import num_pruned
 from mspc.measurements import fisher_factors
 from mspc.models import open_model
+from mspc.plan import target_from_dict
 from mspc.recipe import Recipe
 from mspc.report import Silent
 from mspc.solve_blocks import solver_options
-from mspc.types import Matrix
+from mspc.types import NM, Grid, Matrix, PlannedMatrix, Target, Unstructured
 from mspc.walk import walk
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
@@ -133,7 +136,12 @@ def test_curves_come_back_exactly_and_damage_is_an_error(tmp_path):
     write_curves(file, curves)
     assert read_curves(file) == curves
     assert json.loads(file.read_text())["a"]["sparsities"] == list(SPARSITIES)
-    for damage in ("{", '{"a": 1}', '{"a": {"sparsities": [1]}}'):
+    for damage in (
+        "{",
+        '{"a": 1}',
+        '{"a": {"sparsities": [1]}}',
+        '{"a": {"sparsities": [1], "losses": [1], "rounding": 3}}',
+    ):
         file.write_text(damage)
         with pytest.raises(InputError, match="delete it to measure again"):
             read_curves(file)
@@ -143,3 +151,67 @@ def test_an_allocation_without_curves_is_uniform():
     plan = allocate(Recipe(allocator="curves"), MODEL, {})
     assert {m.target.pattern.sparsity for m in plan} == {0.5}
     assert replace(Recipe(), allocator="curves") == Recipe()
+
+
+BUDGETED = {
+    name: Curve(
+        SPARSITIES,
+        tuple(10.0**i * s**2 for s in SPARSITIES),
+        {b: ((0.0, 10.0**i * 4.0**-b), (0.6, 8.0**i * 4.0**-b)) for b in (8, 4, 3, 2)},
+    )
+    for i, name in enumerate(NAMES)
+}
+
+
+def predicted(plan: list[PlannedMatrix]) -> float:
+    return sum(
+        BUDGETED[m.name].at(m.target.pattern.sparsity, m.target.grid.bits if m.target.grid else 16) for m in plan
+    )
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "N:16"])
+@pytest.mark.parametrize("bits", [3.0, 3.125, 4.0, 5.5, 17.0])
+def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be_better(pattern, bits):
+    """Oracle: every uniform setting of pattern and bits, with its size as `canonical.pack` makes it."""
+    recipe = Recipe(pattern=pattern, bits_per_weight=bits, group_size=16)
+    total = sum(math.prod(shape) for shape in NAMES.values())
+    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)
+    size = sum(num_bytes(m.shape, m.target, torch.bfloat16) for m in plan)
+    assert size <= bits * total / 8
+    patterns = {"unstructured": [Unstructured(k / 8) for k in range(8)], "2:4": [Unstructured(0), NM(2, 4)]}
+    mixed = [NM(k, 16) for k in range(1, 17)]
+    settings = [
+        Target(p, None if b == 16 else Grid(b, 16)) for p in patterns.get(pattern, mixed) for b in (16, 8, 4, 3, 2)
+    ]
+    tried = 0
+    for target in settings:
+        uniform = [replace(m, target=target) for m in plan]
+        if sum(num_bytes(m.shape, target, torch.bfloat16) for m in uniform) <= bits * total / 8:
+            assert predicted(plan) <= predicted(uniform) * (1 + 1e-9)
+            tried += 1
+    assert tried > 0
+    if bits == 17.0:
+        assert predicted(plan) == 0
+
+
+def test_a_budget_that_is_too_small_names_the_smallest():
+    with pytest.raises(InputError, match=r"leaves 0\.625 bits .* pattern unstructured allows is 1\.500; ask for"):
+        allocate_bytes(Recipe(bits_per_weight=0.5, group_size=16), MODEL, None, 80, torch.bfloat16)
+
+
+@pytest.mark.parametrize("budget", ["bits_per_weight", "target_size"])
+def test_a_model_of_a_given_size(budget, llama, calibration, tmp_path):
+    """Oracle: the bits that the manifest adds up from the stored files, and the bytes of the sparse export."""
+    whole = (llama / "model.safetensors").stat().st_size
+    asked = {"bits_per_weight": 4.5} if budget == "bits_per_weight" else {"target_size": f"{0.7 * whole / 1e3:.3f}kB"}
+    recipe = Recipe(**asked, group_size=16, calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH)
+    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", reporter=Silent())
+    rows = artifact.manifest["matrices"]
+    assert artifact.manifest["sparsity"]["requested"] == pytest.approx(artifact.manifest["sparsity"]["achieved"])
+    assert len({(row["bits"], row["sparsity"]) for row in rows}) > 1
+    assert all(row["bytes"] == num_bytes(tuple(row["shape"]), target_from_dict(row), torch.float32) for row in rows)
+    if budget == "bits_per_weight":
+        assert 4.2 < artifact.manifest["bits_per_weight"] <= 4.5
+    else:
+        sparse = artifact.export("sparse", tmp_path / "sparse", reporter=Silent())
+        assert 0.6 * whole < (sparse / "model.safetensors").stat().st_size <= 0.7 * whole

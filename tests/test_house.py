@@ -26,7 +26,7 @@ FLOORS = (
     },
     {"mspc.models", "mspc.tokens", "mspc.builtin_text"},
     {"mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity"},
-    {"exporters", "mspc.curves", "mspc.measurements", "mspc.solve_blocks", "mspc.report"},
+    {"exporters", "mspc.curves", "mspc.measurements", "mspc.solve_blocks", "mspc.report", "mspc.planning"},
     {"mspc.pipeline"},
     {"mspc.cli", "mspc.console", "mspc.__main__"},
 )

@@ -161,8 +161,8 @@ def test_the_path_gives_its_own_losses_and_they_rise(kind):
     )
     stats = replace(case.stats, fisher=blocks)
     outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
-    losses = []
-    for pattern, (weight, of_path) in zip(patterns, error_path(case.weight, stats, patterns, 0.01, "q"), strict=True):
+    losses, form = [], quadratic(case.weight, stats, blocks, 0.01, "q")
+    for pattern, (weight, of_path) in zip(patterns, error_path(form, patterns), strict=True):
         assert float((weight == 0).float().mean()) == pytest.approx(pattern.sparsity, abs=1e-3)
         assert of_path == pytest.approx(model_loss(weight - case.weight, outputs, gram), rel=1e-3)
         solved = kfac(case.weight, stats, Target(pattern), SolverOptions(), "q").weight

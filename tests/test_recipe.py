@@ -40,6 +40,9 @@ OTHER = {
 }
 
 
+BUDGETS = {"bits_per_weight", "target_size"}  # exclude the sparsity and bits above
+
+
 def written(recipe: Recipe, folder: Path) -> Recipe:
     path = folder / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
@@ -48,7 +51,7 @@ def written(recipe: Recipe, folder: Path) -> Recipe:
 
 def test_every_field_has_another_value_here():
     default = Recipe()
-    assert set(OTHER) == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(OTHER) | BUDGETS == {field.name for field in dataclasses.fields(Recipe)}
     assert all(getattr(default, name) != value for name, value in OTHER.items())
 
 
@@ -64,6 +67,23 @@ def test_toml_of_the_defaults_says_what_they_stand_for(tmp_path):
     assert values["sparsity"] == 0.5
     assert set(OTHER) - set(values) == {"sequence_length", "plan"}
     assert written(Recipe(), tmp_path) == Recipe(sparsity=0.5)
+
+
+@pytest.mark.parametrize("budget", [{"bits_per_weight": 3.125}, {"target_size": "2.2GB"}])
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_a_budget_survives_toml_and_is_shared_out_by_curves(budget, effort, tmp_path):
+    recipe = Recipe(effort=effort, **budget)
+    assert recipe.allocator == "curves"
+    assert written(recipe, tmp_path) == recipe
+    assert "sparsity" not in recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [("2.2GB", 2_200_000_000), ("900 MB", 900_000_000), ("1.5k", 1500), ("77", 77), ("3TB", 3 * 10**12)],
+)
+def test_sizes(size, num_bytes):
+    assert Recipe(target_size=size).target_bytes == num_bytes
 
 
 def test_a_row_as_group_survives_toml(tmp_path):

@@ -8,10 +8,12 @@ to a fraction of the budget, and the result is exact for costs that are so much 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy
 from numpy.typing import NDArray
+
+from mspc.types import Target
 
 SUMS = 1 << 15
 STEPS = 128
@@ -20,21 +22,31 @@ STEPS = 128
 
 @dataclass(frozen=True)
 class Curve:
-    """Predicted increase of the loss (nats a token) of one matrix at some sparsities, ascending from above 0."""
+    """Predicted increase of the loss (nats a token) of one matrix at some sparsities, ascending from above 0.
+
+    `rounding` says how much more rounding what is kept costs: for some bits, (sparsity, loss) ascending from 0.
+    """
 
     sparsities: tuple[float, ...]
     losses: tuple[float, ...]
+    rounding: dict[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
-    def at(self, sparsity: float) -> float:
+    def at(self, sparsity: float, bits: int = 16) -> float:
         """Straight between the logarithms of the losses; below the first sparsity, the power law of the first two."""
+        more = 0.0 if bits == 16 else self._rounded(sparsity, bits)
         if sparsity <= 0:
-            return 0.0
-        logs = [math.log(max(loss, 1e-300)) for loss in self.losses]
-        first, second = self.sparsities[:2]
+            return more
+        logs = [_log(loss) for loss in self.losses]
+        first, second = self.sparsities[0], self.sparsities[-1] if len(logs) == 1 else self.sparsities[1]
         if sparsity < first:
-            power = max((logs[1] - logs[0]) / math.log(second / first), 1.0)
-            return math.exp(logs[0] + power * math.log(sparsity / first))
-        return math.exp(float(numpy.interp(sparsity, self.sparsities, logs)))
+            power = max((logs[1] - logs[0]) / math.log(second / first), 1.0) if len(logs) > 1 else 1.0
+            return more + math.exp(logs[0] + power * math.log(sparsity / first))
+        return more + math.exp(float(numpy.interp(sparsity, self.sparsities, logs)))
+
+    def _rounded(self, sparsity: float, bits: int) -> float:
+        """Likewise; beyond the last sparsity that was measured it stays."""
+        sparsities, losses = zip(*self.rounding[bits], strict=True)
+        return math.exp(float(numpy.interp(sparsity, sparsities, [_log(loss) for loss in losses])))
 
 
 def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None) -> list[float]:
@@ -46,6 +58,18 @@ def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, o
     shares = [k / steps for k in range(1 if of else 0, steps + 1)]
     options = [[(n * share, curve.at(1 - share)) for share in shares] for curve, n in zip(curves, numels, strict=True)]
     return [1 - shares[i] for i in cheapest(options, (1 - sparsity) * sum(numels))]
+
+
+def mixture(curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int) -> list[Target]:
+    """One of the targets of each matrix, which come with their size in bytes: least predicted loss within the budget.
+
+    Raises ValueError when not even the smallest fit.
+    """
+    priced = [
+        [(float(size), curve.at(t.pattern.sparsity, t.grid.bits if t.grid else 16)) for t, size in of_matrix]
+        for curve, of_matrix in zip(curves, options, strict=True)
+    ]
+    return [of_matrix[i][0] for of_matrix, i in zip(options, cheapest(priced, budget), strict=True)]
 
 
 def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
@@ -76,6 +100,10 @@ def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
         picked.append(int(last[left]))
         left -= math.ceil(of_matrix[picked[-1]][0] / unit - 1e-9)
     return picked[::-1]
+
+
+def _log(loss: float) -> float:
+    return math.log(max(loss, 1e-300))
 
 
 def _unit(costs: Sequence[float], budget: float) -> tuple[float, int]:

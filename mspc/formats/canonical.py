@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.formats.bits import pack_bits, pack_rows, unpack_bits, unpack_rows
+from mspc.masks import num_pruned
 from mspc.quant import dequantize, groups_of
 from mspc.types import NM, Codes, CompressedLinear, Target
 
@@ -48,6 +49,24 @@ def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     elif has_mask(matrix.target):
         tensors["mask"] = pack_rows(mask.to(torch.uint8), 1)
     return tensors
+
+
+def num_bytes(shape: tuple[int, int], target: Target, dtype: torch.dtype) -> int:
+    """What `pack` makes of a matrix of this shape and target."""
+    (num_rows, num_columns), pattern, grid = shape, target.pattern, target.grid
+    kept = num_rows * num_columns - num_pruned(num_rows * num_columns, pattern.sparsity)
+    if grid is None:
+        total = kept * dtype.itemsize
+    else:
+        groups = num_columns // groups_of(num_columns, grid)
+        in_rows = num_rows * _bytes(kept // num_rows, grid.bits)
+        total = (_bytes(kept, grid.bits) if has_mask(target) else in_rows) + num_rows * groups * 2
+        total += 0 if grid.symmetric else num_rows * _bytes(groups, grid.bits)
+    if has_mask(target):
+        total += num_rows * _bytes(num_columns, 1)
+    elif isinstance(pattern, NM) and pattern.keep < pattern.of:
+        total += num_rows * _bytes(kept // num_rows, index_bits(pattern))
+    return total
 
 
 def _kept(values: Tensor, mask: Tensor) -> Tensor:

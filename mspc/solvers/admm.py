@@ -11,7 +11,7 @@ matter, or that cancel in what reads them, cost little. Where kept weights are r
 support found here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -49,19 +49,14 @@ def kfac(weight: Tensor, stats: GramStats, target: Target, options: SolverOption
     return _solve(weight, stats, stats.fisher, target, options, name)
 
 
-def error_path(
-    weight: Tensor, stats: GramStats, patterns: list[Pattern], damp: float, name: str
-) -> Iterator[tuple[Tensor, float]]:
-    """For patterns of growing sparsity: weights (O, I) after a few iterations begun from those before, and their loss.
-
-    The loss is tr(S E H E^T) with the Fisher factor that `stats` has, or the layer's squared error without.
-    """
+def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[Tensor, float]]:
+    """For patterns of growing sparsity: weights (O, I) after a few iterations from those before, and their loss."""
     with precise_matmul():
-        form = quadratic(weight.float(), stats, stats.fisher, damp, name)
         wanted, multiplier, sparse = form.apply(form.target), torch.zeros_like(form.target), form.target
         for pattern in patterns:
             if pattern.sparsity == 1:
-                yield torch.zeros_like(weight), form.loss(torch.zeros_like(form.target))
+                nothing = torch.zeros_like(form.target)
+                yield nothing, form.loss(nothing)
                 continue
             rho = PATH_RHO
             for _ in range(PATH_ITERATIONS):
