@@ -1,6 +1,6 @@
 """The sparsity that an artifact's plan gives every matrix, block by block, and the loss it predicts for each.
 
-    python benchmarks/plot_plan.py ARTIFACT OUT.png
+python benchmarks/plot_plan.py ARTIFACT OUT.png
 """
 
 import sys
