@@ -24,7 +24,7 @@ from mspc.console import (
     reported,
 )  # fmt: skip
 from mspc.errors import InputError
-from mspc.recipe import ROW, Recipe
+from mspc.recipe import EFFORTS, ROW, Recipe
 
 app = typer.Typer(
     name="mspc",
@@ -374,13 +374,16 @@ def _group_size(text: str | None) -> int | str | None:
 
 
 def _recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The recipe file's values; its sparsity gives way to a fixed pattern from the command line."""
+    """The recipe file's values, without those that an option of the command line decides or excludes."""
     if path is None:
         return {}
-    values = Recipe.from_toml(path).to_dict()
-    if "pattern" in chosen and "sparsity" not in chosen:
-        del values["sparsity"]
-    return values
+    budgets = {"bits_per_weight", "target_size"}
+    excluded = {
+        "pattern": {"sparsity"}, "effort": set(EFFORTS["default"]), "sparsity": budgets, "bits": budgets,
+        "bits_per_weight": {"sparsity", "bits", "target_size"}, "target_size": {"sparsity", "bits", "bits_per_weight"},
+    }  # fmt: skip
+    gone = set[str]().union(*(excluded.get(name, set()) for name in chosen))
+    return {name: value for name, value in Recipe.from_toml(path).to_dict().items() if name not in gone}
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ class Recipe:
     iterations: int | None = None
     """Of the search of kfac and admm."""
     propagation: float | None = None
-    """In [0, 1]: how far each matrix makes good what the matrices before it have lost."""
+    """In [0, 1]: how far each matrix makes good what the matrices before it have lost. 0 with the mask solver."""
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
@@ -92,13 +92,12 @@ class Recipe:
         object.__setattr__(self, "skip", tuple(self.skip))
         if self.effort not in EFFORTS:
             raise unknown("effort", self.effort, EFFORTS)
-        chosen = EFFORTS[self.effort] | ({"propagation": 0.0} if self.solver == "mask" else {})
-        chosen |= {"allocator": "curves"} if self.has_budget else {}
+        if self.solver == "mask":
+            object.__setattr__(self, "propagation", 0.0)
+        chosen = EFFORTS[self.effort] | ({"allocator": "curves"} if self.has_budget else {})
         for name, value in chosen.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.solver == "mask" and self.propagation:
-            raise InputError("The mask solver leaves kept weights as they are, so propagation must be 0.")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"sparsity must lie in [0, 1), not {self.sparsity}: it is the share of zeros (0.5 = 50%).")
         if self.fixed_pattern and self.sparsity is not None and abs(self.sparsity - self.fixed_pattern.sparsity) > 5e-5:

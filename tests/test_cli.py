@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +152,25 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
     assert changed == Recipe(**written.to_dict() | {"sparsity": 0.2, "group_size": 32, "skip": ("b",)})
     assert not asked("--recipe", file, "--symmetric").asymmetric
     assert asked("--recipe", file, "--pattern", "2:4").target_sparsity == 0.5  # its sparsity gives way
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "expected"),
+    [
+        ({}, ("--effort", "fast"), {"effort": "fast"}),
+        ({}, ("--effort", "fast", "--solver", "obs"), {"effort": "fast", "solver": "obs"}),
+        ({}, ("--solver", "mask"), {"sparsity": 0.5, "solver": "mask"}),
+        ({"sparsity": 0.7, "bits": 4}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
+        ({"target_size": "2GB"}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
+        ({"bits_per_weight": 3.0}, ("--sparsity", 0.6), {"sparsity": 0.6}),
+    ],
+    ids=str,
+)
+def test_options_replace_what_a_recipe_file_says_of_the_same_thing(written, options, expected, asked, tmp_path):
+    (tmp_path / "recipe.toml").write_text(Recipe(**written).to_toml())
+    got = asked("--recipe", tmp_path / "recipe.toml", *options)
+    assert replace(got, sparsity=None) == replace(Recipe(**expected), sparsity=None)
+    assert got.target_sparsity == Recipe(**expected).target_sparsity
 
 
 def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
