@@ -19,10 +19,16 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"solver": "admm", "iterations": 10, "allocator": "uniform", "propagation": 0.0},
-    "default": {"solver": "kfac", "iterations": 30, "allocator": "curves", "propagation": 1.0},
-    "best": {"solver": "kfac", "iterations": 100, "allocator": "curves", "propagation": 1.0},
-}
+    "fast": {
+        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 32,
+    },
+    "default": {
+        "solver": "kfac", "iterations": 30, "propagation": 1.0, "allocator": "curves", "sensitivity_sequences": 32,
+    },
+    "best": {
+        "solver": "kfac", "iterations": 60, "propagation": 1.0, "allocator": "curves", "sensitivity_sequences": 128,
+    },
+}  # fmt: skip
 """What a recipe leaves open."""
 
 
@@ -45,7 +51,7 @@ class Recipe:
     asymmetric: bool = False
     """Give every group an integer zero point of its own."""
     effort: str = "default"
-    """`fast`, `default` or `best`: decides solver, iterations, allocator and propagation where they are None."""
+    """`fast`, `default` or `best`: decides what is None of the fields that `EFFORTS` names."""
     solver: str | None = None
     """`kfac` searches for what to keep by the loss of the model, `admm` by the error of the layer; `obs` sweeps once
     and corrects the kept weights for the removed ones; `mask` only removes."""
@@ -61,7 +67,7 @@ class Recipe:
     """Half-width of the trace-rank allocators: sparsities lie within about sparsity +- alpha."""
     sensitivity: str = "hutchinson"
     """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
-    sensitivity_sequences: int = 32
+    sensitivity_sequences: int | None = None
     """At most so many calibration sequences measure sensitivities, gradients and curves."""
     sensitivity_probes: int = 1
     """Random probes per sequence of the Hutchinson estimate."""
