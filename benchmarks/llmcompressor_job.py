@@ -92,7 +92,7 @@ def changes(before: Path, after: Path) -> dict[str, float]:
         originals |= dict.fromkeys(file.keys(), file)
     for path in sorted(after.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118: it is no dict
+            for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
                 if name not in originals or not torch.equal(tensor, originals[name].get_tensor(name)):
                     found[name] = float((tensor == 0).double().mean())
