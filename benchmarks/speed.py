@@ -45,7 +45,8 @@ from mspc.tokens import calibration_tokens
 
 TIERS: dict[str, dict[str, Any]] = {
     "obs uniform": {"solver": "obs", "criterion": "obs", "allocator": "uniform", "propagation": 0.0},
-    "admm uniform": {"solver": "admm", "allocator": "uniform", "propagation": 0.0},
+    "fast": {"effort": "fast"},
+    "default": {"effort": "default"},
 }
 """What mspc runs, as fields of a recipe. The first is the algorithm that llm-compressor runs."""
 
