@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mspc.allocators import ALLOCATORS, NEEDS_SENSITIVITY
+from mspc.allocators import ALLOCATORS, HALF_WIDTHS, NEEDS_SENSITIVITY
 from mspc.allocators.budget import exact_counts, exact_keeps
 from mspc.allocators.curves import Curve, by_curves, mixture
 from mspc.errors import InputError
@@ -28,6 +28,11 @@ def wants_sensitivity(recipe: Recipe) -> bool:
 
 def wants_curves(recipe: Recipe) -> bool:
     return recipe.has_budget or (_allocates(recipe) and recipe.allocator == CURVES)
+
+
+def half_width(recipe: Recipe) -> float | None:
+    """The alpha of a recipe, or its allocator's own; None where neither has one."""
+    return HALF_WIDTHS.get(str(recipe.allocator)) if recipe.alpha is None else recipe.alpha
 
 
 def _allocates(recipe: Recipe) -> bool:
@@ -71,7 +76,8 @@ def _patterns(
     numels = [matrix.numel for matrix, _ in flat]
     of = MIXED_OF if recipe.pattern == MIXED_PATTERN else None
     if recipe.allocator != CURVES:
-        wished = ALLOCATORS[str(recipe.allocator)](values, [block for _, block in flat], sparsity, recipe.alpha)
+        blocks = [block for _, block in flat]
+        wished = ALLOCATORS[str(recipe.allocator)](values, blocks, sparsity, half_width(recipe) or 0.0)
     elif curves:
         wished = by_curves([curves[matrix.name] for matrix, _ in flat], numels, sparsity, of)
     else:

@@ -111,16 +111,19 @@ def compress(
     allocator: Annotated[
         str | None,
         option(
-            "How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank.",
+            "How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank, owl, "
+            "alpha (AlphaPruning), depth (linear).",
             "curves*",
             rich_help_panel=HOW,
         ),
     ] = None,
-    alpha: Annotated[float | None, option("Half-width of the trace-rank allocators.", 0.1, rich_help_panel=HOW)] = None,
+    alpha: Annotated[
+        float | None, option("Half-width of the allocator.", "0.1; owl 0.08, alpha 0.2", rich_help_panel=HOW)
+    ] = None,
     sensitivity: Annotated[
         str | None,
         option(
-            "What is ranked: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient).",
+            "What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient).",
             "hutchinson",
             rich_help_panel=HOW,
         ),
@@ -379,7 +382,8 @@ def _recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
         return {}
     budgets = {"bits_per_weight", "target_size"}
     excluded = {
-        "pattern": {"sparsity"}, "effort": set(EFFORTS["default"]), "sparsity": budgets, "bits": budgets,
+        "pattern": {"sparsity"}, "effort": {*EFFORTS["default"], "alpha"}, "allocator": {"alpha"},
+        "sparsity": budgets, "bits": budgets,
         "bits_per_weight": {"sparsity", "bits", "target_size"}, "target_size": {"sparsity", "bits", "bits_per_weight"},
     }  # fmt: skip
     gone = set[str]().union(*(excluded.get(name, set()) for name in chosen))

@@ -5,6 +5,7 @@ A measurement is named by the hash of everything that it depends on, so a folder
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mspc.allocators import OWN_MEASURES
 from mspc.allocators.curves import Curve
 from mspc.blocks import TOKENS_PER_BATCH, batches_of
 from mspc.checkpoint import write_json, write_tensors
@@ -22,13 +24,18 @@ from mspc.gradients import FisherFactor, HessianTrace, SquaredGradient, reverse_
 from mspc.models import StreamedModel
 from mspc.recipe import Recipe
 from mspc.report import Reporter
-from mspc.sensitivity import RunningMean, converged
+from mspc.sensitivity import OUTLIER, RunningMean, converged, outlier_share, spectrum, tail_exponent
 from mspc.solvers import SolverOptions
 from mspc.types import Matrix
-from mspc.walk import walk
+from mspc.walk import matrix_of, walk
 
 SEQUENCES_PER_ROUND = 8
 TOLERANCE = 0.1
+
+
+def measure_of(recipe: Recipe) -> str:
+    """What the allocator of a recipe goes by: its own measure, or the sensitivity asked for."""
+    return OWN_MEASURES.get(str(recipe.allocator), recipe.sensitivity)
 
 
 def sensitivities(
@@ -40,12 +47,17 @@ def sensitivities(
     folder: Path | None,
     reporter: Reporter,
 ) -> dict[str, float]:
-    """Sensitivity by matrix name; read from `folder` if it was measured before, else measured and kept there.
+    """What the allocator goes by, by matrix name; read from `folder` if it was measured before, else kept there.
 
     `identity` says which model and text this is; `ids` (N, T) are the calibration sequences.
     """
-    key = _key(model, matrices, identity) | {"sensitivity": recipe.sensitivity}
-    if recipe.sensitivity != "gram":
+    measure = measure_of(recipe)
+    key = _key(model, matrices, identity) | {"sensitivity": measure}
+    if measure == "exponents":
+        key.pop("calibration")  # of the weights alone
+    elif measure == "outliers":
+        key["threshold"] = OUTLIER
+    elif measure != "gram":
         key |= {
             "sequences": recipe.sensitivity_sequences,
             "probes": recipe.sensitivity_probes,
@@ -55,8 +67,12 @@ def sensitivities(
     if file and file.is_file():
         reporter.say(f"Sensitivity: taken from {file}.")
         return _read(file)
-    if recipe.sensitivity == "gram":
+    if measure == "gram":
         means = _gram(model, ids, matrices, reporter)
+    elif measure == "outliers":
+        means = _outliers(model, ids, matrices, reporter)
+    elif measure == "exponents":
+        means = _exponents(model, matrices, reporter)
     else:
         means = _by_gradients(model, ids[: recipe.sensitivity_sequences], matrices, recipe, reporter)
     if file:
@@ -159,10 +175,53 @@ def _gram(
     means: dict[str, RunningMean] = {}
     with reporter.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
-            means[visit.matrix.name] = RunningMean()
-            means[visit.matrix.name].add(float(visit.stats.gram.diagonal().mean()) / visit.stats.num_tokens)
+            means[visit.matrix.name] = _single(float(visit.stats.gram.diagonal().mean()) / visit.stats.num_tokens)
             step(visit.matrix.name)
     return means
+
+
+def _outliers(
+    model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], reporter: Reporter
+) -> dict[str, RunningMean]:
+    """Every matrix gets the share of its block."""
+    means: dict[str, RunningMean] = {}
+    of_block: list[tuple[Matrix, Tensor, Tensor]] = []
+    with reporter.stage("Sensitivity (outliers)", sum(map(len, matrices))) as step:
+        for visit in walk(model, batches_of(model, ids), matrices):
+            of_block.append((visit.matrix, visit.weight, visit.stats.gram.diagonal().clone()))
+            if visit.is_last_of_block:
+                seen, weights, diagonals = zip(*of_block, strict=True)
+                share = outlier_share(weights, diagonals)
+                means |= {matrix.name: _single(share) for matrix in seen}
+                of_block.clear()
+            step(visit.matrix.name)
+    return means
+
+
+def _exponents(
+    model: StreamedModel, matrices: Sequence[Sequence[Matrix]], reporter: Reporter
+) -> dict[str, RunningMean]:
+    """Raises InputError for a matrix whose spectrum has no exponent."""
+    means: dict[str, RunningMean] = {}
+    with reporter.stage("Sensitivity (exponents)", sum(map(len, matrices))) as step:
+        for index, of_block in enumerate(matrices):
+            with model.loaded(index) as block:
+                for matrix in of_block:
+                    exponent = tail_exponent(spectrum(matrix_of(model, block, index, matrix)))
+                    if not math.isfinite(exponent):
+                        raise InputError(
+                            f"{matrix.name}: its eigenvalues have no power law, which the allocator alpha needs; leave "
+                            "it dense with --skip REGEX or choose another allocator."
+                        )
+                    means[matrix.name] = _single(exponent)
+                    step(matrix.name)
+    return means
+
+
+def _single(value: float) -> RunningMean:
+    mean = RunningMean()
+    mean.add(value)
+    return mean
 
 
 def _by_gradients(

@@ -18,7 +18,7 @@ from torch import Tensor
 import exporters
 import exporters.formats
 from mspc import __version__, perplexity
-from mspc.allocation import CURVES, allocate, check_plan, planned_sparsity
+from mspc.allocation import CURVES, allocate, check_plan, half_width, planned_sparsity
 from mspc.allocators import ALLOCATORS
 from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
 from mspc.blocks import batches_of
@@ -167,7 +167,7 @@ class _Run:
         config = load_config(self.source)
         self.device = choose_device(self.recipe.device)
         length = choose_sequence_length(config, self.recipe.sequence_length)
-        self.recipe = replace(self.recipe, sequence_length=length)
+        self.recipe = replace(self.recipe, sequence_length=length, alpha=half_width(self.recipe))
         self.folder = working_folder(self.out, resume=self.resume, overwrite=self.overwrite)
 
     def compress(self, measurements: Path | None, spill: Path | None) -> Artifact:

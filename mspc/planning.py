@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mspc.allocation import allocate, allocate_bytes, wants_curves, wants_sensitivity
 from mspc.checkpoint import Checkpoint
-from mspc.measurements import fisher_factors, loss_curves, sensitivities
+from mspc.measurements import fisher_factors, loss_curves, measure_of, sensitivities
 from mspc.models import StreamedModel
 from mspc.recipe import Recipe
 from mspc.report import Reporter
@@ -47,7 +47,7 @@ class Planner:
         measured: dict[str, float] = {}
         if wants_sensitivity(recipe):
             # Fused attention has no second derivative.
-            on = self.open_model(eager=True) if recipe.sensitivity == "hutchinson" else model
+            on = self.open_model(eager=True) if measure_of(recipe) == "hutchinson" else model
             measured = sensitivities(on, self.ids, self.matrices, recipe, self.identity, self.folder, self.reporter)
         if not wants_curves(recipe):
             return allocate(recipe, self.matrices, measured)

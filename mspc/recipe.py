@@ -62,9 +62,11 @@ class Recipe:
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
-    """How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank."""
-    alpha: float = 0.1
-    """Half-width of the trace-rank allocators: sparsities lie within about sparsity +- alpha."""
+    """How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank, owl, alpha,
+    depth."""
+    alpha: float | None = None
+    """Half-width of the allocators but curves and uniform: sparsities lie within about sparsity +- alpha, or sparsity
+    (1 +- alpha) with the allocator alpha. None: the allocator's own."""
     sensitivity: str = "hutchinson"
     """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
     sensitivity_sequences: int | None = None
@@ -124,8 +126,9 @@ class Recipe:
         if self.sequence_length is not None and self.sequence_length < 2:
             raise InputError(f"sequence_length must be at least 2, not {self.sequence_length}.")
         for name in ("alpha", "propagation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name} must lie in [0, 1], not {value}.")
         if not 0 <= self.damp < float("inf"):
             raise InputError(f"damp must be a number >= 0, not {self.damp}.")
         for pattern in self.skip:

@@ -5,11 +5,14 @@
     fisher      mean squared gradient of a sequence's loss
     gram        mean diagonal of the layer's own Gram X X^T; needs no gradient
 
-Each is a mean over samples that arrive one by one (`RunningMean`).
+Each is a mean over samples that arrive one by one (`RunningMean`). Allocators that say themselves what is measured for
+them have `outliers` (`outlier_share` of the block) or `exponents` (`tail_exponent`; here less is more sensitive).
 """
 
+from mspc.sensitivity.heavy_tail import spectrum, tail_exponent
+from mspc.sensitivity.outliers import OUTLIER, outlier_share
 from mspc.sensitivity.running_mean import RunningMean, converged
 
-__all__ = ["SENSITIVITIES", "RunningMean", "converged"]
+__all__ = ["OUTLIER", "SENSITIVITIES", "RunningMean", "converged", "outlier_share", "spectrum", "tail_exponent"]
 
 SENSITIVITIES = ("fisher", "gram", "hutchinson")
