@@ -173,7 +173,7 @@ def test_no_matrix_goes_below_one_of_sixteen():
 
 
 def test_every_allocator_that_ranks_is_told_to_measure():
-    assert NEEDS_SENSITIVITY == {"trace-rank", "layer-trace-rank"} < set(ALLOCATORS)
+    assert NEEDS_SENSITIVITY == {"trace-rank", "layer-trace-rank", "owl", "alpha"} < set(ALLOCATORS)
     for allocator, wants in (("trace-rank", wants_sensitivity), ("curves", wants_curves)):
         recipe = Recipe(allocator=allocator)
         assert wants(recipe)

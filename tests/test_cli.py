@@ -163,6 +163,9 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
         ({"sparsity": 0.7, "bits": 4}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
         ({"target_size": "2GB"}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
         ({"bits_per_weight": 3.0}, ("--sparsity", 0.6), {"sparsity": 0.6}),
+        ({"allocator": "alpha", "alpha": 0.2}, ("--allocator", "owl"), {"allocator": "owl"}),
+        ({"allocator": "alpha", "alpha": 0.2}, ("--effort", "fast"), {"effort": "fast"}),
+        ({"allocator": "alpha", "alpha": 0.2}, ("--alpha", 0.3), {"allocator": "alpha", "alpha": 0.3}),
     ],
     ids=str,
 )

@@ -33,6 +33,8 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(measurements, "_gram", measure)
     monkeypatch.setattr(measurements, "_by_gradients", measure)
+    monkeypatch.setattr(measurements, "_outliers", measure)
+    monkeypatch.setattr(measurements, "_exponents", lambda model, matrices, reporter: measure(model, (), matrices))
     return calls
 
 
@@ -109,3 +111,34 @@ def test_grams_depend_on_no_probe(measured, tmp_path):
     get(tmp_path, replace(RECIPE, sensitivity="gram"))
     get(tmp_path, replace(RECIPE, sensitivity="gram", seed=7, sensitivity_probes=2, sensitivity_sequences=3))
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize("allocator", ["owl", "alpha"])
+def test_allocators_with_a_measure_of_their_own_depend_on_no_other(allocator, measured, tmp_path):
+    """By definition: what `--sensitivity` and its options say, and the half-width, is nothing to them."""
+    recipe = replace(RECIPE, allocator=allocator)
+    get(tmp_path, recipe)
+    get(tmp_path, replace(recipe, sensitivity="fisher", sensitivity_sequences=3, seed=7, alpha=0.3, sparsity=0.7))
+    assert len(measured) == 1
+    get(tmp_path)
+    get(tmp_path, recipe, dtype=torch.bfloat16)
+    get(tmp_path, recipe, matrices=MATRICES[:1])
+    get(tmp_path, recipe, identity=IDENTITY | {"source": {"model.safetensors": "13"}})
+    assert len(list(tmp_path.iterdir())) == len(measured) == 5
+
+
+@pytest.mark.parametrize(("allocator", "times"), [("owl", 2), ("alpha", 1)])
+def test_outliers_depend_on_the_text_and_exponents_do_not(allocator, times, measured, tmp_path):
+    """By definition: a spectrum is that of a weight alone."""
+    recipe = replace(RECIPE, allocator=allocator)
+    get(tmp_path, recipe)
+    get(tmp_path, recipe, identity=IDENTITY | {"calibration": "35"})
+    assert len(measured) == times
+
+
+def test_another_threshold_is_another_measurement(measured, monkeypatch, tmp_path):
+    recipe = replace(RECIPE, allocator="owl")
+    get(tmp_path, recipe)
+    monkeypatch.setattr(measurements, "OUTLIER", 6.0)
+    get(tmp_path, recipe)
+    assert len(measured) == 2

@@ -62,10 +62,10 @@ def test_toml_round_trip_of_every_field(tmp_path):
 
 
 def test_toml_of_the_defaults_says_what_they_stand_for(tmp_path):
-    """None is not TOML: an unset sparsity is written as what it means, an unset length and plan are left out."""
+    """None is not TOML: an unset sparsity is written as what it means; unset length, plan and alpha are left out."""
     values = tomllib.loads(Recipe().to_toml())
     assert values["sparsity"] == 0.5
-    assert set(OTHER) - set(values) == {"sequence_length", "plan"}
+    assert set(OTHER) - set(values) == {"sequence_length", "plan", "alpha"}
     assert written(Recipe(), tmp_path) == Recipe(sparsity=0.5)
 
 
