@@ -308,3 +308,22 @@ def test_a_matrix_without_a_tail_is_named(calibration, tmp_path):
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: its eigenvalues have no power law"):
         mspc.compress(source, asked, out=tmp_path / "out", reporter=Silent())
     mspc.compress(source, replace(asked, skip=(r"1\.mlp\.up",)), out=tmp_path / "other", reporter=Silent())
+
+
+@pytest.mark.parametrize("allocator", ["owl", "alpha"])
+def test_weights_that_are_stored_transposed(allocator, folder_of, calibration, tmp_path):
+    """Oracle: the same loops and numpy on GPT-2, whose weights are (I, O)."""
+    source = folder_of("gpt2")
+    asked = recipe(calibration, allocator=allocator)
+    rows = mspc.compress(source, asked, out=tmp_path / "out", reporter=Silent()).manifest["matrices"]
+    model = tiny.reference(source)
+    weights = [model.get_submodule(row["name"]).weight.detach().T for row in rows]
+    if allocator == "owl":
+        ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 4, tiny.LENGTH, seed=0).ids
+        inputs = list(tiny.inputs_of(model, ids, [row["name"] for row in rows]).values())
+        shares = [outliers_by_hand(weights[first : first + 4], inputs[first : first + 4]) for first in (0, 4)]
+        expected = [shares[0]] * 4 + [shares[1]] * 4
+    else:
+        values = [numpy.linalg.svd(weight.double().numpy(), compute_uv=False) for weight in weights]
+        expected = [exponent_by_numpy(numpy.sort(of_matrix**2)) for of_matrix in values]
+    assert [row["sensitivity"] for row in rows] == pytest.approx(expected, rel=1e-3)
