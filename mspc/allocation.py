@@ -7,15 +7,20 @@ import torch
 from mspc.allocators import ALLOCATORS, HALF_WIDTHS, NEEDS_SENSITIVITY
 from mspc.allocators.budget import exact_counts, exact_keeps
 from mspc.allocators.curves import Curve, by_curves, mixture
+from mspc.allocators.trace_rank import trace_rank
 from mspc.errors import InputError
 from mspc.formats.canonical import num_bytes as num_bytes_of
 from mspc.masks import check_divides, num_pruned
 from mspc.quant import groups_of
-from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
+from mspc.recipe import AUTO, CURVES, MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.types import NM, Grid, Matrix, Pattern, PlannedMatrix, Target, Unstructured
 
-CURVES = "curves"
-"""The allocator that needs loss curves."""
+TEMPERS = (0.75, 1.25)
+"""Of plans that `auto` tries: how far they go from uniform, where curves goes all the way, 1."""
+ROUNDING_WEIGHTS = (0.5, 2.0)
+"""Likewise under a budget: what the predicted loss of rounding is multiplied by, beside that of pruning."""
+HOPELESS = 3.0
+"""Plans whose predicted loss is so many times the least are not tried."""
 SPARSITY_STEPS = 32
 """Sparsities that a matrix may have under a budget, as parts of 1."""
 ROUNDED_BITS = (8, 4, 3, 2)
@@ -27,7 +32,11 @@ def wants_sensitivity(recipe: Recipe) -> bool:
 
 
 def wants_curves(recipe: Recipe) -> bool:
-    return recipe.has_budget or (_allocates(recipe) and recipe.allocator == CURVES)
+    return recipe.has_budget or (_allocates(recipe) and recipe.allocator in (CURVES, AUTO))
+
+
+def wants_trial(recipe: Recipe) -> bool:
+    return wants_curves(recipe) and recipe.allocator == AUTO
 
 
 def half_width(recipe: Recipe) -> float | None:
@@ -51,71 +60,138 @@ def allocate(
     The sensitivity of a matrix in a plan by curves is its predicted loss there, in nats a token.
     """
     flat = [(matrix, block) for block, of_block in enumerate(matrices) for matrix in of_block]
-    patterns = _patterns(recipe, flat, sensitivities, curves)
-    if curves:
-        sensitivities = {
-            matrix.name: curves[matrix.name].at(pattern.sparsity)
-            for (matrix, _), pattern in zip(flat, patterns, strict=True)
+    if recipe.fixed_pattern is not None:
+        patterns: Sequence[Pattern] = [recipe.fixed_pattern] * len(flat)
+        return _planned(recipe, matrices, patterns, sensitivities, curves)
+    if recipe.allocator in ALLOCATORS:
+        values, blocks = [sensitivities.get(matrix.name, 0.0) for matrix, _ in flat], [block for _, block in flat]
+        allocator = ALLOCATORS[str(recipe.allocator)]
+        wished = allocator(values, blocks, recipe.target_sparsity, half_width(recipe) or 0.0)
+    elif curves:
+        wished = _wished_by_curves(recipe, matrices, curves)
+    else:
+        wished = [recipe.target_sparsity] * len(flat)
+    return _planned(recipe, matrices, _exact(recipe, matrices, wished), sensitivities, curves)
+
+
+def candidates(
+    recipe: Recipe, matrices: Sequence[Sequence[Matrix]], curves: dict[str, Curve]
+) -> dict[str, list[PlannedMatrix]]:
+    """The plans that `auto` tries, by name, the likeliest first: curves, shorter and longer ways from uniform to it,
+    and trace rank."""
+    flat = [(matrix, block) for block, of_block in enumerate(matrices) for matrix in of_block]
+    sparsity, by_loss = recipe.target_sparsity, _wished_by_curves(recipe, matrices, curves)
+    wished = {CURVES: by_loss}
+    for temper in TEMPERS:
+        wished[f"{CURVES} x{temper:g}"] = [sparsity + temper * (own - sparsity) for own in by_loss]
+    curvatures, blocks = [curves[matrix.name].curvature for matrix, _ in flat], [block for _, block in flat]
+    wished["trace-rank"] = trace_rank(curvatures, blocks, sparsity, HALF_WIDTHS["trace-rank"])
+    wished["uniform"] = [sparsity] * len(flat)
+    return _worth_trying(
+        {
+            name: _planned(recipe, matrices, _exact(recipe, matrices, shares), {}, curves)
+            for name, shares in wished.items()
         }
+    )
+
+
+def _worth_trying(plans: dict[str, list[PlannedMatrix]]) -> dict[str, list[PlannedMatrix]]:
+    """Those that differ and are not hopeless by their predicted losses."""
+    predicted = {name: sum(matrix.sensitivity or 0.0 for matrix in plan) for name, plan in plans.items()}
+    kept: dict[str, list[PlannedMatrix]] = {}
+    for name, plan in plans.items():
+        targets = [matrix.target for matrix in plan]
+        known = any(targets == [matrix.target for matrix in other] for other in kept.values())
+        if not known and predicted[name] <= HOPELESS * min(predicted.values()):
+            kept[name] = plan
+    return kept
+
+
+def _planned(
+    recipe: Recipe,
+    matrices: Sequence[Sequence[Matrix]],
+    patterns: Sequence[Pattern],
+    sensitivities: dict[str, float],
+    curves: dict[str, Curve] | None,
+) -> list[PlannedMatrix]:
+    flat = [matrix for of_block in matrices for matrix in of_block]
+    if curves:
+        sensitivities = {m.name: curves[m.name].at(p.sparsity) for m, p in zip(flat, patterns, strict=True)}
     return [
         PlannedMatrix(matrix.name, matrix.shape, Target(pattern, recipe.grid), sensitivities.get(matrix.name))
-        for (matrix, _), pattern in zip(flat, patterns, strict=True)
+        for matrix, pattern in zip(flat, patterns, strict=True)
     ]
 
 
-def _patterns(
-    recipe: Recipe,
-    flat: Sequence[tuple[Matrix, int]],
-    sensitivities: dict[str, float],
-    curves: dict[str, Curve] | None,
-) -> Sequence[Pattern]:
-    if recipe.fixed_pattern is not None:
-        return [recipe.fixed_pattern] * len(flat)
-    sparsity = recipe.target_sparsity
-    values = [sensitivities.get(matrix.name, 0.0) for matrix, _ in flat]
-    numels = [matrix.numel for matrix, _ in flat]
-    of = MIXED_OF if recipe.pattern == MIXED_PATTERN else None
-    if recipe.allocator != CURVES:
-        blocks = [block for _, block in flat]
-        wished = ALLOCATORS[str(recipe.allocator)](values, blocks, sparsity, half_width(recipe) or 0.0)
-    elif curves:
-        wished = by_curves([curves[matrix.name] for matrix, _ in flat], numels, sparsity, of)
-    else:
-        wished = [sparsity] * len(flat)
-    if of:
-        return [NM(keep, MIXED_OF) for keep in exact_keeps(wished, numels, sparsity, MIXED_OF)]
-    counts = exact_counts(wished, numels, sparsity)
+def _wished_by_curves(recipe: Recipe, matrices: Sequence[Sequence[Matrix]], curves: dict[str, Curve]) -> list[float]:
+    flat = [matrix for of_block in matrices for matrix in of_block]
+    numels, of = [matrix.numel for matrix in flat], MIXED_OF if recipe.pattern == MIXED_PATTERN else None
+    return by_curves([curves[matrix.name] for matrix in flat], numels, recipe.target_sparsity, of)
+
+
+def _exact(recipe: Recipe, matrices: Sequence[Sequence[Matrix]], wished: Sequence[float]) -> Sequence[Pattern]:
+    """Patterns of the recipe's sparsity in all, to the weight or the nearest."""
+    numels = [matrix.numel for of_block in matrices for matrix in of_block]
+    if recipe.pattern == MIXED_PATTERN:
+        keeps = exact_keeps(wished, numels, recipe.target_sparsity, MIXED_OF)
+        return [NM(keep, MIXED_OF) for keep in keeps]
+    counts = exact_counts(wished, numels, recipe.target_sparsity)
     return [Unstructured(count / numel) for count, numel in zip(counts, numels, strict=True)]
+
+
+def check_bytes(recipe: Recipe, matrices: Sequence[Sequence[Matrix]], num_bytes: int, dtype: torch.dtype) -> None:
+    """Raises InputError for a size that is too small for all matrices together."""
+    options = _options(recipe, matrices, dtype)
+    smallest = sum(min(size for _, size in of_matrix) for of_matrix in options)
+    if smallest > num_bytes:
+        numel = sum(matrix.numel for of_block in matrices for matrix in of_block)
+        raise InputError(
+            f"The size asked for leaves {8 * num_bytes / numel:.3f} bits per weight for the {len(options)} matrices, "
+            f"and the smallest that pattern {recipe.pattern} allows is {8 * smallest / numel:.3f}; ask for more."
+        )
 
 
 def allocate_bytes(
     recipe: Recipe,
     matrices: Sequence[Sequence[Matrix]],
-    curves: dict[str, Curve] | None,
+    curves: dict[str, Curve],
     num_bytes: int,
     dtype: torch.dtype,
-) -> list[PlannedMatrix]:
-    """The plan of least predicted loss that takes at most so many bytes; without curves, only whether there is one.
+) -> dict[str, list[PlannedMatrix]]:
+    """Plans that take at most so many bytes (see `check_bytes`), by name, the one of least predicted loss first.
 
-    Raises InputError for a size that is too small for all matrices together.
+    The others are for `auto` to try: rounding taken for less or more harmful, and the best with one number of bits.
     """
     flat = [matrix for of_block in matrices for matrix in of_block]
-    options = [
-        [(target, num_bytes_of(matrix.shape, target, dtype)) for target in _targets(recipe, matrix)] for matrix in flat
-    ]
-    smallest = sum(min(size for _, size in of_matrix) for of_matrix in options)
-    if smallest > num_bytes:
-        numel = sum(matrix.numel for matrix in flat)
-        raise InputError(
-            f"The size asked for leaves {8 * num_bytes / numel:.3f} bits per weight for the {len(flat)} matrices, and "
-            f"the smallest that pattern {recipe.pattern} allows is {8 * smallest / numel:.3f}; ask for a larger size."
-        )
-    if curves is None:
-        return []
-    chosen = mixture([curves[matrix.name] for matrix in flat], options, num_bytes)
+    options, of_flat = _options(recipe, matrices, dtype), [curves[matrix.name] for matrix in flat]
+    chosen = {"mixture": mixture(of_flat, options, num_bytes)}
+    if recipe.allocator == AUTO:
+        for weight in ROUNDING_WEIGHTS:
+            weighed = [curve.weighed(weight) for curve in of_flat]
+            chosen[f"mixture, rounding x{weight:g}"] = mixture(weighed, options, num_bytes)
+        for bits in ROUNDED_BITS:
+            alike = [[(target, size) for target, size in of_matrix if _bits(target) == bits] for of_matrix in options]
+            if sum(min(size for _, size in of_matrix) for of_matrix in alike) <= num_bytes:
+                chosen[f"{bits} bits"] = mixture(of_flat, alike, num_bytes)
+    return _worth_trying(
+        {
+            name: [
+                PlannedMatrix(matrix.name, matrix.shape, target, curve.at(target.pattern.sparsity, _bits(target)))
+                for matrix, curve, target in zip(flat, of_flat, targets, strict=True)
+            ]
+            for name, targets in chosen.items()
+        }
+    )
+
+
+def _options(
+    recipe: Recipe, matrices: Sequence[Sequence[Matrix]], dtype: torch.dtype
+) -> list[list[tuple[Target, int]]]:
+    """What each matrix may become under a budget, with its size in bytes."""
     return [
-        PlannedMatrix(matrix.name, matrix.shape, target, _predicted(curves[matrix.name], target))
-        for matrix, target in zip(flat, chosen, strict=True)
+        [(target, num_bytes_of(matrix.shape, target, dtype)) for target in _targets(recipe, matrix)]
+        for of_block in matrices
+        for matrix in of_block
     ]
 
 
@@ -134,8 +210,8 @@ def _targets(recipe: Recipe, matrix: Matrix) -> list[Target]:
     return [Target(pattern, grid) for pattern in patterns for grid in grids]
 
 
-def _predicted(curve: Curve, target: Target) -> float:
-    return curve.at(target.pattern.sparsity, target.grid.bits if target.grid else 16)
+def _bits(target: Target) -> int:
+    return target.grid.bits if target.grid else 16
 
 
 def check_plan(plan: Sequence[PlannedMatrix]) -> None:

@@ -100,7 +100,7 @@ def compress(
             rich_help_panel=HOW,
         ),
     ] = None,
-    iterations: Annotated[int | None, option("Of the search of kfac and admm.", "30*", rich_help_panel=HOW)] = None,
+    iterations: Annotated[int | None, option("Of the search of kfac and admm.", "20*", rich_help_panel=HOW)] = None,
     propagation: Annotated[
         float | None,
         option("How far a matrix makes good what those before it lost, in 0 .. 1.", "1*", rich_help_panel=HOW),
@@ -111,9 +111,10 @@ def compress(
     allocator: Annotated[
         str | None,
         option(
-            "How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank, owl, "
+            "How sparsity is shared out: auto (tries several plans on held-out text), curves (least predicted loss), "
+            "uniform, trace-rank, layer-trace-rank, owl, "
             "alpha (AlphaPruning), depth (linear).",
-            "curves*",
+            "auto*",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -89,7 +89,15 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
         tuple(pattern.sparsity for pattern in patterns),
         tuple(loss * half_tokens for loss in losses[1:]),
         {bits: tuple(points) for bits, points in rounded.items()},
+        curvature(stats),
     )
+
+
+def curvature(stats: GramStats) -> float:
+    """Mean diagonal of the Kronecker product of the two factors, a token."""
+    assert stats.fisher is not None
+    outputs, inputs = stats.fisher.diagonal(dim1=-2, dim2=-1).mean(), stats.gram.diagonal().mean()
+    return float(outputs) * float(inputs) / stats.num_tokens
 
 
 def write_curves(file: Path, curves: dict[str, Curve]) -> None:
@@ -108,4 +116,6 @@ def _curve_from(row: dict[str, Any]) -> Curve:
         int(bits): tuple((float(sparsity), float(loss)) for sparsity, loss in points)
         for bits, points in row["rounding"].items()
     }
-    return Curve(tuple(map(float, row["sparsities"])), tuple(map(float, row["losses"])), rounding)
+    return Curve(
+        tuple(map(float, row["sparsities"])), tuple(map(float, row["losses"])), rounding, float(row["curvature"])
+    )

@@ -1,13 +1,13 @@
 """Perplexity by the field's protocol: one token stream, non-overlapping windows, every token after a window's first."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mspc.blocks import advance, batches_of, token_losses
+from mspc.blocks import Batch, advance, batches_of, logits_after, token_losses
 from mspc.models import StreamedModel
 
 
@@ -38,3 +38,17 @@ def measure(model: StreamedModel, ids: Tensor) -> Iterator[Perplexity | None]:
     tokens = num_windows * (length - 1)
     nll = total / tokens
     yield Perplexity(math.exp(nll), nll, tokens, num_windows, length)
+
+
+def mean_divergence(model: StreamedModel, dense: Sequence[Batch], batches: Sequence[Batch]) -> float:
+    """Mean KL(dense || other) over all tokens, in nats, from the outputs of the last block; the outer part is loaded."""
+    total, tokens = 0.0, 0
+    for one, other in zip(dense, batches, strict=True):
+        for ids, reference, hidden in zip(one.ids, one.hidden, other.hidden, strict=True):
+            logs = [
+                torch.log_softmax(logits_after(model, ids[None], h[None].to(model.device)).float(), -1)
+                for h in (reference, hidden)
+            ]
+            total += float((logs[0].exp() * (logs[0] - logs[1])).sum(dtype=torch.float64))
+            tokens += len(ids)
+    return total / tokens

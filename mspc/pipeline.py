@@ -18,7 +18,7 @@ from torch import Tensor
 import exporters
 import exporters.formats
 from mspc import __version__, perplexity
-from mspc.allocation import CURVES, allocate, check_plan, half_width, planned_sparsity
+from mspc.allocation import allocate, check_plan, half_width, planned_sparsity, wants_trial
 from mspc.allocators import ALLOCATORS
 from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
 from mspc.blocks import batches_of
@@ -36,8 +36,8 @@ from mspc.models import (
 )
 from mspc.output import check_space, held, publish, working_folder
 from mspc.plan import read_plan, target_to_dict, write_plan
-from mspc.planning import Planner
-from mspc.recipe import DTYPES, Recipe
+from mspc.planning import Chosen, Planner
+from mspc.recipe import AUTO, CURVES, DTYPES, Recipe
 from mspc.report import ConsoleReporter, Reporter, mixture_lines
 from mspc.saliency import CRITERIA
 from mspc.sensitivity import SENSITIVITIES
@@ -51,6 +51,8 @@ EXPORTS = "exports"
 PLAN = "plan.json"
 MEASUREMENTS = "measurements"
 RECIPE = "recipe.toml"
+HELD_OUT = 8
+"""One sequence to try plans on for so many calibration sequences."""
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
 
@@ -176,17 +178,14 @@ class _Run:
         model = self.open_model()
         matrices = model.matrices(recipe.skip)
         self.checked(self.given_plan(matrices) or allocate(recipe, matrices, {}))  # mistakes, before the long part
-        tokens = calibration_tokens(
-            load_tokenizer(self.source), recipe.calibration, recipe.num_sequences, int(recipe.sequence_length or 0),
-            recipe.seed,
-        )  # fmt: skip
+        tokens, held_out = self.tokens()
         with reporter.stage("Checking weights", len(checkpoint.shards())) as step:
             digests = {}
             for file, digest in checkpoint.fingerprint():
                 digests[file] = digest
                 step(file)
         header = self.header(digests, tokens)
-        planner = self.planner(checkpoint, tokens, matrices, header, measurements)
+        planner = self.planner(checkpoint, tokens, held_out, matrices, header, measurements)
         planner.check_budget()
         if (self.folder / MANIFEST).is_file():
             return self.finished(header)
@@ -202,10 +201,31 @@ class _Run:
         publish(self.folder, self.out)
         return Artifact(self.out)
 
+    def tokens(self) -> tuple[Tokens, Tensor | None]:
+        """Calibration tokens, and an eighth more to try plans on where they are to be tried and the text suffices."""
+        recipe, tokenizer = self.recipe, load_tokenizer(self.source)
+        draw = partial(
+            calibration_tokens, tokenizer, recipe.calibration, sequence_length=int(recipe.sequence_length or 0),
+            seed=recipe.seed,
+        )  # fmt: skip
+        wanted = recipe.num_sequences
+        if not wants_trial(recipe):
+            return draw(num_sequences=wanted), None
+        try:
+            more = draw(num_sequences=wanted + -(-wanted // HELD_OUT))
+        except InputError:
+            tokens = draw(num_sequences=wanted)
+            self.reporter.say(
+                "Note: no calibration text is left to try plans on; the one of least predicted loss is used."
+            )
+            return tokens, None
+        return Tokens(more.ids[:wanted], more.source), more.ids[wanted:]
+
     def planner(
         self,
         checkpoint: Checkpoint,
         tokens: Tokens,
+        held_out: Tensor | None,
         matrices: list[list[Matrix]],
         header: dict[str, Any],
         measurements: Path | None,
@@ -214,7 +234,7 @@ class _Run:
         identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
-            self.recipe, checkpoint, self.open_model, tokens.ids, matrices, identity, kept, self.reporter
+            self.recipe, checkpoint, self.open_model, tokens.ids, held_out, matrices, identity, kept, self.reporter
         )  # fmt: skip
 
     def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
@@ -247,9 +267,12 @@ class _Run:
         file = self.folder / PLAN
         if journal.entries:  # the plan is what is committed first
             return read_plan(file, _flat(planner.matrices))
-        plan = self.given_plan(planner.matrices) or planner.plan(model, fisher)
+        given = self.given_plan(planner.matrices)
+        chosen = Chosen(given) if given else planner.plan(model, fisher)
+        plan = chosen.plan
         write_plan(file, self.checked(plan))
-        journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": []})
+        how = {"chosen": chosen.name, "tried": chosen.tried}
+        journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
             self.reporter.say(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
@@ -330,6 +353,7 @@ class _Run:
             "source": header["source"] | {"shards": checkpoint.shards()},
             "sparsity": {"requested": _requested_sparsity(self.recipe, plan), "achieved": pruned / numel},
             "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
+            "allocation": journal.entries[0]["allocation"],
             "seconds": time.monotonic() - self.begin,
             "peak_memory_bytes": _peak_memory(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
@@ -345,7 +369,7 @@ def _check_names(recipe: Recipe) -> None:
     for what, name, known in (
         ("solver", recipe.solver, SOLVERS),
         ("criterion", recipe.criterion, CRITERIA),
-        ("allocator", recipe.allocator, {*ALLOCATORS, CURVES}),
+        ("allocator", recipe.allocator, {*ALLOCATORS, AUTO, CURVES}),
         ("sensitivity", recipe.sensitivity, SENSITIVITIES),
     ):
         if name not in known:

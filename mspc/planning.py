@@ -1,24 +1,42 @@
 """Making a plan: what has to be measured for it, and the allocation that follows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mspc.allocation import allocate, allocate_bytes, wants_curves, wants_sensitivity
+from mspc.allocation import (
+    allocate,
+    allocate_bytes,
+    candidates,
+    check_bytes,
+    wants_curves,
+    wants_sensitivity,
+    wants_trial,
+)
 from mspc.checkpoint import Checkpoint
 from mspc.measurements import fisher_factors, loss_curves, measure_of, sensitivities
 from mspc.models import StreamedModel
 from mspc.recipe import Recipe
 from mspc.report import Reporter
 from mspc.solve_blocks import solver_options
+from mspc.trial import try_plans
 from mspc.types import Matrix, PlannedMatrix
 
 HEADER_BYTES = 600
 """Of a matrix's tensors in the header of a safetensors file, at most about."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan; its name, and the KL divergence from the dense model of each plan that was tried, where some were."""
+
+    plan: list[PlannedMatrix]
+    name: str | None = None
+    tried: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,8 @@ class Planner:
     checkpoint: Checkpoint
     open_model: Callable[..., StreamedModel]
     ids: Tensor
+    held_out: Tensor | None
+    """Sequences (N, T) that nothing is measured on, to try plans on."""
     matrices: Sequence[Sequence[Matrix]]
     identity: dict[str, Any]
     folder: Path
@@ -42,7 +62,7 @@ class Planner:
             model, self.ids, self.matrices, self.recipe, self.identity, self.folder, self.reporter
         )  # fmt: skip
 
-    def plan(self, model: StreamedModel, fisher: dict[str, Tensor]) -> list[PlannedMatrix]:
+    def plan(self, model: StreamedModel, fisher: dict[str, Tensor]) -> Chosen:
         recipe = self.recipe
         measured: dict[str, float] = {}
         if wants_sensitivity(recipe):
@@ -50,19 +70,36 @@ class Planner:
             on = self.open_model(eager=True) if measure_of(recipe) == "hutchinson" else model
             measured = sensitivities(on, self.ids, self.matrices, recipe, self.identity, self.folder, self.reporter)
         if not wants_curves(recipe):
-            return allocate(recipe, self.matrices, measured)
+            return Chosen(allocate(recipe, self.matrices, measured))
         curves = loss_curves(
             model, self.ids, self.matrices, fisher, recipe, solver_options(recipe), self.identity, self.folder,
             self.reporter,
         )  # fmt: skip
-        if not recipe.has_budget:
-            return allocate(recipe, self.matrices, measured, curves)
-        return allocate_bytes(recipe, self.matrices, curves, self.num_bytes(), self.dtype())
+        if recipe.has_budget:
+            plans = allocate_bytes(recipe, self.matrices, curves, self.num_bytes(), self.dtype())
+        elif wants_trial(recipe):
+            plans = candidates(recipe, self.matrices, curves)
+        else:
+            return Chosen(allocate(recipe, self.matrices, measured, curves))
+        return self.best_of(model, fisher, plans)
+
+    def best_of(self, model: StreamedModel, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> Chosen:
+        """The plan that does least harm on the held-out text; the first, where there is none or nothing to choose."""
+        likeliest = next(iter(plans))
+        if len(plans) == 1 or not wants_trial(self.recipe) or self.held_out is None:
+            return Chosen(plans[likeliest], likeliest)
+        ids = self.ids[: self.recipe.sensitivity_sequences]
+        tried = try_plans(
+            model, ids, self.held_out, self.matrices, fisher, plans, solver_options(self.recipe), self.reporter
+        )  # fmt: skip
+        best = min(tried, key=lambda name: tried[name])
+        self.reporter.say(f"Plan: {best} ({', '.join(f'{name} {kl:.4f}' for name, kl in tried.items())} nats of KL).")
+        return Chosen(plans[best], best, tried)
 
     def check_budget(self) -> None:
         """Raises InputError, before anything is measured, for a size that cannot be reached."""
         if self.recipe.has_budget:
-            allocate_bytes(self.recipe, self.matrices, None, self.num_bytes(), self.dtype())
+            check_bytes(self.recipe, self.matrices, self.num_bytes(), self.dtype())
 
     def num_bytes(self) -> int:
         """What the recipe's budget leaves for the matrices."""

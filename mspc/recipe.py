@@ -16,6 +16,8 @@ MIXED_PATTERN = "N:16"  # the allocator chooses N per matrix
 MIXED_OF = 16
 ROW = "row"  # a group size of None, in TOML and on the command line
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+CURVES, AUTO = "curves", "auto"
+"""The allocators that need loss curves: their plan of least predicted loss, and the best of several plans when tried."""
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -23,10 +25,10 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 32,
     },
     "default": {
-        "solver": "kfac", "iterations": 30, "propagation": 1.0, "allocator": "curves", "sensitivity_sequences": 32,
+        "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": "auto", "sensitivity_sequences": 32,
     },
     "best": {
-        "solver": "kfac", "iterations": 60, "propagation": 1.0, "allocator": "curves", "sensitivity_sequences": 128,
+        "solver": "kfac", "iterations": 60, "propagation": 1.0, "allocator": "auto", "sensitivity_sequences": 128,
     },
 }  # fmt: skip
 """What a recipe leaves open."""
@@ -62,10 +64,10 @@ class Recipe:
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
-    """How sparsity is shared out: curves (least predicted loss), uniform, trace-rank, layer-trace-rank, owl, alpha,
-    depth."""
+    """How sparsity is shared out: curves (least predicted loss), auto (that or another plan, whichever does best on text
+    that was held out), uniform, trace-rank, layer-trace-rank, owl, alpha, depth."""
     alpha: float | None = None
-    """Half-width of the allocators but curves and uniform: sparsities lie within about sparsity +- alpha, or sparsity
+    """Half-width of the allocators but auto, curves and uniform: sparsities lie within about sparsity +- alpha, or sparsity
     (1 +- alpha) with the allocator alpha. None: the allocator's own."""
     sensitivity: str = "hutchinson"
     """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
@@ -102,7 +104,7 @@ class Recipe:
             raise unknown("effort", self.effort, EFFORTS)
         if self.solver == "mask":
             object.__setattr__(self, "propagation", 0.0)
-        chosen = EFFORTS[self.effort] | ({"allocator": "curves"} if self.has_budget else {})
+        chosen = EFFORTS[self.effort] | ({"allocator": AUTO} if self.has_budget else {})
         for name, value in chosen.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -148,8 +150,8 @@ class Recipe:
             raise InputError(f"bits_per_weight must lie in (0, 32], not {self.bits_per_weight}.")
         if self.target_size is not None:
             _ = self.target_bytes
-        if self.allocator != "curves":
-            raise InputError(f"A budget needs the allocator curves, not {self.allocator}.")
+        if self.allocator not in (AUTO, CURVES):
+            raise InputError(f"A budget needs the allocator auto or curves, not {self.allocator}.")
 
     @property
     def has_budget(self) -> bool:

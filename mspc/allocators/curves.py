@@ -8,7 +8,7 @@ to a fraction of the budget, and the result is exact for costs that are so much 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy
 from numpy.typing import NDArray
@@ -25,11 +25,13 @@ class Curve:
     """Predicted increase of the loss (nats a token) of one matrix at some sparsities, ascending from above 0.
 
     `rounding` says how much more rounding what is kept costs: for some bits, (sparsity, loss) ascending from 0.
+    `curvature` is the mean diagonal of the Gauss-Newton matrix of the weights, which trace rank ranks by.
     """
 
     sparsities: tuple[float, ...]
     losses: tuple[float, ...]
     rounding: dict[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    curvature: float = 0.0
 
     def at(self, sparsity: float, bits: int = 16) -> float:
         """Straight between the logarithms of the losses; below the first sparsity, the power law of the first two."""
@@ -42,6 +44,11 @@ class Curve:
             power = max((logs[1] - logs[0]) / math.log(second / first), 1.0) if len(logs) > 1 else 1.0
             return more + math.exp(logs[0] + power * math.log(sparsity / first))
         return more + math.exp(float(numpy.interp(sparsity, self.sparsities, logs)))
+
+    def weighed(self, weight: float) -> "Curve":
+        """The curve with `weight` times the losses of rounding."""
+        rounding = {bits: tuple((s, weight * loss) for s, loss in points) for bits, points in self.rounding.items()}
+        return replace(self, rounding=rounding)
 
     def _rounded(self, sparsity: float, bits: int) -> float:
         """Likewise; beyond the last sparsity that was measured it stays."""

@@ -21,15 +21,15 @@ from mspc.linalg import precise_matmul
 from mspc.masks import check_divides, kth_lowest, num_pruned, select
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
-from mspc.solvers.quadratic import Quadratic, quadratic
+from mspc.solvers.quadratic import Quadratic, quadratic, refine
 from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
 FIRST_RHO = 0.1
-ROUND = 3
+ROUND = 2
 """Iterations with one rho."""
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """rho's factor where more than this share of the support changed in a round."""
-CG_STEPS = 10
+CG_STEPS = 5
 PATH_RHO, PATH_GROWTH, PATH_ITERATIONS, PATH_CG_STEPS = 0.3, 1.2, 4, 2
 
 
@@ -62,7 +62,7 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
             for _ in range(PATH_ITERATIONS):
                 _, support, sparse = _iterate(form, wanted, multiplier, sparse, rho, pattern)
                 rho *= PATH_GROWTH
-            values = _refine(form, support, sparse, PATH_CG_STEPS)
+            values = refine(form, support, sparse, PATH_CG_STEPS)
             yield form.weight(values), form.loss(values)
 
 
@@ -74,7 +74,7 @@ def _solve(
     with precise_matmul():
         form = quadratic(weight, stats, outputs, options.damp, name)
         mask, values = _search(form, target.pattern, options.iterations)
-        kept = torch.where(mask, form.weight(_refine(form, mask, values, CG_STEPS)), 0.0)
+        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
     kept[:, form.dead] = torch.where(mask, weight, 0.0)[:, form.dead]  # nothing depends on them
     if bool(mask.all()):
         kept = weight
@@ -126,32 +126,3 @@ def _largest(values: Tensor, pattern: Pattern) -> Tensor:
     if count == 0:
         return torch.ones_like(values, dtype=torch.bool)
     return magnitudes > kth_lowest(magnitudes, count)
-
-
-def _refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
-    """Conjugate gradients for S B G = S B0 G on the support; what is independent has steps of its own.
-
-    Without an output factor that is every row, with one every block of it. The diagonal is 1 already.
-    """
-    tiny = torch.finfo(values.dtype).tiny
-    num_parts = len(values) if form.outputs is None else len(form.outputs)
-
-    def dot(one: Tensor, other: Tensor) -> Tensor:
-        return (one * other).view(num_parts, -1).sum(1)
-
-    def each(numbers: Tensor) -> Tensor:
-        return numbers.repeat_interleave(len(values) // num_parts)[:, None]
-
-    residual = form.apply(form.target - values) * mask
-    direction = residual.clone()
-    norm = dot(residual, residual)
-    for _ in range(steps):
-        image = form.apply(direction) * mask
-        curvature = dot(direction, image)
-        step = each(torch.where(curvature > 0, norm / curvature.clamp_min(tiny), 0.0))
-        values = values + step * direction
-        residual = residual - step * image
-        following = dot(residual, residual)
-        direction = residual + each(torch.where(norm > 0, following / norm.clamp_min(tiny), 0.0)) * direction
-        norm = following
-    return values

@@ -11,5 +11,5 @@ class SolverOptions:
     """First rung of the damping ladder, as a share of the mean diagonal of the Gram."""
     activation_order: bool = False
     """Settle the columns with the largest inputs first (grids then have static groups)."""
-    iterations: int = 30
+    iterations: int = 20
     """Of the search of the kfac and admm solvers."""

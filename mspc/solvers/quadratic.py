@@ -10,7 +10,8 @@ Both factors are divided by their diagonals: G = D^-1 H D^-1, and the same for S
 the square root of the diagonal of S.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,18 +26,24 @@ OUTPUT_DAMP = 0.05
 
 @dataclass(frozen=True)
 class Quadratic:
-    """`target` (O, I); the factors `gram` (I, I) and `outputs` (K, B, B) or None; their eigenvalues and vectors."""
+    """`target` (O, I) and the factors `gram` (I, I) and `outputs` (K, B, B), or None for S = 1."""
 
+    name: str
     target: Tensor
     gram: Tensor
     outputs: Tensor | None
-    eigenvalues: Tensor
-    vectors: Tensor
-    output_eigenvalues: Tensor
-    output_vectors: Tensor | None
     scale: Tensor
     """(O, I) or what broadcasts to it: scaled weights are weights times this."""
     dead: Tensor
+    inverses: dict[float, Tensor] = field(default_factory=dict)
+    """(G + rho)^-1 of the latest rho, where S = 1."""
+
+    @cached_property
+    def spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Eigenvalues (I,) and vectors (I, I) of `gram`, and those of `outputs`, (O,) and (K, B, B)."""
+        assert self.outputs is not None
+        of_outputs, output_vectors = _eigen(self.outputs, self.name)
+        return *_eigen(self.gram, self.name), of_outputs.flatten(), output_vectors
 
     def apply(self, values: Tensor) -> Tensor:
         """S X H of scaled values (O, I)."""
@@ -50,10 +57,19 @@ class Quadratic:
 
     def solve(self, values: Tensor, rho: float) -> Tensor:
         """X of S X H + rho X = values."""
-        transposed = None if self.output_vectors is None else self.output_vectors.mT
-        rotated = self.between(transposed, values @ self.vectors)
-        rotated /= self.output_eigenvalues[:, None] * self.eigenvalues + rho
-        return self.between(self.output_vectors, rotated) @ self.vectors.T
+        if self.outputs is None:
+            return values @ self.inverse(rho)
+        eigenvalues, vectors, of_outputs, output_vectors = self.spectra
+        rotated = self.between(output_vectors.mT, values @ vectors)
+        rotated /= of_outputs[:, None] * eigenvalues + rho
+        return self.between(output_vectors, rotated) @ vectors.T
+
+    def inverse(self, rho: float) -> Tensor:
+        if rho not in self.inverses:
+            self.inverses.clear()
+            shifted = self.gram + rho * torch.eye(len(self.gram), device=self.gram.device)
+            self.inverses[rho] = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        return self.inverses[rho]
 
     def loss(self, values: Tensor) -> float:
         """tr(S E H E^T) of scaled weights, with E their distance from the target."""
@@ -70,8 +86,6 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     gram, dead = regularized(stats.gram, damp)
     scale = gram.diagonal().sqrt()
     gram = gram / scale[:, None] / scale
-    eigenvalues, vectors = _eigen(gram, name)
-    output_eigenvalues, output_vectors = torch.ones(len(weight), device=weight.device), None
     scales = scale[None, :]
     if outputs is not None:
         diagonal = outputs.diagonal(dim1=-2, dim2=-1)
@@ -79,13 +93,38 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
         outputs = outputs + torch.diag_embed(torch.full_like(diagonal, OUTPUT_DAMP * mean or 1.0))
         output_scale = outputs.diagonal(dim1=-2, dim2=-1).sqrt()
         outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :]
-        blocks, output_vectors = _eigen(outputs, name)
-        output_eigenvalues = blocks.flatten()
         scales = output_scale.flatten()[:, None] * scales
     target = torch.where(dead, 0.0, weight * scales)  # weights of dead inputs are worth nothing
-    return Quadratic(
-        target, gram, outputs, eigenvalues, vectors, output_eigenvalues, output_vectors, scales, dead
-    )  # fmt: skip
+    return Quadratic(name, target, gram, outputs, scales, dead)
+
+
+def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
+    """Conjugate gradients for S B G = S B0 G on the support; what is independent has steps of its own.
+
+    Without an output factor that is every row, with one every block of it. The diagonal is 1 already.
+    """
+    tiny = torch.finfo(values.dtype).tiny
+    num_parts = len(values) if form.outputs is None else len(form.outputs)
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).view(num_parts, -1).sum(1)
+
+    def each(numbers: Tensor) -> Tensor:
+        return numbers.repeat_interleave(len(values) // num_parts)[:, None]
+
+    residual = form.apply(form.target - values) * mask
+    direction = residual.clone()
+    norm = dot(residual, residual)
+    for _ in range(steps):
+        image = form.apply(direction) * mask
+        curvature = dot(direction, image)
+        step = each(torch.where(curvature > 0, norm / curvature.clamp_min(tiny), 0.0))
+        values = values + step * direction
+        residual = residual - step * image
+        following = dot(residual, residual)
+        direction = residual + each(torch.where(norm > 0, following / norm.clamp_min(tiny), 0.0)) * direction
+        norm = following
+    return values
 
 
 def _eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:

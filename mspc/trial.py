@@ -1,0 +1,96 @@
+"""Trying plans before one is chosen: what each costs the model on text that nothing was measured on.
+
+All plans are tried in one walk through the dense model. Every matrix gets a quick stand-in for the solver: the weights
+stay whose loss alone is largest, they take a few steps of conjugate gradients, and are rounded if the plans differ in
+that. The held-out text goes through each block once for every plan.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from mspc.blocks import Batch, advance, batches_of
+from mspc.linalg import precise_matmul
+from mspc.masks import select
+from mspc.models import StreamedModel
+from mspc.perplexity import mean_divergence
+from mspc.report import Reporter
+from mspc.solvers import SolverOptions
+from mspc.solvers.obs import obs
+from mspc.solvers.quadratic import Quadratic, quadratic, refine
+from mspc.types import Matrix, PlannedMatrix, Target
+from mspc.walk import Visit, install, matrix_of, walk
+
+CG_STEPS = 2
+
+
+def try_plans(
+    model: StreamedModel,
+    ids: Tensor,
+    held_out: Tensor,
+    matrices: Sequence[Sequence[Matrix]],
+    fisher: Mapping[str, Tensor],
+    plans: Mapping[str, Sequence[PlannedMatrix]],
+    options: SolverOptions,
+    reporter: Reporter,
+) -> dict[str, float]:
+    """KL divergence from the dense model on `held_out` (N, T), nats a token, by name of the plan.
+
+    `ids` (N, T) are what the Grams are measured on, `fisher` the Fisher factors by matrix name.
+    """
+    targets = {name: {matrix.name: matrix.target for matrix in plan} for name, plan in plans.items()}
+    round_too = len({target.grid for of_plan in targets.values() for target in of_plan.values()}) > 1
+    dense = batches_of(model, held_out)
+    streams = {name: batches_of(model, held_out) for name in plans}
+    weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
+    passed = 0
+    with reporter.stage("Trying plans", sum(map(len, matrices))) as step:
+        # The walk is at the next block when a group ends, so this one can be loaded again.
+        for index, visits in groupby(walk(model, batches_of(model, ids), matrices), key=lambda visit: visit.block):
+            for visit in visits:
+                form = _form(visit, fisher, options)
+                for name, of_plan in targets.items():
+                    target = of_plan[visit.matrix.name]
+                    if not round_too:
+                        target = Target(target.pattern)
+                    weights[name][visit.matrix] = _stand_in(visit, form, target, options)
+                step(visit.matrix.name)
+            for block in range(passed, index + 1):
+                _pass(model, block, dense, {})
+                for name, batches in streams.items():
+                    _pass(model, block, batches, weights[name] if block == index else {})
+            weights = {name: {} for name in plans}
+            passed = index + 1
+    for block in range(passed, len(model.blocks)):
+        for batches in (dense, *streams.values()):
+            _pass(model, block, batches, {})
+    with torch.no_grad(), model.loaded_outer():
+        return {name: mean_divergence(model, dense, batches) for name, batches in streams.items()}
+
+
+def _form(visit: Visit, fisher: Mapping[str, Tensor], options: SolverOptions) -> Quadratic:
+    weight, name = visit.weight.float(), visit.matrix.name
+    return quadratic(weight, visit.stats, fisher[name].to(weight.device), options.damp, name)
+
+
+def _stand_in(visit: Visit, form: Quadratic, target: Target, options: SolverOptions) -> Tensor:
+    """Weights (O, I) of about the loss that the solver would reach."""
+    score = form.target.square()
+    score[:, form.dead] = -1.0
+    mask = select(score, target.pattern, per_row=False)
+    with precise_matmul():
+        kept = torch.where(mask, form.weight(refine(form, mask, form.target * mask, CG_STEPS)), 0.0)
+    if target.grid is None:
+        return kept
+    return obs(kept, replace(visit.stats, fisher=None), target, options, visit.matrix.name, mask).weight
+
+
+def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:
+    """Move batches through a block that has these weights, and its own for the rest."""
+    with model.loaded(index) as block:
+        for matrix, weight in weights.items():
+            install(matrix_of(model, block, index, matrix), weight)
+        advance(model, index, block, batches)
