@@ -59,6 +59,8 @@ class Recipe:
     """Of the search of kfac and admm."""
     propagation: float | None = None
     """In [0, 1]: how far each matrix makes good what the matrices before it have lost. 0 with the mask solver."""
+    reconstruct: int = 0
+    """So many steps of tuning the kept weights of each attention and MLP towards what it returns in the dense model."""
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
@@ -115,6 +117,7 @@ class Recipe:
             self._check_budget()
         if self.bits not in (16, 8, 4, 3, 2):
             raise InputError(f"bits must be 16 (no rounding), 8, 4, 3 or 2, not {self.bits}.")
+        self._check_reconstruct()
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         for name in ("num_sequences", "sensitivity_sequences", "sensitivity_probes", "group_size", "iterations"):
@@ -133,6 +136,15 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise InputError(f"skip: {pattern!r} is not a regular expression ({error}).") from error
+
+    def _check_reconstruct(self) -> None:
+        if self.reconstruct < 0:
+            raise InputError(f"reconstruct must be at least 0, not {self.reconstruct}: it is a number of steps.")
+        if self.reconstruct and (self.bits != 16 or self.has_budget):
+            how = "a budget chooses bits" if self.has_budget else f"bits is {self.bits}"
+            raise InputError(f"reconstruct tunes weights that are not rounded, and {how}; leave one of the two out.")
+        if self.reconstruct and self.num_sequences < 2:
+            raise InputError("reconstruct holds back a part of the calibration text, so num_sequences must be above 1.")
 
     def _check_budget(self) -> None:
         given = {"sparsity": self.sparsity is not None, "bits": self.bits != 16, "plan": self.plan is not None}
