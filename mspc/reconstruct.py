@@ -26,7 +26,7 @@ from mspc.types import Matrix
 TOKENS_PER_STEP = 1024
 HELD_BACK = 8
 """One in so many batches, the last ones, is not tuned on, but decides whether the tuned weights are better."""
-RATE = 0.02
+RATE = 0.03
 """The first step of a weight, as a share of the root mean square of the kept weights of its matrix."""
 BETAS = (0.9, 0.95)
 
