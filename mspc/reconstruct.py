@@ -24,6 +24,7 @@ from mspc.models import StreamedModel
 from mspc.types import Matrix
 
 TOKENS_PER_STEP = 1024
+"""A step sees one batch, of at most about so many tokens."""
 HELD_BACK = 8
 """One in so many batches, the last ones, is not tuned on, but decides whether the tuned weights are better."""
 RATE = 0.03

@@ -1,4 +1,4 @@
-"""Reconstruction against hooks on whole transformers models, float64 least squares, and the bytes of undisturbed runs."""
+"""Reconstruction against hooks on whole transformers models, float64 least squares, and bytes of undisturbed runs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -113,12 +113,11 @@ def rows(artifact: mspc.Artifact) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_masks_are_obeyed_and_rows_describe_what_is_stored(pattern, compress, folder_of, tmp_path):
+def test_masks_are_obeyed_and_rows_describe_what_is_stored(pattern, compress, tmp_path):
     """Oracles: the masks of the run without tuning, which the first block shares; the stored tensors themselves."""
     sparsity = {"sparsity": 0.5, "pattern": pattern}
     before = compress(tmp_path / "before", reconstruct=0, **sparsity)
     after = compress(tmp_path / "after", **sparsity)
-    original = tiny.tensors(folder_of("llama"))
     for old, new in zip(rows(before), rows(after), strict=True):
         was, now = read_matrix(before.path, old), read_matrix(after.path, new)
         assert bool((now.weight[~now.mask] == 0).all())
@@ -129,17 +128,15 @@ def test_masks_are_obeyed_and_rows_describe_what_is_stored(pattern, compress, fo
         assert list(new) == list(old)
         if ".layers.0." in new["name"]:
             assert torch.equal(was.mask, now.mask)
-            assert 0 < float((now.weight - original[new["tensor"]]).square().sum())
             assert new["output_error"] != old["output_error"]
 
 
-def test_the_error_of_a_tuned_matrix_is_that_of_its_stored_weights(folder_of, calibration, compress, tmp_path):
+def test_the_error_of_a_tuned_matrix_is_that_of_its_stored_weights(folder_of, calibration, tuned):
     """Oracle: float64 products with what the first matrix reads in the transformers model."""
-    artifact = compress(tmp_path / "out")
-    row, folder = rows(artifact)[0], folder_of("llama")
+    row, folder = rows(tuned)[0], folder_of("llama")
     ids = calibration_tokens(load_tokenizer(folder), str(calibration), SEQUENCES, 32, 0).ids
     inputs = tiny.inputs_of(tiny.reference(folder), ids, [row["name"]])[row["name"]].double()
-    dense, stored = tiny.tensors(folder)[row["tensor"]].double(), read_matrix(artifact.path, row).weight.double()
+    dense, stored = tiny.tensors(folder)[row["tensor"]].double(), read_matrix(tuned.path, row).weight.double()
     error = (inputs @ (dense - stored).T).square().sum() / (inputs @ dense.T).square().sum()
     assert row["output_error"] == pytest.approx(float(error), rel=1e-4)
 
