@@ -55,7 +55,7 @@ def batches_of(
             hidden, calls = _capture(model, part)
             if batches:
                 calls = [_shared(call, first) for call, first in zip(calls, batches[0].calls, strict=True)]
-            batches.append(Batch(part, _stored(hidden, spill), calls))
+            batches.append(Batch(part, stored(hidden, spill), calls))
     return batches
 
 
@@ -157,7 +157,7 @@ def _shared(call: Call, first: Call) -> Call:
     return Call(same(call.args, first.args), kwargs)
 
 
-def _stored(hidden: Tensor, spill: Path | None) -> Tensor:
+def stored(hidden: Tensor, spill: Path | None) -> Tensor:
     """A copy in host memory, or in a file that vanishes with the tensor."""
     if spill is None:
         return hidden.cpu().clone()

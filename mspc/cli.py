@@ -105,6 +105,9 @@ def compress(
         float | None,
         option("How far a matrix makes good what those before it lost, in 0 .. 1.", "1*", rich_help_panel=HOW),
     ] = None,
+    reconstruct: Annotated[
+        int | None, option("Steps that tune what attention and MLP keep; not with --bits.", 0, rich_help_panel=HOW)
+    ] = None,
     criterion: Annotated[
         str | None, option("Which weights go: isc, obs, wanda, ria, magnitude.", "isc", rich_help_panel=HOW)
     ] = None,
@@ -214,7 +217,7 @@ def compress(
     given = {
         "sparsity": sparsity, "pattern": pattern, "bits": bits,
         "bits_per_weight": bits_per_weight, "target_size": target_size, "asymmetric": asymmetric, "effort": effort,
-        "solver": solver, "iterations": iterations, "propagation": propagation,
+        "solver": solver, "iterations": iterations, "propagation": propagation, "reconstruct": reconstruct,
         "criterion": criterion, "allocator": allocator, "alpha": alpha, "sensitivity": sensitivity,
         "sensitivity_sequences": sensitivity_sequences, "sensitivity_probes": sensitivity_probes, "damp": damp,
         "activation_order": activation_order, "calibration": calibration, "num_sequences": num_sequences,

@@ -144,7 +144,7 @@ class HessianTrace:
         """Random signs of every weight of a block; the same when the backward pass asks again."""
         signs = {}
         for name, weight in weights.items():
-            generator = torch.Generator().manual_seed(_seed_of(self.seed, place, name))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, place, name))
             bits = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
             signs[name] = (2 * bits - 1).to(weight)
         return signs
@@ -252,6 +252,6 @@ def _on(device: torch.device | str, state: State) -> State:
     return tuple(part.to(device) for part in state)
 
 
-def _seed_of(*parts: object) -> int:
+def seed_of(*parts: object) -> int:
     """A seed that depends on all parts and on nothing else (Python's own hash differs between runs)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1

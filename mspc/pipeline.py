@@ -38,7 +38,8 @@ from mspc.output import check_space, held, publish, working_folder
 from mspc.plan import read_plan, target_to_dict, write_plan
 from mspc.planning import Chosen, Planner
 from mspc.recipe import AUTO, CURVES, DTYPES, Recipe
-from mspc.report import ConsoleReporter, Reporter, mixture_lines
+from mspc.reconstruct import batch_size
+from mspc.report import ConsoleReporter, Reporter, mixture_lines, reconstruction_line
 from mspc.saliency import CRITERIA
 from mspc.sensitivity import SENSITIVITIES
 from mspc.solve_blocks import solve_blocks, solver_options
@@ -291,6 +292,11 @@ class _Run:
         """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
         check_plan(plan)
         for matrix in plan:
+            if self.recipe.reconstruct and matrix.target.grid:
+                raise InputError(
+                    f"{matrix.name}: the plan rounds it to {matrix.target.grid.bits} bits, and reconstruct tunes "
+                    "weights that are not rounded; set its bits to 16, or leave reconstruct out."
+                )
             if self.recipe.solver == "obs" or (self.recipe.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
@@ -332,13 +338,17 @@ class _Run:
     ) -> None:
         left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
         with self.reporter.stage("Compressing", left) as step:
-            batches = batches_of(model, tokens.ids, spill)
-            dense = batches_of(model, tokens.ids, spill) if self.recipe.propagation else ()
+            recipe, size = self.recipe, batch_size(*tokens.ids.shape) if self.recipe.reconstruct else None
+            batches = batches_of(model, tokens.ids, spill, size)
+            beside = recipe.propagation or recipe.reconstruct
+            dense = batches_of(model, tokens.ids, spill, size) if beside else ()
             solved = solve_blocks(
-                model, batches, matrices, plan, self.recipe, self.folder, journal, dense=dense, fisher=fisher
+                model, batches, matrices, plan, recipe, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
             for name in solved:
                 step(name)
+        if recipe.reconstruct:
+            self.reporter.say(reconstruction_line(journal.blocks))
 
     def write_manifest(
         self, header: dict[str, Any], plan: Sequence[PlannedMatrix], checkpoint: Checkpoint, journal: Journal
@@ -360,6 +370,8 @@ class _Run:
             "files": files,
             "matrices": rows,
         }
+        if self.recipe.reconstruct:
+            manifest["reconstruction"] = [part for entry in journal.blocks for part in entry["reconstruction"]]
         shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
         Journal.discard(self.folder)

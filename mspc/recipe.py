@@ -17,7 +17,7 @@ MIXED_OF = 16
 ROW = "row"  # a group size of None, in TOML and on the command line
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CURVES, AUTO = "curves", "auto"
-"""The allocators that need loss curves: their plan of least predicted loss, and the best of several plans when tried."""
+"""The allocators that need loss curves: the plan of least predicted loss, and the best of several when tried."""
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -61,13 +61,15 @@ class Recipe:
     """Of the search of kfac and admm."""
     propagation: float | None = None
     """In [0, 1]: how far each matrix makes good what the matrices before it have lost. 0 with the mask solver."""
+    reconstruct: int = 0
+    """So many steps of tuning the kept weights of each attention and MLP towards what it returns in the dense model."""
     criterion: str = "isc"
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
-    """How sparsity is shared out: curves (least predicted loss), auto (that or another plan, whichever does best on text
-    that was held out), uniform, trace-rank, layer-trace-rank, owl, alpha, depth."""
+    """How sparsity is shared out: auto (the best of several plans on text that was held out), curves (least predicted
+    loss), uniform, trace-rank, layer-trace-rank, owl, alpha, depth."""
     alpha: float | None = None
-    """Half-width of the allocators but auto, curves and uniform: sparsities lie within about sparsity +- alpha, or sparsity
+    """Half-width of the other allocators but uniform: sparsities lie within about sparsity +- alpha, or sparsity
     (1 +- alpha) with the allocator alpha. None: the allocator's own."""
     sensitivity: str = "hutchinson"
     """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
@@ -119,6 +121,7 @@ class Recipe:
             self._check_budget()
         if self.bits not in (16, 8, 4, 3, 2):
             raise InputError(f"bits must be 16 (no rounding), 8, 4, 3 or 2, not {self.bits}.")
+        self._check_reconstruct()
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         for name in ("num_sequences", "sensitivity_sequences", "sensitivity_probes", "group_size", "iterations"):
@@ -138,6 +141,15 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise InputError(f"skip: {pattern!r} is not a regular expression ({error}).") from error
+
+    def _check_reconstruct(self) -> None:
+        if self.reconstruct < 0:
+            raise InputError(f"reconstruct must be at least 0, not {self.reconstruct}: it is a number of steps.")
+        if self.reconstruct and (self.bits != 16 or self.has_budget):
+            how = "a budget chooses bits" if self.has_budget else f"bits is {self.bits}"
+            raise InputError(f"reconstruct tunes weights that are not rounded, and {how}; leave one of the two out.")
+        if self.reconstruct and self.num_sequences < 2:
+            raise InputError("reconstruct holds back a part of the calibration text, so num_sequences must be above 1.")
 
     def _check_budget(self) -> None:
         given = {"sparsity": self.sparsity is not None, "bits": self.bits != 16, "plan": self.plan is not None}

@@ -147,6 +147,19 @@ def mixture_lines(plan: Sequence[PlannedMatrix]) -> list[str]:
     return lines
 
 
+def reconstruction_line(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """What tuning gained over all parts, from the commits of the blocks; errors are means of relative ones."""
+    parts = [part for block in blocks for part in block["reconstruction"]]
+    if not parts:
+        return "Reconstruction: no block has a part with several compressed matrices, so nothing was tuned."
+    before, after = (sum(part[f"error_{when}"] for part in parts) / len(parts) for when in ("before", "after"))
+    seconds, tuned = sum(block["seconds"] for block in blocks), sum(part["tuned"] for part in parts)
+    return (
+        f"Reconstruction: {tuned} of {len(parts)} parts are nearer to the dense model on text held back, mean relative "
+        f"error {before:.4f} before and {after:.4f} after, {seconds:.1f} s."
+    )
+
+
 def summary(manifest: dict[str, Any]) -> str:
     """The run in one paragraph."""
     sparsity = manifest["sparsity"]

@@ -1,11 +1,13 @@
 """Walk through a model, solve every matrix by the plan, and commit each block as soon as it is solved."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mspc.artifact import MATRICES, read_matrix
 from mspc.blocks import Batch
@@ -15,12 +17,13 @@ from mspc.formats import canonical
 from mspc.journal import Journal
 from mspc.linalg import output_error
 from mspc.models import StreamedModel
-from mspc.plan import target_to_dict
+from mspc.plan import target_from_dict, target_to_dict
 from mspc.recipe import Recipe
+from mspc.reconstruct import reconstruct
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.propagation import propagated
-from mspc.types import Matrix, PlannedMatrix
-from mspc.walk import Visit, install, walk
+from mspc.types import CompressedLinear, Matrix, PlannedMatrix
+from mspc.walk import Visit, install, matrix_of, walk
 
 
 def solve_blocks(
@@ -34,27 +37,73 @@ def solve_blocks(
     *,
     dense: Sequence[Batch] = (),
     fisher: dict[str, Tensor] | None = None,
+    spill: Path | None = None,
 ) -> Iterator[str]:
     """The name of each matrix when it is solved. Blocks that the journal holds are installed, not solved again.
 
-    `dense` are the batches once more, for propagation; `fisher` the Fisher factors by matrix name.
+    `dense` are the batches once more, for propagation and reconstruction, which keeps activations in `spill`; `fisher`
+    the Fisher factors by matrix name.
     """
     planned = {matrix.name: matrix for matrix in plan}
     options = solver_options(recipe)
-    rows: list[dict[str, Any]] = []
-    stored: dict[str, Tensor] = {}
-    for visit in walk(model, batches, matrices, _committed(folder, journal.blocks), dense=dense):
-        factor = fisher[visit.matrix.name].to(visit.weight.device) if fisher else None
-        row, tensors = solve_one(model, visit, planned[visit.matrix.name], recipe, options, factor)
-        row["file"] = f"{MATRICES}/{visit.block:05d}.safetensors"
-        rows.append(row)
-        stored |= {f"{visit.matrix.name}.{part}": tensor for part, tensor in tensors.items()}
-        if visit.is_last_of_block:
-            write_tensors(folder / row["file"], stored)
-            digest = sha256_of(folder / row["file"])
-            journal.commit({"block": visit.block, "file": row["file"], "sha256": digest, "matrices": rows})
-            rows, stored = [], {}
-        yield visit.matrix.name
+    solved: dict[Matrix, Solved] = {}
+
+    def commit(block: int, **more: Any) -> None:
+        file = f"{MATRICES}/{block:05d}.safetensors"
+        for of in solved.values():
+            of.row["file"] = file
+        write_tensors(
+            folder / file, {f"{m.name}.{part}": t for m, of in solved.items() for part, t in of.tensors.items()}
+        )
+        rows, digest = [of.row for of in solved.values()], sha256_of(folder / file)
+        journal.commit({"block": block, "file": file, "sha256": digest, "matrices": rows} | more)
+        solved.clear()
+
+    def finish(index: int, block: nn.Module, dense_block: nn.Module) -> None:
+        begin, parts = time.monotonic(), []
+        masks = {matrix: of.read().mask for matrix, of in solved.items()}
+        for part in reconstruct(
+            model, index, (block, dense_block), (batches, dense), masks, recipe.reconstruct, recipe.seed, spill
+        ):
+            for matrix, weight in part.weights.items():
+                dense_weight = matrix_of(model, dense_block, index, matrix).float()
+                install(matrix_of(model, block, index, matrix), solved[matrix].replace(weight, dense_weight))
+            parts.append(part.to_dict())
+        commit(index, reconstruction=parts, seconds=time.monotonic() - begin)
+
+    known, at_end = _committed(folder, journal.blocks), finish if recipe.reconstruct else None
+    for visit in walk(model, batches, matrices, known, dense=dense, finish=at_end):
+        matrix = visit.matrix
+        factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
+        row, tensors = solve_one(model, visit, planned[matrix.name], recipe, options, factor)
+        solved[matrix] = Solved(row, tensors, visit.stats.gram if recipe.reconstruct else None)
+        if visit.is_last_of_block and not recipe.reconstruct:
+            commit(visit.block)
+        yield matrix.name
+
+
+@dataclass
+class Solved:
+    """A matrix of a block that is not committed yet: its row of the manifest, its tensors as they are stored, and the
+    Gram that its error is measured by, where its weights may still change."""
+
+    row: dict[str, Any]
+    tensors: dict[str, Tensor]
+    gram: Tensor | None
+
+    def read(self) -> CompressedLinear:
+        num_out, num_in = self.row["shape"]
+        dtype = getattr(torch, self.row["dtype"])
+        return canonical.unpack(self.tensors, (num_out, num_in), target_from_dict(self.row), dtype, self.row["name"])
+
+    def replace(self, weight: Tensor, dense: Tensor) -> Tensor:
+        """Store another weight (O, I) on the same mask, and return it as it is stored; `dense` is the original."""
+        self.tensors = canonical.pack(replace(self.read(), weight=weight), weight.dtype)
+        result, gram = self.read(), cast(Tensor, self.gram)
+        installed = result.weight.to(dense.device)
+        self.row["sha256"], self.row["zeros"] = canonical.digest(result), int((result.weight == 0).sum())
+        self.row["output_error"] = output_error(dense, installed.float(), gram)
+        return installed
 
 
 def solver_options(recipe: Recipe) -> SolverOptions:

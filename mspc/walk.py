@@ -47,12 +47,14 @@ def walk(
     *,
     dense: Sequence[Batch] = (),
     memory: int | None = None,
+    finish: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> Iterator[Visit]:
     """Visit the matrices of every block; `batches` end as the outputs of the last block.
 
     `known(i)` may give the weights of block i by matrix name, if they were solved before: they are installed and the
     block is passed without a visit. `dense` are the same batches on their way through the dense model. Passes are
-    suspended in up to `memory` bytes (None: half of what is free).
+    suspended in up to `memory` bytes (None: half of what is free). `finish(i, block, dense_block)` is called after the
+    visits of block i, before any batch leaves it, and may change its weights.
     """
     for index, of_block in enumerate(matrices):
         with model.loaded(index) as block:
@@ -60,7 +62,7 @@ def walk(
             solved = known(index)
             if solved is None:
                 kept = _num_kept(model, batches, of_block, memory) // (2 if dense else 1)
-                yield from _Block(model, index, block, dense_block, of_block).visits(batches, dense, kept)
+                yield from _Block(model, index, block, dense_block, of_block, finish).visits(batches, dense, kept)
             else:
                 for matrix in of_block:
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
@@ -96,6 +98,7 @@ class _Block:
     block: nn.Module
     dense_block: nn.Module
     matrices: Sequence[Matrix]
+    finish: Callable[[int, nn.Module, nn.Module], None] | None
 
     def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
         seen: list[Matrix] = []
@@ -113,12 +116,24 @@ class _Block:
                 weight = matrix_of(self.model, self.block, self.index, matrix)
                 yield Visit(matrix, weight, stats, self.index, len(seen) == len(self.matrices))
             self.check_all(seen)
-            for batch, passage in (*zip(batches, passages, strict=True), *zip(dense, beside, strict=True)):
-                output = passage.stop(len(seen))
-                if isinstance(output, tuple):
-                    raise self.other_order(output[0])
-                arrive(self.model, self.index, batch, output)
-                passage.close()
+            if self.finish is None or not self.matrices:
+                self.arrive(batches, passages, dense, beside)
+                return
+        # The suspended passes are gone: what they hold was computed with weights that may change now.
+        self.finish(self.index, self.block, self.dense_block)
+        advance(self.model, self.index, self.block, batches)
+        advance(self.model, self.index, self.dense_block, dense)
+
+    def arrive(
+        self, batches: Sequence[Batch], passages: Sequence[Passage], dense: Sequence[Batch], beside: Sequence[Passage]
+    ) -> None:
+        """Let all suspended passes go on to the end of the block."""
+        for batch, passage in (*zip(batches, passages, strict=True), *zip(dense, beside, strict=True)):
+            output = passage.stop(len(self.matrices))
+            if isinstance(output, tuple):
+                raise self.other_order(output[0])
+            arrive(self.model, self.index, batch, output)
+            passage.close()
 
     @contextmanager
     def passages(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[Passage]]:

@@ -40,7 +40,7 @@ RECIPE_FLAGS = {
     *("--bits-per-weight", "--target-size"),
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
-    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype"),
+    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct"),
 }
 
 
@@ -202,6 +202,7 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
         (("--bits", 5), "bits must be 16 (no rounding), 8, 4, 3 or 2, not 5"),
         (("--bits-per-weight", 0), "bits_per_weight must lie in (0, 32], not 0"),
         (("--bits-per-weight", 3), "A budget needs the allocator curves, not uniform."),
+        (("--reconstruct", 9, "--bits", 4), "reconstruct tunes weights that are not rounded, and bits is 4; leave"),
         (("--target-size", "small"), "target_size must be a number with a unit, such as 2.2GB, not 'small'"),
         (("--target-size", "1GB", "--bits-per-weight", 3), "are both a budget; give one of them"),
         (("--target-size", "1GB", "--bits", 4), "bits_per_weight and target_size decide bits themselves"),

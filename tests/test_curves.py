@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracles import few
 
 import mspc
-from mspc.allocation import allocate, allocate_bytes
+from mspc.allocation import allocate, allocate_bytes, check_bytes
 from mspc.allocators.curves import Curve, by_curves, cheapest
 from mspc.blocks import batches_of
 from mspc.curves import SPARSITIES, measure_curves, read_curves, write_curves
@@ -175,7 +175,7 @@ def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be
     """Oracle: every uniform setting of pattern and bits, with its size as `canonical.pack` makes it."""
     recipe = Recipe(pattern=pattern, bits_per_weight=bits, group_size=16)
     total = sum(math.prod(shape) for shape in NAMES.values())
-    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)
+    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)["mixture"]
     size = sum(num_bytes(m.shape, m.target, torch.bfloat16) for m in plan)
     assert size <= bits * total / 8
     patterns = {"unstructured": [Unstructured(k / 8) for k in range(8)], "2:4": [Unstructured(0), NM(2, 4)]}
@@ -196,7 +196,7 @@ def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be
 
 def test_a_budget_that_is_too_small_names_the_smallest():
     with pytest.raises(InputError, match=r"leaves 0\.625 bits .* pattern unstructured allows is 1\.500; ask for"):
-        allocate_bytes(Recipe(bits_per_weight=0.5, group_size=16), MODEL, None, 80, torch.bfloat16)
+        check_bytes(Recipe(bits_per_weight=0.5, group_size=16), MODEL, 80, torch.bfloat16)
 
 
 @pytest.mark.parametrize("budget", ["bits_per_weight", "target_size"])

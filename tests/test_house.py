@@ -25,8 +25,16 @@ FLOORS = (
         *("mspc.journal", "mspc.artifact", "mspc.output", "mspc.sparse_folder"),
     },
     {"mspc.models", "mspc.tokens", "mspc.builtin_text"},
-    {"mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity"},
-    {"exporters", "mspc.curves", "mspc.measurements", "mspc.solve_blocks", "mspc.report", "mspc.planning"},
+    {"mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity", "mspc.reconstruct"},
+    {
+        "exporters",
+        "mspc.curves",
+        "mspc.measurements",
+        "mspc.solve_blocks",
+        "mspc.report",
+        "mspc.planning",
+        "mspc.trial",
+    },
     {"mspc.pipeline"},
     {"mspc.cli", "mspc.console", "mspc.__main__"},
 )

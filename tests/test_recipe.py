@@ -40,7 +40,7 @@ OTHER = {
 }
 
 
-BUDGETS = {"bits_per_weight", "target_size"}  # exclude the sparsity and bits above
+EXCLUDED = {"bits_per_weight", "target_size", "reconstruct"}  # by the sparsity or bits above
 
 
 def written(recipe: Recipe, folder: Path) -> Recipe:
@@ -51,14 +51,18 @@ def written(recipe: Recipe, folder: Path) -> Recipe:
 
 def test_every_field_has_another_value_here():
     default = Recipe()
-    assert set(OTHER) | BUDGETS == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(OTHER) | EXCLUDED == {field.name for field in dataclasses.fields(Recipe)}
     assert all(getattr(default, name) != value for name, value in OTHER.items())
 
 
 def test_toml_round_trip_of_every_field(tmp_path):
     recipe = Recipe(**OTHER)
     assert written(recipe, tmp_path) == recipe
-    assert tomllib.loads(recipe.to_toml()) == {**OTHER, "skip": list(OTHER["skip"])}
+    assert tomllib.loads(recipe.to_toml()) == {**OTHER, "skip": list(OTHER["skip"]), "reconstruct": 0}
+
+
+def test_reconstruct_survives_toml(tmp_path):
+    assert written(Recipe(sparsity=0.5, reconstruct=100), tmp_path) == Recipe(sparsity=0.5, reconstruct=100)
 
 
 def test_toml_of_the_defaults_says_what_they_stand_for(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +15,7 @@ from mspc.blocks import batches_of
 from mspc.errors import ActivationError, InputError
 from mspc.models import StreamedModel, open_model
 from mspc.types import Matrix
-from mspc.walk import Visit, install, walk
+from mspc.walk import Visit, install, matrix_of, walk
 
 CPU = torch.device("cpu")
 
@@ -120,6 +120,29 @@ def test_known_blocks_are_installed_and_not_visited(llama):
     assert [visit.matrix.name for visit in visits] == list(grams)[len(matrices[0]) :]
     assert all(torch.equal(visit.stats.gram, grams[visit.matrix.name]) for visit in visits)
     assert torch.equal(batches[0].hidden, expected[0].hidden)
+
+
+def test_weights_that_change_at_the_end_of_a_block_are_those_that_its_batches_pass(llama):
+    """Oracle: the same changes made by known blocks, which are installed before anything passes."""
+    model, ids = opened(llama), tiny.ids(3)
+    matrices = model.matrices(())
+    solved = {matrix.name: torch.full(matrix.shape, 0.01) for of_block in matrices for matrix in of_block}
+    streams = [batches_of(model, ids, batch_size=2) for _ in range(4)]
+    ended = []
+
+    def finish(index: int, block: nn.Module, dense_block: nn.Module) -> None:
+        ended.append(index)
+        assert not any(module._forward_pre_hooks for module in block.modules())
+        for matrix in matrices[index]:
+            install(matrix_of(model, block, index, matrix), solved[matrix.name])
+            assert not torch.equal(matrix_of(model, dense_block, index, matrix), solved[matrix.name])
+
+    blocks = [visit.block for visit in walk(model, streams[0], matrices, dense=streams[1], finish=finish)]
+    assert blocks == [0] * 7 + [1] * 7
+    assert ended == [0, 1]
+    list(walk(model, streams[2], matrices, lambda index: solved, dense=streams[3]))
+    for changed, expected in ((streams[0], streams[2]), (streams[1], streams[3])):
+        assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(changed, expected, strict=True))
 
 
 def assert_untouched(model: StreamedModel) -> None:
