@@ -41,7 +41,7 @@ def measure(model: StreamedModel, ids: Tensor) -> Iterator[Perplexity | None]:
 
 
 def mean_divergence(model: StreamedModel, dense: Sequence[Batch], batches: Sequence[Batch]) -> float:
-    """Mean KL(dense || other) over all tokens, in nats, from outputs of the last block. The outer part must be loaded."""
+    """Mean KL(dense || other) over all tokens, in nats, from outputs of the last block; the outer part is loaded."""
     total, tokens = 0.0, 0
     for one, other in zip(dense, batches, strict=True):
         for ids, reference, hidden in zip(one.ids, one.hidden, other.hidden, strict=True):
