@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mspc.allocators.curves import Curve
@@ -29,6 +30,8 @@ KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
 ROUNDED = (0, 1, 2, 4)
 """Where rounding is measured under a budget: without pruning, and at these places of the path, counted from 1."""
 SWEPT_BITS = (4, 3, 2)
+SAMPLED = 2
+"""Blocks of outputs that the curve of a matrix is measured on, where its Fisher factor has more of them."""
 
 
 def patterns_of(recipe: Recipe) -> list[Pattern]:
@@ -61,9 +64,14 @@ def measure_curves(
 
 def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOptions, name: str) -> Curve:
     """The curve of one matrix (O, I), with what rounding costs where the recipe leaves the bits open."""
-    patterns = patterns_of(recipe)
+    patterns, mean_curvature = patterns_of(recipe), curvature(stats)
     form = quadratic(weight, stats, stats.fisher, options.damp, name)
     half_tokens = 1 / (2 * stats.num_tokens)
+    if stats.fisher is not None and len(stats.fisher) > SAMPLED:
+        whole = form.loss(torch.zeros_like(weight))
+        weight, stats = _sampled(weight, stats)
+        form = quadratic(weight, stats, stats.fisher, options.damp, name)
+        half_tokens *= whole / (form.loss(torch.zeros_like(weight)) or 1.0)
     if recipe.solver in ("kfac", "admm"):
         path = error_path(form, patterns)
     else:
@@ -89,8 +97,16 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
         tuple(pattern.sparsity for pattern in patterns),
         tuple(loss * half_tokens for loss in losses[1:]),
         {bits: tuple(points) for bits, points in rounded.items()},
-        curvature(stats),
+        mean_curvature,
     )
+
+
+def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
+    """Some blocks of outputs, in equal distances, where the Fisher factor has more of them."""
+    assert stats.fisher is not None
+    count = len(stats.fisher)
+    places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
+    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, fisher=stats.fisher[places])
 
 
 def curvature(stats: GramStats) -> float:
