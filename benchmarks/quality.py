@@ -1,10 +1,13 @@
 """Perplexity of every method at equal exact sparsity: the table to trust before any other.
 
-    python benchmarks/quality.py examples/tiny_llama --seeds 3
+    python benchmarks/quality.py examples/tiny_llama --seeds 3 [--plot quality.png]
 
 Each result is appended to --results as soon as it is there, and a rerun skips what it finds, so a long comparison can
-be cut off. `gap` is the mean over the texts of log(perplexity / dense perplexity); the last columns are its mean, the
-spread over calibration seeds, and its ratio to the uniform OBS sweep of the same setting.
+be cut off. `gap` is the mean over the texts of log(perplexity / dense perplexity); the table has its mean, the spread
+over calibration seeds, and its ratio to the uniform OBS sweep of the same setting. `KL` is the divergence of the
+predictions from those of the dense model, in nats a token. No method finds measurements of another: `seconds` is all.
+
+--plot draws perplexity against bits per weight, with rounding alone as a line, to show where zeros pay.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import math
 import shutil
 import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
@@ -35,6 +39,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "int4": {"sparsity": 0.0, "bits": 4},
     "int3": {"sparsity": 0.0, "bits": 3},
     "int2": {"sparsity": 0.0, "bits": 2},
+    "3.125 bits": {"bits_per_weight": 3.125},
 }
 
 
@@ -48,6 +53,9 @@ METHODS: dict[str, dict[str, object]] = {
     "obs trace-rank": sweep("obs", "trace-rank"),
     "isc trace-rank": sweep("isc", "trace-rank"),
     "obs fisher-rank": sweep("obs", "trace-rank", sensitivity="fisher"),
+    "obs owl": sweep("obs", "owl"),
+    "obs alpha": sweep("obs", "alpha"),
+    "obs depth": sweep("obs", "depth"),
     "obs curves": sweep("obs", "curves"),
     "admm uniform": {"solver": "admm", "allocator": "uniform", "propagation": 0.0},
     "admm curves": {"solver": "admm", "allocator": "curves", "propagation": 0.0},
@@ -62,24 +70,39 @@ METHODS: dict[str, dict[str, object]] = {
     "ria uniform": {"solver": "mask", "criterion": "ria", "allocator": "uniform", "propagation": 0.0},
 }
 BASELINE = "obs uniform"
+ROUNDING = ("int8", "int4", "int3", "int2")
 
 
-def measure(args: argparse.Namespace, recipe: mspc.Recipe, work: Path) -> dict[str, object]:
-    artifact = mspc.compress(args.model, recipe, out=work / "out", measurements=work / "measurements", overwrite=True)
+def fits(setting: str, method: str) -> bool:
+    """Whether the two make a run that is not another's: a fixed pattern or rounding alone leaves nothing to allocate,
+    and only the whole method chooses its bits."""
+    if "effort" in METHODS[method]:
+        return True
+    if "bits_per_weight" in SETTINGS[setting]:
+        return False
+    pattern, sparsity = SETTINGS[setting].get("pattern", "N:16"), SETTINGS[setting].get("sparsity")
+    return METHODS[method]["allocator"] == "uniform" or (pattern == "N:16" and sparsity != 0)
+
+
+def measure(args: argparse.Namespace, recipe: mspc.Recipe, out: Path) -> dict[str, object]:
+    artifact = mspc.compress(args.model, recipe, out=out, overwrite=True)
     manifest = artifact.manifest
-    perplexities = [evaluate(artifact.path, text, args) for text in args.text]
-    shutil.rmtree(work / "out")
+    results = [evaluate(artifact.path, text, args, args.model) for text in args.text]
+    shutil.rmtree(out)
     return {
-        "perplexity": perplexities,
+        "perplexity": [result.perplexity for result in results],
+        "divergence": [result.divergence for result in results],
         "sparsity": manifest["sparsity"]["achieved"],
         "bits_per_weight": manifest["bits_per_weight"],
         "seconds": manifest["seconds"],
+        "plan": manifest["allocation"]["chosen"],
     }
 
 
-def evaluate(path: str | Path, text: str, args: argparse.Namespace) -> float:
-    result = mspc.evaluate(path, text, sequence_length=args.sequence_length, max_windows=args.max_windows)
-    return result.perplexity
+def evaluate(path: str | Path, text: str, args: argparse.Namespace, against: str | None = None) -> mspc.Perplexity:
+    return mspc.evaluate(
+        path, text, sequence_length=args.sequence_length, max_windows=args.max_windows, against=against
+    )  # fmt: skip
 
 
 def gap(perplexities: list[float], dense: list[float]) -> float:
@@ -88,7 +111,18 @@ def gap(perplexities: list[float], dense: list[float]) -> float:
 
 def table_of(results: dict[str, dict], dense: list[float], args: argparse.Namespace) -> Table:
     table = Table(title=f"{Path(args.model).name}, dense perplexity {' / '.join(f'{d:.2f}' for d in dense)}")
-    for heading in ("setting", "method", "perplexity", "gap", "spread", "ratio", "sparsity", "bits/weight", "seconds"):
+    for heading in (
+        "setting",
+        "method",
+        "perplexity",
+        "gap",
+        "spread",
+        "ratio",
+        "KL",
+        "sparsity",
+        "bits",
+        "seconds",
+    ):
         table.add_column(heading, justify="left" if heading in ("setting", "method") else "right")
     for setting in args.settings:
         baseline = None
@@ -107,12 +141,41 @@ def table_of(results: dict[str, dict], dense: list[float], args: argparse.Namesp
                 f"{mean:.4f}",
                 f"{statistics.stdev(gaps):.4f}" if len(gaps) > 1 else "-",
                 f"{mean / baseline:.2f}" if baseline else "-",
+                f"{statistics.mean(statistics.mean(run['divergence']) for run in runs):.4f}",
                 f"{runs[0]['sparsity']:.4%}",
                 f"{runs[0]['bits_per_weight']:.3f}",
                 f"{statistics.mean(run['seconds'] for run in runs):.1f}",
             )
         table.add_section()
     return table
+
+
+def plot(results: dict[str, dict], dense: list[float], args: argparse.Namespace) -> None:
+    """Gap against bits per weight of every method, and rounding alone as a line."""
+    import matplotlib.pyplot as plt
+
+    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for key, run in results.items():
+        if "|" in key:
+            setting, method, _ = key.split("|")
+            points[method][setting].append((run["bits_per_weight"], gap(run["perplexity"], dense)))
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    for method in (m for m in args.methods if m in points):
+        means = {
+            setting: (runs[0][0], statistics.mean(value for _, value in runs))
+            for setting, runs in points[method].items()
+        }
+        rounded = [means[setting] for setting in ROUNDING if setting in means]
+        (line,) = axes.plot(*zip(*rounded, strict=True), marker="s") if rounded else axes.plot([], [])
+        pruned = [point for setting, point in means.items() if setting not in ROUNDING]
+        axes.scatter([bits for bits, _ in pruned], [value for _, value in pruned], color=line.get_color(), label=method)
+        if method == args.methods[-1]:
+            for setting, point in means.items():
+                axes.annotate(setting, point, textcoords="offset points", xytext=(4, -10), fontsize="x-small")
+    axes.set(xlabel="bits per weight", ylabel="log(perplexity / dense)", yscale="log", xscale="log")
+    axes.set_title(f"{Path(args.model).name}: lines with squares are rounding alone")
+    axes.legend(fontsize="small")
+    figure.savefig(args.plot, dpi=110)
 
 
 def main() -> None:
@@ -127,18 +190,21 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--max-windows", type=int, default=100)
     parser.add_argument("--results", type=Path, default=Path("out/quality.json"))
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args()
     args.text = args.text or ["builtin"]
     args.results.parent.mkdir(parents=True, exist_ok=True)
 
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
-    results.setdefault("dense", [evaluate(args.model, text, args) for text in args.text])
+    results.setdefault("dense", [evaluate(args.model, text, args).perplexity for text in args.text])
     for seed in range(args.seeds):
-        work = Path(tempfile.mkdtemp(prefix="mspc-quality-"))
+        out = Path(tempfile.mkdtemp(prefix="mspc-quality-")) / "out"
         for setting in args.settings:
             for method in args.methods:
                 key = f"{setting}|{method}|{seed}"
                 if key in results:
+                    continue
+                if not fits(setting, method):
                     continue
                 recipe = mspc.Recipe(
                     **SETTINGS[setting],
@@ -148,13 +214,12 @@ def main() -> None:
                     sequence_length=args.sequence_length,
                     seed=seed,
                 )
-                allocates = recipe.fixed_pattern is None and recipe.target_sparsity > 0
-                if not (allocates or recipe.allocator == "uniform" or "effort" in METHODS[method]):
-                    continue  # nothing to allocate: it would be the uniform run once more
-                results[key] = measure(args, recipe, work)
+                results[key] = measure(args, recipe, out)
                 args.results.write_text(json.dumps(results, indent=1))
-        shutil.rmtree(work)
+        shutil.rmtree(out.parent)
     Console(width=160).print(table_of(results, results["dense"], args))
+    if args.plot:
+        plot(results, results["dense"], args)
 
 
 if __name__ == "__main__":

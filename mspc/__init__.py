@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mspc.errors import MspcError
+    from mspc.evaluation import evaluate
     from mspc.perplexity import Perplexity
-    from mspc.pipeline import Artifact, compress, evaluate
+    from mspc.pipeline import Artifact, compress
     from mspc.recipe import Recipe
 
 __all__ = ["Artifact", "MspcError", "Perplexity", "Recipe", "compress", "evaluate"]
@@ -25,7 +26,7 @@ _HOME = {
     "Perplexity": "mspc.perplexity",
     "Recipe": "mspc.recipe",
     "compress": "mspc.pipeline",
-    "evaluate": "mspc.pipeline",
+    "evaluate": "mspc.evaluation",
 }
 
 

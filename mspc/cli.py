@@ -3,7 +3,7 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,13 +18,15 @@ from mspc.console import (
     ModelArgument,
     OutOption,
     fail,
+    group_size_of,
     option,
     print_json,
     print_table,
+    recipe_values,
     reported,
 )  # fmt: skip
 from mspc.errors import InputError
-from mspc.recipe import EFFORTS, ROW, Recipe
+from mspc.recipe import Recipe
 
 app = typer.Typer(
     name="mspc",
@@ -225,9 +227,9 @@ def compress(
         "dtype": dtype,
     }  # fmt: skip
     with reported(debug):
-        given["group_size"] = _group_size(group_size)
+        given["group_size"] = group_size_of(group_size)
         chosen = {name: value for name, value in given.items() if value is not None}
-        whole = Recipe.from_dict(_recipe_values(recipe, chosen) | chosen)
+        whole = Recipe.from_dict(recipe_values(recipe, chosen) | chosen)
         from mspc import pipeline, report
 
         artifact = pipeline.compress(
@@ -241,13 +243,16 @@ def compress(
 
 
 @app.command(name="eval")
-def evaluate(
+def eval_(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder, hub id or artifact.")],
     text: Annotated[
         str, typer.Option(help="builtin, a file or folder of text, c4, wikitext2, or a dataset id.")
     ] = "builtin",
     sequence_length: LengthOption = None,
     max_windows: Annotated[int | None, typer.Option(help="Measure only so many windows. (default: all)")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Also say how far its predictions are from this model's.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -255,11 +260,11 @@ def evaluate(
 ) -> None:
     """Perplexity on held-out text: one stream of tokens in non-overlapping windows."""
     with reported(debug):
-        from mspc import pipeline
+        from mspc.evaluation import evaluate
 
-        result = pipeline.evaluate(
+        result = evaluate(
             path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
-            dtype=dtype or "auto",
+            dtype=dtype or "auto", against=against,
         )  # fmt: skip
     if as_json:
         print_json(asdict(result))
@@ -267,6 +272,7 @@ def evaluate(
         print(
             f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
             f"{result.sequence_length}"
+            + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats a token")
         )
 
 
@@ -370,28 +376,6 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
     if show:
         print(__version__)
         raise typer.Exit
-
-
-def _group_size(text: str | None) -> int | str | None:
-    if text is None or text == ROW:
-        return text
-    if not text.isdecimal():
-        raise InputError(f"--group-size must be a number or {ROW!r}, not {text!r}.")
-    return int(text)
-
-
-def _recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The recipe file's values, without those that an option of the command line decides or excludes."""
-    if path is None:
-        return {}
-    budgets = {"bits_per_weight", "target_size"}
-    excluded = {
-        "pattern": {"sparsity"}, "effort": {*EFFORTS["default"], "alpha"}, "allocator": {"alpha"},
-        "sparsity": budgets, "bits": budgets,
-        "bits_per_weight": {"sparsity", "bits", "target_size"}, "target_size": {"sparsity", "bits", "bits_per_weight"},
-    }  # fmt: skip
-    gone = set[str]().union(*(excluded.get(name, set()) for name in chosen))
-    return {name: value for name, value in Recipe.from_toml(path).to_dict().items() if name not in gone}
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mspc.errors import MspcError
+from mspc.errors import InputError, MspcError
+from mspc.recipe import EFFORTS, ROW, Recipe
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
@@ -58,3 +59,25 @@ def reported(debug: bool) -> Iterator[None]:
 def fail(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def group_size_of(text: str | None) -> int | str | None:
+    if text is None or text == ROW:
+        return text
+    if not text.isdecimal():
+        raise InputError(f"--group-size must be a number or {ROW!r}, not {text!r}.")
+    return int(text)
+
+
+def recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The recipe file's values, without those that an option of the command line decides or excludes."""
+    if path is None:
+        return {}
+    budgets = {"bits_per_weight", "target_size"}
+    excluded = {
+        "pattern": {"sparsity"}, "effort": {*EFFORTS["default"], "alpha"}, "allocator": {"alpha"},
+        "sparsity": budgets, "bits": budgets,
+        "bits_per_weight": {"sparsity", "bits", "target_size"}, "target_size": {"sparsity", "bits", "bits_per_weight"},
+    }  # fmt: skip
+    gone = set[str]().union(*(excluded.get(name, set()) for name in chosen))
+    return {name: value for name, value in Recipe.from_toml(path).to_dict().items() if name not in gone}

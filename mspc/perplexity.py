@@ -13,21 +13,28 @@ from mspc.models import StreamedModel
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """`nll` is the mean cross entropy in nats over the `tokens` that were predicted; `perplexity` is exp(nll)."""
+    """`nll` is the mean cross entropy in nats over the `tokens` that were predicted; `perplexity` is exp(nll).
+
+    `divergence` is the mean KL(reference || model) of a prediction, in nats, where there was a reference.
+    """
 
     perplexity: float
     nll: float
     tokens: int
     windows: int
     sequence_length: int
+    divergence: float | None = None
 
 
-def measure(model: StreamedModel, ids: Tensor) -> Iterator[Perplexity | None]:
+def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None = None) -> Iterator[Perplexity | None]:
     """Windows (N, T) -> their perplexity, last; None after each block before, for whoever shows progress."""
     batches = batches_of(model, ids)
+    beside = [] if reference is None else batches_of(reference, ids)
     for index in range(len(model.blocks)):
-        with model.loaded(index) as block:
-            advance(model, index, block, batches)
+        for one, of_one in ((model, batches), (reference, beside)):
+            if one is not None:
+                with one.loaded(index) as block:
+                    advance(one, index, block, of_one)
         yield None
     total = 0.0
     with torch.no_grad(), model.loaded_outer():
@@ -37,18 +44,20 @@ def measure(model: StreamedModel, ids: Tensor) -> Iterator[Perplexity | None]:
     num_windows, length = ids.shape
     tokens = num_windows * (length - 1)
     nll = total / tokens
-    yield Perplexity(math.exp(nll), nll, tokens, num_windows, length)
+    divergence = None if reference is None else mean_divergence(reference, beside, model, batches)
+    yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
 
 
-def mean_divergence(model: StreamedModel, dense: Sequence[Batch], batches: Sequence[Batch]) -> float:
-    """Mean KL(dense || other) over all tokens, in nats, from outputs of the last block; the outer part is loaded."""
+def mean_divergence(
+    reference: StreamedModel, beside: Sequence[Batch], model: StreamedModel, batches: Sequence[Batch]
+) -> float:
+    """Mean KL(reference || model) over all tokens, in nats, from what the last blocks of both put out."""
     total, tokens = 0.0, 0
-    for one, other in zip(dense, batches, strict=True):
-        for ids, reference, hidden in zip(one.ids, one.hidden, other.hidden, strict=True):
-            logs = [
-                torch.log_softmax(logits_after(model, ids[None], h[None].to(model.device)).float(), -1)
-                for h in (reference, hidden)
-            ]
-            total += float((logs[0].exp() * (logs[0] - logs[1])).sum(dtype=torch.float64))
-            tokens += len(ids)
+    with torch.no_grad(), reference.loaded_outer(), model.loaded_outer():
+        for one, other in zip(beside, batches, strict=True):
+            for ids, wanted, hidden in zip(one.ids, one.hidden, other.hidden, strict=True):
+                p = torch.log_softmax(logits_after(reference, ids[None], wanted[None].to(model.device)).float(), -1)
+                q = torch.log_softmax(logits_after(model, ids[None], hidden[None].to(model.device)).float(), -1)
+                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                tokens += len(ids)
     return total / tokens

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import exporters
 import exporters.formats
-from mspc import __version__, perplexity
+from mspc import __version__
 from mspc.allocation import allocate, check_plan, half_width, planned_sparsity, wants_trial
 from mspc.allocators import ALLOCATORS
 from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
@@ -37,7 +37,7 @@ from mspc.models import (
 from mspc.output import check_space, held, publish, working_folder
 from mspc.plan import read_plan, target_to_dict, write_plan
 from mspc.planning import Chosen, Planner
-from mspc.recipe import AUTO, CURVES, DTYPES, Recipe
+from mspc.recipe import AUTO, CURVES, Recipe
 from mspc.reconstruct import batch_size
 from mspc.report import ConsoleReporter, Reporter, mixture_lines, reconstruction_line
 from mspc.saliency import CRITERIA
@@ -45,7 +45,7 @@ from mspc.sensitivity import SENSITIVITIES
 from mspc.solve_blocks import solve_blocks, solver_options
 from mspc.solvers import SOLVERS
 from mspc.solvers.obs import check_pattern
-from mspc.tokens import Tokens, calibration_tokens, evaluation_tokens
+from mspc.tokens import Tokens, calibration_tokens
 from mspc.types import Matrix, PlannedMatrix
 
 EXPORTS = "exports"
@@ -116,35 +116,6 @@ def compress(
     for name in exports:
         artifact.export(name, artifact.path / EXPORTS / name, overwrite=resume, reporter=reporter)
     return artifact
-
-
-def evaluate(
-    path: str | Path,
-    text: str = "builtin",
-    *,
-    sequence_length: int | None = None,
-    max_windows: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    reporter: Reporter | None = None,
-) -> perplexity.Perplexity:
-    """Perplexity of a checkpoint folder, hub id or artifact on the held-out split of a text."""
-    if max_windows is not None and max_windows < 1:
-        raise InputError(f"max_windows must be at least 1, not {max_windows}.")
-    if sequence_length is not None and sequence_length < 2:
-        raise InputError(f"sequence_length must be at least 2, not {sequence_length}.")
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    folder = resolve(str(path))
-    length = choose_sequence_length(load_config(folder), sequence_length)
-    tokens = evaluation_tokens(load_tokenizer(folder), text, length, max_windows)
-    model = open_model(folder, device=choose_device(device), dtype=dtype)
-    with (reporter or ConsoleReporter()).stage("Perplexity", len(model.blocks)) as step:
-        for result in perplexity.measure(model, tokens.ids):
-            if result is not None:
-                return result
-            step("")
-    raise AssertionError("a measurement ends with its result")
 
 
 @dataclass

@@ -1,30 +1,26 @@
 """Trying plans before one is chosen: what each costs the model on text that nothing was measured on.
 
-All plans are tried in one walk through the dense model. Every matrix gets a quick stand-in for the solver: the weights
-stay whose loss alone is largest, they take a few steps of conjugate gradients, and are rounded if the plans differ in
-that. The held-out text goes through each block once for every plan.
+All plans are tried in one walk through the dense model. Every matrix gets a quick stand-in for the solver, a few of its
+iterations (fewer would flatter rounding against pruning), and is rounded if the plans differ in that. The held-out text
+goes through each block once for every plan.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from mspc.blocks import Batch, advance, batches_of
-from mspc.linalg import precise_matmul
-from mspc.masks import select
 from mspc.models import StreamedModel
 from mspc.perplexity import mean_divergence
 from mspc.report import Reporter
 from mspc.solvers import SolverOptions
+from mspc.solvers.admm import error_path
 from mspc.solvers.obs import obs
-from mspc.solvers.quadratic import Quadratic, quadratic, refine
+from mspc.solvers.quadratic import Quadratic, quadratic
 from mspc.types import Matrix, PlannedMatrix, Target
 from mspc.walk import Visit, install, matrix_of, walk
-
-CG_STEPS = 2
 
 
 def try_plans(
@@ -67,8 +63,7 @@ def try_plans(
     for block in range(passed, len(model.blocks)):
         for batches in (dense, *streams.values()):
             _pass(model, block, batches, {})
-    with torch.no_grad(), model.loaded_outer():
-        return {name: mean_divergence(model, dense, batches) for name, batches in streams.items()}
+    return {name: mean_divergence(model, dense, model, batches) for name, batches in streams.items()}
 
 
 def _form(visit: Visit, fisher: Mapping[str, Tensor], options: SolverOptions) -> Quadratic:
@@ -78,14 +73,10 @@ def _form(visit: Visit, fisher: Mapping[str, Tensor], options: SolverOptions) ->
 
 def _stand_in(visit: Visit, form: Quadratic, target: Target, options: SolverOptions) -> Tensor:
     """Weights (O, I) of about the loss that the solver would reach."""
-    score = form.target.square()
-    score[:, form.dead] = -1.0
-    mask = select(score, target.pattern, per_row=False)
-    with precise_matmul():
-        kept = torch.where(mask, form.weight(refine(form, mask, form.target * mask, CG_STEPS)), 0.0)
+    kept, _ = next(error_path(form, [target.pattern]))
     if target.grid is None:
         return kept
-    return obs(kept, replace(visit.stats, fisher=None), target, options, visit.matrix.name, mask).weight
+    return obs(kept, replace(visit.stats, fisher=None), target, options, visit.matrix.name, kept != 0).weight
 
 
 def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:

@@ -201,7 +201,7 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
         (("--sparsity", 50), "sparsity must lie in [0, 1), not 50"),
         (("--bits", 5), "bits must be 16 (no rounding), 8, 4, 3 or 2, not 5"),
         (("--bits-per-weight", 0), "bits_per_weight must lie in (0, 32], not 0"),
-        (("--bits-per-weight", 3), "A budget needs the allocator curves, not uniform."),
+        (("--bits-per-weight", 3), "A budget needs the allocator auto or curves, not uniform."),
         (("--reconstruct", 9, "--bits", 4), "reconstruct tunes weights that are not rounded, and bits is 4; leave"),
         (("--target-size", "small"), "target_size must be a number with a unit, such as 2.2GB, not 'small'"),
         (("--target-size", "1GB", "--bits-per-weight", 3), "are both a budget; give one of them"),

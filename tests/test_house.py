@@ -35,7 +35,7 @@ FLOORS = (
         "mspc.planning",
         "mspc.trial",
     },
-    {"mspc.pipeline"},
+    {"mspc.pipeline", "mspc.evaluation"},
     {"mspc.cli", "mspc.console", "mspc.__main__"},
 )
 

@@ -75,9 +75,9 @@ def test_toml_of_the_defaults_says_what_they_stand_for(tmp_path):
 
 @pytest.mark.parametrize("budget", [{"bits_per_weight": 3.125}, {"target_size": "2.2GB"}])
 @pytest.mark.parametrize("effort", ["fast", "default"])
-def test_a_budget_survives_toml_and_is_shared_out_by_curves(budget, effort, tmp_path):
+def test_a_budget_survives_toml_and_has_plans_tried(budget, effort, tmp_path):
     recipe = Recipe(effort=effort, **budget)
-    assert recipe.allocator == "curves"
+    assert recipe.allocator == "auto"
     assert written(recipe, tmp_path) == recipe
     assert "sparsity" not in recipe.to_dict()
 
