@@ -267,7 +267,7 @@ def eval_(
             dtype=dtype or "auto", against=against,
         )  # fmt: skip
     if as_json:
-        print_json(asdict(result))
+        print_json({name: value for name, value in asdict(result).items() if value is not None})
     else:
         print(
             f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
