@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py examples/tiny_llama [MODEL...] [--random 300m] [--repeats 3] [--threads 2]
 
-The job: 50% unstructured sparsity, the same in every matrix of the decoder blocks, from the same 128 x 256 calibration
-tokens, in float32 on the CPU. llm-compressor runs SparseGPT in an environment of its own, with what
+The job: 50% unstructured sparsity of the matrices in the decoder blocks, the same in every one (but for `default`, which
+shares it out), from the same 128 x 256 calibration tokens, in float32 on the CPU. llm-compressor runs SparseGPT in an environment of its own, with what
 llmcompressor-requirements.txt names, made again only when that file changes. Every run is a process of its own with
 the same OMP_NUM_THREADS; the tools take turns, and the medians are compared.
 
@@ -61,6 +61,10 @@ TOKENIZER = HERE.parent / "examples" / "tiny_llama"
 RANDOM = {
     "300m": {
         "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "max_position_embeddings": 512,
+    },
+    "300m-4": {  # four of the 24 blocks of 300m: the same work a block in a sixth of the time
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16,
         "num_key_value_heads": 16, "max_position_embeddings": 512,
     },
     "20m": {
@@ -163,7 +167,7 @@ def run_mspc(args: argparse.Namespace, tier: str, model: Model, out: Path) -> di
     manifest = json.loads((out / "mspc.json").read_text())
     if manifest["calibration"]["sha256"] != model.calibration_sha256:
         sys.exit("mspc calibrated on other tokens than those that llm-compressor was given.")
-    report["seconds"] = manifest["seconds"]
+    report["seconds"], report["achieved"] = manifest["seconds"], manifest["sparsity"]["achieved"]
     report["sparsity"] = {row["parameter"]: row["sparsity"] for row in manifest["matrices"]}
     return report | {"process_seconds": seconds}
 
@@ -205,7 +209,8 @@ def wrong(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> li
         for run in of_tool:
             if other := matrices ^ set(run["sparsity"]):
                 found.append(f"{tool}: pruned by one tool only: {', '.join(sorted(other))}")
-            off = [name for name, share in run["sparsity"].items() if abs(share - SPARSITY) > SPARSITY_TOLERANCE]
+            shares = {"all together": run["achieved"]} if "achieved" in run else run["sparsity"]
+            off = [name for name, share in shares.items() if abs(share - SPARSITY) > SPARSITY_TOLERANCE]
             if off:
                 found.append(f"{tool}: not {SPARSITY:.0%} sparse: {', '.join(off)}")
             if run["threads"] != args.threads or run["dtype"] != "float32":
