@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py examples/tiny_llama [MODEL...] [--random 300m] [--repeats 3] [--threads 2]
 
-The job: 50% unstructured sparsity of the matrices in the decoder blocks, the same in every one (but for `default`, which
-shares it out), from the same 128 x 256 calibration tokens, in float32 on the CPU. llm-compressor runs SparseGPT in an environment of its own, with what
-llmcompressor-requirements.txt names, made again only when that file changes. Every run is a process of its own with
+The job: 50% unstructured sparsity of the matrices in the decoder blocks, the same in every one (but for `default`,
+which shares it out), from the same 128 x 256 calibration tokens, in float32 on the CPU. llm-compressor runs SparseGPT
+in an environment of its own, with what llmcompressor-requirements.txt names, made again only when that file changes.
+Every run is a process of its own with
 the same OMP_NUM_THREADS; the tools take turns, and the medians are compared.
 
 `seconds` of mspc is the whole of `compress`: reading text and weights, pruning, writing the artifact. `seconds` of
