@@ -15,11 +15,11 @@ from mspc.quant import groups_of
 from mspc.recipe import AUTO, CURVES, MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.types import NM, Grid, Matrix, Pattern, PlannedMatrix, Target, Unstructured
 
-TEMPERS = (0.75, 1.25)
+TEMPERS = (0.75,)
 """Of plans that `auto` tries: how far they go from uniform, where curves goes all the way, 1."""
 ROUNDING_WEIGHTS = (0.5, 2.0)
 """Likewise under a budget: what the predicted loss of rounding is multiplied by, beside that of pruning."""
-HOPELESS = 3.0
+HOPELESS = 2.0
 """Plans whose predicted loss is so many times the least are not tried."""
 SPARSITY_STEPS = 32
 """Sparsities that a matrix may have under a budget, as parts of 1."""
@@ -77,8 +77,8 @@ def allocate(
 def candidates(
     recipe: Recipe, matrices: Sequence[Sequence[Matrix]], curves: dict[str, Curve]
 ) -> dict[str, list[PlannedMatrix]]:
-    """The plans that `auto` tries, by name, the likeliest first: curves, shorter and longer ways from uniform to it,
-    and trace rank."""
+    """The plans that `auto` tries, by name, the likeliest first: curves, a shorter way from uniform to it, trace
+    rank and uniform."""
     flat = [(matrix, block) for block, of_block in enumerate(matrices) for matrix in of_block]
     sparsity, by_loss = recipe.target_sparsity, _wished_by_curves(recipe, matrices, curves)
     wished = {CURVES: by_loss}
