@@ -22,7 +22,7 @@ CURVES, AUTO = "curves", "auto"
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
-        "solver": "admm", "iterations": 8, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 32,
+        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 32,
     },
     "default": {
         "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": "auto", "sensitivity_sequences": 32,
