@@ -117,8 +117,7 @@ def compress(
         str | None,
         option(
             "How sparsity is shared out: auto (tries several plans on held-out text), curves (least predicted loss), "
-            "uniform, trace-rank, layer-trace-rank, owl, "
-            "alpha (AlphaPruning), depth (linear).",
+            "uniform, trace-rank, layer-trace-rank, owl, alpha (AlphaPruning), depth (linear).",
             "auto*",
             rich_help_panel=HOW,
         ),
