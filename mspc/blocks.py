@@ -97,7 +97,7 @@ def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequenc
 
 def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
     """Make the output of block `index` the hidden states of a batch. Raises ActivationError if it is not finite."""
-    if not bool(output.isfinite().all()):
+    if not bool(torch.stack(output.aminmax()).isfinite().all()):  # NaN is passed on; ten times as fast as isfinite
         raise ActivationError(
             f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model overflows in "
             "this precision: try --dtype float32."

@@ -2,7 +2,6 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -12,18 +11,16 @@ import torch
 from torch import Tensor
 
 from mspc.allocators.curves import Curve
-from mspc.blocks import batches_of
 from mspc.checkpoint import write_json
 from mspc.errors import InputError
-from mspc.models import StreamedModel
 from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.report import Reporter
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import obs
 from mspc.solvers.quadratic import quadratic
-from mspc.types import NM, GramStats, Grid, Matrix, Pattern, Target, Unstructured
-from mspc.walk import walk
+from mspc.types import NM, GramStats, Grid, Pattern, Target, Unstructured
+from mspc.walk import DenseWalk
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
 KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
@@ -43,9 +40,7 @@ def patterns_of(recipe: Recipe) -> list[Pattern]:
 
 
 def measure_curves(
-    model: StreamedModel,
-    ids: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
+    dense: DenseWalk,
     fisher: dict[str, Tensor],
     recipe: Recipe,
     options: SolverOptions,
@@ -53,8 +48,8 @@ def measure_curves(
 ) -> dict[str, Curve]:
     """The curve of each matrix by name: 1/2 tr(S dW H dW^T) a token, with dW from a short run of the solver."""
     curves = {}
-    with reporter.stage("Loss curves", sum(map(len, matrices))) as step:
-        for visit in walk(model, batches_of(model, ids), matrices):
+    with reporter.stage("Loss curves", sum(map(len, dense.matrices))) as step:
+        for visit in dense:
             name, weight = visit.matrix.name, visit.weight.float()
             stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
             curves[name] = curve_of(weight, stats, recipe, options, name)

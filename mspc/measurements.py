@@ -27,7 +27,7 @@ from mspc.report import Reporter
 from mspc.sensitivity import OUTLIER, RunningMean, converged, outlier_share, spectrum, tail_exponent
 from mspc.solvers import SolverOptions
 from mspc.types import Matrix
-from mspc.walk import matrix_of, walk
+from mspc.walk import DenseWalk, matrix_of, walk
 
 SEQUENCES_PER_ROUND = 8
 TOLERANCE = 0.1
@@ -114,9 +114,7 @@ def fisher_factors(
 
 
 def loss_curves(
-    model: StreamedModel,
-    ids: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
+    dense: DenseWalk,
     fisher: dict[str, Tensor],
     recipe: Recipe,
     options: SolverOptions,
@@ -132,12 +130,12 @@ def loss_curves(
         "sequences": recipe.sensitivity_sequences,
         "rounding": [recipe.group_size, recipe.asymmetric] if recipe.has_budget else None,
     }
-    file = folder / f"curves-{_digest(_key(model, matrices, identity) | method)}.json" if folder else None
+    key = _key(dense.model, dense.matrices, identity) | method
+    file = folder / f"curves-{_digest(key)}.json" if folder else None
     if file and file.is_file():
         reporter.say(f"Loss curves: taken from {file}.")
         return read_curves(file)
-    ids = ids[: recipe.sensitivity_sequences]
-    curves = measure_curves(model, ids, matrices, fisher, recipe, options, reporter)
+    curves = measure_curves(dense, fisher, recipe, options, reporter)
     if file:
         write_curves(file, curves)
     return curves

@@ -44,20 +44,27 @@ def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None =
     num_windows, length = ids.shape
     tokens = num_windows * (length - 1)
     nll = total / tokens
-    divergence = None if reference is None else mean_divergence(reference, beside, model, batches)
+    divergence = None if reference is None else mean_divergences(reference, beside, model, [batches])[0]
     yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
 
 
-def mean_divergence(
-    reference: StreamedModel, beside: Sequence[Batch], model: StreamedModel, batches: Sequence[Batch]
-) -> float:
-    """Mean KL(reference || model) over all tokens, in nats, from what the last blocks of both put out."""
-    total, tokens = 0.0, 0
+def mean_divergences(
+    reference: StreamedModel, beside: Sequence[Batch], model: StreamedModel, streams: Sequence[Sequence[Batch]]
+) -> list[float]:
+    """Mean KL(reference || model) over all tokens, in nats, from what the last blocks of both put out: of every stream
+    of batches through the model, beside that through the reference."""
+    totals, tokens = [0.0] * len(streams), 0
     with torch.no_grad(), reference.loaded_outer(), model.loaded_outer():
-        for one, other in zip(beside, batches, strict=True):
-            for ids, wanted, hidden in zip(one.ids, one.hidden, other.hidden, strict=True):
-                p = torch.log_softmax(logits_after(reference, ids[None], wanted[None].to(model.device)).float(), -1)
-                q = torch.log_softmax(logits_after(model, ids[None], hidden[None].to(model.device)).float(), -1)
-                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        for one, *others in zip(beside, *streams, strict=True):
+            for row, ids in enumerate(one.ids):
+                p = _log_probabilities(reference, ids, one.hidden[row])
+                for i, other in enumerate(others):
+                    q = _log_probabilities(model, ids, other.hidden[row])
+                    totals[i] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
                 tokens += len(ids)
-    return total / tokens
+    return [total / tokens for total in totals]
+
+
+def _log_probabilities(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """(1, T, V) float32 of one sequence, from the last block's hidden states (T, D)."""
+    return torch.log_softmax(logits_after(model, ids[None], hidden[None].to(model.device)).float(), -1)

@@ -25,6 +25,7 @@ from mspc.report import Reporter
 from mspc.solve_blocks import solver_options
 from mspc.trial import try_plans
 from mspc.types import Matrix, PlannedMatrix
+from mspc.walk import DenseWalk
 
 HEADER_BYTES = 600
 """Of a matrix's tensors in the header of a safetensors file, at most about."""
@@ -71,9 +72,9 @@ class Planner:
             measured = sensitivities(on, self.ids, self.matrices, recipe, self.identity, self.folder, self.reporter)
         if not wants_curves(recipe):
             return Chosen(allocate(recipe, self.matrices, measured))
+        dense = DenseWalk(model, self.ids[: recipe.sensitivity_sequences], self.matrices)
         curves = loss_curves(
-            model, self.ids, self.matrices, fisher, recipe, solver_options(recipe), self.identity, self.folder,
-            self.reporter,
+            dense, fisher, recipe, solver_options(recipe), self.identity, self.folder, self.reporter
         )  # fmt: skip
         if recipe.has_budget:
             plans = allocate_bytes(recipe, self.matrices, curves, self.num_bytes(), self.dtype())
@@ -81,17 +82,14 @@ class Planner:
             plans = candidates(recipe, self.matrices, curves)
         else:
             return Chosen(allocate(recipe, self.matrices, measured, curves))
-        return self.best_of(model, fisher, plans)
+        return self.best_of(dense, fisher, plans)
 
-    def best_of(self, model: StreamedModel, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> Chosen:
+    def best_of(self, dense: DenseWalk, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> Chosen:
         """The plan that does least harm on the held-out text; the first, where there is none or nothing to choose."""
         likeliest = next(iter(plans))
         if len(plans) == 1 or not wants_trial(self.recipe) or self.held_out is None:
             return Chosen(plans[likeliest], likeliest)
-        ids = self.ids[: self.recipe.sensitivity_sequences]
-        tried = try_plans(
-            model, ids, self.held_out, self.matrices, fisher, plans, solver_options(self.recipe), self.reporter
-        )  # fmt: skip
+        tried = try_plans(dense, self.held_out, fisher, plans, solver_options(self.recipe), self.reporter)
         best = min(tried, key=lambda name: tried[name])
         self.reporter.say(f"Plan: {best} ({', '.join(f'{name} {kl:.4f}' for name, kl in tried.items())} nats of KL).")
         return Chosen(plans[best], best, tried)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ HUB_TEXTS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "heldout": "test"}),
 }
 MOST_HUB_DOCUMENTS = 20_000
+AT_ONCE = 8
+"""Documents that are tokenized together."""
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -50,8 +53,8 @@ def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence
     wanted = num_sequences * sequence_length
     windows: list[list[list[int]]] = []  # of each visited document, those not used yet
     stream: list[int] = []
-    for i in order:
-        pieces = _windows(tokenizer(documents[i], verbose=False)["input_ids"], sequence_length, rng)
+    for ids in _tokenized(tokenizer, (documents[i] for i in order)):
+        pieces = _windows(ids, sequence_length, rng)
         stream += pieces.pop(0)
         windows.append(pieces)
         if len(stream) >= wanted:
@@ -65,6 +68,13 @@ def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence
             f"{sequence_length} need {wanted:,}; lower --num-sequences or --sequence-length, or give more text."
         )
     return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), source)
+
+
+def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of each document. Some are given to the tokenizer at once, which then works on all cores."""
+    left = iter(documents)
+    while texts := list(islice(left, AT_ONCE)):
+        yield from tokenizer(texts, verbose=False)["input_ids"]
 
 
 def _windows(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from mspc.blocks import Batch, advance, batches_of
 from mspc.models import StreamedModel
-from mspc.perplexity import mean_divergence
+from mspc.perplexity import mean_divergences
 from mspc.report import Reporter
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import obs
 from mspc.solvers.quadratic import Quadratic, quadratic
 from mspc.types import Matrix, PlannedMatrix, Target
-from mspc.walk import Visit, install, matrix_of, walk
+from mspc.walk import DenseWalk, Visit, install, matrix_of
 
 
 def try_plans(
-    model: StreamedModel,
-    ids: Tensor,
+    visits: DenseWalk,
     held_out: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
     fisher: Mapping[str, Tensor],
     plans: Mapping[str, Sequence[PlannedMatrix]],
     options: SolverOptions,
@@ -35,18 +33,19 @@ def try_plans(
 ) -> dict[str, float]:
     """KL divergence from the dense model on `held_out` (N, T), nats a token, by name of the plan.
 
-    `ids` (N, T) are what the Grams are measured on, `fisher` the Fisher factors by matrix name.
+    `visits` give the Grams, `fisher` the Fisher factors by matrix name.
     """
+    model = visits.model
     targets = {name: {matrix.name: matrix.target for matrix in plan} for name, plan in plans.items()}
     round_too = len({target.grid for of_plan in targets.values() for target in of_plan.values()}) > 1
     dense = batches_of(model, held_out)
     streams = {name: batches_of(model, held_out) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
-    with reporter.stage("Trying plans", sum(map(len, matrices))) as step:
+    with reporter.stage("Trying plans", sum(map(len, visits.matrices))) as step:
         # The walk is at the next block when a group ends, so this one can be loaded again.
-        for index, visits in groupby(walk(model, batches_of(model, ids), matrices), key=lambda visit: visit.block):
-            for visit in visits:
+        for index, of_block in groupby(visits, key=lambda visit: visit.block):
+            for visit in of_block:
                 form = _form(visit, fisher, options)
                 for name, of_plan in targets.items():
                     target = of_plan[visit.matrix.name]
@@ -63,7 +62,7 @@ def try_plans(
     for block in range(passed, len(model.blocks)):
         for batches in (dense, *streams.values()):
             _pass(model, block, batches, {})
-    return {name: mean_divergence(model, dense, model, batches) for name, batches in streams.items()}
+    return dict(zip(streams, mean_divergences(model, dense, model, list(streams.values())), strict=True))
 
 
 def _form(visit: Visit, fisher: Mapping[str, Tensor], options: SolverOptions) -> Quadratic:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mspc.blocks import Batch, advance, arrive, run_block
+from mspc.blocks import Batch, advance, arrive, batches_of, run_block
 from mspc.errors import InputError
 from mspc.linalg import add_gram, check_finite, precise_matmul, symmetrize
 from mspc.models import StreamedModel
@@ -68,6 +68,38 @@ def walk(
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
                 advance(model, index, block, batches)
                 advance(model, index, dense_block, dense)
+
+
+class DenseWalk:
+    """The visits of a walk on which nothing is changed, as often as they are wanted.
+
+    The model is passed once if all statistics fit in a quarter of the free memory, where they are kept; else each time.
+    """
+
+    def __init__(self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]]) -> None:
+        self.model, self.ids, self.matrices = model, ids, matrices
+        self.kept: list[list[tuple[Matrix, GramStats]]] = []
+
+    def __iter__(self) -> Iterator[Visit]:
+        return self._again() if self.kept else self._pass()
+
+    def _pass(self) -> Iterator[Visit]:
+        needed = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)  # or less
+        seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
+        keep = needed <= free_memory(self.model.device) // 4
+        for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
+            if keep:
+                seen[visit.block].append((visit.matrix, visit.stats))
+            yield visit
+        self.kept = seen if keep else []
+
+    def _again(self) -> Iterator[Visit]:
+        for index, of_block in enumerate(self.kept):
+            with self.model.loaded(index) as block:
+                for number, (matrix, stats) in enumerate(of_block, 1):
+                    yield Visit(
+                        matrix, matrix_of(self.model, block, index, matrix), stats, index, number == len(of_block)
+                    )
 
 
 def install(weight: Tensor, compressed: Tensor) -> None:

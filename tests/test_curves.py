@@ -28,7 +28,7 @@ from mspc.recipe import Recipe
 from mspc.report import Silent
 from mspc.solve_blocks import solver_options
 from mspc.types import NM, Grid, Matrix, PlannedMatrix, Target, Unstructured
-from mspc.walk import walk
+from mspc.walk import DenseWalk, walk
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
 MODEL = [[Matrix(f"{name}.weight", shape) for name, shape in NAMES.items()]]
@@ -119,7 +119,7 @@ def test_measured_curves_rise_and_predict_removal_exactly(solver, llama):
     matrices = model.matrices(())
     recipe = Recipe(solver=solver)
     fisher = fisher_factors(model, ids, matrices, recipe, {}, None, Silent())
-    curves = measure_curves(model, ids, matrices, fisher, recipe, solver_options(recipe), Silent())
+    curves = measure_curves(DenseWalk(model, ids, matrices), fisher, recipe, solver_options(recipe), Silent())
     for visit in walk(model, batches_of(model, ids), matrices):
         found = curves[visit.matrix.name]
         assert found.sparsities == SPARSITIES

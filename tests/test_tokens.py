@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mspc import builtin_text
 from mspc.errors import InputError
-from mspc.tokens import calibration_tokens, evaluation_tokens, load_documents
+from mspc.tokens import AT_ONCE, calibration_tokens, evaluation_tokens, load_documents
 
 BOS = 9999
 
@@ -285,15 +285,15 @@ def test_every_place_of_a_document_can_be_drawn(tmp_path):
 
 
 def test_only_the_documents_that_are_needed_are_tokenized(tmp_path):
-    """Oracle: a count of calls; four windows need four documents of fifty."""
-    calls = []
+    """Oracle: a count; ten windows need ten documents of fifty, which are two times those that go together."""
+    seen = []
 
-    def counted(text: str, *, verbose: bool) -> dict[str, list[int]]:
-        calls.append(text)
-        return {"input_ids": [int(word) for word in text.split()]}
+    def counted(texts: list[str], *, verbose: bool) -> dict[str, list[list[int]]]:
+        seen.extend(texts)
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
-    calibration_tokens(counted, corpus(tmp_path, [50] * 50), 4, 10, 0)
-    assert len(set(calls)) == len(calls) == 4
+    calibration_tokens(counted, corpus(tmp_path, [50] * 50), 10, 10, 0)
+    assert len(set(seen)) == len(seen) == 2 * AT_ONCE == 16
 
 
 def test_so_many_documents_of_a_hub_text_are_read_and_no_more(monkeypatch):

@@ -27,7 +27,7 @@ from mspc.solvers.quadratic import quadratic
 from mspc.tokens import calibration_tokens
 from mspc.trial import try_plans
 from mspc.types import GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
-from mspc.walk import walk
+from mspc.walk import DenseWalk, walk
 
 CPU = torch.device("cpu")
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
@@ -66,7 +66,7 @@ def test_divergences_are_those_of_models_with_the_stand_in_weights(llama):
             name: [PlannedMatrix(m.name, m.shape, Target(Unstructured(sparsity), Grid(4, 16))) for m in flat]
             for name, sparsity in (("dense", 0.0), ("half", 0.5))
         }
-        tried = try_plans(model, ids, held_out, matrices, fisher, plans, solver_options(recipe), Silent())
+        tried = try_plans(DenseWalk(model, ids, matrices), held_out, fisher, plans, solver_options(recipe), Silent())
         dense, pruned = tiny.reference(llama), tiny.reference(llama)
         for visit in walk(model, batches_of(model, ids), matrices):
             form = quadratic(visit.weight, visit.stats, fisher[visit.matrix.name], recipe.damp, "q")
@@ -86,7 +86,9 @@ def test_where_plans_differ_in_bits_the_weights_are_rounded(llama):
         str(bits): [PlannedMatrix(m.name, m.shape, Target(Unstructured(0.0), Grid(bits, 16))) for m in flat]
         for bits in (8, 4, 2)
     }
-    tried = try_plans(model, ids, tiny.ids(3, seed=1), matrices, fisher, plans, solver_options(Recipe()), Silent())
+    tried = try_plans(
+        DenseWalk(model, ids, matrices), tiny.ids(3, seed=1), fisher, plans, solver_options(Recipe()), Silent()
+    )
     assert 0 < 10 * tried["8"] < tried["4"] < tried["2"] / 4
 
 
@@ -133,7 +135,7 @@ def test_plans_for_a_size_fit_it_and_one_number_of_bits_is_one():
 def test_the_plan_that_did_best_is_used_and_recorded(best, llama, calibration, tmp_path, monkeypatch):
     seen = {}
 
-    def tried(model, ids, held_out, matrices, fisher, plans, options, reporter):
+    def tried(dense, held_out, fisher, plans, options, reporter):
         seen.update(held_out=held_out, plans=plans)
         return {name: float(name != best) for name in plans}
 

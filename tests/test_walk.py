@@ -15,7 +15,7 @@ from mspc.blocks import batches_of
 from mspc.errors import ActivationError, InputError
 from mspc.models import StreamedModel, open_model
 from mspc.types import Matrix
-from mspc.walk import Visit, install, matrix_of, walk
+from mspc.walk import DenseWalk, Visit, install, matrix_of, walk
 
 CPU = torch.device("cpu")
 
@@ -77,6 +77,26 @@ def test_walking_changes_nothing_and_visits_every_matrix_once(family, folder_of)
     assert [last for _, _, last in visits] == [i == count - 1 for count in per_block for i in range(count)]
     expected = tiny.inputs_of(tiny.reference(folder_of(family)), ids, [_final_norm(model)])[_final_norm(model)]
     torch.testing.assert_close(batches[0].hidden.flatten(0, -2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("free", [2**40, 0])
+def test_a_dense_walk_is_the_same_each_time_and_the_model_is_passed_once_if_memory_allows(free, folder_of, monkeypatch):
+    """Oracle: `walk`."""
+    model, ids = opened(folder_of("llama")), tiny.ids(3)
+    matrices, passes = model.matrices(()), []
+    expected = [
+        (v.matrix, v.weight.clone(), v.stats.gram, v.block, v.is_last_of_block)
+        for v in walk(model, batches_of(model, ids), matrices)
+    ]
+    monkeypatch.setattr("mspc.walk.free_memory", lambda device: free)
+    monkeypatch.setattr("mspc.walk.batches_of", lambda *args: passes.append(1) or batches_of(*args))
+    dense = DenseWalk(model, ids, matrices)
+    for _ in range(2):
+        for visit, (matrix, weight, gram, block, is_last) in zip(dense, expected, strict=True):
+            assert (visit.matrix, visit.block, visit.is_last_of_block) == (matrix, block, is_last)
+            assert torch.equal(visit.weight, weight)
+            assert torch.equal(visit.stats.gram, gram)
+    assert len(passes) == (1 if free else 2)
 
 
 def _final_norm(model: StreamedModel) -> str:

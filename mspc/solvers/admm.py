@@ -75,7 +75,7 @@ def _solve(
         form = quadratic(weight, stats, outputs, options.damp, name)
         mask, values = _search(form, target.pattern, options.iterations)
         kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
-    kept[:, form.dead] = torch.where(mask, weight, 0.0)[:, form.dead]  # nothing depends on them
+    kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
     if bool(mask.all()):
         kept = weight
     if target.grid is None:
@@ -98,7 +98,7 @@ def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor,
             rho *= next(factor for share, factor in GROWTH if changed > share)
             settled = support
     score = shifted.square()
-    score[:, form.dead] = -1.0
+    score[:, form.inputs.dead] = -1.0
     mask = select(score, pattern, per_row=False)
     return mask, sparse * mask
 

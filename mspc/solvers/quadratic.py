@@ -15,6 +15,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mspc.errors import SingularGramError
 from mspc.linalg import check_finite, regularized
@@ -25,29 +26,45 @@ OUTPUT_DAMP = 0.05
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """H divided by its diagonal, `gram` (I, I); the square root of that, `scale` (I,); and the dead inputs (I,)."""
+
+    gram: Tensor
+    scale: Tensor
+    dead: Tensor
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (I,) and vectors (I, I)."""
+        return _eigen(self.gram)
+
+
+@dataclass(frozen=True)
 class Quadratic:
-    """`target` (O, I) and the factors `gram` (I, I) and `outputs` (K, B, B), or None for S = 1."""
+    """`target` (O, I) and the factors `inputs.gram` (I, I) and `outputs` (K, B, B), or None for S = 1."""
 
     name: str
     target: Tensor
-    gram: Tensor
+    inputs: Inputs
     outputs: Tensor | None
     scale: Tensor
     """(O, I) or what broadcasts to it: scaled weights are weights times this."""
-    dead: Tensor
     inverses: dict[float, Tensor] = field(default_factory=dict)
     """(G + rho)^-1 of the latest rho, where S = 1."""
 
     @cached_property
     def spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eigenvalues (I,) and vectors (I, I) of `gram`, and those of `outputs`, (O,) and (K, B, B)."""
+        """Eigenvalues (I,) and vectors (I, I) of `inputs.gram`, and those of `outputs`, (O,) and (K, B, B)."""
         assert self.outputs is not None
-        of_outputs, output_vectors = _eigen(self.outputs, self.name)
-        return *_eigen(self.gram, self.name), of_outputs.flatten(), output_vectors
+        try:
+            of_outputs, output_vectors = _eigen(self.outputs)
+            return *self.inputs.spectrum, of_outputs.flatten(), output_vectors
+        except RuntimeError as error:  # LinAlgError is one, and torch does not export it
+            raise self._singular(f"has no eigendecomposition ({error})") from error
 
     def apply(self, values: Tensor) -> Tensor:
         """S X H of scaled values (O, I)."""
-        return self.between(self.outputs, values @ self.gram)
+        return self.between(self.outputs, values @ self.inputs.gram)
 
     def between(self, factor: Tensor | None, values: Tensor) -> Tensor:
         """Multiply the outputs by a block-diagonal factor (K, B, B)."""
@@ -67,9 +84,18 @@ class Quadratic:
     def inverse(self, rho: float) -> Tensor:
         if rho not in self.inverses:
             self.inverses.clear()
-            shifted = self.gram + rho * torch.eye(len(self.gram), device=self.gram.device)
-            self.inverses[rho] = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+            gram = self.inputs.gram
+            lower, info = torch.linalg.cholesky_ex(gram + rho * torch.eye(len(gram), device=gram.device))
+            if int(info):
+                raise self._singular(f"is not positive definite with {rho:g} on its diagonal")
+            self.inverses[rho] = torch.cholesky_inverse(lower)
         return self.inverses[rho]
+
+    def _singular(self, what: str) -> SingularGramError:
+        return SingularGramError(
+            f"{self.name}: a matrix of its statistics ({len(self.inputs.gram)} inputs) {what}; calibrate on more text "
+            "(--num-sequences, --sequence-length) or raise --damp."
+        )
 
     def loss(self, values: Tensor) -> float:
         """tr(S E H E^T) of scaled weights, with E their distance from the target."""
@@ -80,13 +106,20 @@ class Quadratic:
         return values / self.scale
 
 
+_INPUTS = WeakIdKeyDictionary()
+"""By Gram and damp, as long as the Gram lives: matrices that read the same input share its eigendecomposition."""
+
+
 def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: float, name: str) -> Quadratic:
     """The form at `weight` (O, I) float32. Raises ActivationError and SingularGramError for statistics of no use."""
     check_finite(stats, name)
-    gram, dead = regularized(stats.gram, damp)
-    scale = gram.diagonal().sqrt()
-    gram = gram / scale[:, None] / scale
-    scales = scale[None, :]
+    by_damp = _INPUTS.setdefault(stats.gram, {})
+    if damp not in by_damp:
+        gram, dead = regularized(stats.gram, damp)
+        scale = gram.diagonal().sqrt()
+        by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
+    inputs: Inputs = by_damp[damp]
+    scales = inputs.scale[None, :]
     if outputs is not None:
         diagonal = outputs.diagonal(dim1=-2, dim2=-1)
         mean = float(diagonal.mean())  # 0 where nothing depends on the matrix
@@ -94,8 +127,8 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
         output_scale = outputs.diagonal(dim1=-2, dim2=-1).sqrt()
         outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :]
         scales = output_scale.flatten()[:, None] * scales
-    target = torch.where(dead, 0.0, weight * scales)  # weights of dead inputs are worth nothing
-    return Quadratic(name, target, gram, outputs, scales, dead)
+    target = torch.where(inputs.dead, 0.0, weight * scales)  # weights of dead inputs are worth nothing
+    return Quadratic(name, target, inputs, outputs, scales)
 
 
 def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
@@ -127,12 +160,6 @@ def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
     return values
 
 
-def _eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    try:
-        eigenvalues, vectors = torch.linalg.eigh(matrix)
-    except RuntimeError as error:  # LinAlgError is one, and torch does not export it
-        raise SingularGramError(
-            f"{name}: a matrix of {matrix.shape[-1]} columns of its statistics has no eigendecomposition ({error}); "
-            "calibrate on more text (--num-sequences, --sequence-length) or raise --damp."
-        ) from error
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
     return eigenvalues.clamp_min(0.0), vectors
