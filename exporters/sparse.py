@@ -16,7 +16,7 @@ from mspc.artifact import ArtifactSource
 from mspc.checkpoint import write_json
 from mspc.formats.decoding import row_offsets
 from mspc.report import Step
-from mspc.sparse_folder import quantization_config
+from mspc.sparse_folder import base_of, quantization_config
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     rows = {row["tensor"]: row for row in artifact.manifest["matrices"]}
     copy_configs(artifact, out)
-    quantization = quantization_config({base_of(key): row for key, row in rows.items()})
+    quantization = quantization_config(rows.values())
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +49,3 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
                 yield f"{base_of(key)}.row_offsets", row_offsets(tensor)
 
     write_shards(artifact, out, tensors_of, step)
-
-
-def base_of(key: str) -> str:
-    return key.removesuffix(".weight")

@@ -5,7 +5,7 @@ allocated that the size of the files does not justify.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric")
 
 
-def quantization_config(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What config.json says of matrices, by the name of their tensors; each is described as in an artifact."""
-    matrices = {name: {key: row[key] for key in KEYS if key in row} for name, row in rows.items()}
+def base_of(tensor: str) -> str:
+    """The name of a matrix, to which those of its tensors are appended, by the tensor of the source that it was."""
+    return tensor.removesuffix(".weight")
+
+
+def quantization_config(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the matrices that these rows of a manifest describe."""
+    matrices = {base_of(row["tensor"]): {key: row[key] for key in KEYS if key in row} for row in rows}
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "matrices": matrices}
 
 

@@ -45,7 +45,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of `x`."""
-        y = multiply(x.reshape(-1, self.in_features), self.stored(), self.matrix)
+        y = matmul(x.reshape(-1, self.in_features), self.stored(), self.matrix)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -72,7 +72,7 @@ class SparseLinear(nn.Module):
         return self
 
 
-def multiply(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:
+def matmul(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:
     """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time."""
     num_weights = STRIP if x.device.type == "cpu" else DEVICE_STRIP
     parts = [

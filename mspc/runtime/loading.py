@@ -52,16 +52,17 @@ def _open_export(folder: Path) -> Opened:
 
 def _open_artifact(folder: Path) -> Opened:
     source = ArtifactSource(folder)
-    rows = {row["name"]: row for row in source.manifest["matrices"] if row["index"] is None}
-    described = descriptions(quantization_config(rows), folder / MANIFEST)
-    compressed = {row["tensor"] for row in rows.values()}
+    rows = [row for row in source.manifest["matrices"] if row["index"] is None]
+    quantization = quantization_config(rows)
+    described = descriptions(quantization, folder / MANIFEST)
+    compressed = {row["tensor"] for row in rows}
     tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - compressed)))
-    for name, matrix in described.items():
-        stored = with_offsets(source.stored(rows[name]), matrix, name)
+    for (name, matrix), row in zip(described.items(), rows, strict=True):
+        stored = with_offsets(source.stored(row), matrix, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(load_config(folder))
-    skeleton.config.quantization_config = quantization_config(rows)
+    skeleton.config.quantization_config = quantization
     settings = {"pretrained_model_name_or_path": None, "config": skeleton.config, "state_dict": tensors}
     return type(skeleton), described, settings
 
