@@ -20,13 +20,15 @@ class SparseLinear(nn.Module):
     on meta until it is loaded. They move with the module, and are never cast.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.matrix = matrix
         self.out_features, self.in_features = matrix.shape
         for part, (dtype, shape) in matrix.tensors().items():
             self.register_buffer(part, torch.empty(shape, dtype=dtype, device="meta"))
-        self.bias = bias
+        self.register_parameter("bias", bias)
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the matrix, by the names of `StoredMatrix.tensors`."""
