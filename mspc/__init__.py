@@ -3,6 +3,7 @@
 import mspc
 artifact = mspc.compress("path-or-id", mspc.Recipe(sparsity=0.5, bits=4), out="out/")
 artifact.manifest; artifact.export("dense", "out/dense"); mspc.evaluate("out/", text="builtin")
+model = mspc.load("out/")
 """
 
 import importlib
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from mspc.perplexity import Perplexity
     from mspc.pipeline import Artifact, compress
     from mspc.recipe import Recipe
+    from mspc.runtime.loading import load
 
-__all__ = ["Artifact", "MspcError", "Perplexity", "Recipe", "compress", "evaluate"]
+__all__ = ["Artifact", "MspcError", "Perplexity", "Recipe", "compress", "evaluate", "load"]
 
 # Loaded when first used: transformers takes seconds, and a Recipe needs none of it.
 _HOME = {
@@ -27,6 +29,7 @@ _HOME = {
     "Recipe": "mspc.recipe",
     "compress": "mspc.pipeline",
     "evaluate": "mspc.evaluation",
+    "load": "mspc.runtime.loading",
 }
 
 

@@ -92,6 +92,15 @@ def _keys_of(path: Path) -> list[str]:
         return list(file.keys())
 
 
+def map_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, mapped: they are read from the disk when they are used."""
+    with _opened(path) as file:
+        try:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read ({error}); the file is damaged.") from error
+
+
 def read_file(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """`(key, tensor)` of one safetensors file, copied out of it so that no page of it stays mapped."""
     with _opened(path) as file:

@@ -5,69 +5,82 @@ allocated that the size of the files does not justify.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError
 from mspc.formats import canonical
+from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.plan import target_from_dict
 from mspc.types import CompressedLinear
 
+QUANT_METHOD = "mspc"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
+KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric")
+
+
+def base_of(tensor: str) -> str:
+    """The name of a matrix, to which those of its tensors are appended, by the tensor of the source that it was."""
+    return tensor.removesuffix(".weight")
+
+
+def quantization_config(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the matrices that these rows of a manifest describe."""
+    matrices = {base_of(row["tensor"]): {key: row[key] for key in KEYS if key in row} for row in rows}
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "matrices": matrices}
 
 
 def read_sparse(folder: Path) -> Iterator[tuple[str, dict[str, Any], CompressedLinear]]:
     """`(name, row, matrix)` for every matrix that the config describes, in its order."""
-    rows = read_rows(folder)
+    config = read_quantization_config(folder)
+    described = descriptions(config, folder / "config.json")
     checkpoint = Checkpoint(folder)
     keys = set(checkpoint.keys())
-    for name, row in rows.items():
-        present = [part for part in PARTS if f"{name}.{part}" in keys]
+    for name, matrix in described.items():
+        present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
         stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
-        yield name, row, _matrix(name, row, stored)
+        check_types(types_of(stored), matrix, name)
+        yield name, config["matrices"][name], canonical.decode(stored, matrix, name)
 
 
-PARTS = ("values", "codes", "scales", "zeros", "mask", "indices", "row_offsets")
-
-
-def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """What config.json says of every matrix. Raises InputError for what cannot be meant."""
+def read_quantization_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
-        method, version, rows = config["quant_method"], config["format_version"], config["matrices"]
-        shapes = {name: row["shape"] for name, row in rows.items()}
-        dtypes = {row["dtype"] for row in rows.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a sparse export of mspc ({error!r}).") from error
-    if method != "mspc" or type(version) is not int or version < 1:
-        raise InputError(f"{path}: quant_method {method!r}, format_version {version!r} is no sparse export of mspc.")
+
+
+def descriptions(config: Mapping[str, Any], where: Path | str) -> dict[str, StoredMatrix]:
+    """What a `quantization_config` says of every matrix. Raises InputError for what cannot be meant."""
+    try:
+        method, version, rows = config["quant_method"], config["format_version"], dict(config["matrices"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} does not describe a sparse export of mspc ({error!r}).") from error
+    if method != QUANT_METHOD or type(version) is not int or version < 1:
+        raise InputError(f"{where}: quant_method {method!r}, format_version {version!r} is no sparse export of mspc.")
     if version > FORMAT_VERSION:
-        raise InputError(f"{folder} has sparse format {version}; this mspc reads up to {FORMAT_VERSION}: upgrade mspc.")
-    for name, shape in shapes.items():
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-            raise InputError(f"{path}, {name}: shape must be two whole numbers above 0, not {shape!r}.")
-    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
-        raise InputError(f"{path}: dtype must be one of {', '.join(DTYPES)}, not {unknown[0]!r}.")
-    return dict(rows)
+        raise InputError(f"{where} has sparse format {version}; this mspc reads up to {FORMAT_VERSION}: upgrade mspc.")
+    return {name: _description(row, f"{where}, {name}") for name, row in rows.items()}
 
 
-def _matrix(name: str, row: dict[str, Any], stored: dict[str, Tensor]) -> CompressedLinear:
+def _description(row: Any, where: str) -> StoredMatrix:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a matrix is described by an object, not by {row!r}.")
+    shape, dtype, transposed = row.get("shape"), row.get("dtype"), row.get("transposed", False)
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        raise InputError(f"{where}: shape must be two whole numbers above 0, not {shape!r}.")
+    if dtype not in DTYPES:
+        raise InputError(f"{where}: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if type(transposed) is not bool:
+        raise InputError(f"{where}: transposed must be true or false, not {transposed!r}.")
     try:
         target = target_from_dict(row)
     except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-    num_out, num_in = row["shape"]
-    matrix = canonical.unpack(stored, (num_out, num_in), target, getattr(torch, row["dtype"]), name)
-    if canonical.has_mask(target):
-        expected = torch.nn.functional.pad(matrix.mask.sum(1).cumsum(0), (1, 0))
-        found = stored.get("row_offsets")
-        if found is None or not torch.equal(found, expected):
-            raise InputError(f"{name}: its row_offsets do not count the bits of its mask.")
-    return matrix
+        raise InputError(f"{where}: {error}") from error
+    return StoredMatrix((shape[0], shape[1]), target.pattern, target.grid, getattr(torch, dtype), transposed)

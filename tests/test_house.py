@@ -25,7 +25,10 @@ FLOORS = (
         *("mspc.journal", "mspc.artifact", "mspc.output", "mspc.sparse_folder"),
     },
     {"mspc.models", "mspc.tokens", "mspc.builtin_text"},
-    {"mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity", "mspc.reconstruct"},
+    {
+        *("mspc.blocks", "mspc.passage", "mspc.walk", "mspc.gradients", "mspc.perplexity", "mspc.reconstruct"),
+        *("mspc.hf", "mspc.runtime"),
+    },
     {
         "exporters",
         "mspc.curves",
@@ -99,7 +102,9 @@ def test_contributing_shows_the_same_floors():
     assert shown == {floor: {name.removeprefix("mspc.") for name in names} for floor, names in enumerate(FLOORS)}
 
 
-KNOW_TRANSFORMERS = {"mspc.models", "exporters.onnx_graph", "exporters.runtimes.transformers"}
+KNOW_TRANSFORMERS = {
+    *("mspc.models", "mspc.hf", "mspc.runtime.loading", "exporters.onnx_graph", "exporters.runtimes.transformers"),
+}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -14,26 +14,25 @@ groups of 128 takes 2 + 1 + 0.125 bits per weight, and 50% + int4 takes the same
 """
 
 import hashlib
+from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
-from mspc.errors import InputError
-from mspc.formats.bits import pack_bits, pack_rows, unpack_bits, unpack_rows
-from mspc.masks import num_pruned
-from mspc.quant import dequantize, groups_of
+from mspc.formats.bits import pack_bits, pack_rows
+from mspc.formats.decoding import check_places, decode_codes, decode_mask, decode_rows, row_offsets, strips
+from mspc.formats.description import StoredMatrix, check_types, index_bits, types_of
+from mspc.quant import dequantize
 from mspc.types import NM, Codes, CompressedLinear, Target
-
-
-def index_bits(pattern: NM) -> int:
-    return (pattern.of - 1).bit_length()
 
 
 def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     mask = matrix.mask.cpu()
     pattern, grid = matrix.target.pattern, matrix.target.grid
-    rows = () if has_mask(matrix.target) else (len(mask), -1)  # kept weights of a row, where all keep as many
+    has_mask = _describe((mask.shape[0], mask.shape[1]), matrix.target, dtype).has_mask
+    rows = () if has_mask else (len(mask), -1)  # kept weights of a row, where all keep as many
     if matrix.codes is None or grid is None:
         kept = _kept(matrix.weight.cpu().to(dtype), mask)
         tensors["values"] = kept.view(rows) if rows else kept
@@ -46,27 +45,15 @@ def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     if isinstance(pattern, NM) and pattern.keep < pattern.of:
         places = (torch.arange(mask.shape[1]) % pattern.of).to(torch.uint8).expand_as(mask)
         tensors["indices"] = pack_rows(_kept(places, mask).view(len(mask), -1), index_bits(pattern))
-    elif has_mask(matrix.target):
+    elif has_mask:
         tensors["mask"] = pack_rows(mask.to(torch.uint8), 1)
     return tensors
 
 
 def num_bytes(shape: tuple[int, int], target: Target, dtype: torch.dtype) -> int:
     """What `pack` makes of a matrix of this shape and target."""
-    (num_rows, num_columns), pattern, grid = shape, target.pattern, target.grid
-    kept = num_rows * num_columns - num_pruned(num_rows * num_columns, pattern.sparsity)
-    if grid is None:
-        total = kept * dtype.itemsize
-    else:
-        groups = num_columns // groups_of(num_columns, grid)
-        in_rows = num_rows * _bytes(kept // num_rows, grid.bits)
-        total = (_bytes(kept, grid.bits) if has_mask(target) else in_rows) + num_rows * groups * 2
-        total += 0 if grid.symmetric else num_rows * _bytes(groups, grid.bits)
-    if has_mask(target):
-        total += num_rows * _bytes(num_columns, 1)
-    elif isinstance(pattern, NM) and pattern.keep < pattern.of:
-        total += num_rows * _bytes(kept // num_rows, index_bits(pattern))
-    return total
+    tensors = _describe(shape, target, dtype).tensors()
+    return sum(dtype.itemsize * prod(shape) for part, (dtype, shape) in tensors.items() if part != "row_offsets")
 
 
 def _kept(values: Tensor, mask: Tensor) -> Tensor:
@@ -75,41 +62,51 @@ def _kept(values: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(as_integers.numpy()[mask.numpy()]).view(values.dtype)
 
 
-def has_mask(target: Target) -> bool:
-    return not isinstance(target.pattern, NM) and target.pattern.sparsity > 0
+def _describe(shape: tuple[int, int], target: Target, dtype: torch.dtype) -> StoredMatrix:
+    return StoredMatrix(shape, target.pattern, target.grid, dtype)
 
 
 def unpack(
-    tensors: dict[str, Tensor], shape: tuple[int, int], target: Target, dtype: torch.dtype, name: str = "the matrix"
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], target: Target, dtype: torch.dtype, name: str = "the matrix"
 ) -> CompressedLinear:
     """The matrix (O, I) as the model uses it: `weight` has the checkpoint's dtype, whatever the solver worked in.
 
     Raises InputError, naming the matrix, for tensors that are not those of this shape and target. Nothing is allocated
     that the size of the tensors does not justify.
     """
-    mask = _unpack_mask(tensors, shape, target, name)
-    kept, grid = int(mask.sum()), target.grid
-    rows = () if has_mask(target) else (shape[0], kept // shape[0])
-    if grid is None:
-        values = _expect(tensors, "values", None, rows or (kept,), name)
-        weight = torch.zeros(shape, dtype=dtype).masked_scatter_(mask, values.flatten().to(dtype))
-        return CompressedLinear(weight, mask, target)
-    size = groups_of(shape[1], grid, name)
-    scales = _expect(tensors, "scales", torch.float16, (shape[0], shape[1] // size), name)
-    zeros = torch.full(scales.shape, 2 ** (grid.bits - 1), dtype=torch.uint8)
-    if not grid.symmetric:
-        num_groups = scales.shape[1]
-        packed = _expect(tensors, "zeros", torch.uint8, (shape[0], _bytes(num_groups, grid.bits)), name)
-        zeros = unpack_rows(packed, grid.bits, num_groups)
-    if rows:
-        packed = _expect(tensors, "codes", torch.uint8, (rows[0], _bytes(rows[1], grid.bits)), name)
-        codes = unpack_rows(packed, grid.bits, rows[1]).flatten()
-    else:
-        packed = _expect(tensors, "codes", torch.uint8, (_bytes(kept, grid.bits),), name)
-        codes = unpack_bits(packed, grid.bits, kept)
-    values = zeros.repeat_interleave(size, 1).masked_scatter_(mask, codes)
-    all_codes = Codes(values, scales, zeros)
-    return CompressedLinear(dequantize(all_codes).to(dtype), mask, target, all_codes)
+    matrix = _describe(shape, target, dtype)
+    return decode(with_offsets(tensors, matrix, name), matrix, name)
+
+
+def with_offsets(tensors: Mapping[str, Tensor], matrix: StoredMatrix, name: str) -> dict[str, Tensor]:
+    """The tensors of a matrix as the sparse export has them: an artifact leaves out what can be counted.
+
+    Raises InputError, naming the matrix, for those that are not what its description says.
+    """
+    if not matrix.has_mask:
+        check_types(types_of(tensors), matrix, name)
+        return dict(tensors)
+    check_types(types_of(tensors) | {"row_offsets": matrix.tensors()["row_offsets"]}, matrix, name)
+    return {**tensors, "row_offsets": row_offsets(tensors["mask"])}
+
+
+def decode(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str) -> CompressedLinear:
+    """The matrix of tensors that have the types they should. Raises InputError when they do not fit together."""
+    check_places(stored, matrix, name)
+    weight, mask = torch.empty(matrix.shape, dtype=matrix.dtype), torch.empty(matrix.shape, dtype=torch.bool)
+    if matrix.grid is None:
+        for first, last in strips(matrix.shape):
+            mask[first:last] = decode_mask(stored, matrix, first, last)
+            weight[first:last] = decode_rows(stored, matrix, first, last)
+        return CompressedLinear(weight, mask, matrix.target)
+    scales = stored["scales"]
+    codes = Codes(torch.empty(matrix.shape, dtype=torch.uint8), scales, torch.empty(scales.shape, dtype=torch.uint8))
+    for first, last in strips(matrix.shape):
+        part = decode_codes(stored, matrix, first, last)
+        mask[first:last] = decode_mask(stored, matrix, first, last)
+        codes.values[first:last], codes.zeros[first:last] = part.values, part.zeros
+        weight[first:last] = dequantize(part)
+    return CompressedLinear(weight, mask, matrix.target, codes)
 
 
 def digest(matrix: CompressedLinear) -> str:
@@ -120,52 +117,3 @@ def digest(matrix: CompressedLinear) -> str:
     for part in parts:
         sha256.update(part.cpu().flatten().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
-
-
-def _unpack_mask(tensors: dict[str, Tensor], shape: tuple[int, int], target: Target, name: str) -> Tensor:
-    pattern, (num_rows, num_columns) = target.pattern, shape
-    if has_mask(target):
-        packed = _expect(tensors, "mask", torch.uint8, (num_rows, _bytes(num_columns, 1)), name)
-        return unpack_rows(packed, 1, num_columns).bool()
-    if isinstance(pattern, NM) and pattern.keep < pattern.of:
-        if num_columns % pattern.of:
-            raise InputError(f"{name}: its {num_columns} in features are no whole groups of {pattern}.")
-        kept = num_columns // pattern.of * pattern.keep
-        packed = _expect(tensors, "indices", torch.uint8, (num_rows, _bytes(kept, index_bits(pattern))), name)
-        places = unpack_rows(packed, index_bits(pattern), kept).view(-1, pattern.keep)
-        if int(places.max()) >= pattern.of or not bool((places[:, 1:] > places[:, :-1]).all()):
-            raise InputError(f"{name}: its indices are not {pattern.keep} ascending places below {pattern.of} a group.")
-        return _mask_of_places(places, pattern.of).view(shape)
-    # All weights are kept: what holds them must be there before a mask of that size is made.
-    part = "values" if target.grid is None else "codes"
-    columns = num_columns if target.grid is None else _bytes(num_columns, target.grid.bits)
-    _expect(tensors, part, None, (num_rows, columns), name)
-    return torch.ones(shape, dtype=torch.bool)
-
-
-def _mask_of_places(places: Tensor, of: int) -> Tensor:
-    """uint8 (groups, N), each below M -> bool (groups, M). Up to 16 places are bits of one word, which is fast."""
-    if of > 16:
-        return torch.zeros(len(places), of, dtype=torch.bool).scatter_(1, places.long(), True)
-    words = torch.zeros(len(places), dtype=torch.int16)
-    for column in places.T:
-        words |= torch.ones_like(words) << column
-    return unpack_rows(words.view(torch.uint8).view(len(words), 2), 1, of).bool()
-
-
-def _bytes(count: int, bits: int) -> int:
-    return -(-count * bits // 8)
-
-
-def _expect(
-    tensors: dict[str, Tensor], part: str, dtype: torch.dtype | None, shape: tuple[int, ...], name: str
-) -> Tensor:
-    if part not in tensors:
-        raise InputError(f"{name}: its {part} are missing.")
-    tensor = tensors[part]
-    if tuple(tensor.shape) != shape or tensor.dtype != (dtype or tensor.dtype):
-        raise InputError(
-            f"{name}: its {part} are {tensor.dtype} {tuple(tensor.shape)}, and its shape and target need "
-            f"{dtype or 'values'} {shape}."
-        )
-    return tensor

@@ -1,0 +1,79 @@
+"""`load`: a sparse export or an artifact as a model of transformers whose compressed matrices stay compressed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+import mspc.hf  # noqa: F401  makes transformers know the format
+from mspc.artifact import MANIFEST, ArtifactSource, is_artifact
+from mspc.checkpoint import Checkpoint
+from mspc.errors import InputError, unknown
+from mspc.formats.canonical import with_offsets
+from mspc.formats.description import StoredMatrix
+from mspc.models import choose_device, load_config, resolve
+from mspc.recipe import DTYPES
+from mspc.sparse_folder import descriptions, quantization_config, read_quantization_config
+
+
+def load(path: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """The model of a sparse export (a folder or hub id) or of an artifact, in eval mode and without gradients.
+
+    Compressed matrices are `SparseLinear` layers, which hold their tensors as they are in the files, byte for byte; all
+    else is as transformers has it. `dtype` is what that is in and what is computed in; auto means float32 on a CPU, and
+    the checkpoint's own elsewhere. Slices of fused experts, which an artifact may have, become dense.
+
+    Raises InputError, naming the matrix, for files that are damaged or do not belong together.
+    """
+    folder, place = resolve(str(path)), choose_device(device)
+    open_folder = _open_artifact if is_artifact(folder) else _open_export
+    model_class, described, settings = open_folder(folder)
+    model, info = model_class.from_pretrained(
+        **settings, dtype=_choose_dtype(dtype, place, described), output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{folder} holds no {missing[0]}, which the model needs; it is incomplete.")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.to(place)
+
+
+Opened = tuple[Any, dict[str, StoredMatrix], dict[str, Any]]
+"""The class of a model, its compressed matrices, and from what it is loaded."""
+
+
+def _open_export(folder: Path) -> Opened:
+    described = descriptions(read_quantization_config(folder), folder / "config.json")
+    Checkpoint(folder)  # raises what is wrong with its files in our words
+    return AutoModelForCausalLM, described, {"pretrained_model_name_or_path": folder}
+
+
+def _open_artifact(folder: Path) -> Opened:
+    source = ArtifactSource(folder)
+    rows = [row for row in source.manifest["matrices"] if row["index"] is None]
+    quantization = quantization_config(rows)
+    described = descriptions(quantization, folder / MANIFEST)
+    compressed = {row["tensor"] for row in rows}
+    tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - compressed)))
+    for (name, matrix), row in zip(described.items(), rows, strict=True):
+        stored = with_offsets(source.stored(row), matrix, name)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(load_config(folder))
+    skeleton.config.quantization_config = quantization
+    settings = {"pretrained_model_name_or_path": None, "config": skeleton.config, "state_dict": tensors}
+    return type(skeleton), described, settings
+
+
+def _choose_dtype(asked: str | torch.dtype, device: torch.device, described: dict[str, StoredMatrix]) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked not in DTYPES:
+        raise unknown("dtype", asked, DTYPES)
+    if asked != "auto":
+        return getattr(torch, asked)
+    if device.type == "cpu":
+        return torch.float32
+    return next((matrix.dtype for matrix in described.values()), torch.float32)
