@@ -21,6 +21,7 @@ from mspc.linalg import precise_matmul
 from mspc.masks import check_divides, kth_lowest, num_pruned, select
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
+from mspc.solvers.polish import polish
 from mspc.solvers.quadratic import Quadratic, quadratic, refine
 from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
@@ -80,8 +81,8 @@ def _solve(
         kept = weight
     if target.grid is None:
         return CompressedLinear(kept, mask, target, None, options.damp)
-    # These are the best on the support, so the loss of rounding them adds to theirs, and the sweep sees to it alone.
-    return obs(kept, stats, target, options, name, mask)
+    # These are the best on the support, so the loss of rounding them adds to theirs, and what follows sees to it alone.
+    return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
 
 def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:
