@@ -36,7 +36,7 @@ FORMATS = {
         None,
         "Hugging Face folder of mspc's own format: values or codes of the kept weights, and where they are",
         "every pattern and grid",
-        (),
+        ("transformers",),
         "smaller: 2:4 and 50% take 9/16 of dense bf16, with int4 g128 3.125 bits per weight",
     ),
     "gptq": Format(

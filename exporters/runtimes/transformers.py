@@ -21,6 +21,8 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
         _check_gptq(packed)
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its kernels are compiled when they load
         settings = {"dtype": torch.float16}
+    elif record["format"] == "sparse":
+        import mspc.hf  # noqa: F401  makes transformers know the format
     elif record["format"] == "compressed-tensors":
         import compressed_tensors  # noqa: F401  transformers would say it is missing in other words
 
