@@ -15,10 +15,12 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -82,6 +84,20 @@ def fits(setting: str, method: str) -> bool:
         return False
     pattern, sparsity = SETTINGS[setting].get("pattern", "N:16"), SETTINGS[setting].get("sparsity")
     return METHODS[method]["allocator"] == "uniform" or (pattern == "N:16" and sparsity != 0)
+
+
+def configuration(args: argparse.Namespace) -> dict[str, object]:
+    """What results depend on, besides setting, method and seed."""
+    return {
+        "model": Path(args.model).resolve().name,
+        "text": [Path(text).name for text in args.text],
+        "calibration": Path(args.calibration).name,
+        "num_sequences": args.num_sequences,
+        "sequence_length": args.sequence_length,
+        "max_windows": args.max_windows,
+        "mspc": mspc.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def measure(args: argparse.Namespace, recipe: mspc.Recipe, out: Path) -> dict[str, object]:
@@ -195,7 +211,11 @@ def main() -> None:
     args.text = args.text or ["builtin"]
     args.results.parent.mkdir(parents=True, exist_ok=True)
 
-    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    results = json.loads(args.results.read_text()) if args.results.exists() else {"of": configuration(args)}
+    if results.get("of") != configuration(args):
+        sys.exit(
+            f"{args.results} holds results of {results.get('of')}, not of {configuration(args)}; name another file."
+        )
     results.setdefault("dense", [evaluate(args.model, text, args).perplexity for text in args.text])
     for seed in range(args.seeds):
         out = Path(tempfile.mkdtemp(prefix="mspc-quality-")) / "out"

@@ -187,9 +187,10 @@ def allocate_bytes(
 def _options(
     recipe: Recipe, matrices: Sequence[Sequence[Matrix]], dtype: torch.dtype
 ) -> list[list[tuple[Target, int]]]:
-    """What each matrix may become under a budget, with its size in bytes."""
+    """What each matrix may become under a budget, with its bytes: in the sparse export, if its size is asked for."""
+    exported = recipe.bits_per_weight is None
     return [
-        [(target, num_bytes_of(matrix.shape, target, dtype)) for target in _targets(recipe, matrix)]
+        [(target, num_bytes_of(matrix.shape, target, dtype, exported=exported)) for target in _targets(recipe, matrix)]
         for of_block in matrices
         for matrix in of_block
     ]

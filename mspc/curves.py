@@ -62,11 +62,14 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
     patterns, mean_curvature = patterns_of(recipe), curvature(stats)
     form = quadratic(weight, stats, stats.fisher, options.damp, name)
     half_tokens = 1 / (2 * stats.num_tokens)
-    if stats.fisher is not None and len(stats.fisher) > SAMPLED:
-        whole = form.loss(torch.zeros_like(weight))
-        weight, stats = _sampled(weight, stats)
-        form = quadratic(weight, stats, stats.fisher, options.damp, name)
-        half_tokens *= whole / (form.loss(torch.zeros_like(weight)) or 1.0)
+    if stats.fisher is not None and not bool(stats.fisher.any()):
+        half_tokens = 0.0  # nothing depends on its outputs; the form would take them for equally important
+    elif stats.fisher is not None and len(stats.fisher) > SAMPLED:
+        some, of_some = _sampled(weight, stats)
+        part = quadratic(some, of_some, of_some.fisher, options.damp, name)
+        if (removed := part.loss(torch.zeros_like(some))) > 0:
+            half_tokens *= form.loss(torch.zeros_like(weight)) / removed
+            weight, stats, form = some, of_some, part
     if recipe.solver in ("kfac", "admm"):
         path = error_path(form, patterns)
     else:

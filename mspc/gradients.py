@@ -57,7 +57,7 @@ class SquaredGradient:
         self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
     ) -> tuple[State, Weights]:
         gradient, of_weights = _backward(run, state[0], weights, cotangent[0])
-        return (gradient,), {name: g.square() for name, g in of_weights.items()}
+        return (gradient,), {name: g.float().square() for name, g in of_weights.items()}
 
 
 class FisherFactor:
@@ -79,7 +79,12 @@ class FisherFactor:
         return (run(state[0], weights),)
 
     def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
-        return (grad(loss)(state[0]),)
+        predicted = state[0].shape[0] * (state[0].shape[1] - 1)  # the loss is a mean over them
+
+        def summed(hidden: Tensor) -> Tensor:
+            return predicted * loss(hidden)  # so that nothing vanishes in float16
+
+        return (grad(summed)(state[0]),)
 
     def backward(
         self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
@@ -103,10 +108,7 @@ class FisherFactor:
         finally:
             for handle in handles:
                 handle.remove()
-        predicted = gradient.shape[0] * (gradient.shape[1] - 1)  # the loss is a mean over them
-        return (gradient,), {
-            name: _moment(predicted * g.flatten(0, -2)) for name, g in zip(names, of_outputs, strict=True)
-        }
+        return (gradient,), {name: _moment(g.flatten(0, -2)) for name, g in zip(names, of_outputs, strict=True)}
 
 
 class HessianTrace:

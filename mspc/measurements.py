@@ -127,6 +127,7 @@ def loss_curves(
         "patterns": [str(pattern) + str(pattern.sparsity) for pattern in patterns_of(recipe)],
         "solver": "admm" if recipe.solver in ("admm", "kfac") else [recipe.solver, recipe.criterion],
         "damp": recipe.damp,
+        "activation_order": recipe.activation_order,
         "sequences": recipe.sensitivity_sequences,
         "rounding": [recipe.group_size, recipe.asymmetric] if recipe.has_budget else None,
     }
@@ -145,6 +146,7 @@ def _key(model: StreamedModel, matrices: Sequence[Sequence[Matrix]], identity: d
     names = [matrix.name for of_block in matrices for matrix in of_block]
     return identity | {
         "dtype": str(model.dtype),
+        "device": model.device.type,
         "matrices": hashlib.sha256("\n".join(names).encode()).hexdigest(),
     }
 

@@ -88,7 +88,7 @@ def read_plan(path: Path, matrices: Sequence[Matrix]) -> list[PlannedMatrix]:
     if missing:
         raise InputError(
             f"Plan {path} leaves out {', '.join(missing[:3])} and {len(missing)} in all: every matrix needs "
-            "a line (sparsity 0 and bits 16 keep one as it is), or --skip."
+            "a line (sparsity 0 and bits 16 prune and round nothing), or --skip."
         )
     return [_planned(path, matrix, by_name[matrix.name]) for matrix in matrices]
 

@@ -141,7 +141,7 @@ def solve_one(
     matrix, name = visit.matrix, visit.matrix.name
     weight = visit.weight.float().clone()
     stats = replace(visit.stats, fisher=fisher)
-    wanted = propagated(weight, stats, recipe.propagation or 0.0, options.damp, name)
+    wanted, propagation_damp = propagated(weight, stats, recipe.propagation or 0.0, options.damp, name)
     solution = SOLVERS[str(recipe.solver)](wanted, stats, planned.target, options, name)
     dtype = model.source_dtypes[matrix.parameter]
     tensors = canonical.pack(solution, dtype)
@@ -169,6 +169,7 @@ def solve_one(
         "sensitivity": planned.sensitivity,
         "output_error": output_error(weight, installed.float(), visit.stats.gram),
         "damp": solution.damp,
+        "propagation_damp": propagation_damp,
         "precision": str(solution.precision).removeprefix("torch."),
         "num_tokens": visit.stats.num_tokens,
     }

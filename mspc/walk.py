@@ -74,6 +74,7 @@ class DenseWalk:
     """The visits of a walk on which nothing is changed, as often as they are wanted.
 
     The model is passed once if all statistics fit in a quarter of the free memory, where they are kept; else each time.
+    A solver keeps a normalized Gram and its eigenvectors beside each.
     """
 
     def __init__(self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]]) -> None:
@@ -84,9 +85,11 @@ class DenseWalk:
         return self._again() if self.kept else self._pass()
 
     def _pass(self) -> Iterator[Visit]:
-        needed = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)  # or less
+        grams = 4 * sum(
+            matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block
+        )  # or less: some share
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
-        keep = needed <= free_memory(self.model.device) // 4
+        keep = 3 * grams <= free_memory(self.model.device) // 4
         for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))

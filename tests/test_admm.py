@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import code_product, damped, least_squares, loss, problem, row_losses
 
-from mspc.errors import ActivationError, InputError
+from mspc.errors import ActivationError, InputError, SingularGramError
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import admm
 from mspc.types import NM, GramStats, Grid, Target, Unstructured
@@ -100,3 +100,9 @@ def test_bad_input_is_refused():
     spoiled = GramStats(case.stats.gram.clone().fill_(float("nan")), 4)
     with pytest.raises(ActivationError, match="q_proj"):
         admm(case.weight, spoiled, Target(Unstructured(0.5)), SolverOptions(), "q_proj")
+
+
+def test_a_gram_that_is_none_is_an_error_that_names_the_matrix():
+    gram = torch.eye(16) - 0.5 * (1 - torch.eye(16))  # least eigenvalue 1.5 - 8
+    with pytest.raises(SingularGramError, match=r"q_proj: .* not positive definite .* raise --damp"):
+        admm(torch.ones(8, 16), GramStats(gram, 64), Target(Unstructured(0.5)), SolverOptions(), "q_proj")

@@ -11,13 +11,13 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import few
+from oracles import few, problem
 
 import mspc
 from mspc.allocation import allocate, allocate_bytes, check_bytes
 from mspc.allocators.curves import Curve, by_curves, cheapest
 from mspc.blocks import batches_of
-from mspc.curves import SPARSITIES, measure_curves, read_curves, write_curves
+from mspc.curves import SPARSITIES, curve_of, measure_curves, read_curves, write_curves
 from mspc.errors import InputError
 from mspc.formats.canonical import num_bytes
 from mspc.masks import num_pruned
@@ -27,7 +27,7 @@ from mspc.plan import target_from_dict
 from mspc.recipe import Recipe
 from mspc.report import Silent
 from mspc.solve_blocks import solver_options
-from mspc.types import NM, Grid, Matrix, PlannedMatrix, Target, Unstructured
+from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
 from mspc.walk import DenseWalk, walk
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
@@ -215,3 +215,59 @@ def test_a_model_of_a_given_size(budget, llama, calibration, tmp_path):
     else:
         sparse = artifact.export("sparse", tmp_path / "sparse", reporter=Silent())
         assert 0.6 * whole < (sparse / "model.safetensors").stat().st_size <= 0.7 * whole
+
+
+def test_costs_without_a_divisor_leave_no_room_for_a_better_option(monkeypatch):
+    """Oracle: every single exchange; and the budget of the cheapest options alone, which real shapes have at 2:4."""
+    monkeypatch.setattr("mspc.allocators.curves.SUMS", 16)
+    draw = random.Random(1)
+    options = [[(draw.uniform(1e6, 9e6), draw.random()) for _ in range(5)] for _ in range(6)]
+    least = sum(min(cost for cost, _ in of) for of in options)
+    assert cheapest(options, least) == [min(range(5), key=lambda i: of[i][0]) for of in options]
+    for more in (1e5, 3e6, 1e7):
+        picked = cheapest(options, least + more)
+        cost = sum(of[i][0] for of, i in zip(options, picked, strict=True))
+        assert cost <= least + more
+        for of, now in zip(options, picked, strict=True):
+            assert not [1 for c, loss in of if loss < of[now][1] and cost + c - of[now][0] <= least + more]
+
+
+@pytest.mark.parametrize("allocator", ["curves", "auto", "uniform"])
+def test_more_zeros_than_n_of_16_has_are_the_nearest(allocator):
+    curves = {name: curve(10.0**i) for i, name in enumerate(NAMES)}
+    recipe = Recipe(sparsity=0.96, pattern="N:16", allocator=allocator)
+    assert {m.target.pattern for m in allocate(recipe, MODEL, {}, curves)} == {NM(1, 16)}
+
+
+@pytest.mark.parametrize("solver", ["kfac", "obs"])
+def test_inputs_that_never_were_cost_nothing(solver):
+    """Oracle: the curve of the matrix without them; at sparsities that the dead ones alone can give it is zero."""
+    case, recipe = problem(0, 16, 32), Recipe(solver=solver, bits_per_weight=4.0, group_size=16)
+    outputs = torch.eye(16)[None]
+    gram = torch.zeros(64, 64)
+    gram[::2, ::2] = case.stats.gram
+    weight = torch.ones(16, 64)
+    weight[:, ::2] = case.weight
+    stats = GramStats(gram, case.stats.num_tokens, fisher=outputs)
+    found = curve_of(weight, stats, recipe, solver_options(recipe), "fc2")
+    alone = curve_of(case.weight, replace(case.stats, fisher=outputs), recipe, solver_options(recipe), "fc2")
+    assert found.at(0.45) < 1e-6 * alone.losses[-1]
+    assert found.losses[-1] == pytest.approx(alone.losses[-1], rel=1e-3)
+    assert found.rounding[4][0][1] < 2 * alone.rounding[4][0][1]
+
+
+def test_a_matrix_that_nothing_depends_on_costs_nothing():
+    case, recipe = problem(0, 16, 32), Recipe()
+    stats = replace(case.stats, fisher=torch.zeros(1, 16, 16))
+    assert set(curve_of(case.weight, stats, recipe, solver_options(recipe), "o_proj").losses) == {0.0}
+
+
+def test_where_the_sampled_outputs_do_not_matter_all_are_measured():
+    """Oracle: the loss of removing the half that matters, from its own curve."""
+    recipe, fisher = Recipe(), torch.stack([torch.eye(8), torch.zeros(8, 8)] * 2)
+    case = problem(0, 32, 16)
+    weight = case.weight.clone()
+    weight[8:16] = weight[24:] = 0
+    options = solver_options(recipe)
+    found = curve_of(weight, replace(case.stats, fisher=fisher), recipe, options, "q")
+    assert found.losses[-1] > 0

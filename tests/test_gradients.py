@@ -77,6 +77,19 @@ def test_fisher_factor_equals_autograd(family, folder_of):
             torch.testing.assert_close(block.double(), expected[part, part], rtol=1e-3, atol=tolerance)
 
 
+def test_fisher_factors_do_not_vanish_in_float16(llama):
+    """Oracle: float32; the gradient of a mean over thousands of tokens would be below what float16 has."""
+    ids = tiny.ids(16)
+    found = {}
+    for dtype in ("float16", "float32"):
+        model = open_model(llama, device=torch.device("cpu"), dtype=dtype)
+        matrices = model.matrices(())
+        for sample in reverse_walk(model, ids, matrices, FisherFactor(model, matrices)):
+            found.setdefault(sample.matrix.name, []).append(float(sample.value.diagonal(dim1=-2, dim2=-1).sum()))
+    for half, full in found.values():
+        assert half == pytest.approx(full, rel=0.03)
+
+
 @pytest.mark.parametrize(("outputs", "size"), [(1, 1), (256, 256), (896, 224), (257, 1), (14336, 256), (48, 48)])
 def test_fisher_blocks_divide_the_outputs(outputs, size):
     assert fisher_block(outputs) == size

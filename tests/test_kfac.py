@@ -182,7 +182,8 @@ def test_propagation_is_the_least_squares_answer_to_the_dense_outputs(share):
     stats = GramStats(case.stats.gram, case.stats.num_tokens, drift)
     x, z, w = case.inputs.double(), dense_inputs.double(), case.weight.double()
     step = w @ (z - x) @ x.T @ torch.linalg.inv(damped(case.stats.gram, 1e-6))
-    found = propagated(case.weight, stats, share, 1e-6, "q")
+    found, damp = propagated(case.weight, stats, share, 1e-6, "q")
+    assert damp == 1e-6
     torch.testing.assert_close(found.double(), w + share * step, rtol=1e-2, atol=1e-3)
     if share == 1:
         exact = torch.linalg.lstsq(x.T, (w @ z).T).solution.T
@@ -193,4 +194,31 @@ def test_propagation_is_the_least_squares_answer_to_the_dense_outputs(share):
 
 def test_without_drift_nothing_is_corrected():
     case = problem(12, 8, 16)
-    assert propagated(case.weight, case.stats, 1.0, 0.01, "q") is case.weight
+    assert propagated(case.weight, case.stats, 1.0, 0.01, "q")[0] is case.weight
+
+
+def test_the_damp_that_propagation_took_is_told():
+    """Fewer tokens than inputs: the first rung of the ladder fails."""
+    case = problem(13, 8, 16)
+    gram = torch.ones(16, 16)
+    stats = GramStats(gram, 1, drift=gram)
+    assert propagated(case.weight, stats, 1.0, 1e-8, "q")[1] > 1e-8
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(5, 16), Unstructured(0.5)], ids=repr)
+def test_a_weight_that_is_stored_transposed_is_solved_alike(pattern):
+    """Oracle: the same weight in rows; GPT-2 stores (I, O)."""
+    case = problem(14, 16, 32)
+    view = case.weight.T.contiguous().T
+    stats = replace(case.stats, fisher=fisher(0, 1, 16))
+    options = SolverOptions()
+    found, expected = (kfac(w, stats, Target(pattern), options, "c_fc") for w in (view, case.weight))
+    assert torch.equal(found.mask, expected.mask)
+    torch.testing.assert_close(found.weight, expected.weight)
+
+
+def test_matrices_of_one_input_share_its_eigendecomposition():
+    case = problem(15, 16, 32)
+    one, other = (quadratic(w, case.stats, fisher(0, 1, 16), 0.01, "q") for w in (case.weight, -case.weight))
+    assert one.inputs is other.inputs
+    assert quadratic(case.weight, case.stats, None, 0.02, "q").inputs is not one.inputs

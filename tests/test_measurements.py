@@ -40,7 +40,9 @@ def measured(monkeypatch):
 
 def get(folder, recipe=RECIPE, *, identity=IDENTITY, matrices=MATRICES, dtype=torch.float32):
     ids = torch.zeros(4, 8, dtype=torch.int64)
-    return sensitivities(SimpleNamespace(dtype=dtype), ids, matrices, recipe, identity, folder, Silent())
+    return sensitivities(
+        SimpleNamespace(dtype=dtype, device=torch.device("cpu")), ids, matrices, recipe, identity, folder, Silent()
+    )
 
 
 def test_they_come_back_exactly_and_are_not_measured_again(measured, tmp_path):

@@ -54,6 +54,13 @@ def test_scales_are_those_of_least_squares(grid):
         torch.testing.assert_close(codes.scales[row].double(), best, rtol=2e-3, atol=1e-6)
 
 
+def test_strips_of_rows_change_nothing(monkeypatch):
+    case, found, gram = rounded(Grid(4, 16))
+    whole = refit_scales(case.weight, gram.float(), found.codes).scales
+    monkeypatch.setattr("mspc.solvers.polish.STRIP", 80)  # five rows of four groups
+    torch.testing.assert_close(refit_scales(case.weight, gram.float(), found.codes).scales, whole)
+
+
 def test_codes_settle_where_no_single_change_helps():
     """Oracle: every other code of every kept weight, once passes change nothing more."""
     case, found, gram = rounded(Grid(3, 16))

@@ -2,8 +2,9 @@
 
 Every matrix has options, each with a cost and a predicted loss. Which one of each keeps the sum of costs within the
 budget at the least sum of losses is a multiple-choice knapsack, solved exactly by dynamic programming over the cost:
-costs of real models are multiples of a large number, so there are few sums. Where they are not, costs are rounded up
-to a fraction of the budget, and the result is exact for costs that are so much larger.
+costs of real models are multiples of a large number, so there are few sums. Where they are not, what options cost above
+the cheapest of their matrix is rounded up to a fraction of what the budget leaves for it, and what that left unused is
+spent on single better options, as far as it goes.
 """
 
 import math
@@ -59,12 +60,13 @@ class Curve:
 def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None) -> list[float]:
     """Sparsities of least predicted loss with at most (1 - sparsity) of all weights kept.
 
-    With `of`, those of N:of patterns; a matrix then keeps at least one of each group.
+    With `of`, those of N:of patterns; a matrix then keeps at least one of each group, whatever is asked.
     """
     steps = of or STEPS
     shares = [k / steps for k in range(1 if of else 0, steps + 1)]
     options = [[(n * share, curve.at(1 - share)) for share in shares] for curve, n in zip(curves, numels, strict=True)]
-    return [1 - shares[i] for i in cheapest(options, (1 - sparsity) * sum(numels))]
+    kept = max(1 - sparsity, shares[0])
+    return [1 - shares[i] for i in cheapest(options, kept * sum(numels))]
 
 
 def mixture(curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int) -> list[Target]:
@@ -84,10 +86,15 @@ def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
 
     Raises ValueError when even the cheapest are more than the budget.
     """
-    unit, size = _unit([cost for of_matrix in options for cost, _ in of_matrix], budget)
+    least = [min(cost for cost, _ in of_matrix) for of_matrix in options]
+    room = budget - sum(least)
+    if room < -1e-9 * budget:
+        raise ValueError("no choice of options fits the budget")
+    above = [[(cost - low, loss) for cost, loss in of] for of, low in zip(options, least, strict=True)]
+    unit, size = _unit([cost for of_matrix in above for cost, _ in of_matrix], max(room, 0.0))
     best = numpy.zeros(size + 1)
     choices: list[NDArray[numpy.int32]] = []
-    for of_matrix in options:
+    for of_matrix in above:
         extended = numpy.full(size + 1, math.inf)
         chosen: NDArray[numpy.int32] = numpy.zeros(size + 1, dtype=numpy.int32)
         for i, (cost, loss) in enumerate(of_matrix):
@@ -100,13 +107,28 @@ def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
             chosen[units:][better] = i
         best = extended
         choices.append(chosen)
-    if not math.isfinite(best[size]):
-        raise ValueError("no choice of options fits the budget")
     picked, left = list[int](), size
-    for of_matrix, last in zip(reversed(options), reversed(choices), strict=True):
+    for of_matrix, last in zip(reversed(above), reversed(choices), strict=True):
         picked.append(int(last[left]))
         left -= math.ceil(of_matrix[picked[-1]][0] / unit - 1e-9)
-    return picked[::-1]
+    return _spend_rest(above, picked[::-1], room)
+
+
+def _spend_rest(options: Sequence[Sequence[tuple[float, float]]], picked: list[int], room: float) -> list[int]:
+    """Exchange one option at a time, that which gains most, while the costs leave room."""
+    left = room - sum(of_matrix[i][0] for of_matrix, i in zip(options, picked, strict=True))
+    while True:
+        gains = [
+            (of_matrix[now][1] - loss, matrix, i)
+            for matrix, (of_matrix, now) in enumerate(zip(options, picked, strict=True))
+            for i, (cost, loss) in enumerate(of_matrix)
+            if cost - of_matrix[now][0] <= left and loss < of_matrix[now][1]
+        ]
+        if not gains:
+            return picked
+        _, matrix, i = max(gains)
+        left -= options[matrix][i][0] - options[matrix][picked[matrix]][0]
+        picked[matrix] = i
 
 
 def _log(loss: float) -> float:

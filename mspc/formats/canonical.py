@@ -50,10 +50,12 @@ def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def num_bytes(shape: tuple[int, int], target: Target, dtype: torch.dtype) -> int:
-    """What `pack` makes of a matrix of this shape and target."""
+def num_bytes(shape: tuple[int, int], target: Target, dtype: torch.dtype, *, exported: bool = False) -> int:
+    """What `pack` makes of a matrix of this shape and target; the sparse export stores row offsets beside it."""
     tensors = _describe(shape, target, dtype).tensors()
-    return sum(dtype.itemsize * prod(shape) for part, (dtype, shape) in tensors.items() if part != "row_offsets")
+    if not exported:
+        tensors.pop("row_offsets", None)
+    return sum(dtype.itemsize * prod(shape) for dtype, shape in tensors.values())
 
 
 def _kept(values: Tensor, mask: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from mspc.types import Codes, CompressedLinear, GramStats
 
 BLOCK = 128
 RIDGE = 1e-6
+STRIP = 2**24
+"""Numbers in the systems for the scales that are solved at once."""
 
 
 def polish(wanted: Tensor, rounded: CompressedLinear, stats: GramStats, damp: float) -> CompressedLinear:
@@ -37,6 +39,13 @@ def refit_scales(wanted: Tensor, gram: Tensor, codes: Codes) -> Codes:
 
     With c_g the codes of group g of a row, less its zero point, they solve sum_h (c_g^T H_gh c_h) s_h = c_g^T H_g w.
     """
+    rows = max(STRIP // codes.scales.shape[1] ** 2, 1)
+    parts = (part.split(rows) for part in (wanted, codes.values, codes.scales, codes.zeros))
+    refitted = [_refit(some, gram, Codes(*of_some)) for some, *of_some in zip(*parts, strict=True)]
+    return replace(codes, scales=torch.cat(refitted))
+
+
+def _refit(wanted: Tensor, gram: Tensor, codes: Codes) -> Tensor:
     by_group = (*codes.scales.shape, -1)
     levels = codes.values.view(by_group).float() - codes.zeros[..., None].float()
 
@@ -50,7 +59,7 @@ def refit_scales(wanted: Tensor, gram: Tensor, codes: Codes) -> Codes:
     ridge = torch.where(diagonal > 0, RIDGE * diagonal, 1.0)
     scales = torch.linalg.solve(normal + torch.diag_embed(ridge), right)
     usable = (diagonal > 0) & (scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)
-    return replace(codes, scales=torch.where(usable, scales, codes.scales.float()).half())
+    return torch.where(usable, scales, codes.scales.float()).half()
 
 
 def descend(wanted: Tensor, gram: Tensor, codes: Codes, mask: Tensor, levels: int) -> Codes:

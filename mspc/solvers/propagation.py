@@ -11,13 +11,13 @@ from mspc.linalg import inverse_factor, precise_matmul
 from mspc.types import GramStats
 
 
-def propagated(weight: Tensor, stats: GramStats, share: float, damp: float, name: str) -> Tensor:
-    """W + share (W* - W) for a weight (O, I); W itself where the drift is not known.
+def propagated(weight: Tensor, stats: GramStats, share: float, damp: float, name: str) -> tuple[Tensor, float]:
+    """W + share (W* - W) for a weight (O, I), and the damp it took; W itself where the drift is not known.
 
     Raises what `inverse_factor` raises.
     """
     if stats.drift is None or share == 0:
-        return weight
-    factor = inverse_factor(stats, damp, name).factor
+        return weight, damp
+    inverse = inverse_factor(stats, damp, name)
     with precise_matmul():
-        return weight + share * (weight @ stats.drift @ factor.T @ factor)
+        return weight + share * (weight @ stats.drift @ inverse.factor.T @ inverse.factor), inverse.damp

@@ -98,8 +98,8 @@ class Quadratic:
         )
 
     def loss(self, values: Tensor) -> float:
-        """tr(S E H E^T) of scaled weights, with E their distance from the target."""
-        error = values - self.target
+        """tr(S E H E^T) of scaled weights, with E their distance from the target; what dead inputs read is worth 0."""
+        error = torch.where(self.inputs.dead, 0.0, values - self.target)
         return float((self.apply(error) * error).sum(dtype=torch.float64))
 
     def weight(self, values: Tensor) -> Tensor:
@@ -127,7 +127,8 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
         output_scale = outputs.diagonal(dim1=-2, dim2=-1).sqrt()
         outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :]
         scales = output_scale.flatten()[:, None] * scales
-    target = torch.where(inputs.dead, 0.0, weight * scales)  # weights of dead inputs are worth nothing
+    # Weights of dead inputs are worth nothing. A weight stored transposed would stay a view.
+    target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()
     return Quadratic(name, target, inputs, outputs, scales)
 
 
