@@ -1,0 +1,319 @@
+"""Products with 2:4 matrices of 16-bit values or int4 codes, and their expansion. Layout: `mspc.kernels.sparse24`.
+
+The kept pair of a group of four columns is in one register. Its two 2-bit places say where its halves go: `prmt` turns
+the places of two groups at once into selectors of bytes (a table look-up), and with a selector it copies the halves of
+the pair, or zeros, to two columns.
+
+Place a is of columns 0 and 2, place b of columns 1 and 3; (first, second) are the halves of the pair:
+
+    a   column 0   column 2      b   column 1   column 3
+    0   first      -             0   second     -
+    1   -          first         1   -          second
+    2   first      second        2   -          -
+    3   -          -             3   first      second
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mspc.kernels.gpu.dequantize import dequantize
+from mspc.kernels.gpu.fragments import (
+    input_slabs,
+    lane_columns,
+    lane_tokens,
+    lane_words,
+    row_zeros,
+    weight_slab,
+    word_column,
+)
+from mspc.kernels.gpu.tiling import fragment_options, tiles_of
+
+SYMMETRIC_ZERO = 8
+# Selectors of the bytes of a half, by place: 10 first, 32 second, 44 the zeros of the other operand.
+COLUMN0_OF_A, COLUMN1_OF_B = 0x44104410, 0x10444432
+COLUMN2_OF_A, COLUMN3_OF_B = 0x44321044, 0x32443244
+
+SELECT = tl.constexpr("""{
+    prmt.b32 $0, $3, $4, $2;
+    prmt.b32 $1, $5, $6, $2;
+}""")
+PLACE = tl.constexpr("""{
+    .reg .b32 zeros;
+    mov.b32 zeros, 0;
+    prmt.b32 $0, $2, zeros, $3;
+    prmt.b32 $1, $2, zeros, $4;
+}""")
+
+
+@triton.jit
+def place_pair(pair, selector0, selector1):
+    """Columns 0 and 1, and columns 2 and 3, of groups whose kept pairs are `pair`."""
+    return tl.inline_asm_elementwise(
+        PLACE, "=&r,=r,r,r,r", [pair, selector0, selector1], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def two_groups(pair0, pair1, places, column0, column1, column2, column3, PTX: tl.constexpr):
+    """Two groups to columns (0, 1) and (2, 3) of each; their places are in the low 16 bits: a, b, a, b, four bits each
+    of which two are used, with 4 added to b."""
+    if PTX:
+        selector0, selector1 = tl.inline_asm_elementwise(
+            SELECT,
+            "=&r,=r,r,r,r,r,r",
+            [places, column0, column1, column2, column3],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        first = place_pair(pair0, selector0, selector1)
+        second = place_pair(pair1, selector0 >> 16, selector1 >> 16)
+        return first[0], first[1], second[0], second[1]
+    else:  # noqa: RET505  what follows must not be compiled
+        first01, first23 = place_plainly(pair0, places)
+        second01, second23 = place_plainly(pair1, places >> 8)
+        return first01, first23, second01, second23
+
+
+@triton.jit
+def place_plainly(pair, places):
+    a, b = places & 3, (places >> 4) & 3
+    first, second = pair & 0xFFFF, (pair >> 16) & 0xFFFF
+    column0 = tl.where((a == 0) | (a == 2), first, 0)
+    column1 = tl.where(b == 0, second, tl.where(b == 3, first, 0))
+    column2 = tl.where(a == 1, first, tl.where(a == 2, second, 0))
+    column3 = tl.where((b == 1) | (b == 3), second, 0)
+    return column0 | (column1 << 16), column2 | (column3 << 16)
+
+
+@triton.jit
+def load_pairs(pairs, present, S: tl.constexpr):
+    """Rows 0-7 and 8-15 of the pairs of two words, four a lane."""
+    upper = tl.load(pairs, mask=present, other=0)
+    lower = tl.load(pairs + 256, mask=present, other=0)
+    return lane_words(upper, lower, S)
+
+
+@triton.jit
+def load_codes(codes, present, S: tl.constexpr):
+    """The codes of both halves of a quarter, a word of eight each."""
+    upper0, upper1 = tl.split(tl.reshape(tl.load(codes, mask=present, other=0), (S, 8, 4, 2)))
+    lower0, lower1 = tl.split(tl.reshape(tl.load(codes + 64, mask=present, other=0), (S, 8, 4, 2)))
+    return tl.join(upper0, lower0), tl.join(upper1, lower1)
+
+
+@triton.jit
+def sparse24_matmul(
+    inputs_ptr,
+    kept_ptr,
+    places_ptr,
+    scales_ptr,
+    zeros_ptr,
+    outputs_ptr,
+    num_tokens,
+    num_rows,
+    symmetric_zero,
+    # Arguments too, because ptxas makes a constant anew wherever it is used.
+    column0,
+    column1,
+    column2,
+    column3,
+    NUM_COLUMNS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CODES: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    TOKENS: tl.constexpr,
+    S: tl.constexpr,
+    PTX: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    DTYPE: tl.constexpr = inputs_ptr.dtype.element_ty
+    NUM_BLOCKS: tl.constexpr = (NUM_COLUMNS + 127) // 128
+    EVEN: tl.constexpr = NUM_COLUMNS % (128 * S) == 0
+    GROUPS: tl.constexpr = 4 // WORDS  # of a block
+    KEPT: tl.constexpr = 128 if CODES else 512  # int32 of a block
+    RUN: tl.constexpr = 64 if CODES else 128  # of them side by side
+    tile = tl.program_id(0)
+
+    flat = tl.arange(0, S * RUN)
+    block_of_kept = flat // RUN
+    kept_offsets = tl.max_contiguous(tl.multiple_of(block_of_kept * KEPT + flat % RUN, RUN // 32), RUN // 32)
+    kept = kept_ptr + tile.to(tl.int64) * NUM_BLOCKS * KEPT + kept_offsets
+    lanes = tl.arange(0, S * 32)
+    places = places_ptr + tile.to(tl.int64) * NUM_BLOCKS * 64 + lanes // 32 * 64 + lanes % 32
+    columns = lane_columns(S, TOKENS, WORDS)
+    tokens = tl.minimum(lane_tokens(S, TOKENS), num_tokens - 1)  # idle lanes repeat the last token
+    inputs = inputs_ptr + tl.max_contiguous(tl.multiple_of(tokens * NUM_COLUMNS + columns, 8), 8)
+    blocks = tl.arange(0, S)
+    rows = tl.arange(0, 16)
+    scales = scales_ptr + tile * NUM_GROUPS * 16 + rows[None, :]
+    zeros = zeros_ptr + tile * NUM_GROUPS * 2
+
+    sums = tl.zeros([S, 16, TOKENS], tl.float32)
+    for first in tl.range(0, NUM_BLOCKS, S, loop_unroll_factor=2):
+        present = block_of_kept + first < NUM_BLOCKS
+        present_places = lanes // 32 + first < NUM_BLOCKS
+        if EVEN:
+            present = first < NUM_BLOCKS
+            present_places = present
+        upper = tl.reshape(tl.load(places, mask=present_places, other=0), (S, 8, 4))
+        lower = tl.reshape(tl.load(places + 32, mask=present_places, other=0), (S, 8, 4))
+        all_places = tl.join(upper, lower)
+        if CODES:
+            codes = load_codes(kept, present, S)
+        for n in tl.static_range(4):
+            if n % WORDS == 0 and CODES:
+                group = (first + blocks) // GROUP_BLOCKS * GROUPS + n // WORDS
+                scale = tl.load(scales + group[:, None] * 16, mask=(first + blocks)[:, None] < NUM_BLOCKS, other=0)
+                partial = tl.zeros([S, 16, TOKENS], tl.float32)
+                zero = symmetric_zero
+                if not SYMMETRIC:
+                    group = tl.minimum(first + lanes // 32, NUM_BLOCKS - 1) // GROUP_BLOCKS * GROUPS + n // WORDS
+                    zero = row_zeros(zeros + group * 2, lanes // 4 % 8, S)
+            if n % 2 == 0:
+                # Two bits of each place are of words 0 and 1, two of words 2 and 3.
+                half_places = (all_places >> n) & 0x33333333 | 0x40404040
+                if CODES:
+                    pairs = dequantize(codes[n // 2], zero, DTYPE, PTX)
+                else:
+                    pairs = load_pairs(kept + n // 2 * 128, present, S)
+            if EVEN:
+                x = tl.load(inputs + word_column(n, WORDS))
+            else:
+                there = first * 128 + columns + word_column(n, WORDS) < NUM_COLUMNS
+                x = tl.load(inputs + word_column(n, WORDS), mask=there, other=0)
+            x0, x1 = input_slabs(x, S, TOKENS, WIDE)
+            word = two_groups(
+                pairs[n % 2 * 2], pairs[n % 2 * 2 + 1], half_places >> (n % 2 * 16), column0, column1, column2, column3, PTX
+            )
+            w0 = weight_slab(word[0], word[1], S, DTYPE, WIDE)
+            w1 = weight_slab(word[2], word[3], S, DTYPE, WIDE)
+            if CODES:
+                partial = tl.dot(w1, x1, tl.dot(w0, x0, partial, input_precision="ieee"), input_precision="ieee")
+                if n % WORDS == WORDS - 1:
+                    sums += partial * scale.to(tl.float32)[:, :, None]
+            else:
+                sums = tl.dot(w1, x1, tl.dot(w0, x0, sums, input_precision="ieee"), input_precision="ieee")
+        inputs += S * 128
+        kept += S * KEPT
+        places += S * 64
+
+    y = tl.sum(sums, axis=0).to(DTYPE)
+    token = tl.arange(0, TOKENS)
+    row = tile * 16 + rows
+    to = outputs_ptr + token[None, :] * num_rows + row[:, None]
+    tl.store(to, y, mask=(token < num_tokens)[None, :] & (row < num_rows)[:, None])
+
+
+@triton.jit
+def sparse24_expand(
+    kept_ptr,
+    places_ptr,
+    scales_ptr,
+    zeros_ptr,
+    weight_ptr,
+    num_rows,
+    num_columns,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CODES: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+):
+    """One tile to W (16, 128), eight columns a lane; what its place among the lanes of `sparse24_matmul` is, backwards."""
+    DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
+    tile, block = tl.program_id(0), tl.program_id(1)
+    row = tl.arange(0, 16)[:, None, None]
+    natural = tl.arange(0, 16)[None, :, None]
+    column = tl.arange(0, 8)[None, None, :]
+    group, word = natural // (4 * WORDS), natural // (4 * WORDS) * WORDS + natural % WORDS
+    quarter = natural // WORDS % 4
+    pair = word % 2 * 2 + column // 4  # of the four of half a quarter
+    of_tile = tile.to(tl.int64) * NUM_BLOCKS + block
+
+    places = tl.load(places_ptr + of_tile * 64 + row // 8 * 32 + row % 8 * 4 + quarter)
+    place = (places >> (8 * pair + column % 2 * 4 + word // 2 * 2)) & 3
+    # Which of the pair a column holds by its place, two bits each: 0 none, 1 the first, 2 the second.
+    holds = tl.where(
+        column % 4 == 0, 0b00_01_00_01, tl.where(column % 4 == 1, 0b01_00_00_10, tl.where(column % 4 == 2, 0b00_10_01_00, 0b10_00_10_00))
+    )
+    which = (holds >> (2 * place)) & 3
+    second = (which == 2).to(tl.int32)
+    if CODES:
+        codes = tl.load(kept_ptr + of_tile * 128 + row // 8 * 64 + row % 8 * 8 + quarter * 2 + word // 2)
+        code = (codes >> (4 * pair + 16 * second)) & 15
+        group_of_row = tile * NUM_GROUPS + block // GROUP_BLOCKS * (4 // WORDS) + group
+        scale = tl.load(scales_ptr + group_of_row * 16 + row).to(tl.float32)
+        zero = 8
+        if not SYMMETRIC:
+            zero = tl.load(zeros_ptr + group_of_row * 2 + row // 8) >> (4 * (row % 8)) & 15
+        weight = ((code - zero).to(tl.float32) * scale).to(DTYPE)
+    else:
+        kept = tl.load(kept_ptr + of_tile * 512 + row // 8 * 256 + word // 2 * 128 + row % 8 * 16 + quarter * 4 + pair)
+        weight = (kept >> (16 * second)).to(tl.int16).to(DTYPE, bitcast=True)
+    weight = tl.where(which > 0, weight, tl.zeros_like(weight))
+    rows = tile * 16 + row
+    columns = block * 128 + natural * 8 + column
+    tl.store(
+        weight_ptr + rows.to(tl.int64) * num_columns + columns, weight, mask=(rows < num_rows) & (columns < num_columns)
+    )
+
+
+def matmul(
+    x: Tensor,
+    kept: Tensor,
+    places: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    num_rows: int,
+    group_size: int,
+) -> Tensor:
+    """x (T, I) -> (T, O); the other arguments as `mspc.kernels.sparse24` has them."""
+    num_tokens, num_columns = x.shape
+    y = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=x.device)
+    sparse24_matmul[(len(kept),)](
+        x.contiguous(),
+        kept,
+        places,
+        kept if scales is None else scales,
+        kept if zeros is None else zeros,
+        y,
+        num_tokens,
+        num_rows,
+        SYMMETRIC_ZERO,
+        COLUMN0_OF_A,
+        COLUMN1_OF_B,
+        COLUMN2_OF_A,
+        COLUMN3_OF_B,
+        NUM_COLUMNS=num_columns,
+        NUM_GROUPS=1 if scales is None else scales.shape[1],
+        CODES=scales is not None,
+        SYMMETRIC=zeros is None,
+        **tiles_of(group_size),
+        **fragment_options(num_tokens, len(kept), kept.shape[1]),
+    )
+    return y
+
+
+def expand(
+    kept: Tensor, places: Tensor, scales: Tensor | None, zeros: Tensor | None, group_size: int, out: Tensor
+) -> None:
+    num_tiles, num_blocks = kept.shape[:2]
+    sparse24_expand[(num_tiles, num_blocks)](
+        kept,
+        places,
+        kept if scales is None else scales,
+        kept if zeros is None else zeros,
+        out,
+        *out.shape,
+        NUM_BLOCKS=num_blocks,
+        NUM_GROUPS=1 if scales is None else scales.shape[1],
+        CODES=scales is not None,
+        SYMMETRIC=zeros is None,
+        **tiles_of(group_size),
+    )
