@@ -1,7 +1,7 @@
 """Products with unstructured matrices, and their expansion. Layout and cost: `mspc.kernels.bitmap`.
 
-Every column of a word of the bitmap is a lane: its bit says whether it has a weight, and the bits below it how many come
-before, so that the lanes of a word load neighbouring values.
+Every column of a word of the bitmap is a lane: its bit says whether it has a weight, and the bits below how many come
+before it, so that the lanes of a word load neighbouring values.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mspc.kernels.launch import has_ptx, interpreted
 def count_bits(word, PTX: tl.constexpr):
     if PTX:
         return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-    else:  # noqa: RET505  what follows must not be compiled
+    else:
         word = word.to(tl.uint32, bitcast=True)
         word -= (word >> 1) & 0x55555555
         word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
@@ -38,7 +38,7 @@ def kept_weights(kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, pre
     number = tl.expand_dims(base + rank, -1) + count_bits(bits & ((1 << column) - 1), PTX)
     if BITS == 16:
         return tl.load(kept_ptr + number, mask=kept, other=0)
-    else:  # noqa: RET505  what follows must not be compiled
+    else:
         in_byte: tl.constexpr = 8 // BITS
         code = tl.load(kept_ptr + number // in_byte, mask=kept, other=0).to(tl.int32) >> (number % in_byte * BITS)
         return tl.where(kept, (code & (2**BITS - 1)) - tl.expand_dims(zero, -1), 0).to(tl.float32)

@@ -26,7 +26,7 @@ def word_column(n: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def lane_columns(S: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
-    """Column of every input of word 0 that a program reads in one step, flat (TOKENS / 8, S, 8 tokens, 4 quarters, 8)."""
+    """Columns of the inputs of word 0 that a program reads in one step, flat (TOKENS / 8, S, 8 tokens, 4 quarters, 8)."""
     flat = tl.arange(0, S * TOKENS * 32)
     return (flat // 256 % S) * 128 + (flat // 8 % 4) * (8 * WORDS) + flat % 8
 

@@ -117,7 +117,7 @@ def int4_expand(
     WORDS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One tile to W (16, 128), eight columns a lane; what its place among the lanes of `int4_matmul` is, backwards."""
+    """One block of one tile to W (16, 128), eight columns a lane: the places of `int4_matmul`, found from the columns."""
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)
     natural = tl.arange(0, 16)

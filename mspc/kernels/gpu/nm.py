@@ -1,8 +1,8 @@
 """Products with N:M matrices of 16-bit values, and their expansion. Layout and cost: `mspc.kernels.nm`.
 
 A lane multiplies eight kept weights of a row, one 16-byte load, by inputs that it gathers; slot s of the 32 lanes of a
-row is 32 consecutive kept weights, whose inputs lie in one or two 128-byte lines. All tensors are flat, (rows * 32 lanes),
-so that values, places and gathered inputs have one layout.
+row is 32 consecutive kept weights, whose inputs lie in one or two 128-byte lines. All tensors are flat, a lane of every
+row after the other, so that values, places and gathered inputs have one layout.
 """
 
 import torch
@@ -18,7 +18,7 @@ def widen(pair, which: tl.constexpr, DTYPE: tl.constexpr):
     """The low or the high half of an int32 as float32."""
     if DTYPE == tl.bfloat16 and which == 0:
         return (pair << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == tl.bfloat16:  # noqa: RET505  what follows must not be compiled
+    elif DTYPE == tl.bfloat16:
         return (pair & -65536).to(tl.float32, bitcast=True)
     else:
         return half(pair, which, DTYPE).to(tl.float32)
@@ -29,7 +29,7 @@ def add_products(sums, inputs, weight, DTYPE: tl.constexpr, TOKENS: tl.constexpr
     """`sums` of the tokens and the products of `weight` with the inputs of one column, which the pointers are of."""
     if TOKENS == 1:
         return (sums[0] + weight * widen(tl.load(inputs).to(tl.int32), 0, DTYPE),)
-    elif TOKENS == 2:  # noqa: RET505  what follows must not be compiled
+    elif TOKENS == 2:
         return two_products(sums[0], sums[1], tl.load(inputs), weight, DTYPE)
     elif TOKENS == 4:
         x = tl.load(inputs)
@@ -108,7 +108,7 @@ def nm_matmul(
     row4 = tl.minimum(first_row + flat4 // 128, num_rows - 1).to(tl.int64)
     values = values_ptr + tl.max_contiguous(tl.multiple_of(row4 * (num_kept // 2) + flat4 % 128, 4), 4)
     places = places_ptr + row * (num_kept // 8) + lane
-    # One tile ahead, because a warp that waits for its weights has little else to do; after the last row there is padding.
+    # One tile ahead, because a warp that waits for its weights has little else to do; the last row has padding behind.
     value, place = tl.load(values), tl.load(places)
     sums = (tl.zeros([ROWS * 32], tl.float32),) * TOKENS
     num_tiles = num_kept // 256
@@ -173,7 +173,7 @@ COLUMN = {1: torch.int16, 2: torch.int32, 4: torch.int64, 8: torch.int64}
 
 def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
     """x (T, I) -> (T, O); the other arguments as `mspc.kernels.nm` has them."""
-    num_tokens, num_columns = x.shape
+    num_tokens = len(x)
     tokens = 1 << (num_tokens - 1).bit_length()
     by_column = torch.nn.functional.pad(x.T, (0, tokens - num_tokens)).contiguous()
     y = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=x.device)

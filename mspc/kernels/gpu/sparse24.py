@@ -71,7 +71,7 @@ def two_groups(pair0, pair1, places, column0, column1, column2, column3, PTX: tl
         first = place_pair(pair0, selector0, selector1)
         second = place_pair(pair1, selector0 >> 16, selector1 >> 16)
         return first[0], first[1], second[0], second[1]
-    else:  # noqa: RET505  what follows must not be compiled
+    else:
         first01, first23 = place_plainly(pair0, places)
         second01, second23 = place_plainly(pair1, places >> 8)
         return first01, first23, second01, second23
@@ -177,10 +177,10 @@ def sparse24_matmul(
             if n % 2 == 0:
                 # Two bits of each place are of words 0 and 1, two of words 2 and 3.
                 half_places = (all_places >> n) & 0x33333333 | 0x40404040
-                if CODES:
-                    pairs = dequantize(codes[n // 2], zero, DTYPE, PTX)
-                else:
+                if not CODES:
                     pairs = load_pairs(kept + n // 2 * 128, present, S)
+            if CODES and (n % 2 == 0 or n % WORDS == 0):  # again if words 2 i and 2 i + 1 differ in zero points
+                pairs = dequantize(codes[n // 2], zero, DTYPE, PTX)
             if EVEN:
                 x = tl.load(inputs + word_column(n, WORDS))
             else:
@@ -188,7 +188,14 @@ def sparse24_matmul(
                 x = tl.load(inputs + word_column(n, WORDS), mask=there, other=0)
             x0, x1 = input_slabs(x, S, TOKENS, WIDE)
             word = two_groups(
-                pairs[n % 2 * 2], pairs[n % 2 * 2 + 1], half_places >> (n % 2 * 16), column0, column1, column2, column3, PTX
+                pairs[n % 2 * 2],
+                pairs[n % 2 * 2 + 1],
+                half_places >> (n % 2 * 16),
+                column0,
+                column1,
+                column2,
+                column3,
+                PTX,
             )
             w0 = weight_slab(word[0], word[1], S, DTYPE, WIDE)
             w1 = weight_slab(word[2], word[3], S, DTYPE, WIDE)
@@ -225,7 +232,7 @@ def sparse24_expand(
     CODES: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One tile to W (16, 128), eight columns a lane; what its place among the lanes of `sparse24_matmul` is, backwards."""
+    """One block of one tile to W (16, 128), eight columns a lane: the places of `sparse24_matmul`, found from the columns."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None, None]
@@ -239,9 +246,9 @@ def sparse24_expand(
     places = tl.load(places_ptr + of_tile * 64 + row // 8 * 32 + row % 8 * 4 + quarter)
     place = (places >> (8 * pair + column % 2 * 4 + word // 2 * 2)) & 3
     # Which of the pair a column holds by its place, two bits each: 0 none, 1 the first, 2 the second.
-    holds = tl.where(
-        column % 4 == 0, 0b00_01_00_01, tl.where(column % 4 == 1, 0b01_00_00_10, tl.where(column % 4 == 2, 0b00_10_01_00, 0b10_00_10_00))
-    )
+    holds_even = tl.where(column % 4 == 0, 0b00_01_00_01, 0b00_10_01_00)
+    holds_odd = tl.where(column % 4 == 1, 0b01_00_00_10, 0b10_00_10_00)
+    holds = tl.where(column % 2 == 0, holds_even, holds_odd)
     which = (holds >> (2 * place)) & 3
     second = (which == 2).to(tl.int32)
     if CODES:
