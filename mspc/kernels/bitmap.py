@@ -8,11 +8,11 @@ Layout: the kept weights as in the file, and where those of a word of 32 columns
     ranks    uint8 (O, ceil(I / 32)): kept weights between that and the word
     scales   float16 (O, groups), zeros uint8 (O, groups): with codes
 
-Cost: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks; 15 thread instructions a dense position on
-sm_90 for 1 to 8 tokens, counted (tests), 36 with codes. This is for masks that cannot be otherwise, not for speed: the
-instructions are per position, not per kept weight, and on a GPU with HBM they take about as long as reading the dense
-weight would, so no gain is to be expected there at 50% and little at 70%; with GDDR memory there may be some. The same
-number of weights balanced as 8:16 costs a third (`mspc.kernels.nm`).
+Cost: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks; 15 thread instructions a dense position
+on sm_90 for 1 to 8 tokens, counted (tests), 36 with codes. This is for masks that cannot be otherwise, not for speed:
+the instructions are per position, not per kept weight, and on a GPU with HBM they take about as long as reading the
+dense weight would, so no gain is to be expected there at 50% and little at 70%; with GDDR memory there may be some. As
+many weights balanced as 8:16 cost a third (`mspc.kernels.nm`).
 """
 
 import torch

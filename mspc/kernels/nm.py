@@ -1,12 +1,12 @@
 """N:M matrices of 16-bit values, any N below M, for 1 to 8 tokens.
 
-Layout: every row is padded to a multiple of 8 and cut into tiles of 256 kept weights, the last of fewer. Kept weight q
-of a tile of L lanes goes to lane q mod L, slot q div L, and memory holds the eight slots of lane 0, then those of lane 1:
-a lane reads its values at once, and a slot of all lanes is neighbours in the row, whose inputs share a cache line.
+Layout: every row is padded to a multiple of 8 and cut into tiles of 256 kept weights, the last of fewer. Kept weight
+q of a tile of L lanes goes to lane q mod L, slot q div L, and memory holds the eight slots of lane 0, then those of
+lane 1: a lane reads its values at once; a slot of all lanes is neighbours in the row, with inputs in one cache line.
 
     values   (O * row + 256,): kept weights, padding is zero; 256 more so that a tile can be read ahead
-    places   uint8 (O * row * b / 8 + 32 b,): in the order of the values, b = 2 bits each for M up to 4, 4 up to 16, else
-             8: as many as in the file but for M of 2, 8 and above 16
+    places   uint8 (O * row * b / 8 + 32 b,): in the order of the values, b = 2 bits each for M up to 4, 4 up to 16,
+             else 8: as many as in the file but for M of 2, 8 and above 16
 
 Cost: 10 bits a weight at 8:16, 9 at 2:4, 6.25 at 5:16. Thread instructions a kept weight on sm_90, counted (tests), at
 1, 2, 4, 8 tokens: 9.2, 11.3, 15.5, 25 where N divides 32, and 12.8 at 5:16 (1 token), 28 (8): at 8:16 a dense position

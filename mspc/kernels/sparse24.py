@@ -5,8 +5,8 @@ a pair, and two places of two bits, a and b (`gpu.sparse24`).
 
     places   int32 (tiles, blocks, 2 halves of 8 rows, 8, 4 quarters): places of the 8 groups of a quarter, a of group
              g at bit 8 (g mod 4) + 2 (g div 4), b four bits higher
-    kept     codes: int32 (tiles, blocks, 2, 8, 4, 2 halves of a quarter): first code of group g of four at bit 4 g, second
-             16 bits higher; values: in int32 pairs (tiles, blocks, 2, 2 halves of a quarter, 8, 4, 4 groups)
+    kept     codes: int32 (tiles, blocks, 2, 8, 4, 2 halves of a quarter), the first code of group g of four at bit 4 g,
+             the second 16 higher; values: pairs as int32 (tiles, blocks, 2, 2 halves of a quarter, 8, 4, 4 groups)
     scales, zeros: as in `mspc.kernels.int4`
 
 Cost: 0.391 bytes a weight with int4 at groups of 128, 1.125 with values. Thread instructions a dense position on sm_90,

@@ -56,7 +56,7 @@ def word_order(description: StoredMatrix) -> Tensor:
 
 
 def to_tiles(matrix: Tensor, description: StoredMatrix, per_word: int) -> Tensor:
-    """(O, n), `per_word` entries to a word -> (tiles, 2 halves of 8 rows, 8, blocks, 16 words in their order, per_word).
+    """(O, n), `per_word` entries a word -> (tiles, 2 halves of 8 rows, 8, blocks, 16 words in their order, per_word).
 
     Padding is zero.
     """

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mspc.kernels.launch import has_ptx, interpreted
+from mspc.kernels import launch
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def of_group(ptr, row, word, present, NUM_GROUPS: tl.constexpr, GROUP_WORDS: tl.
     return tl.load(ptr + row * NUM_GROUPS + word // GROUP_WORDS, mask=present, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def bitmap_matmul(
     inputs_ptr,
     kept_ptr,
@@ -174,7 +174,7 @@ def matmul(
         **_grid(bits, num_columns, scales, zeros),
         TOKENS=8 if num_tokens <= 8 else 16,
         S=8,
-        WIDE=interpreted(),
+        WIDE=launch.interpreted(),
         num_warps=8,
     )
     return y
@@ -216,5 +216,5 @@ def _grid(bits: int, num_columns: int, scales: Tensor | None, zeros: Tensor | No
         # One group is of all words, the last of which may be part of one.
         "GROUP_WORDS": triton.cdiv(num_columns, 32) if num_groups == 1 else num_columns // num_groups // 32,
         "SYMMETRIC": zeros is None,
-        "PTX": has_ptx(),
+        "PTX": launch.has_ptx(),
     }

@@ -26,27 +26,52 @@ def word_column(n: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def lane_columns(S: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
-    """Columns of the inputs of word 0 that a program reads in one step, flat (TOKENS / 8, S, 8 tokens, 4 quarters, 8)."""
+    """Columns of what a program reads of word 0 in one step, flat (TOKENS / 8, S, 8 tokens, 4 quarters, 8)."""
     flat = tl.arange(0, S * TOKENS * 32)
     return (flat // 256 % S) * 128 + (flat // 8 % 4) * (8 * WORDS) + flat % 8
 
 
 @triton.jit
-def lane_tokens(S: tl.constexpr, TOKENS: tl.constexpr):
-    """Token of each of them."""
+def input_pointers(
+    inputs_ptr,
+    num_tokens,
+    NUM_COLUMNS: tl.constexpr,
+    S: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Of the inputs (T, I) at `lane_columns`. Lanes without a token repeat the last one."""
     flat = tl.arange(0, S * TOKENS * 32)
-    return flat // (256 * S) * 8 + flat // 32 % 8
+    token = tl.minimum(flat // (256 * S) * 8 + flat // 32 % 8, num_tokens - 1)
+    offsets = token * NUM_COLUMNS + lane_columns(S, TOKENS, WORDS)
+    return inputs_ptr + tl.max_contiguous(tl.multiple_of(offsets, 8), 8)
 
 
 @triton.jit
-def input_slabs(inputs, S: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr):
-    """The right operands (S, 16, TOKENS) of slabs 2 n and 2 n + 1, from the inputs of word n as `lane_columns` has
-    them. WIDE is for the interpreter, which cannot multiply bfloat16."""
+def load_input_slabs(
+    inputs,
+    first,
+    n: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    S: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The right operands (S, 16, TOKENS) of slabs 2 n and 2 n + 1 of S blocks from block `first`.
+
+    WIDE is for the interpreter, which cannot multiply bfloat16.
+    """
+    if NUM_COLUMNS % (128 * S) == 0:
+        x = tl.load(inputs + word_column(n, WORDS))
+    else:
+        present = first * 128 + lane_columns(S, TOKENS, WORDS) + word_column(n, WORDS) < NUM_COLUMNS
+        x = tl.load(inputs + word_column(n, WORDS), mask=present, other=0)
     if WIDE:
-        inputs = inputs.to(tl.float32)
-    parts = tl.reshape(inputs, (TOKENS // 8, S, 8, 4, 2, 2, 2))  # tokens / 8, S, token, quarter, slab, pair, which
-    first, second = tl.split(tl.permute(parts, (1, 3, 5, 6, 0, 2, 4)))
-    return tl.reshape(first, (S, 16, TOKENS)), tl.reshape(second, (S, 16, TOKENS))
+        x = x.to(tl.float32)
+    parts = tl.reshape(x, (TOKENS // 8, S, 8, 4, 2, 2, 2))  # tokens / 8, S, token, quarter, slab, pair, which of it
+    slab0, slab1 = tl.split(tl.permute(parts, (1, 3, 5, 6, 0, 2, 4)))
+    return tl.reshape(slab0, (S, 16, TOKENS)), tl.reshape(slab1, (S, 16, TOKENS))
 
 
 @triton.jit
@@ -85,11 +110,52 @@ def lane_words(upper, lower, S: tl.constexpr):
 
 
 @triton.jit
-def row_zeros(zeros, row, S: tl.constexpr):
+def load_scale(
+    scales,
+    first,
+    n: tl.constexpr,
+    S: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """The scales of word n of S blocks, (S, 16 rows, 1), with those of a tile at `scales`; 0 behind the last block."""
+    block = first + tl.arange(0, S)[:, None]
+    group = block // GROUP_BLOCKS * (4 // WORDS) + n // WORDS
+    pointers = scales + group * 16 + tl.arange(0, 16)[None, :]
+    present = block < NUM_BLOCKS
+    if NUM_BLOCKS % S == 0:
+        present = None
+    return tl.load(pointers, mask=present, other=None if present is None else 0).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def load_zero(
+    zeros,
+    first,
+    n: tl.constexpr,
+    S: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """The zero points of the two rows of every lane, (S, 8, 4, 2): four bits a row, rows 0-7 and rows 8-15 in an int32.
 
     They are loaded by 32 bits because a narrower load would make Triton choose another order of k.
     """
-    upper = tl.load(zeros) >> (4 * row) & 15
-    lower = tl.load(zeros + 1) >> (4 * row) & 15
-    return tl.join(tl.reshape(upper, (S, 8, 4)), tl.reshape(lower, (S, 8, 4)))
+    lane = tl.arange(0, S * 32)
+    block = tl.minimum(first + lane // 32, NUM_BLOCKS - 1)
+    pointers = zeros + (block // GROUP_BLOCKS * (4 // WORDS) + n // WORDS) * 2
+    shift = lane // 4 % 8 * 4
+    upper = tl.reshape(tl.load(pointers) >> shift & 15, (S, 8, 4))
+    lower = tl.reshape(tl.load(pointers + 1) >> shift & 15, (S, 8, 4))
+    return tl.join(upper, lower)
+
+
+@triton.jit
+def store_sums(outputs_ptr, sums, tile, num_tokens, num_rows, TOKENS: tl.constexpr, DTYPE: tl.constexpr):
+    """Add the sums of all warps, (S, 16 rows, TOKENS), and store them to the rows of a tile of the outputs (T, O)."""
+    y = tl.sum(sums, axis=0).to(DTYPE)
+    token = tl.arange(0, TOKENS)[None, :]
+    row = tile * 16 + tl.arange(0, 16)[:, None]
+    tl.store(outputs_ptr + token * num_rows + row, y, mask=(token < num_tokens) & (row < num_rows))

@@ -7,20 +7,20 @@ from torch import Tensor
 
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.fragments import (
-    input_slabs,
-    lane_columns,
-    lane_tokens,
+    input_pointers,
     lane_words,
-    row_zeros,
+    load_input_slabs,
+    load_scale,
+    load_zero,
+    store_sums,
     weight_slab,
-    word_column,
 )
 from mspc.kernels.gpu.tiling import fragment_options, tiles_of
 
 SYMMETRIC_ZERO = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def int4_matmul(
     inputs_ptr,
     words_ptr,
@@ -42,65 +42,45 @@ def int4_matmul(
 ):
     DTYPE: tl.constexpr = inputs_ptr.dtype.element_ty
     NUM_BLOCKS: tl.constexpr = (NUM_COLUMNS + 127) // 128
-    EVEN: tl.constexpr = NUM_COLUMNS % (128 * S) == 0
-    GROUPS: tl.constexpr = 4 // WORDS  # of a block
     tile = tl.program_id(0)
-
     flat = tl.arange(0, S * 128)
-    block_of_word = flat // 128
-    word_offsets = tl.max_contiguous(tl.multiple_of(block_of_word * 256 + flat % 128, 4), 4)
+    block = flat // 128
+    word_offsets = tl.max_contiguous(tl.multiple_of(block * 256 + flat % 128, 4), 4)
     words = words_ptr + tile.to(tl.int64) * NUM_BLOCKS * 256 + word_offsets
-    columns = lane_columns(S, TOKENS, WORDS)
-    tokens = tl.minimum(lane_tokens(S, TOKENS), num_tokens - 1)  # idle lanes repeat the last token
-    inputs = inputs_ptr + tl.max_contiguous(tl.multiple_of(tokens * NUM_COLUMNS + columns, 8), 8)
-    blocks = tl.arange(0, S)
-    rows = tl.arange(0, 16)
-    scales = scales_ptr + tile * NUM_GROUPS * 16 + rows[None, :]
-    lanes = tl.arange(0, S * 32)
+    inputs = input_pointers(inputs_ptr, num_tokens, NUM_COLUMNS, S, TOKENS, WORDS)
+    scales = scales_ptr + tile * NUM_GROUPS * 16
     zeros = zeros_ptr + tile * NUM_GROUPS * 2
-
     # One step ahead, because a warp that waits for its weights has nothing else to do.
-    upper = tl.load(words, mask=block_of_word < NUM_BLOCKS, other=0)
-    lower = tl.load(words + 128, mask=block_of_word < NUM_BLOCKS, other=0)
+    upper, lower = load_words(words, block, 0, NUM_BLOCKS, S)
     sums = tl.zeros([S, 16, TOKENS], tl.float32)
     for first in tl.range(0, NUM_BLOCKS, S, loop_unroll_factor=2):
         word = lane_words(upper, lower, S)
         words += S * 256
-        left = block_of_word + first + S < NUM_BLOCKS
-        if EVEN:
-            left = first + S < NUM_BLOCKS
-        upper = tl.load(words, mask=left)
-        lower = tl.load(words + 128, mask=left)
+        upper, lower = load_words(words, block, first + S, NUM_BLOCKS, S)
         for n in tl.static_range(4):
             if n % WORDS == 0:
-                group = (first + blocks) // GROUP_BLOCKS * GROUPS + n // WORDS
-                if EVEN:
-                    scale = tl.load(scales + group[:, None] * 16)
-                else:
-                    scale = tl.load(scales + group[:, None] * 16, mask=(first + blocks)[:, None] < NUM_BLOCKS, other=0)
-                partial = tl.zeros([S, 16, TOKENS], tl.float32)
+                scale = load_scale(scales, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
                 zero = symmetric_zero
                 if not SYMMETRIC:
-                    group = tl.minimum(first + lanes // 32, NUM_BLOCKS - 1) // GROUP_BLOCKS * GROUPS + n // WORDS
-                    zero = row_zeros(zeros + group * 2, lanes // 4 % 8, S)
-            if EVEN:
-                x = tl.load(inputs + word_column(n, WORDS))
-            else:
-                present = first * 128 + columns + word_column(n, WORDS) < NUM_COLUMNS
-                x = tl.load(inputs + word_column(n, WORDS), mask=present, other=0)
-            x0, x1 = input_slabs(x, S, TOKENS, WIDE)
+                    zero = load_zero(zeros, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
+                partial = tl.zeros([S, 16, TOKENS], tl.float32)
+            x0, x1 = load_input_slabs(inputs, first, n, NUM_COLUMNS, S, TOKENS, WORDS, WIDE)
             pairs = dequantize(word[n], zero, DTYPE, PTX)
             partial = tl.dot(weight_slab(pairs[0], pairs[1], S, DTYPE, WIDE), x0, partial, input_precision="ieee")
             partial = tl.dot(weight_slab(pairs[2], pairs[3], S, DTYPE, WIDE), x1, partial, input_precision="ieee")
             if n % WORDS == WORDS - 1:
-                sums += partial * scale.to(tl.float32)[:, :, None]
+                sums += partial * scale
         inputs += S * 128
+    store_sums(outputs_ptr, sums, tile, num_tokens, num_rows, TOKENS, DTYPE)
 
-    y = tl.sum(sums, axis=0).to(DTYPE)
-    token = tl.arange(0, TOKENS)
-    row = tile * 16 + rows
-    to = outputs_ptr + token[None, :] * num_rows + row[:, None]
-    tl.store(to, y, mask=(token < num_tokens)[None, :] & (row < num_rows)[:, None])
+
+@triton.jit
+def load_words(words, block, first, NUM_BLOCKS: tl.constexpr, S: tl.constexpr):
+    """Rows 0-7 and 8-15 of S blocks from block `first`; none behind the last block."""
+    left = first + block < NUM_BLOCKS
+    if NUM_BLOCKS % S == 0:
+        left = first < NUM_BLOCKS
+    return tl.load(words, mask=left, other=0), tl.load(words + 128, mask=left, other=0)
 
 
 @triton.jit
@@ -117,7 +97,7 @@ def int4_expand(
     WORDS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One block of one tile to W (16, 128), eight columns a lane: the places of `int4_matmul`, found from the columns."""
+    """One block of a tile to W (16, 128), eight columns a lane: the places of `int4_matmul`, by the columns."""
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)
     natural = tl.arange(0, 16)

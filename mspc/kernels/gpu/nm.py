@@ -56,6 +56,7 @@ def add_tile(
     lane,
     start,
     num_lanes,
+    num_groups,
     N: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
@@ -63,7 +64,7 @@ def add_tile(
     TOKENS: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Add the products of a tile that begins at kept weight `start` of its row: FULL, or `num_lanes` lanes."""
+    """Add the products of a tile from kept weight `start` of its row: FULL, or the last, of `num_lanes` lanes."""
     WORDS: tl.constexpr = 2 if TOKENS == 8 else 1  # of the inputs of a column
     INVERSE: tl.constexpr = 2**20 // N + 1  # exact for the numbers here, which are below 3 * 256
     even, odd = tl.split(tl.reshape(values, (lane.shape[0], 2, 2)))
@@ -77,13 +78,15 @@ def add_tile(
         if FULL and 32 % N == 0:
             column = inputs + lane // N * (M * WORDS) + slot * (32 // N * M * WORDS) + within
         else:
-            group = ((in_groups + slot * num_lanes * INVERSE) >> 20).to(tl.uint32)
-            column = inputs + (group * (M * WORDS) + within)
+            group = (in_groups + slot * num_lanes * INVERSE) >> 20
+            if not FULL:
+                group = tl.minimum(group, num_groups - 1 - start // N)  # padding is beyond the inputs
+            column = inputs + (group.to(tl.uint32) * (M * WORDS) + within)
         sums = add_products(sums, column, widen(pairs[slot // 2], slot % 2, DTYPE), DTYPE, TOKENS)
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def nm_matmul(
     inputs_ptr,
     values_ptr,
@@ -91,7 +94,7 @@ def nm_matmul(
     outputs_ptr,
     num_tokens,
     num_rows,
-    num_kept,
+    num_groups,
     N: tl.constexpr,
     M: tl.constexpr,
     BITS: tl.constexpr,
@@ -106,26 +109,32 @@ def nm_matmul(
     row = tl.minimum(first_row + flat // 32, num_rows - 1).to(tl.int64)
     flat4 = tl.arange(0, ROWS * 128)
     row4 = tl.minimum(first_row + flat4 // 128, num_rows - 1).to(tl.int64)
-    values = values_ptr + tl.max_contiguous(tl.multiple_of(row4 * (num_kept // 2) + flat4 % 128, 4), 4)
-    places = places_ptr + row * (num_kept // 8) + lane
+    lanes_of_row = tl.cdiv(num_groups * N, 8)
+    values = values_ptr + tl.max_contiguous(tl.multiple_of(row4 * (lanes_of_row * 4) + flat4 % 128, 4), 4)
+    places = places_ptr + row * lanes_of_row + lane
     # One tile ahead, because a warp that waits for its weights has little else to do; the last row has padding behind.
     value, place = tl.load(values), tl.load(places)
     sums = (tl.zeros([ROWS * 32], tl.float32),) * TOKENS
-    num_tiles = num_kept // 256
-    for tile in tl.range(0, num_tiles, loop_unroll_factor=2):
+    num_full = num_groups * N // 256  # tiles without padding
+    for tile in tl.range(0, num_full, loop_unroll_factor=2):
         values += 128
         places += 32
         next_value, next_place = tl.load(values), tl.load(places)
-        sums = add_tile(sums, inputs_ptr, value, place, lane, tile * 256, 32, N, M, BITS, DTYPE, TOKENS, True)
+        start = tile * 256
+        sums = add_tile(
+            sums, inputs_ptr, value, place, lane, start, 32, num_groups, N, M, BITS, DTYPE, TOKENS, FULL=True
+        )
         value, place = next_value, next_place
-    num_lanes = num_kept % 256 // 8
+    start = num_full * 256
+    num_lanes = lanes_of_row - num_full * 32
     if num_lanes > 0:
-        # Idle lanes have zero weights, and take the inputs of lane 0, which are there.
+        # Idle lanes have zero weights, and take the inputs of lane 0.
         value = tl.where(flat4 % 128 < num_lanes * 4, value, 0)
         place = tl.where(lane < num_lanes, place, 0)
-        used = tl.where(lane < num_lanes, lane, 0)
-        start = num_tiles * 256
-        sums = add_tile(sums, inputs_ptr, value, place, used, start, num_lanes, N, M, BITS, DTYPE, TOKENS, False)
+        lane = tl.where(lane < num_lanes, lane, 0)
+        sums = add_tile(
+            sums, inputs_ptr, value, place, lane, start, num_lanes, num_groups, N, M, BITS, DTYPE, TOKENS, FULL=False
+        )
     rows = first_row + tl.arange(0, ROWS)
     for token in tl.static_range(TOKENS):
         y = tl.sum(tl.reshape(sums[token], (ROWS, 32)), axis=1).to(DTYPE)
@@ -177,7 +186,7 @@ def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, 
     tokens = 1 << (num_tokens - 1).bit_length()
     by_column = torch.nn.functional.pad(x.T, (0, tokens - num_tokens)).contiguous()
     y = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=x.device)
-    bits, num_kept = sizes(values, places, num_rows)
+    bits, _ = sizes(values, places, num_rows)
     rows = 4 if num_rows < 2**14 else 8
     nm_matmul[(triton.cdiv(num_rows, rows),)](
         by_column.view(COLUMN[tokens]),
@@ -186,13 +195,14 @@ def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, 
         y,
         num_tokens,
         num_rows,
-        num_kept,
+        x.shape[1] // of,
         N=keep,
         M=of,
         BITS=bits,
         ROWS=rows,
         TOKENS=tokens,
         num_warps=rows,
+        num_stages=1,
     )
     return y
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.fragments import (
-    input_slabs,
-    lane_columns,
-    lane_tokens,
+    input_pointers,
     lane_words,
-    row_zeros,
+    load_input_slabs,
+    load_scale,
+    load_zero,
+    store_sums,
     weight_slab,
-    word_column,
 )
 from mspc.kernels.gpu.tiling import fragment_options, tiles_of
 
@@ -89,22 +89,41 @@ def place_plainly(pair, places):
 
 
 @triton.jit
-def load_pairs(pairs, present, S: tl.constexpr):
-    """Rows 0-7 and 8-15 of the pairs of two words, four a lane."""
-    upper = tl.load(pairs, mask=present, other=0)
-    lower = tl.load(pairs + 256, mask=present, other=0)
+def load_pairs(pairs, first, half: tl.constexpr, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The pairs of half a quarter, four a lane, of S blocks from block `first`."""
+    flat = tl.arange(0, S * 128)
+    block = first + flat // 128
+    pointers = pairs + tl.max_contiguous(tl.multiple_of(block * 512 + flat % 128, 4), 4) + half * 128
+    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
+    lower = tl.load(pointers + 256, mask=block < NUM_BLOCKS, other=0)
     return lane_words(upper, lower, S)
 
 
 @triton.jit
-def load_codes(codes, present, S: tl.constexpr):
-    """The codes of both halves of a quarter, a word of eight each."""
-    upper0, upper1 = tl.split(tl.reshape(tl.load(codes, mask=present, other=0), (S, 8, 4, 2)))
-    lower0, lower1 = tl.split(tl.reshape(tl.load(codes + 64, mask=present, other=0), (S, 8, 4, 2)))
+def load_codes(codes, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The codes of both halves of a quarter, a word of eight each, of S blocks from block `first`."""
+    flat = tl.arange(0, S * 64)
+    block = first + flat // 64
+    pointers = codes + tl.max_contiguous(tl.multiple_of(block * 128 + flat % 64, 2), 2)
+    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
+    lower = tl.load(pointers + 64, mask=block < NUM_BLOCKS, other=0)
+    upper0, upper1 = tl.split(tl.reshape(upper, (S, 8, 4, 2)))
+    lower0, lower1 = tl.split(tl.reshape(lower, (S, 8, 4, 2)))
     return tl.join(upper0, lower0), tl.join(upper1, lower1)
 
 
 @triton.jit
+def load_places(places, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The places of a quarter of two rows, (S, 8, 4, 2), of S blocks from block `first`."""
+    lane = tl.arange(0, S * 32)
+    block = first + lane // 32
+    pointers = places + block * 64 + lane % 32
+    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
+    lower = tl.load(pointers + 32, mask=block < NUM_BLOCKS, other=0)
+    return tl.join(tl.reshape(upper, (S, 8, 4)), tl.reshape(lower, (S, 8, 4)))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def sparse24_matmul(
     inputs_ptr,
     kept_ptr,
@@ -133,87 +152,42 @@ def sparse24_matmul(
 ):
     DTYPE: tl.constexpr = inputs_ptr.dtype.element_ty
     NUM_BLOCKS: tl.constexpr = (NUM_COLUMNS + 127) // 128
-    EVEN: tl.constexpr = NUM_COLUMNS % (128 * S) == 0
-    GROUPS: tl.constexpr = 4 // WORDS  # of a block
-    KEPT: tl.constexpr = 128 if CODES else 512  # int32 of a block
-    RUN: tl.constexpr = 64 if CODES else 128  # of them side by side
     tile = tl.program_id(0)
-
-    flat = tl.arange(0, S * RUN)
-    block_of_kept = flat // RUN
-    kept_offsets = tl.max_contiguous(tl.multiple_of(block_of_kept * KEPT + flat % RUN, RUN // 32), RUN // 32)
-    kept = kept_ptr + tile.to(tl.int64) * NUM_BLOCKS * KEPT + kept_offsets
-    lanes = tl.arange(0, S * 32)
-    places = places_ptr + tile.to(tl.int64) * NUM_BLOCKS * 64 + lanes // 32 * 64 + lanes % 32
-    columns = lane_columns(S, TOKENS, WORDS)
-    tokens = tl.minimum(lane_tokens(S, TOKENS), num_tokens - 1)  # idle lanes repeat the last token
-    inputs = inputs_ptr + tl.max_contiguous(tl.multiple_of(tokens * NUM_COLUMNS + columns, 8), 8)
-    blocks = tl.arange(0, S)
-    rows = tl.arange(0, 16)
-    scales = scales_ptr + tile * NUM_GROUPS * 16 + rows[None, :]
+    kept = kept_ptr + tile.to(tl.int64) * NUM_BLOCKS * (128 if CODES else 512)
+    places = places_ptr + tile.to(tl.int64) * NUM_BLOCKS * 64
+    inputs = input_pointers(inputs_ptr, num_tokens, NUM_COLUMNS, S, TOKENS, WORDS)
+    scales = scales_ptr + tile * NUM_GROUPS * 16
     zeros = zeros_ptr + tile * NUM_GROUPS * 2
-
     sums = tl.zeros([S, 16, TOKENS], tl.float32)
     for first in tl.range(0, NUM_BLOCKS, S, loop_unroll_factor=2):
-        present = block_of_kept + first < NUM_BLOCKS
-        present_places = lanes // 32 + first < NUM_BLOCKS
-        if EVEN:
-            present = first < NUM_BLOCKS
-            present_places = present
-        upper = tl.reshape(tl.load(places, mask=present_places, other=0), (S, 8, 4))
-        lower = tl.reshape(tl.load(places + 32, mask=present_places, other=0), (S, 8, 4))
-        all_places = tl.join(upper, lower)
+        all_places = load_places(places, first, S, NUM_BLOCKS)
         if CODES:
-            codes = load_codes(kept, present, S)
+            codes = load_codes(kept, first, S, NUM_BLOCKS)
+        partial = sums
         for n in tl.static_range(4):
-            if n % WORDS == 0 and CODES:
-                group = (first + blocks) // GROUP_BLOCKS * GROUPS + n // WORDS
-                scale = tl.load(scales + group[:, None] * 16, mask=(first + blocks)[:, None] < NUM_BLOCKS, other=0)
-                partial = tl.zeros([S, 16, TOKENS], tl.float32)
+            if CODES and n % WORDS == 0:
+                scale = load_scale(scales, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
                 zero = symmetric_zero
                 if not SYMMETRIC:
-                    group = tl.minimum(first + lanes // 32, NUM_BLOCKS - 1) // GROUP_BLOCKS * GROUPS + n // WORDS
-                    zero = row_zeros(zeros + group * 2, lanes // 4 % 8, S)
-            if n % 2 == 0:
-                # Two bits of each place are of words 0 and 1, two of words 2 and 3.
-                half_places = (all_places >> n) & 0x33333333 | 0x40404040
-                if not CODES:
-                    pairs = load_pairs(kept + n // 2 * 128, present, S)
+                    zero = load_zero(zeros, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
+                partial = tl.zeros([S, 16, TOKENS], tl.float32)
             if CODES and (n % 2 == 0 or n % WORDS == 0):  # again if words 2 i and 2 i + 1 differ in zero points
                 pairs = dequantize(codes[n // 2], zero, DTYPE, PTX)
-            if EVEN:
-                x = tl.load(inputs + word_column(n, WORDS))
-            else:
-                there = first * 128 + columns + word_column(n, WORDS) < NUM_COLUMNS
-                x = tl.load(inputs + word_column(n, WORDS), mask=there, other=0)
-            x0, x1 = input_slabs(x, S, TOKENS, WIDE)
-            word = two_groups(
-                pairs[n % 2 * 2],
-                pairs[n % 2 * 2 + 1],
-                half_places >> (n % 2 * 16),
-                column0,
-                column1,
-                column2,
-                column3,
-                PTX,
-            )
-            w0 = weight_slab(word[0], word[1], S, DTYPE, WIDE)
-            w1 = weight_slab(word[2], word[3], S, DTYPE, WIDE)
-            if CODES:
-                partial = tl.dot(w1, x1, tl.dot(w0, x0, partial, input_precision="ieee"), input_precision="ieee")
-                if n % WORDS == WORDS - 1:
-                    sums += partial * scale.to(tl.float32)[:, :, None]
-            else:
-                sums = tl.dot(w1, x1, tl.dot(w0, x0, sums, input_precision="ieee"), input_precision="ieee")
+            elif n % 2 == 0:
+                pairs = load_pairs(kept, first, n // 2, S, NUM_BLOCKS)
+            # Of the four bits of a place two are of words 0 and 1, two of words 2 and 3.
+            place = (((all_places >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
+            even, odd = pairs[n % 2 * 2], pairs[n % 2 * 2 + 1]
+            word = two_groups(even, odd, place, column0, column1, column2, column3, PTX)
+            x0, x1 = load_input_slabs(inputs, first, n, NUM_COLUMNS, S, TOKENS, WORDS, WIDE)
+            partial = tl.dot(weight_slab(word[0], word[1], S, DTYPE, WIDE), x0, partial, input_precision="ieee")
+            partial = tl.dot(weight_slab(word[2], word[3], S, DTYPE, WIDE), x1, partial, input_precision="ieee")
+            if CODES and n % WORDS == WORDS - 1:
+                sums += partial * scale
+        if not CODES:
+            sums = partial
         inputs += S * 128
-        kept += S * KEPT
-        places += S * 64
-
-    y = tl.sum(sums, axis=0).to(DTYPE)
-    token = tl.arange(0, TOKENS)
-    row = tile * 16 + rows
-    to = outputs_ptr + token[None, :] * num_rows + row[:, None]
-    tl.store(to, y, mask=(token < num_tokens)[None, :] & (row < num_rows)[:, None])
+    store_sums(outputs_ptr, sums, tile, num_tokens, num_rows, TOKENS, DTYPE)
 
 
 @triton.jit
@@ -232,7 +206,7 @@ def sparse24_expand(
     CODES: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One block of one tile to W (16, 128), eight columns a lane: the places of `sparse24_matmul`, found from the columns."""
+    """One block of a tile to W (16, 128), eight columns a lane: the places of `sparse24_matmul`, by the columns."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None, None]

@@ -1,6 +1,6 @@
 """Sizes of the programs that multiply through `fragments`, chosen without timing."""
 
-from mspc.kernels.launch import has_ptx, interpreted
+from mspc.kernels import launch
 
 WARPS_IN_FLIGHT = 16
 """Warps of a multiprocessor that keep its share of the memory busy: with 2 KiB each under way, 32 KiB in all, where
@@ -25,6 +25,6 @@ def fragment_options(num_tokens: int, num_tiles: int, num_blocks: int) -> dict[s
         "S": warps,
         "num_warps": warps,
         "num_stages": 1,
-        "PTX": has_ptx(),
-        "WIDE": interpreted(),
+        "PTX": launch.has_ptx(),
+        "WIDE": launch.interpreted(),
     }
