@@ -16,6 +16,8 @@ from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
 
+# Triton 3.6 with numpy from 1.25 on.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 ptx.install()
 torch.set_num_threads(1)
 
@@ -85,7 +87,8 @@ def place_all(
 ):  # fmt: skip
     i = tl.arange(0, 64)
     pair0, pair1 = tl.load(pairs_ptr + 2 * i), tl.load(pairs_ptr + 2 * i + 1)
-    columns = two_groups(pair0, pair1, tl.load(places_ptr + i), column0, column1, column2, column3, PTX)
+    selectors = column0, column1, column2, column3
+    columns = two_groups(pair0, pair1, tl.load(places_ptr + i), selectors, PTX)
     for c in tl.static_range(4):
         tl.store(out_ptr + 4 * i + c, columns[c])
 

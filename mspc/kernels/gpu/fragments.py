@@ -153,6 +153,13 @@ def load_zero(
 
 
 @triton.jit
+def add_word(sums, pairs, x0, x1, S: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Add the products of a word, its two slabs, to `sums` (S, 16 rows, TOKENS)."""
+    sums = tl.dot(weight_slab(pairs[0], pairs[1], S, DTYPE, WIDE), x0, sums, input_precision="ieee")
+    return tl.dot(weight_slab(pairs[2], pairs[3], S, DTYPE, WIDE), x1, sums, input_precision="ieee")
+
+
+@triton.jit
 def store_sums(outputs_ptr, sums, tile, num_tokens, num_rows, TOKENS: tl.constexpr, DTYPE: tl.constexpr):
     """Add the sums of all warps, (S, 16 rows, TOKENS), and store them to the rows of a tile of the outputs (T, O)."""
     y = tl.sum(sums, axis=0).to(DTYPE)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.fragments import (
+    add_word,
     input_pointers,
     lane_words,
     load_input_slabs,
     load_scale,
     load_zero,
     store_sums,
-    weight_slab,
 )
 from mspc.kernels.gpu.tiling import fragment_options, tiles_of
 
@@ -66,8 +66,7 @@ def int4_matmul(
                 partial = tl.zeros([S, 16, TOKENS], tl.float32)
             x0, x1 = load_input_slabs(inputs, first, n, NUM_COLUMNS, S, TOKENS, WORDS, WIDE)
             pairs = dequantize(word[n], zero, DTYPE, PTX)
-            partial = tl.dot(weight_slab(pairs[0], pairs[1], S, DTYPE, WIDE), x0, partial, input_precision="ieee")
-            partial = tl.dot(weight_slab(pairs[2], pairs[3], S, DTYPE, WIDE), x1, partial, input_precision="ieee")
+            partial = add_word(partial, pairs, x0, x1, S, DTYPE, WIDE)
             if n % WORDS == WORDS - 1:
                 sums += partial * scale
         inputs += S * 128

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.fragments import (
+    add_word,
     input_pointers,
     lane_words,
     load_input_slabs,
     load_scale,
     load_zero,
     store_sums,
-    weight_slab,
 )
 from mspc.kernels.gpu.tiling import fragment_options, tiles_of
 
@@ -56,14 +56,14 @@ def place_pair(pair, selector0, selector1):
 
 
 @triton.jit
-def two_groups(pair0, pair1, places, column0, column1, column2, column3, PTX: tl.constexpr):
+def two_groups(pair0, pair1, places, selectors, PTX: tl.constexpr):
     """Two groups to columns (0, 1) and (2, 3) of each; their places are in the low 16 bits: a, b, a, b, four bits each
-    of which two are used, with 4 added to b."""
+    of which two are used, with 4 added to b. `selectors` are the four of this module."""
     if PTX:
         selector0, selector1 = tl.inline_asm_elementwise(
             SELECT,
             "=&r,=r,r,r,r,r,r",
-            [places, column0, column1, column2, column3],
+            [places, selectors[0], selectors[1], selectors[2], selectors[3]],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -89,19 +89,21 @@ def place_plainly(pair, places):
 
 
 @triton.jit
-def load_pairs(pairs, first, half: tl.constexpr, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """The pairs of half a quarter, four a lane, of S blocks from block `first`."""
+def load_pairs(pairs, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """Both halves of a quarter, four pairs each, of S blocks from block `first`."""
     flat = tl.arange(0, S * 128)
     block = first + flat // 128
-    pointers = pairs + tl.max_contiguous(tl.multiple_of(block * 512 + flat % 128, 4), 4) + half * 128
-    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
-    lower = tl.load(pointers + 256, mask=block < NUM_BLOCKS, other=0)
-    return lane_words(upper, lower, S)
+    pointers = pairs + tl.max_contiguous(tl.multiple_of(block * 512 + flat % 128, 4), 4)
+    upper0 = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
+    upper1 = tl.load(pointers + 128, mask=block < NUM_BLOCKS, other=0)
+    lower0 = tl.load(pointers + 256, mask=block < NUM_BLOCKS, other=0)
+    lower1 = tl.load(pointers + 384, mask=block < NUM_BLOCKS, other=0)
+    return lane_words(upper0, lower0, S), lane_words(upper1, lower1, S)
 
 
 @triton.jit
 def load_codes(codes, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """The codes of both halves of a quarter, a word of eight each, of S blocks from block `first`."""
+    """Both halves of a quarter, a word of eight codes each, of S blocks from block `first`."""
     flat = tl.arange(0, S * 64)
     block = first + flat // 64
     pointers = codes + tl.max_contiguous(tl.multiple_of(block * 128 + flat % 64, 2), 2)
@@ -121,6 +123,12 @@ def load_places(places, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
     upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
     lower = tl.load(pointers + 32, mask=block < NUM_BLOCKS, other=0)
     return tl.join(tl.reshape(upper, (S, 8, 4)), tl.reshape(lower, (S, 8, 4)))
+
+
+@triton.jit
+def word_places(places, n: tl.constexpr):
+    """Of the two groups of word n: two of the four bits of each are of words 0 and 1, two of words 2 and 3."""
+    return (((places >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -155,33 +163,27 @@ def sparse24_matmul(
     tile = tl.program_id(0)
     kept = kept_ptr + tile.to(tl.int64) * NUM_BLOCKS * (128 if CODES else 512)
     places = places_ptr + tile.to(tl.int64) * NUM_BLOCKS * 64
+    selectors = column0, column1, column2, column3
     inputs = input_pointers(inputs_ptr, num_tokens, NUM_COLUMNS, S, TOKENS, WORDS)
-    scales = scales_ptr + tile * NUM_GROUPS * 16
-    zeros = zeros_ptr + tile * NUM_GROUPS * 2
     sums = tl.zeros([S, 16, TOKENS], tl.float32)
     for first in tl.range(0, NUM_BLOCKS, S, loop_unroll_factor=2):
         all_places = load_places(places, first, S, NUM_BLOCKS)
-        if CODES:
-            codes = load_codes(kept, first, S, NUM_BLOCKS)
+        halves = load_codes(kept, first, S, NUM_BLOCKS) if CODES else load_pairs(kept, first, S, NUM_BLOCKS)
         partial = sums
         for n in tl.static_range(4):
             if CODES and n % WORDS == 0:
-                scale = load_scale(scales, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
+                scale = load_scale(scales_ptr + tile * NUM_GROUPS * 16, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
                 zero = symmetric_zero
                 if not SYMMETRIC:
-                    zero = load_zero(zeros, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
+                    zero = load_zero(zeros_ptr + tile * NUM_GROUPS * 2, first, n, S, NUM_BLOCKS, GROUP_BLOCKS, WORDS)
                 partial = tl.zeros([S, 16, TOKENS], tl.float32)
+            if n % 2 == 0:
+                pairs = halves[n // 2]
             if CODES and (n % 2 == 0 or n % WORDS == 0):  # again if words 2 i and 2 i + 1 differ in zero points
-                pairs = dequantize(codes[n // 2], zero, DTYPE, PTX)
-            elif n % 2 == 0:
-                pairs = load_pairs(kept, first, n // 2, S, NUM_BLOCKS)
-            # Of the four bits of a place two are of words 0 and 1, two of words 2 and 3.
-            place = (((all_places >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
-            even, odd = pairs[n % 2 * 2], pairs[n % 2 * 2 + 1]
-            word = two_groups(even, odd, place, column0, column1, column2, column3, PTX)
+                pairs = dequantize(halves[n // 2], zero, DTYPE, PTX)
+            word = two_groups(pairs[n % 2 * 2], pairs[n % 2 * 2 + 1], word_places(all_places, n), selectors, PTX)
             x0, x1 = load_input_slabs(inputs, first, n, NUM_COLUMNS, S, TOKENS, WORDS, WIDE)
-            partial = tl.dot(weight_slab(word[0], word[1], S, DTYPE, WIDE), x0, partial, input_precision="ieee")
-            partial = tl.dot(weight_slab(word[2], word[3], S, DTYPE, WIDE), x1, partial, input_precision="ieee")
+            partial = add_word(partial, word, x0, x1, S, DTYPE, WIDE)
             if CODES and n % WORDS == WORDS - 1:
                 sums += partial * scale
         if not CODES:
