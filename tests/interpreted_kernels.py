@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from kernel_cases import BF16, CASES, FP16, assert_product, inputs
+from torch.library import opcheck
 
-from mspc.kernels import launch
+from mspc.kernels import bitmap, int4, launch, nm, sparse24
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
@@ -33,11 +34,29 @@ def test_product(case):
         assert_product(case.kernel.matmul(x, arranged, case.description), x, case)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.kernel.MAX_TOKENS == 16][::3], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.kernel.MAX_TOKENS > 8][::3], ids=str)
 def test_product_with_more_tokens(case):
-    x = inputs(case, 13)
     arranged = case.kernel.arrange(case.stored(), case.description)
-    assert_product(case.kernel.matmul(x, arranged, case.description), x, case)
+    for num_tokens in (13, case.kernel.MAX_TOKENS):
+        x = inputs(case, num_tokens)
+        assert_product(case.kernel.matmul(x, arranged, case.description), x, case)
+
+
+@pytest.mark.parametrize("kernel", [int4, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)
+def test_operators_are_as_they_are_declared(kernel, monkeypatch):
+    """Oracle: torch.library.opcheck, of shapes, aliases and what is written to."""
+    case = next(case for case in CASES if case.kernel is kernel)
+    arranged = kernel.arrange(case.stored(), case.description)
+    for name in ("_matmul", "_expand"):
+        operator = getattr(kernel, name)
+
+        def check(*arguments, operator=operator):
+            opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+            return operator(*arguments)
+
+        monkeypatch.setattr(kernel, name, check)
+    kernel.matmul(inputs(case, 3), arranged, case.description)
+    kernel.expand(arranged, case.description, torch.empty(case.shape, dtype=case.dtype))
 
 
 @pytest.mark.parametrize("case", WITH_ASSEMBLY, ids=str)

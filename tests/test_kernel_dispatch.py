@@ -4,13 +4,14 @@ Nothing here needs a GPU; what the libraries compute is stood in for. Oracle of 
 """
 
 import json
+import sys
 
 import pytest
 import torch
 from kernel_cases import BF16, CASES, DENSE, Case, assert_product, inputs
 
 from mspc.kernels import cusparselt, dispatch, timings, tinygemm
-from mspc.kernels.dispatch import ANY_NUMBER, choose, matmul, measure, with_copies
+from mspc.kernels.dispatch import ANY_NUMBER, matmul, measure, schedule, with_copies
 from mspc.kernels.timings import Row
 from mspc.types import NM, Grid
 
@@ -21,10 +22,7 @@ INT4 = Case("int4", DENSE, Grid(4, 64, False), (32, 256), BF16)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(timings, "device_key", lambda: "a GPU")
-    dispatch._measured.cache_clear()
-    yield
-    dispatch._measured.cache_clear()
+    monkeypatch.setattr(timings, "device_key", lambda device: "a GPU")
 
 
 @pytest.fixture
@@ -48,33 +46,44 @@ def libraries(monkeypatch):
 @pytest.mark.parametrize("case", CASES[::4], ids=str)
 def test_any_number_of_tokens(case):
     arranged = case.kernel.arrange(case.stored(), case.description)
+    rows = schedule(arranged, case.description, case.dtype)
     for num_tokens in (1, 8, 9, 40):
         x = inputs(case, num_tokens)
-        y = matmul(x, arranged, case.description)
+        y = matmul(x, arranged, case.description, rows)
         if num_tokens <= case.kernel.MAX_TOKENS:
             assert_product(y, x, case)
         else:
             expected = torch.nn.functional.linear(x, case.weight().to(case.dtype))
             assert torch.equal(y, expected)
-    assert matmul(inputs(case, 0), arranged, case.description).shape == (0, case.shape[0])
+    assert matmul(inputs(case, 0), arranged, case.description, rows).shape == (0, case.shape[0])
 
 
-def methods(case: Case, copies: set[str] = frozenset(), on_cuda: bool = True) -> list[str]:
-    tokens = (1, 8, 9, 16, 17, 1023, 1024, 10**6)
-    return [choose(n, case.description, BF16, frozenset(copies), on_cuda).method for n in tokens]
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def methods(case: Case, *copies: str, on_device: bool = False) -> list[str]:
+    arranged = case.kernel.arrange(case.stored(), case.description)
+    first = next(iter(arranged))
+    if on_device:
+        arranged[first] = arranged[first].as_subclass(OnDevice)
+    arranged |= {part: torch.empty(0) for method in copies for part in dispatch.COPIES[method]}
+    rows = schedule(arranged, case.description, BF16)
+    return [next(row.method for row in rows if n <= row.up_to) for n in (1, 8, 9, 32, 33, 1023, 1024, 10**6)]
 
 
 def test_unmeasured():
-    expanded = ["expanded"] * 4
-    assert methods(INT4) == ["fused"] * 4 + expanded
-    assert methods(INT4, {"tinygemm"}) == ["fused"] * 4 + expanded
-    assert methods(SPARSE) == ["fused"] * 4 + expanded
-    assert methods(SPARSE, {"cusparselt"}) == ["fused"] * 4 + ["expanded"] * 2 + ["cusparselt"] * 2
+    assert methods(INT4) == ["fused"] * 4 + ["expanded"] * 4
+    assert methods(INT4, "tinygemm") == ["fused"] * 4 + ["expanded"] * 4
+    assert methods(SPARSE) == ["fused"] * 4 + ["expanded"] * 4
+    assert methods(SPARSE, "cusparselt") == ["fused"] * 4 + ["expanded"] * 2 + ["cusparselt"] * 2
     assert methods(Case("nm", NM(8, 16), None, (32, 256), BF16)) == ["fused"] * 2 + ["expanded"] * 6
 
 
 def test_measured_is_taken_and_remembered(libraries, tmp_path):
-    """The clock makes expansion cost 5, cuSPARSELt 8 - tokens / 64, and a fused token 1."""
+    """The clock makes expansion cost 5, cuSPARSELt 8 - tokens / 64, and the fused kernel 1 a token."""
     arranged = with_copies(SPARSE.kernel.arrange(SPARSE.stored(), SPARSE.description), SPARSE.description, BF16)
     assert torch.equal(arranged["cusparselt"], SPARSE.weight())
 
@@ -87,12 +96,31 @@ def test_measured_is_taken_and_remembered(libraries, tmp_path):
     assert rows == [Row(4, "fused", 0), Row(128, "expanded", 0), Row(ANY_NUMBER, "cusparselt", 7)]
     assert timings.read("a GPU", timings.matrix_key(SPARSE.description)) == rows
     assert json.loads((tmp_path / "mspc" / "kernels.json").read_text())["a GPU"]["2:4 32x256 bfloat16"]
-    assert methods(SPARSE, {"cusparselt"}) == ["fused"] + ["expanded"] * 4 + ["cusparselt"] * 3
-    assert methods(SPARSE) == ["fused"] + ["expanded"] * 7  # without the copy
-    assert methods(SPARSE, on_cuda=False) == ["fused"] * 4 + ["expanded"] * 4
-    assert methods(INT4) == ["fused"] * 4 + ["expanded"] * 4  # another matrix
+    assert methods(SPARSE, "cusparselt", on_device=True) == ["fused"] + ["expanded"] * 4 + ["cusparselt"] * 3
+    assert methods(SPARSE, on_device=True) == ["fused"] + ["expanded"] * 7  # without the copy
+    assert methods(SPARSE) == ["fused"] * 4 + ["expanded"] * 4  # not on that device
+    assert methods(INT4, on_device=True) == ["fused"] * 4 + ["expanded"] * 4  # another matrix
     x = inputs(SPARSE, 300)
-    assert_product(matmul(x, arranged, SPARSE.description), x, SPARSE)
+    assert_product(matmul(x, arranged, SPARSE.description, tuple(rows)), x, SPARSE)
+
+
+@pytest.mark.parametrize("case", [SPARSE, INT4, *CASES[13:14], *CASES[-1:]], ids=str)
+def test_traced_as_one_graph(case, monkeypatch):
+    """torch.compile with fullgraph raises where it would have to leave the graph."""
+    arranged = case.kernel.arrange(case.stored(), case.description)
+    rows = schedule(arranged, case.description, case.dtype)
+    monkeypatch.setattr(sys.modules[case.kernel.__name__], "launches", lambda tensor: True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(str(graph.graph))
+        return lambda *args: [torch.empty(0)]
+
+    for num_tokens in (4, 100):
+        compiled = torch.compile(lambda x: matmul(x, arranged, case.description, rows), fullgraph=True, backend=backend)
+        compiled(inputs(case, num_tokens))
+    assert f"mspc.{case.kernel_name}_matmul" in graphs[0]
+    assert f"mspc.{case.kernel_name}_expand" in graphs[1]
 
 
 def test_a_spoiled_cache_is_an_empty_one(tmp_path):

@@ -46,14 +46,15 @@ def test_assembly_is_the_plain_branch_bit_for_bit(case, monkeypatch):
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_in_a_graph_and_compiled(case):
     arranged, x = on_device(case), inputs(case, 4).cuda()
-    expected = dispatch.matmul(x, arranged, case.description)
+    rows = dispatch.schedule(arranged, case.description, case.dtype)
+    expected = dispatch.matmul(x, arranged, case.description, rows)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = dispatch.matmul(x, arranged, case.description)
+        y = dispatch.matmul(x, arranged, case.description, rows)
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
-    compiled = torch.compile(lambda x: dispatch.matmul(x, arranged, case.description), fullgraph=True)
+    compiled = torch.compile(lambda x: dispatch.matmul(x, arranged, case.description, rows), fullgraph=True)
     assert torch.equal(compiled(x), expected)
 
 

@@ -6,11 +6,12 @@
     cusparselt   sparse tensor cores, for 2:4 bfloat16 and many tokens } if there is a copy for it,
     tinygemm     torch's own int4 kernel                               } see `with_copies`
 
-What is taken unasked is a guess; `measure` times all on the device and remembers (`timings`).
+What is taken unasked is a guess; `measure` times all on the device and remembers (`timings`). A `schedule` is made
+before, not during, a product, which can then be traced.
 """
 
 from collections.abc import Callable, Collection
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,35 +29,28 @@ COPIES = {"cusparselt": ("cusparselt",), "tinygemm": ("tinygemm", "tinygemm_scal
 """The tensors beside those of the kernel that a method needs."""
 
 
-def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-    """x (T, I) -> x W^T (T, O), for any T; `arranged` by the kernel for the dtype of x."""
-    if not len(x):
+def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torch.dtype) -> tuple[Row, ...]:
+    """Methods by numbers of tokens, for `matmul`: what was measured on the device of `arranged`, else the guess.
+
+    Only those that have their copies; the last is for any number.
+    """
+    kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
+    rows = None
+    if device.type == "cuda":
+        rows = timings.read(timings.device_key(device), timings.matrix_key(description))
+    if rows is None:
+        guess = ((kernel.MAX_TOKENS, "fused"), (MANY_TOKENS - 1, "expanded"), (ANY_NUMBER, "cusparselt"))
+        rows = [Row(up_to, method, 0) for up_to, method in guess]
+    there = [row for row in rows if set(COPIES.get(row.method, ())) <= arranged.keys()]
+    return *there, Row(ANY_NUMBER, "expanded", 0)
+
+
+def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, rows: tuple[Row, ...]) -> Tensor:
+    """x (T, I) -> x W^T (T, O), for any T. What is arranged, and the rows, are for the dtype of x."""
+    if len(x) == 0:
         return x.new_empty(0, description.shape[0])
-    copies = frozenset(method for method, parts in COPIES.items() if set(parts) <= arranged.keys())
-    row = choose(len(x), description, x.dtype, copies, x.is_cuda)
+    row = next(row for row in rows if len(x) <= row.up_to)
     return METHODS[row.method](x, arranged, description, row.algorithm)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose(
-    num_tokens: int, description: StoredMatrix, dtype: torch.dtype, copies: frozenset[str], on_cuda: bool
-) -> Row:
-    """What was measured for so many tokens, else the guess; only methods that have their copies."""
-    rows = _measured(description) if on_cuda else None
-    for row in rows or _guess(description, dtype):
-        if num_tokens <= row.up_to and (row.method not in COPIES or row.method in copies):
-            return row
-    return Row(num_tokens, "expanded", 0)
-
-
-@cache
-def _measured(description: StoredMatrix) -> list[Row] | None:
-    return timings.read(timings.device_key(), timings.matrix_key(description))
-
-
-def _guess(description: StoredMatrix, dtype: torch.dtype) -> list[Row]:
-    most = _kernel(description, dtype).MAX_TOKENS
-    return [Row(most, "fused", 0), Row(MANY_TOKENS - 1, "expanded", 0), Row(ANY_NUMBER, "cusparselt", 0)]
 
 
 def _kernel(description: StoredMatrix, dtype: torch.dtype) -> Kernel:
@@ -129,7 +123,7 @@ def measure(
     dtype: torch.dtype,
     time: Callable[[Callable[[], Tensor]], float] = milliseconds,
 ) -> list[Row]:
-    """Time every method that can be used for 1, 2, 4, ... tokens, and remember the fastest; takes a second or two."""
+    """Time every method that can be used for 1, 2, 4, ... tokens, and remember the fastest for `schedule`."""
     kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
     rows: list[Row] = []
     for num_tokens in MEASURED_TOKENS:
@@ -150,6 +144,5 @@ def measure(
             rows.pop()
         rows.append(Row(num_tokens, best, algorithms[best]))
     rows[-1] = rows[-1]._replace(up_to=ANY_NUMBER)
-    timings.write(timings.device_key(), timings.matrix_key(description), rows)
-    _measured.cache_clear()
+    timings.write(timings.device_key(device), timings.matrix_key(description), rows)
     return rows

@@ -9,15 +9,14 @@ lane 1: a lane reads its values at once; a slot of all lanes is neighbours in th
              else 8: as many as in the file but for M of 2, 8 and above 16
 
 Cost: 10 bits a weight at 8:16, 9 at 2:4, 6.25 at 5:16. Thread instructions a kept weight on sm_90, counted (tests), at
-1, 2, 4, 8 tokens: 9.2, 11.3, 15.5, 25 where N divides 32, and 12.8 at 5:16 (1 token), 28 (8): at 8:16 a dense position
-costs half of these. Products are summed in float32. Up to 4 tokens memory limits, at 8 the instructions do.
+1, 2, 4, 8 tokens: 9.1, 11.3, 15.4, 25 where N divides 32, and 12.8, 14.9, 18.8, 28 at 5:16: of a dense position half of
+these at 8:16. Products are summed in float32. On an H200 memory limits up to 4 tokens, and at 8 the instructions do.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mspc.formats import canonical
 from mspc.formats.bits import pack_rows, unpack_rows
 from mspc.formats.stored import StoredMatrix
 from mspc.kernels import plain
@@ -41,7 +40,7 @@ def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
 
 def arrange(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
     pattern, num_kept = _pattern(description), stored["values"].shape[1]
-    places = unpack_rows(stored["indices"], canonical.index_bits(pattern), num_kept)
+    places = unpack_rows(stored["indices"], _file_bits(pattern), num_kept)
     bits = _place_bits(pattern)
     packed = pack_rows(_to_lanes(places), bits).flatten()
     return {
@@ -60,7 +59,7 @@ def restore(arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str,
     values = _from_lanes(arranged["values"].cpu()[: num_rows * row].view(num_rows, row))
     return {
         "values": values[:, :num_kept].contiguous(),
-        "indices": pack_rows(places, canonical.index_bits(pattern)),
+        "indices": pack_rows(places, _file_bits(pattern)),
     }
 
 
@@ -78,6 +77,10 @@ def _from_lanes(kept: Tensor) -> Tensor:
 def _pattern(description: StoredMatrix) -> NM:
     assert isinstance(description.target.pattern, NM)
     return description.target.pattern
+
+
+def _file_bits(pattern: NM) -> int:
+    return (pattern.of - 1).bit_length()
 
 
 def _place_bits(pattern: NM) -> int:

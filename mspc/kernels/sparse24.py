@@ -1,4 +1,4 @@
-"""2:4 matrices of 16-bit values or int4 codes, for 1 to 16 tokens.
+"""2:4 matrices of 16-bit values or int4 codes, for 1 to 32 tokens.
 
 Layout (`tiles`): the bytes of the file, with O padded to 16 and I to 128. A group of four columns is two kept weights,
 a pair, and two places of two bits, a and b (`gpu.sparse24`).
@@ -10,9 +10,10 @@ a pair, and two places of two bits, a and b (`gpu.sparse24`).
     scales, zeros: as in `mspc.kernels.int4`
 
 Cost: 0.391 bytes a weight with int4 at groups of 128, 1.125 with values. Thread instructions a dense position on sm_90,
-counted (tests): with int4 2.4 for float16 inputs, 2.5 for bfloat16, 2.7 asymmetric, and 1.7 with values, whether for 1
-token or 8, because the products run on tensor cores. They are dense products, with the zeros put in by `prmt`: sparse
-tensor cores (`mma.sp`) would halve their number, which is not what limits. Sums as in `mspc.kernels.int4`.
+counted (tests): with int4 2.4 for float16 inputs, 2.6 for bfloat16, 2.7 asymmetric, and 1.8 with values, whether for 1
+token or 8, because the products run on tensor cores (3.4 and 2.4 up to 32 tokens). They are dense products, with the
+zeros put in by `prmt`: sparse tensor cores (`mma.sp`) would halve their number, which is not what limits. Sums as in
+`mspc.kernels.int4`.
 """
 
 import torch

@@ -16,7 +16,7 @@ from mspc.formats.stored import StoredMatrix
 from mspc.types import Grid
 
 ROWS, COLUMNS, WORD = 16, 128, 8
-MAX_TOKENS = 16
+MAX_TOKENS = 32
 
 
 def num_tiles(description: StoredMatrix) -> int:

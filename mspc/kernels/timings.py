@@ -26,12 +26,12 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc" / "kernels.json"
 
 
-def device_key() -> str:
+def device_key(device: torch.device) -> str:
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton}"
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton}"
 
 
 def matrix_key(description: StoredMatrix) -> str:

@@ -21,7 +21,7 @@ def fragment_options(num_tokens: int, num_tiles: int, num_blocks: int) -> dict[s
     while warps > 1 and warps >= 2 * num_blocks:
         warps //= 2
     return {
-        "TOKENS": 8 if num_tokens <= 8 else 16,
+        "TOKENS": 8 if num_tokens <= 8 else 16 if num_tokens <= 16 else 32,
         "S": warps,
         "num_warps": warps,
         "num_stages": 1,
