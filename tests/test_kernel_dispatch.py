@@ -94,7 +94,7 @@ def test_measured_is_taken_and_remembered(libraries, tmp_path):
 
     rows = measure(arranged, SPARSE.description, BF16, clock)
     assert rows == [Row(4, "fused", 0), Row(128, "expanded", 0), Row(ANY_NUMBER, "cusparselt", 7)]
-    assert timings.read("a GPU", timings.matrix_key(SPARSE.description)) == rows
+    assert timings.read("a GPU", timings.matrix_key(SPARSE.description, BF16)) == rows
     assert json.loads((tmp_path / "mspc" / "kernels.json").read_text())["a GPU"]["2:4 32x256 bfloat16"]
     assert methods(SPARSE, "cusparselt", on_device=True) == ["fused"] + ["expanded"] * 4 + ["cusparselt"] * 3
     assert methods(SPARSE, on_device=True) == ["fused"] + ["expanded"] * 7  # without the copy

@@ -4,6 +4,7 @@ The limits are what was counted when they were written, and a twentieth; they ho
 kernel is limited by memory as long as it spends at most 7.8 thread instructions on a byte of weights (A100: 9.7).
 """
 
+import sys
 from collections import Counter
 
 import pytest
@@ -75,6 +76,22 @@ def bitmap(capability: int, bits: int) -> CompiledKernel:
     groups = {"BITS": bits, "NUM_GROUPS": 112, "GROUP_WORDS": 4, "SYMMETRIC": True}
     constants = {**groups, "TOKENS": 8, "S": 8, "PTX": True, "WIDE": False}
     return sass.build(bitmap_matmul, {**pointers, **numbers}, constants, capability, 8, num_stages=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assembly", [False, True])
+@pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (64, True), (128, False), (2944, True)])
+def test_what_is_cut_off_compiles(monkeypatch, group_size, symmetric, assembly):
+    """2888 columns are no whole blocks, and their blocks no whole steps; also the branch without assembly."""
+    monkeypatch.setattr(sys.modules[__name__], "COLUMNS", 2888)
+    constants = fragment_constants
+    monkeypatch.setattr(
+        sys.modules[__name__], "fragment_constants", lambda *args: {**constants(*args), "PTX": assembly}
+    )
+    for dtype in (BF16, FP16):
+        assert int4(90, dtype, group_size, symmetric, 8).asm["cubin"]
+        assert sparse24(90, dtype, True, symmetric, 8).asm["cubin"]
+        assert sparse24(90, dtype, False, True, 8).asm["cubin"]
 
 
 BF16, FP16 = "*bf16", "*fp16"

@@ -37,7 +37,7 @@ def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torc
     kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
     rows = None
     if device.type == "cuda":
-        rows = timings.read(timings.device_key(device), timings.matrix_key(description))
+        rows = timings.read(timings.device_key(device), timings.matrix_key(description, dtype))
     if rows is None:
         guess = ((kernel.MAX_TOKENS, "fused"), (MANY_TOKENS - 1, "expanded"), (ANY_NUMBER, "cusparselt"))
         rows = [Row(up_to, method, 0) for up_to, method in guess]
@@ -144,5 +144,5 @@ def measure(
             rows.pop()
         rows.append(Row(num_tokens, best, algorithms[best]))
     rows[-1] = rows[-1]._replace(up_to=ANY_NUMBER)
-    timings.write(timings.device_key(device), timings.matrix_key(description), rows)
+    timings.write(timings.device_key(device), timings.matrix_key(description, dtype), rows)
     return rows

@@ -1,6 +1,6 @@
 """What was fastest on this machine: a small JSON file in the user's cache, by GPU and versions, by matrix.
 
-    {"NVIDIA H200, torch 2.13.0, triton 3.7.1": {"2:4 4096x14336 bfloat16": [[16, "fused", 0], [512, "expanded", 0]]}}
+    {"NVIDIA H200, mspc 0.1.0, torch 2.13.0, triton 3.7.1": {"2:4 4096x14336 bfloat16": [[16, "fused", 0], ...]}}
 
 A row says up to how many tokens a method is best, and which of its algorithms.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mspc import __version__
 from mspc.formats.stored import StoredMatrix
 
 
@@ -31,15 +32,16 @@ def device_key(device: torch.device) -> str:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton}"
+    return f"{torch.cuda.get_device_name(device)}, mspc {__version__}, torch {torch.__version__}, triton {triton}"
 
 
-def matrix_key(description: StoredMatrix) -> str:
-    grid, dtype = description.target.grid, str(description.dtype).removeprefix("torch.")
+def matrix_key(description: StoredMatrix, dtype: torch.dtype) -> str:
+    """Pattern, grid and shape of the matrix, dtype of the inputs."""
+    grid = description.target.grid
     of_grid = (
         "" if grid is None else f" int{grid.bits} group {grid.group_size} {'' if grid.symmetric else 'a'}symmetric"
     )
-    return f"{description.target.pattern}{of_grid} {'x'.join(map(str, description.shape))} {dtype}"
+    return f"{description.target.pattern}{of_grid} {'x'.join(map(str, description.shape))} {str(dtype)[6:]}"
 
 
 def read(device: str, matrix: str) -> list[Row] | None:
