@@ -19,7 +19,7 @@ OPTION_LISTS = {("mspc.cli", "compress")}  # one line an option
 FLOORS = (
     {"mspc.types", "mspc.errors"},
     {"mspc.recipe", "mspc.masks", "mspc.linalg", "mspc.quant", "mspc.formats"},
-    {"mspc.saliency"},
+    {"mspc.saliency", "mspc.kernels"},
     {
         *("mspc.solvers", "mspc.allocators", "mspc.allocation", "mspc.sensitivity", "mspc.plan", "mspc.checkpoint"),
         *("mspc.journal", "mspc.artifact", "mspc.output", "mspc.sparse_folder"),

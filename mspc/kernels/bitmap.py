@@ -1,0 +1,149 @@
+"""Unstructured matrices of 16-bit values or of codes, for 1 to 16 tokens.
+
+Layout: the kept weights as in the file, and where those of a word of 32 columns begin.
+
+    kept     values (nnz,), or codes uint8 (ceil(nnz b / 8),) of b = 2, 4 or 8 bits
+    words    int32 (O, ceil(I / 32)): the bitmap
+    bases    int32 (O, ceil(I / 256)): kept weights before every 8th word
+    ranks    uint8 (O, ceil(I / 32)): kept weights between that and the word
+    scales   float16 (O, groups), zeros uint8 (O, groups): with codes
+
+Cost: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks; 15 thread instructions a dense position
+on sm_90 for 1 to 8 tokens, counted (tests), 36 with codes. This is for masks that cannot be otherwise, not for speed:
+the instructions are per position, not per kept weight, and on a GPU with HBM they take about as long as reading the
+dense weight would, so no gain is to be expected there at 50% and little at 70%; with GDDR memory there may be some. As
+many weights balanced as 8:16 cost a third (`mspc.kernels.nm`).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mspc.formats.bits import pack_rows, unpack_rows
+from mspc.formats.description import StoredMatrix
+from mspc.kernels import plain
+from mspc.kernels.launch import launches, on_gpu
+from mspc.masks import num_pruned
+from mspc.types import NM
+
+MAX_TOKENS = 16
+WORD, WORDS_OF_BASE = 32, 8
+
+
+def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
+    (num_rows, num_columns), grid = description.shape, description.target.grid
+    pattern = description.target.pattern
+    has_mask = not isinstance(pattern, NM) and num_pruned(num_rows * num_columns, pattern.sparsity) > 0
+    if not has_mask or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if grid is None:
+        return dtype == description.dtype and num_rows * num_columns < 2**31
+    in_words = grid.group_size is None or grid.group_size == num_columns or grid.group_size % WORD == 0
+    return grid.bits in (2, 4, 8) and in_words and num_rows * num_columns < 2**31
+
+
+def arrange(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
+    grid, mask = description.target.grid, stored["mask"]
+    words = pad(mask, (0, -mask.shape[1] % 4)).view(torch.int32)
+    bits = pad(unpack_rows(mask, 1, description.shape[1]), (0, -description.shape[1] % (WORD * WORDS_OF_BASE)))
+    counts = bits.view(len(mask), -1, WORDS_OF_BASE, WORD).sum(-1)
+    ranks = (counts.cumsum(-1) - counts).flatten(1)[:, : words.shape[1]]
+    in_bases = counts.sum(-1)
+    bases = in_bases.cumsum(-1) - in_bases + stored["row_offsets"][:-1, None]
+    arranged = {
+        "kept": stored["values" if grid is None else "codes"],
+        "words": words,
+        "bases": bases.int(),
+        "ranks": ranks.to(torch.uint8).contiguous(),
+    }
+    if grid is None:
+        return arranged
+    arranged["scales"] = stored["scales"]
+    if "zeros" in stored:
+        arranged["zeros"] = unpack_rows(stored["zeros"], grid.bits, stored["scales"].shape[1])
+    return arranged
+
+
+def restore(arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
+    grid = description.target.grid
+    mask = arranged["words"].cpu().view(torch.uint8)[:, : -(-description.shape[1] // 8)].contiguous()
+    counts = unpack_rows(mask, 1, description.shape[1]).sum(1)
+    stored = {
+        "values" if grid is None else "codes": arranged["kept"].cpu(),
+        "mask": mask,
+        "row_offsets": pad(counts.cumsum(0), (1, 0)),
+    }
+    if grid is None:
+        return stored
+    stored["scales"] = arranged["scales"].cpu()
+    if "zeros" in arranged:
+        stored["zeros"] = pack_rows(arranged["zeros"].cpu(), grid.bits)
+    return stored
+
+
+def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
+    """x (T, I) -> (T, O)."""
+    if not launches(x):
+        return twin(x, arranged, description)
+    kept, words, bases, ranks = (arranged[part] for part in ("kept", "words", "bases", "ranks"))
+    return _matmul(x, kept, words, bases, ranks, arranged.get("scales"), arranged.get("zeros"), _bits(description))
+
+
+def twin(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
+    return plain.matmul(x, restore(arranged, description), description)
+
+
+def expand(arranged: dict[str, Tensor], description: StoredMatrix, out: Tensor) -> None:
+    """The dense weight, to `out` (O, I)."""
+    if not launches(out):
+        out.copy_(plain.weight(restore(arranged, description), description))
+        return
+    kept, words, bases, ranks = (arranged[part] for part in ("kept", "words", "bases", "ranks"))
+    _expand(kept, words, bases, ranks, arranged.get("scales"), arranged.get("zeros"), _bits(description), out)
+
+
+def _bits(description: StoredMatrix) -> int:
+    return 16 if description.target.grid is None else description.target.grid.bits
+
+
+@torch.library.custom_op("mspc::bitmap_matmul", mutates_args=())
+def _matmul(
+    x: Tensor,
+    kept: Tensor,
+    words: Tensor,
+    bases: Tensor,
+    ranks: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+) -> Tensor:
+    y: Tensor = on_gpu("bitmap").matmul(x, kept, words, bases, ranks, scales, zeros, bits)
+    return y
+
+
+@_matmul.register_fake
+def _(
+    x: Tensor,
+    kept: Tensor,
+    words: Tensor,
+    bases: Tensor,
+    ranks: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+) -> Tensor:
+    return x.new_empty(len(x), len(words))
+
+
+@torch.library.custom_op("mspc::bitmap_expand", mutates_args=("out",))
+def _expand(
+    kept: Tensor,
+    words: Tensor,
+    bases: Tensor,
+    ranks: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    bits: int,
+    out: Tensor,
+) -> None:
+    on_gpu("bitmap").expand(kept, words, bases, ranks, scales, zeros, bits, out)

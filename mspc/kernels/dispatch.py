@@ -1,0 +1,148 @@
+"""Which way to multiply by a compressed matrix, by the number of tokens.
+
+    fused        the kernel of its format, which reads the compressed weight once; for a few tokens
+    expanded     the dense weight to a buffer that lives as long as the product, then torch; for any number. It moves
+                 the dense weight twice more than a dense model does, so it is slower than one at tens of tokens
+    cusparselt   sparse tensor cores, for 2:4 bfloat16 and many tokens } if there is a copy for it,
+    tinygemm     torch's own int4 kernel                               } see `with_copies`
+
+What is taken unasked is a guess; `measure` times all on the device and remembers (`timings`). A `schedule` is made
+before, not during, a product, which can then be traced.
+"""
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mspc.formats.description import StoredMatrix
+from mspc.kernels import Kernel, cusparselt, kernel_for, timings, tinygemm
+from mspc.kernels.timings import Row
+
+MANY_TOKENS = 1024
+"""From here on arithmetic, not memory, limits a product with 2:4 weights on Hopper."""
+ANY_NUMBER = 2**62
+MEASURED_TOKENS = tuple(2**i for i in range(13))
+COPIES = {"cusparselt": ("cusparselt",), "tinygemm": ("tinygemm", "tinygemm_scales")}
+"""The tensors beside those of the kernel that a method needs."""
+
+
+def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torch.dtype) -> tuple[Row, ...]:
+    """Methods by numbers of tokens, for `matmul`: what was measured on the device of `arranged`, else the guess.
+
+    Only those that have their copies; the last is for any number.
+    """
+    kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
+    rows = None
+    if device.type == "cuda":
+        rows = timings.read(timings.device_key(device), timings.matrix_key(description, dtype))
+    if rows is None:
+        guess = ((kernel.MAX_TOKENS, "fused"), (MANY_TOKENS - 1, "expanded"), (ANY_NUMBER, "cusparselt"))
+        rows = [Row(up_to, method, 0) for up_to, method in guess]
+    there = [row for row in rows if set(COPIES.get(row.method, ())) <= arranged.keys()]
+    return *there, Row(ANY_NUMBER, "expanded", 0)
+
+
+def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, rows: tuple[Row, ...]) -> Tensor:
+    """x (T, I) -> x W^T (T, O), for any T. What is arranged, and the rows, are for the dtype of x."""
+    if len(x) == 0:
+        return x.new_empty(0, description.shape[0])
+    row = next(row for row in rows if len(x) <= row.up_to)
+    return METHODS[row.method](x, arranged, description, row.algorithm)
+
+
+def _kernel(description: StoredMatrix, dtype: torch.dtype) -> Kernel:
+    kernel = kernel_for(description, dtype)
+    assert kernel is not None, "matrices without a kernel are not arranged"
+    return kernel
+
+
+def with_copies(
+    arranged: dict[str, Tensor],
+    description: StoredMatrix,
+    dtype: torch.dtype,
+    methods: Collection[str] = tuple(COPIES),
+) -> dict[str, Tensor]:
+    """`arranged`, on the device, and the copies that these methods need there, where they can be used at all."""
+    found = dict(arranged)
+    if "cusparselt" in methods and cusparselt.usable(description, dtype):
+        found["cusparselt"] = cusparselt.compress(_expanded_weight(arranged, description, dtype))
+    if "tinygemm" in methods and tinygemm.usable(description, dtype):
+        stored = _kernel(description, dtype).restore(arranged, description)
+        packed = tinygemm.pack(stored, description, arranged["words"].device)
+        found["tinygemm"], found["tinygemm_scales"] = packed
+    return found
+
+
+def _expanded_weight(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torch.dtype) -> Tensor:
+    device = next(iter(arranged.values())).device
+    weight = torch.empty(description.shape, dtype=dtype, device=device)
+    _kernel(description, dtype).expand(arranged, description, weight)
+    return weight
+
+
+def _fused(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, algorithm: int) -> Tensor:
+    return _kernel(description, x.dtype).matmul(x, arranged, description)
+
+
+def _expanded(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, algorithm: int) -> Tensor:
+    return linear(x, _expanded_weight(arranged, description, x.dtype))
+
+
+def _cusparselt(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, algorithm: int) -> Tensor:
+    return cusparselt.matmul(x, arranged["cusparselt"], algorithm)
+
+
+def _tinygemm(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, algorithm: int) -> Tensor:
+    grid = description.target.grid
+    assert grid is not None
+    assert grid.group_size is not None
+    return tinygemm.matmul(x, arranged["tinygemm"], arranged["tinygemm_scales"], grid.group_size)
+
+
+METHODS: dict[str, Callable[[Tensor, dict[str, Tensor], StoredMatrix, int], Tensor]] = {
+    "fused": _fused,
+    "expanded": _expanded,
+    "cusparselt": _cusparselt,
+    "tinygemm": _tinygemm,
+}
+
+
+def milliseconds(call: Callable[[], Tensor]) -> float:
+    """The median of a few calls, each with a cold cache."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=40, return_mode="median"))
+
+
+def measure(
+    arranged: dict[str, Tensor],
+    description: StoredMatrix,
+    dtype: torch.dtype,
+    time: Callable[[Callable[[], Tensor]], float] = milliseconds,
+) -> list[Row]:
+    """Time every method that can be used for 1, 2, 4, ... tokens, and remember the fastest for `schedule`."""
+    kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
+    rows: list[Row] = []
+    for num_tokens in MEASURED_TOKENS:
+        x = torch.randn(num_tokens, description.shape[1], device=device).to(dtype)
+        algorithms = {"expanded": 0}
+        if num_tokens <= kernel.MAX_TOKENS:
+            algorithms["fused"] = 0
+        if "cusparselt" in arranged:
+            algorithms["cusparselt"] = cusparselt.search(x, arranged["cusparselt"])
+        if "tinygemm" in arranged:
+            algorithms["tinygemm"] = 0
+        took = {
+            method: time(partial(METHODS[method], x, arranged, description, algorithm))
+            for method, algorithm in algorithms.items()
+        }
+        best = min(took, key=lambda method: took[method])
+        if rows and (rows[-1].method, rows[-1].algorithm) == (best, algorithms[best]):
+            rows.pop()
+        rows.append(Row(num_tokens, best, algorithms[best]))
+    rows[-1] = rows[-1]._replace(up_to=ANY_NUMBER)
+    timings.write(timings.device_key(device), timings.matrix_key(description, dtype), rows)
+    return rows

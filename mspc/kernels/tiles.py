@@ -1,0 +1,115 @@
+"""Matrices as tiles of 16 rows by 128 columns, in the order in which `mspc.kernels.gpu.fragments` reads them.
+
+A block of 128 columns is 16 words of 8, four to each quarter of a warp's eight lanes. The four words of a quarter are
+one after the other in memory; in the matrix they are as far apart as it takes for every slab of 16 columns that is
+multiplied at once (one word of two columns from each quarter) to lie within one quantization group.
+"""
+
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mspc.formats.bits import pack_rows, unpack_rows
+from mspc.formats.description import StoredMatrix
+from mspc.types import Grid
+
+ROWS, COLUMNS, WORD = 16, 128, 8
+MAX_TOKENS = 32
+
+
+def num_tiles(description: StoredMatrix) -> int:
+    return ceil(description.shape[0] / ROWS)
+
+
+def num_blocks(description: StoredMatrix) -> int:
+    return ceil(description.shape[1] / COLUMNS)
+
+
+def tiles_fit(description: StoredMatrix) -> bool:
+    """Whether inputs can be loaded by words, and every slab is within one group."""
+    num_columns, grid = description.shape[1], description.target.grid
+    if num_columns % WORD or not (grid is None or grid.bits == 4):
+        return False
+    size = group_size(description)
+    return size in (32, 64) or size % COLUMNS == 0
+
+
+def group_size(description: StoredMatrix) -> int:
+    """Columns that share a scale; all columns of the tiles where a row is one group, or there is no grid."""
+    num_columns, grid = description.shape[1], description.target.grid
+    size = num_columns if grid is None else grid.group_size or num_columns
+    return size if size < num_columns else COLUMNS * num_blocks(description)
+
+
+def num_groups(description: StoredMatrix) -> int:
+    """Groups of a row, with those that only padding has."""
+    return COLUMNS * num_blocks(description) // group_size(description)
+
+
+def word_order(description: StoredMatrix) -> Tensor:
+    """Which of the 16 words of a block is at each place: four of quarter 0, four of quarter 1, ..."""
+    together = min(group_size(description), COLUMNS) // 32  # words of a quarter that are neighbours
+    words = torch.arange(16).view(4 // together, 4, together)
+    return words.transpose(0, 1).flatten()
+
+
+def to_tiles(matrix: Tensor, description: StoredMatrix, per_word: int) -> Tensor:
+    """(O, n), `per_word` entries a word -> (tiles, 2 halves of 8 rows, 8, blocks, 16 words in their order, per_word).
+
+    Padding is zero.
+    """
+    tiles, blocks = num_tiles(description), num_blocks(description)
+    num_rows, num_entries = matrix.shape
+    padded = pad(matrix, (0, blocks * 16 * per_word - num_entries, 0, tiles * ROWS - num_rows))
+    return padded.view(tiles, 2, 8, blocks, 16, per_word)[:, :, :, :, word_order(description)]
+
+
+def from_tiles(tiled: Tensor, description: StoredMatrix, num_entries: int) -> Tensor:
+    """The inverse: (O, num_entries)."""
+    natural = torch.empty_like(tiled)
+    natural[:, :, :, :, word_order(description)] = tiled
+    return natural.view(-1, natural[0, 0, 0].numel())[: description.shape[0], :num_entries]
+
+
+def arrange_grid(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
+    """`scales` float16 (tiles, groups, 16 rows); `zeros` int32 (tiles, groups, 2), four bits for each of 8 rows."""
+    tiles, groups = num_tiles(description), num_groups(description)
+    scales = stored["scales"]
+    padding = (0, groups - scales.shape[1], 0, tiles * ROWS - len(scales))
+    arranged = {"scales": pad(scales, padding).view(tiles, ROWS, groups).transpose(1, 2).contiguous()}
+    if "zeros" in stored:
+        zeros = pad(unpack_rows(stored["zeros"], 4, scales.shape[1]), padding).view(tiles, 2, 8, groups)
+        arranged["zeros"] = join_fields(zeros.permute(0, 3, 1, 2), range(0, 32, 4))
+    return arranged
+
+
+def restore_grid(arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
+    """The inverse."""
+    num_rows, groups = description.shape[0], real_groups(description)
+    scales = arranged["scales"].cpu().transpose(1, 2).flatten(0, 1)[:num_rows, :groups]
+    stored = {"scales": scales.contiguous()}
+    if "zeros" in arranged:
+        fields = split_fields(arranged["zeros"].cpu(), range(0, 32, 4), 4)  # tiles, groups, half, row
+        zeros = fields.permute(0, 2, 3, 1).flatten(0, 2)[:num_rows, :groups]
+        stored["zeros"] = pack_rows(zeros.to(torch.uint8).contiguous(), 4)
+    return stored
+
+
+def real_groups(description: StoredMatrix) -> int:
+    grid: Grid | None = description.target.grid
+    return 1 if grid is None or grid.group_size is None else description.shape[1] // grid.group_size
+
+
+def join_fields(fields: Tensor, places: range | list[int]) -> Tensor:
+    """Small integers (..., n) -> int32 (...): field i at bit `places[i]`."""
+    words = torch.zeros(fields.shape[:-1], dtype=torch.int32)
+    for i, place in enumerate(places):
+        words |= fields[..., i].int() << place
+    return words
+
+
+def split_fields(words: Tensor, places: range | list[int], bits: int) -> Tensor:
+    """The inverse: int32 (..., n)."""
+    return torch.stack([(words >> place) & (2**bits - 1) for place in places], -1)

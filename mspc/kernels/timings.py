@@ -1,0 +1,71 @@
+"""What was fastest on this machine: a small JSON file in the user's cache, by GPU and versions, by matrix.
+
+    {"NVIDIA H200, mspc 0.1.0, torch 2.13.0, triton 3.7.1": {"2:4 4096x14336 bfloat16": [[16, "fused", 0], ...]}}
+
+A row says up to how many tokens a method is best, and which of its algorithms.
+"""
+
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mspc import __version__
+from mspc.formats.description import StoredMatrix
+
+
+class Row(NamedTuple):
+    up_to: int
+    method: str
+    algorithm: int
+
+
+def path() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc" / "kernels.json"
+
+
+def device_key(device: torch.device) -> str:
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return f"{torch.cuda.get_device_name(device)}, mspc {__version__}, torch {torch.__version__}, triton {triton}"
+
+
+def matrix_key(description: StoredMatrix, dtype: torch.dtype) -> str:
+    """Pattern, grid and shape of the matrix, dtype of the inputs."""
+    grid = description.target.grid
+    of_grid = (
+        "" if grid is None else f" int{grid.bits} group {grid.group_size} {'' if grid.symmetric else 'a'}symmetric"
+    )
+    return f"{description.target.pattern}{of_grid} {'x'.join(map(str, description.shape))} {str(dtype)[6:]}"
+
+
+def read(device: str, matrix: str) -> list[Row] | None:
+    """What was measured, if it was."""
+    try:
+        return [Row(int(up_to), str(method), int(algorithm)) for up_to, method, algorithm in _all()[device][matrix]]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def write(device: str, matrix: str, rows: list[Row]) -> None:
+    """Add to the file, or overwrite what it says of this matrix."""
+    found = _all()
+    found.setdefault(device, {})[matrix] = [list(row) for row in rows]
+    path().parent.mkdir(parents=True, exist_ok=True)
+    partial = path().with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    partial.replace(path())
+
+
+def _all() -> dict[str, dict[str, Any]]:
+    """The file; one that is missing or cannot be read is as good as empty."""
+    try:
+        found = json.loads(path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,155 @@
+"""Products with compressed matrices: arrangement and restoration bit for bit, sizes, twins and kernels against float64.
+
+The Triton kernels run in the interpreter, in a process of their own (interpreted_kernels.py).
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import BF16, CASES, DENSE, FP16, HALF, Case, assert_product, inputs, stored
+from oracles import few
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mspc.formats import canonical
+from mspc.formats.description import StoredMatrix
+from mspc.kernels import KERNELS, kernel_for
+from mspc.types import NM, Grid, Unstructured
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[part].dtype == tensor.dtype and torch.equal(found[part], tensor) for part, tensor in expected.items()
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_restored_is_what_was_stored(case):
+    tensors = case.stored()
+    arranged = case.kernel.arrange(tensors, case.description)
+    assert all(tensor.is_contiguous() for tensor in arranged.values())
+    assert same(case.kernel.restore(arranged, case.description), tensors)
+    assert same(tensors, case.stored())
+
+
+PATTERNS = st.one_of(
+    st.just(DENSE),
+    st.floats(0.01, 1).map(Unstructured),
+    st.integers(1, 20).flatmap(lambda of: st.integers(1, of).map(lambda keep: NM(keep, of))),
+    st.just(NM(2, 4)),
+)
+GRIDS = st.one_of(
+    st.none(), st.builds(Grid, st.sampled_from([2, 4, 8]), st.sampled_from([8, 32, 64, 128, 256, None]), st.booleans())
+)
+
+
+@few
+@given(PATTERNS, GRIDS, st.integers(1, 40), st.integers(1, 24), st.integers(0, 99))
+def test_what_a_kernel_supports_it_restores(pattern, grid, num_rows, num_units, seed):
+    unit = math.lcm(pattern.of if isinstance(pattern, NM) else 8, (grid and grid.group_size) or 1)
+    description = StoredMatrix((num_rows, unit * num_units), pattern, grid, BF16)
+    tensors = stored(description, seed)
+    for kernel in KERNELS.values():
+        if kernel.supports(description, BF16):
+            assert same(kernel.restore(kernel.arrange(tensors, description), description), tensors)
+
+
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [
+        (Case("int4", DENSE, Grid(4, 128), (32, 512), BF16), 0),
+        (Case("int4", DENSE, Grid(4, 32, False), (32, 256), BF16), 0),
+        (Case("sparse24", NM(2, 4), Grid(4, 128), (32, 512), BF16), 0),
+        (Case("sparse24", NM(2, 4), None, (32, 512), BF16), 0),
+        (Case("int4", DENSE, Grid(4, 64), (17, 192), BF16), 32 * (128 + 8) - 17 * (96 + 6)),  # to 32 rows of 256
+        (Case("nm", NM(8, 16), None, (32, 512), BF16), 256 * 2 + 256 // 2),
+        (Case("nm", NM(4, 8), None, (32, 512), BF16), 256 * 2 + 256 // 2 + 32 * 512 // 2 // 8),  # 4 bits a place, not 3
+        (Case("bitmap", HALF, None, (32, 512), BF16), 32 * 512 * 3 // 8 // 8),
+    ],
+    ids=str,
+)
+def test_bytes_are_those_of_the_file_and_the_documented_padding(case, more):
+    file = canonical.num_bytes(case.shape, case.description.target, case.dtype)
+    arranged = case.kernel.arrange(case.stored(), case.description)
+    assert sum(tensor.nbytes for tensor in arranged.values()) == file + more
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_twin(case):
+    arranged = case.kernel.arrange(case.stored(), case.description)
+    x = inputs(case, 3)
+    assert_product(case.kernel.twin(x, arranged, case.description), x, case)
+    assert torch.equal(
+        case.kernel.matmul(x, arranged, case.description), case.kernel.twin(x, arranged, case.description)
+    )
+    out = torch.empty(case.shape, dtype=case.dtype)
+    case.kernel.expand(arranged, case.description, out)
+    assert torch.equal(out, case.weight().to(case.dtype))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid", "columns", "dtype", "name"),
+    [
+        (DENSE, Grid(4, 128), 512, BF16, "int4"),
+        (DENSE, Grid(4, 96), 384, BF16, None),  # groups that no whole slabs fill
+        (DENSE, Grid(4, 16), 512, BF16, None),
+        (DENSE, Grid(4, None), 100, BF16, None),  # inputs that no whole words fill
+        (DENSE, Grid(8, 128), 512, BF16, None),
+        (DENSE, Grid(4, 128), 512, torch.float32, None),
+        (DENSE, None, 512, BF16, None),
+        (NM(2, 4), None, 512, BF16, "sparse24"),
+        (NM(2, 4), None, 508, BF16, "nm"),
+        (NM(2, 4), None, 512, FP16, None),  # values are bfloat16
+        (NM(2, 4), Grid(4, 32), 512, FP16, "sparse24"),
+        (NM(2, 4), Grid(8, 32), 512, BF16, None),
+        (NM(5, 16), None, 512, BF16, "nm"),
+        (NM(5, 16), Grid(4, 128), 512, BF16, None),
+        (NM(4, 4), None, 512, BF16, None),
+        (HALF, None, 511, BF16, "bitmap"),
+        (HALF, Grid(4, 128), 512, BF16, "bitmap"),
+        (HALF, Grid(3, 128), 512, BF16, None),
+        (HALF, Grid(4, 16), 512, BF16, None),
+    ],
+)
+def test_the_kernel_for_a_matrix(pattern, grid, columns, dtype, name):
+    kernel = kernel_for(StoredMatrix((16, columns), pattern, grid, BF16), dtype)
+    assert kernel is (None if name is None else KERNELS[name])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[13], CASES[-1]], ids=str)
+def test_traced_shapes(case, monkeypatch):
+    """What torch.compile sees: the shape and dtype of the twin."""
+    arranged = case.kernel.arrange(case.stored(), case.description)
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(inputs(case, 5))
+        monkeypatch.setattr(sys.modules[case.kernel.__name__], "launches", lambda tensor: True)
+        fake = {part: mode.from_tensor(tensor) for part, tensor in arranged.items()}
+        y = case.kernel.matmul(x, fake, case.description)
+    assert (tuple(y.shape), y.dtype) == ((5, case.shape[0]), case.dtype)
+
+
+def test_the_kernels_in_the_interpreter():
+    """See interpreted_kernels.py."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    script = Path(__file__).parent / "interpreted_kernels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(script)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_without_triton_everything_but_launching_works():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import mspc.kernels, torch\n"
+        "from mspc.kernels.launch import on_gpu\n"
+        "on_gpu('int4')"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "MspcError: Sparse matrices on a GPU need triton: pip install 'mspc[gpu]'." in result.stderr

@@ -1,0 +1,69 @@
+"""The Triton kernels on a device: float64, the plain branch of the same kernels, CUDA graphs and torch.compile."""
+
+import pytest
+import torch
+from kernel_cases import BF16, CASES, DENSE, Case, assert_product, inputs
+
+from mspc.kernels import dispatch, launch
+from mspc.types import NM, Grid
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+LARGE = [
+    Case("int4", DENSE, Grid(4, 128), (2048, 4096), BF16),
+    Case("sparse24", NM(2, 4), Grid(4, 128), (2048, 4096), BF16),
+    Case("sparse24", NM(2, 4), None, (1024, 2048), BF16),
+    Case("nm", NM(5, 16), None, (1024, 2048), BF16),
+]
+
+
+def on_device(case: Case) -> dict[str, torch.Tensor]:
+    arranged = case.kernel.arrange(case.stored(), case.description)
+    return {part: tensor.cuda() for part, tensor in arranged.items()}
+
+
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_product_and_expansion(case):
+    arranged = on_device(case)
+    for num_tokens in (1, 3, 8):
+        x = inputs(case, num_tokens)
+        assert_product(case.kernel.matmul(x.cuda(), arranged, case.description), x, case)
+    out = torch.full(case.shape, 7.0, dtype=case.dtype, device="cuda")
+    case.kernel.expand(arranged, case.description, out)
+    assert torch.equal(out.cpu(), case.weight().to(case.dtype))
+
+
+@pytest.mark.parametrize("case", [case for case in [*CASES, *LARGE] if case.kernel_name != "nm"], ids=str)
+def test_assembly_is_the_plain_branch_bit_for_bit(case, monkeypatch):
+    arranged, x = on_device(case), inputs(case, 5).cuda()
+    with_assembly = case.kernel.matmul(x, arranged, case.description)
+    monkeypatch.setattr(launch, "has_ptx", lambda: False)
+    assert torch.equal(case.kernel.matmul(x, arranged, case.description), with_assembly)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_in_a_graph_and_compiled(case):
+    arranged, x = on_device(case), inputs(case, 4).cuda()
+    rows = dispatch.schedule(arranged, case.description, case.dtype)
+    expected = dispatch.matmul(x, arranged, case.description, rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = dispatch.matmul(x, arranged, case.description, rows)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+    compiled = torch.compile(lambda x: dispatch.matmul(x, arranged, case.description, rows), fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_measured_methods_agree():
+    case = LARGE[2]
+    arranged = dispatch.with_copies(on_device(case), case.description, BF16)
+    x = inputs(case, 64)
+    for method in ("expanded", "cusparselt"):
+        if method == "expanded" or method in arranged:
+            algorithm = dispatch.cusparselt.search(x.cuda(), arranged["cusparselt"]) if method == "cusparselt" else 0
+            y = dispatch.METHODS[method](x.cuda(), arranged, case.description, algorithm)
+            assert_product(y, x, case)
