@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mspc.checkpoint import map_file
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix, check_types, types_of
-from mspc.runtime.linear import SparseLinear
+from mspc.runtime.linear import SparseLinear, prepare
 from mspc.sparse_folder import QUANT_METHOD, descriptions
 
 
@@ -67,6 +67,7 @@ class SparseQuantizer(HfQuantizer):
                 setattr(layer, part, getattr(layer, part).to(dtype))
             if not any(tensor.is_meta for tensor in layer.stored().values()):  # offloaded to disk
                 layer.check(name)
+        prepare(model, model.dtype)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

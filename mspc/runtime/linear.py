@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from mspc.formats.decoding import STRIP, check_places, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
+from mspc.kernels import dispatch, kernel_for
 
 DEVICE_STRIP = 2**21
 """Weights decoded at a time where launches cost more than memory: about 50 MB on the way."""
@@ -16,11 +17,14 @@ DEVICE_STRIP = 2**21
 class SparseLinear(nn.Module):
     """y = x Wᵀ + bias, with W (O, I) as `matrix` describes it.
 
-    Its buffers are the stored tensors under their stored names, so that a state dict is what the export holds; they are
-    on meta until it is loaded. They move with the module, and are never cast.
+    Its buffers are the stored tensors under their stored names, on meta until it is loaded; or, once `prepare` was
+    called, what a kernel makes of them. A state dict is what the export holds, either way. Buffers move with the
+    module, and are never cast.
     """
 
     bias: nn.Parameter | None
+    prepared_for: torch.dtype | None = None
+    """The dtype of inputs that the buffers are arranged for."""
 
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -32,7 +36,32 @@ class SparseLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the matrix, by the names of `StoredMatrix.tensors`."""
-        return {part: getattr(self, part) for part in self.matrix.tensors()}
+        if self.prepared_for is None:
+            return {part: getattr(self, part) for part in self.matrix.tensors()}
+        kernel = kernel_for(self.matrix, self.prepared_for)
+        assert kernel is not None
+        arranged = self.arranged()
+        device = next(iter(arranged.values())).device
+        return {part: tensor.to(device) for part, tensor in kernel.restore(arranged, self.matrix).items()}
+
+    def arranged(self) -> dict[str, Tensor]:
+        """The tensors as a kernel has arranged them."""
+        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer is not None}
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Arrange the tensors for the kernel for inputs of this dtype, if there is one, where they are now."""
+        kernel = kernel_for(self.matrix, dtype)
+        if kernel is None or self.prepared_for is not None:
+            return
+        stored = self.stored()
+        arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
+        device = next(iter(stored.values())).device
+        for part in stored:
+            delattr(self, part)
+        for name, tensor in arranged.items():
+            self.register_buffer(name, tensor.to(device))
+        self.prepared_for = dtype
+        self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
 
     def check(self, name: str) -> None:
         """Raises InputError, naming the matrix, when what was loaded is no matrix of this description."""
@@ -47,7 +76,11 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of `x`."""
-        y = matmul(x.reshape(-1, self.in_features), self.stored(), self.matrix)
+        flat = x.reshape(-1, self.in_features)
+        if x.dtype == self.prepared_for:
+            y = dispatch.matmul(flat, self.arranged(), self.matrix, self.rows)
+        else:
+            y = matmul(flat, self.stored(), self.matrix)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -62,6 +95,12 @@ class SparseLinear(nn.Module):
             f"pattern={pattern}, sparsity={sparsity:.4g}{bits}"
         )
 
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        for part, tensor in self.stored().items():
+            destination[prefix + part] = tensor
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
 
@@ -72,6 +111,13 @@ class SparseLinear(nn.Module):
 
         super()._apply(move, recurse)
         return self
+
+
+def prepare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Arrange all layers of a model whose tensors are on a GPU for the kernels there (see `SparseLinear.prepare`)."""
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear) and next(layer.buffers(recurse=False)).is_cuda:
+            layer.prepare(dtype)
 
 
 def matmul(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:

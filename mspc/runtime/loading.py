@@ -15,6 +15,7 @@ from mspc.formats.canonical import with_offsets
 from mspc.formats.description import StoredMatrix
 from mspc.models import choose_device, load_config, resolve
 from mspc.recipe import DTYPES
+from mspc.runtime.linear import prepare
 from mspc.sparse_folder import descriptions, quantization_config, read_quantization_config
 
 
@@ -37,7 +38,9 @@ def load(path: str | Path, device: str = "auto", dtype: str | torch.dtype = "aut
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs; it is incomplete.")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(place)
+    model = model.to(place)
+    prepare(model, model.dtype)
+    return model
 
 
 Opened = tuple[Any, dict[str, StoredMatrix], dict[str, Any]]

@@ -1,0 +1,71 @@
+"""Layers arranged for a kernel, on the CPU, where its twin computes: the same products, state dict and folder."""
+
+import pytest
+import tiny
+import torch
+from kernel_cases import BF16, CASES
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import mspc
+import mspc.hf
+from mspc.report import Silent
+from mspc.runtime.linear import SparseLinear, prepare
+
+
+def layer_of(case) -> SparseLinear:
+    layer = SparseLinear(case.description, nn.Parameter(torch.arange(case.shape[0]).to(case.dtype)))
+    layer.load_state_dict(case.stored() | {"bias": layer.bias.detach()}, assign=True)
+    return layer
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_prepared_layer_computes_and_saves_what_it_did(case):
+    """Oracle: the layer before; the twin sums in float32."""
+    layer, expected = layer_of(case), layer_of(case)
+    layer.prepare(case.dtype)
+    assert layer.prepared_for == case.dtype
+    assert set(layer.arranged()) != set(expected.stored())
+    x = torch.randn(2, 3, case.shape[1], generator=torch.Generator().manual_seed(0)).to(case.dtype)
+    with torch.no_grad():
+        wanted = expected(x.double())
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(layer(x).double(), wanted, rtol=0, atol=2e-2 * scale)
+        torch.testing.assert_close(layer(x.float()), expected(x.float()), rtol=0, atol=0)  # not what it is arranged for
+    saved, before = layer.state_dict(), expected.state_dict()
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+    layer.check("m")
+    layer.prepare(case.dtype)  # nothing more to do
+    assert torch.equal(layer.weight, expected.weight)
+
+
+def test_a_dtype_without_a_kernel_changes_nothing():
+    layer = layer_of(CASES[0])
+    layer.prepare(torch.float32)
+    assert layer.prepared_for is None
+
+
+def test_a_prepared_model_writes_the_export_again_and_generates_the_same(calibration, tmp_path):
+    """Oracle: the tensors of the export, and the model before."""
+    recipe = mspc.Recipe(
+        pattern="2:4", calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH, effort="fast"
+    )
+    source = tiny.build(tmp_path / "source", "llama", dtype=BF16)
+    artifact = mspc.compress(source, recipe, out=tmp_path / "out", reporter=Silent())
+    folder = artifact.export("sparse", tmp_path / "sparse", verified=False, reporter=Silent())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+    prompt = tiny.ids(1)[:, :4]
+    before = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    prepare(model, BF16)  # on the CPU nothing is
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    assert not any(layer.prepared_for for layer in layers)
+    for layer in layers:
+        layer.prepare(BF16)
+        assert layer.prepared_for == BF16
+    model.save_pretrained(tmp_path / "saved")
+    saved, exported = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", folder))
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(saved[name], exported[name]) for name in exported)
+    assert torch.equal(before, model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0))
