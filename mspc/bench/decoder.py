@@ -182,4 +182,5 @@ class Decoder(nn.Module):
 
     def stored_bytes(self) -> int:
         """Of all weights: what is read, and the embeddings where they are not the head."""
-        return sum(self.weight_bytes().values()) + (0 if self.shape.tied else self.outer.embedding.nbytes)
+        tied = self.outer.head.data_ptr() == self.outer.embedding.data_ptr()
+        return sum(self.weight_bytes().values()) + (0 if tied else self.outer.embedding.nbytes)
