@@ -65,7 +65,7 @@ class SparseSource:
         self._name_of = {f"{name}.{part}": key for key, (name, m) in self._matrices.items() for part in m.tensors()}
 
     def keys(self) -> list[str]:
-        return list(dict.fromkeys(self._name_of.get(key, key) for key in self._checkpoint.keys()))
+        return list(dict.fromkeys(key for keys in self.shards().values() for key in keys))
 
     def shards(self) -> dict[str, list[str]]:
         return {

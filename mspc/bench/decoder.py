@@ -92,26 +92,33 @@ class Pieces:
     gated: Callable[[Tensor], Tensor] = gated
 
     def compiled(self) -> "Pieces":
-        return Pieces(*(torch.compile(getattr(self, field.name), dynamic=False) for field in fields(self)))
+        # Every batch size, and one token and many, is a case of its own; beyond the limit torch would run them eagerly.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        return Pieces(*(torch.compile(getattr(self, field.name)) for field in fields(self)))
 
 
-class Outer(nn.Module):
-    """What is around the blocks: embeddings (V, hidden), final norm, head (V, hidden), rotations (L, D)."""
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """What is around the blocks."""
 
-    def __init__(
-        self, embedding: Tensor, norm: Tensor, head: Tensor, rotations: tuple[Tensor, Tensor], eps: float
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("embedding", embedding)
-        self.register_buffer("norm", norm)
-        self.register_buffer("head", head)
-        self.register_buffer("cos", rotations[0])
-        self.register_buffer("sin", rotations[1])
+    embedding: Tensor
+    """(V, hidden)."""
+    norm: Tensor
+    head: Tensor
+    """(V, hidden): the embeddings themselves where they are tied."""
+    cos: Tensor
+    """(L, D), as `sin`."""
+    sin: Tensor
+    eps: float
 
 
 class Block(nn.Module):
     """The four linear layers of a block, its norms, and those of queries and keys where a model has them."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
 
     def __init__(
         self, linears: dict[str, nn.Module], norms: tuple[Tensor, Tensor], qk_norms: tuple[Tensor, Tensor] | None
@@ -139,15 +146,16 @@ class Cache:
         self.blocks = [like.new_empty(size).normal_() for _ in range(shape.blocks)]
 
 
-class Decoder(nn.Module):
+@dataclass(frozen=True, slots=True)
+class Decoder:
     """Tokens to logits."""
 
-    def __init__(self, shape: Shape, outer: Outer, blocks: list[Block], pieces: Pieces) -> None:
-        super().__init__()
-        self.shape, self.outer, self.pieces = shape, outer, pieces
-        self.blocks = nn.ModuleList(blocks)
+    shape: Shape
+    outer: Outer
+    blocks: list[Block]
+    pieces: Pieces
 
-    def forward(self, ids: Tensor, cache: Cache, first: int) -> Tensor:
+    def __call__(self, ids: Tensor, cache: Cache, first: int) -> Tensor:
         """Logits (B, V) after the last of ids (B, T), which stand at `first` and after; T is 1 unless `first` is 0.
 
         Writes their keys and values to the cache, and attends to all that it holds up to them.
@@ -159,7 +167,6 @@ class Decoder(nn.Module):
         x = outer.embedding[ids]
         y = torch.zeros_like(x)
         for block, cached in zip(self.blocks, cache.blocks, strict=True):
-            assert isinstance(block, Block)
             x, normed = pieces.add_norm(x, y, block.attention_norm, outer.eps)
             q, kv = pieces.rotate(
                 block.qkv(normed), cos, sin, shape.heads, shape.kv_heads, block.qk_norms, outer.eps
@@ -176,8 +183,8 @@ class Decoder(nn.Module):
         return linear(normed, outer.head)
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes that a step reads: `blocks`, and `head` with the final norm; of the embeddings it reads a row a token."""
-        of_blocks = sum(tensor.nbytes for tensor in self.blocks.state_dict().values())
+        """What a step reads: `blocks`, and `head` with the final norm. The rows of the embeddings do not count."""
+        of_blocks = sum(tensor.nbytes for block in self.blocks for tensor in block.state_dict().values())
         return {"blocks": of_blocks, "head": self.outer.head.nbytes + self.outer.norm.nbytes}
 
     def stored_bytes(self) -> int:

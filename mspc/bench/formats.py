@@ -1,7 +1,7 @@
 """Formats by name, and random matrices in them: made as they are stored, on the device, with masks that are real.
 
-No pruner is needed to measure speed, only that every group of N:M is filled, that values are not zero, and that they lie
-as they do in an export.
+No pruner is needed to measure speed, only that every group of N:M is filled, that values are not zero, and that they
+lie as they do in an export.
 """
 
 import re

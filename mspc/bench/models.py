@@ -1,4 +1,4 @@
-"""Decoders to measure: with random weights in a format, or with the weights of a checkpoint, artifact or sparse export."""
+"""Decoders to measure: of random weights in a format, or of the weights of a checkpoint, artifact or sparse export."""
 
 import copy
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ class Beside(nn.Module):
 
 def engine_of(decoder: Decoder) -> str:
     """What multiplies by the linear layers, in words."""
-    layers = {type(layer) for layer in decoder.blocks.modules()}
+    layers = {type(layer) for block in decoder.blocks for layer in block.modules()}
     on_gpu = decoder.outer.head.is_cuda
     if SparseLinear in layers:
         return "plain torch"
@@ -115,8 +115,8 @@ def random_outer(shape: Shape, length: int, device: torch.device) -> Outer:
     head = embedding if shape.tied else source.normal(size, 1.0, dtype)
     frequencies = THETA ** (-torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
     angles = (torch.arange(length, device=device)[:, None] * frequencies).repeat(1, 2)
-    rotations = angles.cos().to(dtype), angles.sin().to(dtype)
-    return Outer(embedding, torch.ones(shape.hidden, dtype=dtype, device=device), head, rotations, EPS)
+    ones = torch.ones(shape.hidden, dtype=dtype, device=device)
+    return Outer(embedding, ones, head, angles.cos().to(dtype), angles.sin().to(dtype), EPS)
 
 
 def random_decoder(shape: Shape, name: str, outer: Outer, pieces: Pieces) -> Decoder:
@@ -195,7 +195,7 @@ def _outer_of(model: Any, length: int) -> Outer:
     positions = torch.arange(length, device=embedding.device)[None]
     cos, sin = model.model.rotary_emb(embedding[:1], positions)
     norm = model.model.norm.weight.detach()
-    return Outer(embedding, norm, head, (cos[0], sin[0]), model.config.rms_norm_eps)
+    return Outer(embedding, norm, head, cos[0], sin[0], model.config.rms_norm_eps)
 
 
 def _block_of(layer: Any) -> Block:
@@ -218,30 +218,30 @@ def joined(layers: Sequence[nn.Module]) -> nn.Module:
     Compressed ones are joined where pattern and bits are the same and there is no mask, whose kept weights are one
     stream; others run one after the other.
     """
-    if len(layers) == 1 and isinstance(layers[0], SparseLinear):
+    dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    sparse = [layer for layer in layers if isinstance(layer, SparseLinear)]
+    if len(dense) == len(layers):
+        return DenseLinear(_rows_of([layer.weight for layer in dense]), _joined_bias(dense))
+    kinds = {(layer.matrix.target, layer.matrix.dtype, layer.matrix.has_mask) for layer in sparse}
+    if len(layers) == 1:
         return layers[0]
-    if all(isinstance(layer, nn.Linear) for layer in layers):
-        weights = [layer.weight.detach() for layer in layers]
-        return DenseLinear(weights[0] if len(layers) == 1 else torch.cat(weights), _joined_bias(layers))
-    matrices = [layer.matrix for layer in layers if isinstance(layer, SparseLinear)]
-    kinds = {(matrix.target, matrix.dtype, matrix.has_mask) for matrix in matrices}
-    if len(matrices) < len(layers) or len(kinds) > 1 or matrices[0].has_mask:
+    if len(sparse) < len(layers) or len(kinds) > 1 or sparse[0].matrix.has_mask:
         return Beside([joined([layer]) for layer in layers])
-    parts = [layer.stored() for layer in layers]
-    num_rows = sum(matrix.shape[0] for matrix in matrices)
-    matrix = replace(matrices[0], shape=(num_rows, matrices[0].shape[1]))
-    bias = _joined_bias(layers)
-    return SparseLinear.of(
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0]},
-        matrix,
-        None if bias is None else nn.Parameter(bias, requires_grad=False),
-    )
+    num_rows = sum(layer.out_features for layer in sparse)
+    matrix = replace(sparse[0].matrix, shape=(num_rows, sparse[0].in_features))
+    stored = {part: torch.cat([layer.stored()[part] for layer in sparse]) for part in matrix.tensors()}
+    bias = _joined_bias(sparse)
+    return SparseLinear.of(stored, matrix, None if bias is None else nn.Parameter(bias, requires_grad=False))
 
 
-def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+def _rows_of(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+
+
+def _joined_bias(layers: Sequence[nn.Linear] | Sequence[SparseLinear]) -> Tensor | None:
+    biases = [layer.bias for layer in layers if layer.bias is not None]
     assert len(biases) in (0, len(layers))
-    return torch.cat(biases) if biases else None
+    return _rows_of(biases) if biases else None
 
 
 def format_of(decoder: Decoder) -> str:
