@@ -183,9 +183,10 @@ class Decoder:
         return linear(normed, outer.head)
 
     def weight_bytes(self) -> dict[str, int]:
-        """What a step reads: `blocks`, and `head` with the final norm. The rows of the embeddings do not count."""
-        of_blocks = sum(tensor.nbytes for block in self.blocks for tensor in block.state_dict().values())
-        return {"blocks": of_blocks, "head": self.outer.head.nbytes + self.outer.norm.nbytes}
+        """What a step reads of the weights: of the embeddings, only a row a token, which is not counted."""
+        linears = sum(tensor.nbytes for block in self.blocks for tensor in block.state_dict().values())
+        norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
+        return {"linears": linears - norms, "norms": norms + self.outer.norm.nbytes, "head": self.outer.head.nbytes}
 
     def stored_bytes(self) -> int:
         """Of all weights: what is read, and the embeddings where they are not the head."""

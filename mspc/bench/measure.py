@@ -33,12 +33,14 @@ def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, cei
     def step() -> Tensor:
         return ids.copy_(decoder(ids, cache, context).argmax(-1, keepdim=True))
 
-    seconds = spread(device_seconds(captured(step, device), device, repeats))
+    samples = device_seconds(captured(step, device), device, repeats)
+    seconds = spread(samples)
     moved = step_bytes(decoder, batch, context)
     total = sum(moved.values())
     return {
         "batch": batch,
         "context": context,
+        "samples": len(samples),
         "seconds": seconds,
         "tokens_per_second": inverse(seconds, batch),
         "bytes": moved,
@@ -55,11 +57,12 @@ def measure_prefill(decoder: Decoder, tokens: int, repeats: int, ceilings: Ceili
     cache = Cache(decoder.shape, 1, tokens, decoder.outer.head)
     ids = _random_ids(decoder, 1, tokens)
     step = captured(lambda: decoder(ids, cache, 0).argmax(-1), device)
-    int(step())
-    seconds = spread(host_seconds(lambda: int(step()), repeats))
+    samples = host_seconds(lambda: int(step()), device, repeats)
+    seconds = spread(samples)
     total = sum(decoder.weight_bytes().values()) + decoder.shape.cache_bytes(tokens, decoder.outer.head.itemsize)
     return {
         "tokens": tokens,
+        "samples": len(samples),
         "seconds": seconds,
         "tokens_per_second": inverse(seconds, tokens),
         "predicted_seconds": ceilings.seconds(total, decoder.shape.flops(1, tokens, 0)),

@@ -78,8 +78,8 @@ def make_plan(request: Request) -> Plan:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}; choose one of these with --device.")
     shapes, limit = _shapes(request, device)
     groups, left_out = [], []
-    for shape, folders in shapes:
-        group, reason = _candidates(request, shape, folders)
+    for shape, paths in shapes:
+        group, reason = _candidates(request, shape, paths)
         groups.append(tuple(group))
         left_out += [reason] if reason else []
     repeats = REPEATS[device.type] if request.repeats is None else request.repeats
@@ -96,8 +96,8 @@ def make_plan(request: Request) -> Plan:
     return plan
 
 
-def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, list[Path]]], int | None]:
-    """Every shape with the folders that have it, and the most tokens that all of these allow."""
+def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, list[str]]], int | None]:
+    """Every shape with the paths that have it, and the most tokens that all of these allow."""
     if request.shapes in SHAPES:
         if request.paths:
             raise InputError(
@@ -120,20 +120,19 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
             f"--format is of random weights, and {request.paths[0]} has its own; add --shapes {FROM_MODEL} for random "
             "weights in its shapes, or leave --format out."
         )
-    found: dict[Shape, list[Path]] = {}
+    found: dict[Shape, list[str]] = {}
     limits = []
     for path in request.paths:
-        folder = resolve(path)
-        shape, limit = shape_of(folder)
+        shape, limit = shape_of(resolve(path))
         same = next((known for known in found if replace(known, name=shape.name) == shape), shape)
-        found.setdefault(same, []).append(folder)
+        found.setdefault(same, []).append(path)
         limits += [] if limit is None else [limit]
     return list(found.items()), min(limits, default=None)
 
 
-def _candidates(request: Request, shape: Shape, folders: list[Path]) -> tuple[list[Candidate], str | None]:
+def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[Candidate], str | None]:
     """Baselines first; and why torch's int4 is not one, if it is not."""
-    of_models = [] if request.shapes else [Candidate(folder.resolve().name, shape, folder=folder) for folder in folders]
+    of_models = [] if request.shapes else [Candidate(path, shape, folder=resolve(path)) for path in paths]
     # A checkpoint that is measured anyway is the dense baseline itself.
     dense = next((model for model in of_models if model.folder and _is_dense(model.folder)), None)
     baselines = [replace(dense or Candidate(DENSE, shape, DENSE), baseline="bf16")]

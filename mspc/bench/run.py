@@ -155,7 +155,7 @@ def make(candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces) 
 
 def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
     """A row before anything was measured."""
-    shape, sizes = candidate.shape, decoder.weight_bytes()
+    shape = candidate.shape
     return {
         "name": candidate.name,
         "model": shape.name,
@@ -165,7 +165,7 @@ def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "baseline": candidate.baseline,
         "engine": engine_of(decoder),
         "weight_bytes": decoder.stored_bytes(),
-        "bits_per_weight": 8 * sizes["blocks"] / (shape.block_weights * shape.blocks),
+        "bits_per_weight": 8 * decoder.weight_bytes()["linears"] / (shape.block_weights * shape.blocks),
         "peak_memory_bytes": None,
         "clocks": None,
         "perplexity": None,

@@ -18,6 +18,8 @@ from torch import Tensor
 Step = Callable[[], Tensor]
 WARM_UPS = {"cuda": 20, "cpu": 1}
 REPEATS = {"cuda": 200, "cpu": 5}
+MOST_SECONDS = 10.0
+"""For one measurement; what is so slow is measured less often."""
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 """Of the tensor that is copied to measure bandwidth: many times the cache."""
 GEMM_SIZE = {"cuda": 8192, "cpu": 512}
@@ -27,7 +29,7 @@ PACKAGES = ("mspc", "torch", "triton", "transformers")
 def spread(samples: Sequence[float]) -> dict[str, float]:
     """The median, and what a tenth of the samples is below and above."""
     if len(samples) == 1:
-        return dict.fromkeys(("p10", "median", "p90"), samples[0])
+        return dict.fromkeys(("p10", "median", "p90"), samples[0])  # quantiles want two
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return {"p10": tenths[0], "median": statistics.median(samples), "p90": tenths[8]}
 
@@ -60,11 +62,10 @@ def captured(step: Step, device: torch.device) -> Step:
 
 
 def device_seconds(step: Step, device: torch.device, repeats: int) -> list[float]:
-    """Of every repeat, after warm-ups; on CUDA by events on the device, so that the host may run ahead."""
-    for _ in range(WARM_UPS[device.type]):
-        step()
+    """Of each repeat after warm-ups; on CUDA by events on the device, so that the host may run ahead."""
     if device.type != "cuda":
-        return host_seconds(lambda: bool(step().numel()), repeats)
+        return host_seconds(lambda: bool(step().numel()), device, repeats)
+    repeats = _affordable(step, device, repeats)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize(device)
     for begin, end in events:
@@ -75,14 +76,30 @@ def device_seconds(step: Step, device: torch.device, repeats: int) -> list[float
     return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
 
-def host_seconds(run: Callable[[], object], repeats: int) -> list[float]:
-    """By the clock of the host, for what ends there."""
-    samples = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
+def host_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """The same by the clock of the host, for what ends there."""
+    return [_timed(run) for _ in range(_affordable(run, device, repeats))]
+
+
+def _affordable(run: Callable[[], object], device: torch.device, repeats: int) -> int:
+    """Warms up, and says how many repeats there is time for: at least one."""
+    for _ in range(WARM_UPS[device.type] - 1):
         run()
-        samples.append(time.perf_counter() - begin)
-    return samples
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+    def last() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return max(1, min(repeats, int(MOST_SECONDS / _timed(last))))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +120,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     copied = device_seconds(captured(lambda: target.copy_(source), device), device, repeats)
     size = GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    # A tenth as often: these heat the device, which then runs slower than it does in decoding.
-    multiplied = device_seconds(captured(lambda: a @ b, device), device, max(1, repeats // 10))
+    # Seldom: these heat the device, which then runs slower than it does in decoding.
+    multiplied = device_seconds(captured(lambda: a @ b, device), device, min(repeats, 20))
     return Ceilings(inverse(spread(copied), 2 * source.nbytes), inverse(spread(multiplied), 2.0 * size**3))
 
 
