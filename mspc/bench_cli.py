@@ -92,8 +92,10 @@ def bench(
     mspc bench MODEL --shapes from-model --format 2:4    random weights in the shapes of a model
     mspc bench --shapes 1b --baseline int4 --json r.json --plot r.png
 
-    On CUDA every step is one graph, and all formats share attention, head and fusions. Nothing is compared with eager
-    torch. Beside each time stands what its bytes alone would take. On a CPU the figures say nothing of the kernels.
+    \b
+    On CUDA every step is one graph, and all formats share attention, head and fusions.
+    Beside each time stands what its bytes alone would take; what is no faster is "no gain".
+    On a CPU the figures say nothing of the kernels. What is measured: docs/benchmark.md.
     """
     with reported(debug, "What was measured is in the --json file."):
         from mspc.bench.plots import check_installed, plot

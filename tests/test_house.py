@@ -38,8 +38,8 @@ FLOORS = (
         "mspc.planning",
         "mspc.trial",
     },
-    {"mspc.pipeline", "mspc.evaluation"},
-    {"mspc.cli", "mspc.console", "mspc.__main__"},
+    {"mspc.pipeline", "mspc.evaluation", "mspc.bench"},
+    {"mspc.cli", "mspc.bench_cli", "mspc.console", "mspc.__main__"},
 )
 
 

@@ -18,7 +18,6 @@ from mspc.masks import num_pruned
 from mspc.types import NM, Grid, Target, Unstructured, parse_nm
 
 GROUP_SIZE = 128
-BITS = (8, 4, 3, 2)
 DENSE = "dense"
 ROW_SPREAD = 0.1
 """Standard deviation of how many weights a row keeps, over their mean. Pruners that compare weights over the whole
@@ -29,28 +28,20 @@ STRIP = 2**24
 
 def parse_format(name: str) -> Target:
     """`dense`, `int4`, `2:4`, `50%` or a pattern with bits, such as `2:4+int4`. Raises InputError for others."""
-    pattern_name, plus, grid_name = name.rpartition("+")
-    pattern: Unstructured | NM = Unstructured(0.0)
-    if plus or not grid_name.startswith("int"):
-        pattern_name, grid_name = (pattern_name, grid_name) if plus else (grid_name, "")
-        if re.fullmatch(r"\d+:\d+", pattern_name):
-            pattern = parse_nm(pattern_name)
-        elif re.fullmatch(r"\d{1,2}%", pattern_name):
-            pattern = Unstructured(int(pattern_name[:-1]) / 100)
-        elif name != DENSE:
-            raise _unknown(name)
-    if not grid_name:
-        return Target(pattern)
-    bits = grid_name.removeprefix("int")
-    if not grid_name.startswith("int") or bits not in map(str, BITS):
-        raise _unknown(name)
-    return Target(pattern, Grid(int(bits), GROUP_SIZE))
-
-
-def _unknown(name: str) -> InputError:
-    return InputError(
-        f"Unknown format {name!r}: choose dense, {', '.join(f'int{bits}' for bits in BITS)}, N:M such as 8:16, a share "
-        "of zeros such as 50%, or one of the last two and bits, such as 2:4+int4."
+    patterns = [] if name == DENSE else name.split("+")
+    grid = None
+    if patterns and (bits := re.fullmatch(r"int([8432])", patterns[-1])):
+        grid = Grid(int(bits[1]), GROUP_SIZE)
+        patterns.pop()
+    if not patterns:
+        return Target(Unstructured(0.0), grid)
+    if len(patterns) == 1 and re.fullmatch(r"\d+:\d+", patterns[0]):
+        return Target(parse_nm(patterns[0]), grid)
+    if len(patterns) == 1 and re.fullmatch(r"[1-9]\d?%", patterns[0]):
+        return Target(Unstructured(int(patterns[0][:-1]) / 100), grid)
+    raise InputError(
+        f"Unknown format {name!r}: choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
+        "50%, or one of the last two and bits, such as 2:4+int4."
     )
 
 

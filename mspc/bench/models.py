@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from mspc.artifact import is_artifact
 from mspc.bench.decoder import Block, Decoder, Outer, Pieces, Shape
 from mspc.bench.formats import DENSE, Source, describe, parse_format, random_stored
-from mspc.bench.tinygemm import TinygemmLinear, check_fits
+from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.models import load_config, longest_sequence, open_model
@@ -96,7 +96,9 @@ def random_bytes(shape: Shape, name: str, dtype: torch.dtype) -> int:
     """What the linear layers of a model in this format take."""
     if name == DENSE:
         return shape.block_weights * shape.blocks * dtype.itemsize
-    target = parse_format("int4" if name == TINYGEMM else name)
+    if name == TINYGEMM:
+        return shape.blocks * sum(num_bytes(size, dtype) for size in shape.linears().values())
+    target = parse_format(name)
     described = [describe(size, target, layer) for layer, size in shape.linears().items()]
     return shape.blocks * sum(
         torch.Size(size).numel() * of.itemsize for matrix in described for of, size in matrix.tensors().values()

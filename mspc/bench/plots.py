@@ -60,9 +60,9 @@ def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:
     for row in known:
         step = row["decode"][0]
         point = step["tokens_per_second"]["median"], row["perplexity"]
-        axis.plot(*point, "o")
-        axis.annotate(label(row), point, xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+        axis.plot(*point, "o", label=label(row))
     if known:
+        axis.legend(fontsize="x-small")
         first = known[0]["decode"][0]
         axis.set_xlabel(f"tokens/s at batch {first['batch']}, context {first['context']}")
     axis.set(title=f"{model}, quality", ylabel="perplexity")

@@ -20,8 +20,15 @@ def check_fits(shape: tuple[int, int], what: str) -> None:
         )
 
 
+def num_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Of codes, and of a scale and a zero point for each group."""
+    numel = shape[0] * shape[1]
+    return numel // 2 + 2 * dtype.itemsize * numel // GROUP_SIZE
+
+
 class TinygemmLinear(nn.Module):
-    """y = x Wᵀ with W (O, I) in symmetric int4, groups of 128: the bits of our `int4`, in torch's own layout."""
+    """y = x Wᵀ with W (O, I) in symmetric int4, groups of 128, in torch's own layout: as our `int4`, and a
+    zero point for each scale that is stored and not used."""
 
     packed: Tensor
     scales_and_zeros: Tensor
