@@ -4,10 +4,12 @@ Oracles: transformers' own logits for the decoder; the packer of real exports, b
 in files and closed forms for what a step moves; numpy's percentiles; matrices in float64 for the int4 of torch.
 """
 
+import importlib
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,6 +52,7 @@ from mspc.runtime.linear import SparseLinear
 from mspc.types import NM, Grid
 
 CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[1] / "docs" / "benchmark.md"
 FORMATS = ("dense", "int8", "int4", "int3", "2:4", "4:8", "8:16", "5:16", "16:32", "2:4+int4", "6:16+int3", "50%")
 FORMATS += ("30%+int4", "70%+int3")
 SMALL = Shape("small", 128, 256, 2, 4, 2, 32, 260, tied=False)
@@ -474,6 +477,81 @@ def test_ceilings_are_positive():
     ceilings = measure_ceilings(CPU, torch.float32, 2)
     assert ceilings.copy["median"] > 0
     assert ceilings.seconds(0, 2 * ceilings.gemm["median"]) == 2
+
+
+# benchmarks/gpu.py
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, whose parts do not measure the CPU for long."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = importlib.import_module("gpu")
+    module.gpu_parts = importlib.import_module("gpu_parts")
+    return module
+
+
+def test_what_is_foretold_is_what_the_documentation_says(gpu):
+    """Oracle: the table of docs/benchmark.md, which is rounded."""
+    rows = re.findall(r"^\| ([^|]+) \| ([\d. to]+) \| [^|]+ \| ([\d. to]+) \|", DOCS.read_text(), re.MULTILINE)
+    assert len(rows) == 9
+    for name, *of_shapes in rows:
+        for shape, milliseconds in zip(("8b", "1b"), of_shapes, strict=True):
+            greatest, *least = (float(number) / 1e3 for number in milliseconds.split(" to "))
+            found = gpu.gpu_parts.predicted(SHAPES[shape], {"bf16": "dense"}.get(name, name), 4.3e12)
+            assert found[1] == pytest.approx(greatest, rel=0.04)
+            assert found[0] == pytest.approx(least[0] if least else greatest, rel=0.06)
+
+
+def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    return stopped.value.code
+
+
+def test_every_part_runs_and_goes_on_where_it_was_cut_off(gpu, tmp_path, monkeypatch, capsys):
+    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 0
+    assert {path.name.partition("_")[0] for path in tmp_path.glob("*.md")} == set(gpu.PARTS)
+    results = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert all(result["finished"] and result["configuration"]["dry_run"] for result in results.values())
+    assert {path.name.partition("_")[0] for path in tmp_path.glob("*.png")} == {"decode-1b", "decode-8b", "layers"}
+    assert [unit["bench"]["name"] for unit in results["decode-1b"]["units"].values()][:2] == ["dense", "int4 (torch)"]
+    assert "no gain" in next(tmp_path.glob("decode-1b*.md")).read_text()
+    (path,) = tmp_path.glob("layers*.json")
+    cut = results["layers"]
+    kept = dict(list(cut["units"].items())[:2])
+    path.write_text(json.dumps(cut | {"units": kept, "finished": False}))
+    capsys.readouterr()
+    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" s")]
+    assert [line.partition(":")[0] for line in told] == ["layers, tiny gate_up", "layers, tiny down"]
+    after = json.loads(path.read_text())["units"]
+    assert {name: after[name] for name in kept} == kept
+
+
+def test_what_fails_does_not_stop_the_rest(gpu, tmp_path, monkeypatch, capsys):
+    def units(slot):
+        yield "bad", lambda: 1 / 0
+        yield "wrong", lambda: {"rows": [{"right": False}], "wrong": True}
+        yield "good", lambda: {"rows": [{"a": 1.0, "b": "x|y"}]}
+
+    monkeypatch.setitem(gpu.PARTS, "kernels", units)
+    asked = ("--dry-run", "--results", tmp_path, "--parts", "kernels")
+    assert run_gpu(gpu, monkeypatch, *asked) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED kernels, bad: ZeroDivisionError: division by zero" in shown
+    assert "FAILED kernels, wrong: wrong results" in shown
+    (path,) = tmp_path.glob("*.json")
+    assert set(json.loads(path.read_text())["units"]) == {"bad", "wrong", "good"}
+    assert "| x\\|y |" in next(tmp_path.glob("*.md")).read_text()
+    assert run_gpu(gpu, monkeypatch, *asked, "--minutes", -1) == 0
+    assert "kernels: out of time before bad; the same command goes on there" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "There is no CUDA device here" in run_gpu(gpu, monkeypatch)
 
 
 # The command line

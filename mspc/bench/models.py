@@ -127,14 +127,14 @@ def random_decoder(shape: Shape, name: str, outer: Outer, pieces: Pieces) -> Dec
     device, dtype = outer.head.device, outer.head.dtype
     source = Source.seeded(SEED, device)
     layers = {
-        layer: _random_linear(size, name, source, dtype, f"{name}: {layer}") for layer, size in shape.linears().items()
+        layer: random_linear(size, name, source, dtype, f"{name}: {layer}") for layer, size in shape.linears().items()
     }
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     first = Block(layers, (ones, ones.clone()), None)
     return Decoder(shape, outer, [first, *(copy.deepcopy(first) for _ in range(shape.blocks - 1))], pieces)
 
 
-def _random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch.dtype, what: str) -> nn.Module:
+def random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch.dtype, what: str) -> nn.Module:
     if name == DENSE:
         return DenseLinear(source.normal(size, size[1] ** -0.5, dtype))
     if name == TINYGEMM:

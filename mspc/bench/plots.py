@@ -52,7 +52,8 @@ def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) 
     axis.set_xticks(sorted(set(batches)), [str(batch) for batch in sorted(set(batches))])
     axis.set_ylim(bottom=0)
     axis.set(title=f"{model}, decoding", xlabel="batch size", ylabel=f"times as fast as {baseline}")
-    axis.legend(fontsize="x-small")
+    if axis.lines[:-1]:  # all but the line of the baseline
+        axis.legend(fontsize="x-small")
 
 
 def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:
