@@ -220,7 +220,7 @@ def _cusparselt_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Iterator[
     packed = torch._cslt_compress(dense)
     for tokens in (64, 256, 1024, 2048, 4096):
         x = torch.randn(tokens, size[1], device=slot.device).to(slot.dtype)
-        algorithm = torch._cslt_sparse_mm_search(packed, x.t())
+        algorithm = torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True)
 
         def sparse(x: Tensor = x, algorithm: int = algorithm) -> Tensor:
             return torch._cslt_sparse_mm(packed, x.t(), alg_id=algorithm, transpose_result=True)

@@ -3,6 +3,7 @@
 import datetime
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -42,6 +43,13 @@ def bench(request: Request, *, reporter: Reporter | None = None, save: Save | No
     plan = make_plan(request)
     for reason in plan.left_out:
         reporter.say(f"torch's int4 is left out: {reason}")
+    # Graphs and kernels go to the current device, which --device cuda:1 is not by itself.
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
+        return run(request, plan, reporter, save)
+
+
+def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> dict[str, Any]:
+    """The measurements of a plan."""
     pieces, kind = choose_pieces(plan.device, reporter)
     with reporter.stage("Ceilings of the device", 1) as step:
         ceilings = measure_ceilings(plan.device, compute_dtype(plan.device), plan.repeats)
