@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mspc import __version__
+from mspc.bench_cli import bench
 from mspc.console import (
     ArtifactArgument,
     DebugOption,
@@ -368,6 +369,9 @@ def verify(
             print_table(verification_table(result))
         if wrong:
             fail(f"Error: {folder} is wrong: {exporters.in_short(wrong)}.", 1)
+
+
+app.command()(bench)
 
 
 @app.callback(invoke_without_command=True)

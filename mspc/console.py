@@ -29,6 +29,9 @@ LengthOption = Annotated[
 ]
 
 
+KEPT = "What was solved is kept: `mspc compress` goes on with --resume."
+
+
 def option(text: str, default: object, *names: str, **settings: Any) -> Any:
     """An option whose absence is None, so that a recipe file's value is not overwritten by a default."""
     return typer.Option(*names, help=f"{text} (default: {default})", show_default=False, **settings)
@@ -44,12 +47,15 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback."""
+def reported(debug: bool, kept: str = KEPT) -> Iterator[None]:
+    """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback.
+
+    `kept` says what an interruption leaves.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        fail("\nInterrupted. What was solved is kept: `mspc compress` goes on with --resume.", 130)
+        fail(f"\nInterrupted. {kept}", 130)
     except (MspcError, OSError) as error:
         if debug:
             raise

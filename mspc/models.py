@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from mspc.artifact import ArtifactSource, is_artifact
 from mspc.checkpoint import Checkpoint, TensorSource
 from mspc.errors import InputError
+from mspc.sparse_folder import SparseSource, is_sparse_export
 from mspc.types import Matrix
 
 FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -54,7 +55,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
         raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
     if getattr(config, "quantization_config", None):
-        raise InputError(f"{folder} is already quantized; compress the original checkpoint instead.")
+        if not is_sparse_export(folder):
+            raise InputError(f"{folder} is already quantized; compress the original checkpoint instead.")
+        del config.quantization_config  # its weights are read dense
     return config
 
 
@@ -273,7 +276,7 @@ class StreamedModel:
 
 
 def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager: bool = False) -> StreamedModel:
-    """A checkpoint folder or an artifact as a streamed model.
+    """A checkpoint folder, an artifact or a sparse export as a streamed model.
 
     `eager` runs attention and experts as plain operations, which have second derivatives, instead of the fused kernels
     that transformers chooses.
@@ -284,7 +287,9 @@ def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager
 
 
 def open_source(folder: Path) -> TensorSource:
-    return ArtifactSource(folder) if is_artifact(folder) else Checkpoint(folder)
+    if is_artifact(folder):
+        return ArtifactSource(folder)
+    return SparseSource(folder) if is_sparse_export(folder) else Checkpoint(folder)
 
 
 def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch.dtype:

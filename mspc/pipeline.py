@@ -45,6 +45,7 @@ from mspc.sensitivity import SENSITIVITIES
 from mspc.solve_blocks import solve_blocks, solver_options
 from mspc.solvers import SOLVERS
 from mspc.solvers.obs import check_pattern
+from mspc.sparse_folder import is_sparse_export
 from mspc.tokens import Tokens, calibration_tokens
 from mspc.types import Matrix, PlannedMatrix
 
@@ -138,6 +139,8 @@ class _Run:
         self.source_name = self.source.resolve().name if is_local else self.model_name
         if is_artifact(self.source):
             raise InputError(f"{self.source} is an mspc artifact already; compress the original checkpoint instead.")
+        if is_sparse_export(self.source):
+            raise InputError(f"{self.source} is a sparse export; compress the original checkpoint instead.")
         config = load_config(self.source)
         self.device = choose_device(self.recipe.device)
         length = choose_sequence_length(config, self.recipe.sequence_length)

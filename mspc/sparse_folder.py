@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError
@@ -40,12 +41,55 @@ def read_sparse(folder: Path) -> Iterator[tuple[str, dict[str, Any], CompressedL
     config = read_quantization_config(folder)
     described = descriptions(config, folder / "config.json")
     checkpoint = Checkpoint(folder)
-    keys = set(checkpoint.keys())
     for name, matrix in described.items():
-        present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
-        stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
-        check_types(types_of(stored), matrix, name)
+        stored = _read_stored(checkpoint, name, matrix)
         yield name, config["matrices"][name], canonical.decode(stored, matrix, name)
+
+
+def is_sparse_export(folder: Path) -> bool:
+    """Whether this is a folder that `mspc export ARTIFACT sparse` wrote."""
+    try:
+        return read_quantization_config(folder).get("quant_method") == QUANT_METHOD
+    except InputError:
+        return False
+
+
+class SparseSource:
+    """A sparse export as a source of dense tensors: compressed matrices are decoded as they are read, under the names
+    that they have in the source of the export."""
+
+    def __init__(self, folder: Path) -> None:
+        described = descriptions(read_quantization_config(folder), folder / "config.json")
+        self._checkpoint = Checkpoint(folder)
+        self._matrices = {f"{name}.weight": (name, matrix) for name, matrix in described.items()}
+        self._name_of = {f"{name}.{part}": key for key, (name, m) in self._matrices.items() for part in m.tensors()}
+
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for keys in self.shards().values() for key in keys))
+
+    def shards(self) -> dict[str, list[str]]:
+        return {
+            shard: list(dict.fromkeys(self._name_of.get(key, key) for key in keys))
+            for shard, keys in self._checkpoint.shards().items()
+        }
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            if key not in self._matrices:
+                yield from self._checkpoint.read([key])
+                continue
+            name, matrix = self._matrices[key]
+            weight = canonical.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
+            yield key, weight.T.contiguous() if matrix.transposed else weight
+
+
+def _read_stored(checkpoint: Checkpoint, name: str, matrix: StoredMatrix) -> dict[str, Tensor]:
+    """The tensors of a matrix, of the types that its description says."""
+    keys = set(checkpoint.keys())
+    present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
+    stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
+    check_types(types_of(stored), matrix, name)
+    return stored
 
 
 def read_quantization_config(folder: Path) -> dict[str, Any]:

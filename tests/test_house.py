@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("mspc/**/*.py"), *ROOT.glob("exporters/**/*.py")])
 TESTS = sorted(ROOT.glob("tests/*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
-OPTION_LISTS = {("mspc.cli", "compress")}  # one line an option
+OPTION_LISTS = {("mspc.cli", "compress"), ("mspc.bench_cli", "bench")}  # one line an option
 
 FLOORS = (
     {"mspc.types", "mspc.errors"},
@@ -38,8 +38,8 @@ FLOORS = (
         "mspc.planning",
         "mspc.trial",
     },
-    {"mspc.pipeline", "mspc.evaluation"},
-    {"mspc.cli", "mspc.console", "mspc.__main__"},
+    {"mspc.pipeline", "mspc.evaluation", "mspc.bench"},
+    {"mspc.cli", "mspc.bench_cli", "mspc.console", "mspc.__main__"},
 )
 
 

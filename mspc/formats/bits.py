@@ -7,8 +7,8 @@ from torch.nn.functional import pad
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """uint8 (R, K), each below 2^bits -> uint8 (R, ceil(K * bits / 8)): a stream for every row."""
-    if bits == 1:
+    """uint8 (R, K), each below 2^bits -> uint8 (R, ceil(K * bits / 8)): a stream for every row, on their device."""
+    if bits == 1 and values.device.type == "cpu":
         return torch.from_numpy(np.packbits(values.numpy(), axis=1, bitorder="little"))
     rows, count = values.shape
     if 8 % bits == 0:
@@ -19,7 +19,7 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
         return packed
     # Eight values make `bits` whole bytes, so they are gathered in one int64, whose low bytes are kept.
     eights = pad(values, (0, -count % 8)).view(rows, -(-count // 8), 8)
-    words = torch.zeros(eights.shape[:2], dtype=torch.int64)
+    words = torch.zeros(eights.shape[:2], dtype=torch.int64, device=values.device)
     for place in range(8):
         words |= eights[..., place].long() << (bits * place)
     stream = words.view(torch.uint8).view(*eights.shape)[..., :bits].reshape(rows, eights.shape[1] * bits)

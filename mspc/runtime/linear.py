@@ -34,6 +34,14 @@ class SparseLinear(nn.Module):
             self.register_buffer(part, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
 
+    @classmethod
+    def of(cls, stored: Mapping[str, Tensor], matrix: StoredMatrix, bias: nn.Parameter | None = None) -> "SparseLinear":
+        """The layer as it is after loading."""
+        layer = cls(matrix, bias)
+        for part in matrix.tensors():
+            setattr(layer, part, stored[part])
+        return layer
+
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the matrix, by the names of `StoredMatrix.tensors`."""
         if self.prepared_for is None:

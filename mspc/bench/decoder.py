@@ -1,0 +1,194 @@
+"""A Llama-like decoder with a static key-value cache, into which linear layers of any format are put.
+
+Everything but these layers is the same for every format: attention, norms, rotations, head. q, k and v are one product,
+gate and up another, as in every engine that serves such models. It is made for timing, so a step is at a position that
+is fixed when it is built: nothing is read on the host, and a CUDA graph can hold it.
+
+B sequences, T tokens of a step, L of the cache, H heads of queries, K of keys and values, D dimensions of a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a model, from which the work of a step follows."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    """Whether head and embeddings are one matrix."""
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(O, I) of the linear layers of a block."""
+        return {
+            "qkv": ((self.heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
+            "out": (self.hidden, self.heads * self.head_dim),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def block_weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.linears().values())
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        """Keys and values of so many tokens, in all blocks."""
+        return 2 * self.blocks * self.kv_heads * self.head_dim * itemsize * tokens
+
+    def flops(self, batch: int, tokens: int, context: int) -> int:
+        """Of a step: `tokens` new ones in each sequence, after `context`; logits are of the last only."""
+        of_linears = 2 * self.block_weights * self.blocks * batch * tokens
+        pairs = tokens * context + tokens * (tokens + 1) // 2
+        of_attention = 4 * self.heads * self.head_dim * pairs * batch * self.blocks
+        return of_linears + of_attention + 2 * self.hidden * self.vocabulary * batch
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm."""
+    total = x + y
+    return total, rms_norm(total, weight.shape, weight, eps)
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, norms: tuple[Tensor, Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(B, T, (H + 2K) D) -> queries (B, H, T, D), keys and values (2, B, K, T, D); cos and sin (T, D)."""
+    batch, tokens, head_dim = qkv.shape[0], qkv.shape[1], cos.shape[1]
+    q, k, v = qkv.view(batch, tokens, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], 2)
+    if norms is not None:
+        q, k = (rms_norm(part, norm.shape, norm, eps) for part, norm in zip((q, k), norms, strict=True))
+    q, k = (part * cos[:, None] + _half_turned(part) * sin[:, None] for part in (q, k))
+    return q.transpose(1, 2), torch.stack([k, v]).transpose(2, 3)
+
+
+def _half_turned(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The arithmetic between products, which is the same for all formats; `compiled` makes a kernel of each."""
+
+    add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
+    rotate: Callable[..., tuple[Tensor, Tensor]] = rotate
+    gated: Callable[[Tensor], Tensor] = gated
+
+    def compiled(self) -> "Pieces":
+        # Every batch size, and one token and many, is a case of its own; beyond the limit torch would run them eagerly.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        return Pieces(*(torch.compile(getattr(self, field.name)) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """What is around the blocks."""
+
+    embedding: Tensor
+    """(V, hidden)."""
+    norm: Tensor
+    head: Tensor
+    """(V, hidden): the embeddings themselves where they are tied."""
+    cos: Tensor
+    """(L, D), as `sin`."""
+    sin: Tensor
+    eps: float
+
+
+class Block(nn.Module):
+    """The four linear layers of a block, its norms, and those of queries and keys where a model has them."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+
+    def __init__(
+        self, linears: dict[str, nn.Module], norms: tuple[Tensor, Tensor], qk_norms: tuple[Tensor, Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.qkv, self.out = linears["qkv"], linears["out"]
+        self.gate_up, self.down = linears["gate_up"], linears["down"]
+        self.register_buffer("attention_norm", norms[0])
+        self.register_buffer("mlp_norm", norms[1])
+        self.has_qk_norms = qk_norms is not None
+        if qk_norms is not None:
+            self.register_buffer("q_norm", qk_norms[0])
+            self.register_buffer("k_norm", qk_norms[1])
+
+    @property
+    def qk_norms(self) -> tuple[Tensor, Tensor] | None:
+        return (self.q_norm, self.k_norm) if self.has_qk_norms else None
+
+
+class Cache:
+    """Keys and values (2, B, K, L, D) of every block, at the same addresses for all steps; random at first."""
+
+    def __init__(self, shape: Shape, batch: int, length: int, like: Tensor) -> None:
+        size = (2, batch, shape.kv_heads, length, shape.head_dim)
+        self.blocks = [like.new_empty(size).normal_() for _ in range(shape.blocks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Tokens to logits."""
+
+    shape: Shape
+    outer: Outer
+    blocks: list[Block]
+    pieces: Pieces
+
+    def __call__(self, ids: Tensor, cache: Cache, first: int) -> Tensor:
+        """Logits (B, V) after the last of ids (B, T), which stand at `first` and after; T is 1 unless `first` is 0.
+
+        Writes their keys and values to the cache, and attends to all that it holds up to them.
+        """
+        assert first == 0 or ids.shape[1] == 1
+        outer, pieces, shape = self.outer, self.pieces, self.shape
+        last = first + ids.shape[1]
+        cos, sin = outer.cos[first:last], outer.sin[first:last]
+        x = outer.embedding[ids]
+        y = torch.zeros_like(x)
+        for block, cached in zip(self.blocks, cache.blocks, strict=True):
+            x, normed = pieces.add_norm(x, y, block.attention_norm, outer.eps)
+            q, kv = pieces.rotate(
+                block.qkv(normed), cos, sin, shape.heads, shape.kv_heads, block.qk_norms, outer.eps
+            )  # fmt: skip
+            cached[:, :, :, first:last] = kv
+            keys, values = cached[:, :, :, :last]
+            mixed = scaled_dot_product_attention(
+                q, keys, values, is_causal=ids.shape[1] > 1, enable_gqa=shape.heads != shape.kv_heads
+            )
+            y = block.out(mixed.transpose(1, 2).flatten(2))
+            x, normed = pieces.add_norm(x, y, block.mlp_norm, outer.eps)
+            y = block.down(pieces.gated(block.gate_up(normed)))
+        _, normed = pieces.add_norm(x[:, -1], y[:, -1], outer.norm, outer.eps)
+        return linear(normed, outer.head)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """What a step reads of the weights: of the embeddings, only a row a token, which is not counted."""
+        linears = sum(tensor.nbytes for block in self.blocks for tensor in (*block.buffers(), *block.parameters()))
+        norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
+        return {"linears": linears - norms, "norms": norms + self.outer.norm.nbytes, "head": self.outer.head.nbytes}
+
+    def stored_bytes(self) -> int:
+        """Of all weights: what is read, and the embeddings where they are not the head."""
+        tied = self.outer.head.data_ptr() == self.outer.embedding.data_ptr()
+        return sum(self.weight_bytes().values()) + (0 if tied else self.outer.embedding.nbytes)

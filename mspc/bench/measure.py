@@ -1,0 +1,69 @@
+"""One decoder measured: time to a first token, time of every further one, and what the bytes alone would take."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mspc.bench.decoder import Cache, Decoder
+from mspc.bench.timing import Ceilings, captured, device_seconds, host_seconds, inverse, spread
+
+SEED = 0
+
+
+def _random_ids(decoder: Decoder, batch: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(decoder.shape.vocabulary, (batch, tokens), generator=generator)
+    return ids.to(decoder.outer.head.device)
+
+
+def step_bytes(decoder: Decoder, batch: int, context: int) -> dict[str, int]:
+    """What a decoding step must move: every weight once, keys and values before it, and its own to the cache."""
+    cached = decoder.shape.cache_bytes(batch * (context + 1), decoder.outer.head.itemsize)
+    return {**decoder.weight_bytes(), "cache": cached}
+
+
+@torch.no_grad()
+def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
+    """A step of `batch` sequences after `context` tokens; the tokens that it chooses are the input of the next."""
+    device = decoder.outer.head.device
+    cache = Cache(decoder.shape, batch, context + 1, decoder.outer.head)
+    ids = _random_ids(decoder, batch, 1)
+
+    def step() -> Tensor:
+        return ids.copy_(decoder(ids, cache, context).argmax(-1, keepdim=True))
+
+    samples = device_seconds(captured(step, device), device, repeats)
+    seconds = spread(samples)
+    moved = step_bytes(decoder, batch, context)
+    total = sum(moved.values())
+    return {
+        "batch": batch,
+        "context": context,
+        "samples": len(samples),
+        "seconds": seconds,
+        "tokens_per_second": inverse(seconds, batch),
+        "bytes": moved,
+        "bytes_per_second": inverse(seconds, total),
+        "share_of_copy": total / seconds["median"] / ceilings.copy["median"],
+        "predicted_seconds": ceilings.seconds(total, decoder.shape.flops(batch, 1, context)),
+    }
+
+
+@torch.no_grad()
+def measure_prefill(decoder: Decoder, tokens: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
+    """One prompt, from its tokens on the device to the first answer on the host."""
+    device = decoder.outer.head.device
+    cache = Cache(decoder.shape, 1, tokens, decoder.outer.head)
+    ids = _random_ids(decoder, 1, tokens)
+    step = captured(lambda: decoder(ids, cache, 0).argmax(-1), device)
+    samples = host_seconds(lambda: int(step()), device, repeats)
+    seconds = spread(samples)
+    total = sum(decoder.weight_bytes().values()) + decoder.shape.cache_bytes(tokens, decoder.outer.head.itemsize)
+    return {
+        "tokens": tokens,
+        "samples": len(samples),
+        "seconds": seconds,
+        "tokens_per_second": inverse(seconds, tokens),
+        "predicted_seconds": ceilings.seconds(total, decoder.shape.flops(1, tokens, 0)),
+    }

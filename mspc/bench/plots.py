@@ -1,0 +1,70 @@
+"""A result of the bench as a figure: speedup over batch size, and what perplexity buys in tokens a second."""
+
+from pathlib import Path
+from typing import Any
+
+from mspc.bench.tables import groups, label
+from mspc.checkpoint import write_atomically
+from mspc.errors import MspcError
+
+
+def check_installed() -> None:
+    """Raises MspcError, naming the extra, where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MspcError("--plot needs matplotlib: pip install 'mspc[plots]'.") from error
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A row of panels for each shape: speedup in decoding, and perplexity where models have one."""
+    from matplotlib.figure import Figure
+
+    of_models = groups(result)
+    has_perplexity = any(row["perplexity"] is not None for row in result["rows"])
+    columns = 2 if has_perplexity else 1
+    figure = Figure(figsize=(6.4 * columns, 4.4 * len(of_models)), layout="constrained")
+    axes = figure.subplots(len(of_models), columns, squeeze=False)
+    for (model, rows), of_row in zip(of_models.items(), axes, strict=True):
+        _speedups(of_row[0], model, rows, result["configuration"]["baseline"])
+        if has_perplexity:
+            _perplexities(of_row[1], model, rows)
+    figure.suptitle(f"{result['device']['name']}, {result['label']}, {result['date']}", fontsize="small")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) -> None:
+    contexts = list(dict.fromkeys(step["context"] for step in rows[0]["decode"]))
+    for number, row in enumerate(rows):
+        if row["baseline"] == baseline:
+            continue
+        for context, style in zip(contexts, ("-", "--", "-.", ":") * len(contexts), strict=False):
+            steps = [step for step in row["decode"] if step["context"] == context and baseline in step["speedup"]]
+            axis.plot(
+                [step["batch"] for step in steps],
+                [step["speedup"][baseline] for step in steps],
+                style, marker="o", color=f"C{number}", label=f"{label(row)}, context {context}",
+            )  # fmt: skip
+    axis.axhline(1.0, color="black", linewidth=1)
+    axis.annotate("below: no gain", (0.01, 1.0), xycoords=("axes fraction", "data"), va="top", fontsize="x-small")
+    batches = [step["batch"] for step in rows[0]["decode"]]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(set(batches)), [str(batch) for batch in sorted(set(batches))])
+    axis.set_ylim(bottom=0)
+    axis.set(title=f"{model}, decoding", xlabel="batch size", ylabel=f"times as fast as {baseline}")
+    if axis.lines[:-1]:  # all but the line of the baseline
+        axis.legend(fontsize="x-small")
+
+
+def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:
+    known = [row for row in rows if row["perplexity"] is not None and row["decode"]]
+    for row in known:
+        step = row["decode"][0]
+        point = step["tokens_per_second"]["median"], row["perplexity"]
+        axis.plot(*point, "o", label=label(row))
+    if known:
+        axis.legend(fontsize="x-small")
+        first = known[0]["decode"][0]
+        axis.set_xlabel(f"tokens/s at batch {first['batch']}, context {first['context']}")
+    axis.set(title=f"{model}, quality", ylabel="perplexity")
+    axis.margins(0.25)

@@ -1,0 +1,188 @@
+"""What is to be measured: a request, checked before anything is made of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mspc.artifact import is_artifact
+from mspc.bench.decoder import Shape
+from mspc.bench.formats import DENSE
+from mspc.bench.models import SHAPES, TINYGEMM, check_format, compute_dtype, outer_bytes, random_bytes, shape_of
+from mspc.bench.timing import REPEATS, free_memory
+from mspc.errors import InputError, unknown
+from mspc.models import choose_device, resolve
+from mspc.sparse_folder import is_sparse_export
+
+FROM_MODEL = "from-model"
+BASELINES = {"bf16": DENSE, "int4": TINYGEMM}
+"""What formats are compared with, and the format that it is."""
+FORMATS = (DENSE, "int4", "2:4", "8:16", "6:16", "2:4+int4")
+BATCHES = {"cuda": (1, 4, 8, 32), "cpu": (1,)}
+CONTEXTS = {"cuda": (128, 2048), "cpu": (128,)}
+PREFILLS = {"cuda": (512, 2048), "cpu": (128,)}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for; None is what suits the device."""
+
+    paths: tuple[str, ...] = ()
+    baseline: str = "bf16"
+    shapes: str | None = None
+    formats: tuple[str, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    contexts: tuple[int, ...] | None = None
+    prefills: tuple[int, ...] | None = None
+    repeats: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A decoder to be measured: of random weights in `format`, or that of a folder."""
+
+    name: str
+    shape: Shape
+    format: str | None = None
+    folder: Path | None = None
+    baseline: str | None = None
+    """Which of BASELINES it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured: the candidates of each shape, baselines first, and the sizes of the steps."""
+
+    groups: tuple[tuple[Candidate, ...], ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prefills: tuple[int, ...]
+    repeats: int
+    device: torch.device
+    left_out: tuple[str, ...]
+    """Why a baseline is not measured."""
+
+    @property
+    def length(self) -> int:
+        return max(*(context + 1 for context in self.contexts), *self.prefills)
+
+
+def make_plan(request: Request) -> Plan:
+    """What a request means. Raises InputError for what cannot be measured, before anything is made."""
+    if request.baseline not in BASELINES:
+        raise unknown("baseline", request.baseline, BASELINES)
+    device = choose_device(request.device)
+    if device.type not in BATCHES:
+        raise InputError(f"The bench measures cuda and cpu, not {device.type}; choose one of these with --device.")
+    shapes, limit = _shapes(request, device)
+    groups, left_out = [], []
+    for shape, paths in shapes:
+        group, reason = _candidates(request, shape, paths)
+        groups.append(tuple(group))
+        left_out += [reason] if reason else []
+    repeats = REPEATS[device.type] if request.repeats is None else request.repeats
+    if repeats < 1:
+        raise InputError(f"--repeats must be at least 1, not {repeats}.")
+    plan = Plan(
+        tuple(groups),
+        _sizes("--batch", request.batches, BATCHES[device.type], None),
+        _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
+        _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
+        repeats, device, tuple(left_out),
+    )  # fmt: skip
+    check_memory(plan, free_memory(device))
+    return plan
+
+
+def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, list[str]]], int | None]:
+    """Every shape with the paths that have it, and the most tokens that all of these allow."""
+    if request.shapes in SHAPES:
+        if request.paths:
+            raise InputError(
+                f"--shapes {request.shapes} measures random weights of its own and takes no PATH; for the shapes of "
+                f"{request.paths[0]} use --shapes {FROM_MODEL}."
+            )
+        if request.shapes == "8b" and device.type == "cpu" and request.device == "auto":
+            raise InputError(
+                "--shapes 8b is for a GPU, and there is no CUDA here; choose --shapes 1b, or --device cpu if you mean "
+                "it."
+            )
+        return [(SHAPES[request.shapes], [])], None
+    if request.shapes not in (None, FROM_MODEL):
+        raise unknown("shapes", request.shapes, [*SHAPES, FROM_MODEL])
+    if not request.paths:
+        also = f"--shapes {FROM_MODEL} takes them from PATH. " if request.shapes else ""
+        raise InputError(f"{also}Give a PATH (artifact, sparse export or checkpoint), or --shapes 1b or 8b.")
+    if request.formats and not request.shapes:
+        raise InputError(
+            f"--format is of random weights, and {request.paths[0]} has its own; add --shapes {FROM_MODEL} for random "
+            "weights in its shapes, or leave --format out."
+        )
+    found: dict[Shape, list[str]] = {}
+    limits = []
+    for path in request.paths:
+        shape, limit = shape_of(resolve(path))
+        same = next((known for known in found if replace(known, name=shape.name) == shape), shape)
+        found.setdefault(same, []).append(path)
+        limits += [] if limit is None else [limit]
+    return list(found.items()), min(limits, default=None)
+
+
+def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[Candidate], str | None]:
+    """Baselines first; and why torch's int4 is not one, if it is not."""
+    of_models = [] if request.shapes else [Candidate(path, shape, folder=resolve(path)) for path in paths]
+    # A checkpoint that is measured anyway is the dense baseline itself.
+    dense = next((model for model in of_models if model.folder and _is_dense(model.folder)), None)
+    baselines = [replace(dense or Candidate(DENSE, shape, DENSE), baseline="bf16")]
+    reason = None
+    try:
+        check_format(shape, TINYGEMM)
+        baselines.append(Candidate("int4 (torch)", shape, TINYGEMM, baseline="int4"))
+    except InputError as error:
+        if request.baseline == "int4":
+            raise
+        reason = str(error)
+    if not request.shapes:
+        return baselines + [model for model in of_models if model is not dense], reason
+    formats = dict.fromkeys(request.formats or FORMATS)
+    for name in formats:
+        check_format(shape, name)
+    return baselines + [Candidate(name, shape, name) for name in formats if name != DENSE], reason
+
+
+def _is_dense(folder: Path) -> bool:
+    return not (is_artifact(folder) or is_sparse_export(folder))
+
+
+def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most: int | None) -> tuple[int, ...]:
+    """What was asked for, or of what is usual that which the model allows."""
+    if asked is None:
+        allowed = tuple(size for size in usual if most is None or size <= most)
+        return allowed or (min(usual[0], most or usual[0]),)
+    for size in asked:
+        if size < 1:
+            raise InputError(f"{option} must be at least 1, not {size}.")
+        if most is not None and size > most:
+            raise InputError(f"{option} {size} is longer than the model allows ({most}); lower it.")
+    return tuple(dict.fromkeys(asked))
+
+
+def check_memory(plan: Plan, free: int) -> None:
+    """Raises InputError when the largest candidate with random weights and its cache do not fit."""
+    dtype = compute_dtype(plan.device)
+    for group in plan.groups:
+        shape = group[0].shape
+        tokens = max(max(plan.batches) * (max(plan.contexts) + 1), *plan.prefills)
+        cache = shape.cache_bytes(tokens, dtype.itemsize)
+        for candidate in group:
+            if candidate.format is None:
+                continue
+            weights = random_bytes(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
+            if weights + cache > free:
+                raise InputError(
+                    f"{candidate.name} of {shape.name} needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} "
+                    f"GB for the cache of {tokens:,} tokens, and {plan.device} has {free / 1e9:.1f} GB free; choose "
+                    "--shapes 1b, a smaller --batch or --context, or another --device."
+                )

@@ -1,0 +1,207 @@
+"""`bench`: measures what a request asks for, a decoder at a time, beside the baselines of the same run."""
+
+import datetime
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from mspc.bench.decoder import Decoder, Outer, Pieces, add_norm, gated, rotate
+from mspc.bench.measure import measure_decode, measure_prefill
+from mspc.bench.models import (
+    SEED,
+    compute_dtype,
+    engine_of,
+    format_of,
+    model_decoder,
+    random_decoder,
+    random_outer,
+)
+from mspc.bench.request import Candidate, Plan, Request, make_plan
+from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
+from mspc.errors import InputError, MspcError
+from mspc.evaluation import evaluate
+from mspc.report import ConsoleReporter, Reporter
+
+TEXT, MAX_WINDOWS = "builtin", 20
+"""Of the perplexity."""
+SCHEMA = 1
+CPU_LABEL = "CPU, plain torch: not what the kernels do"
+
+Save = Callable[[dict[str, Any]], None]
+
+
+def bench(request: Request, *, reporter: Reporter | None = None, save: Save | None = None) -> dict[str, Any]:
+    """The result as docs/benchmark.md describes it; `save` is given what there is of it after each decoder.
+
+    Raises InputError for a request that cannot be measured, before anything is, and MspcError when memory runs out.
+    """
+    reporter = reporter or ConsoleReporter()
+    plan = make_plan(request)
+    for reason in plan.left_out:
+        reporter.say(f"torch's int4 is left out: {reason}")
+    # Graphs and kernels go to the current device, which --device cuda:1 is not by itself.
+    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
+        return run(request, plan, reporter, save)
+
+
+def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> dict[str, Any]:
+    """The measurements of a plan."""
+    pieces, kind = choose_pieces(plan.device, reporter)
+    with reporter.stage("Ceilings of the device", 1) as step:
+        ceilings = measure_ceilings(plan.device, compute_dtype(plan.device), plan.repeats)
+        step("")
+    result = header(request, plan, kind, ceilings)
+    for group in plan.groups:
+        outer = None
+        if any(candidate.format for candidate in group):
+            outer = random_outer(group[0].shape, plan.length, plan.device)
+        rows: list[dict[str, Any]] = []
+        for candidate in group:
+            row = measure(candidate, plan, outer, pieces, ceilings, reporter)
+            rows.append(row)
+            result["rows"].append(row)
+            compare(rows)
+            if save is not None:
+                save(result)
+    return result
+
+
+def header(request: Request, plan: Plan, pieces: str, ceilings: Ceilings) -> dict[str, Any]:
+    """What a result says besides its rows."""
+    device = plan.device
+    return {
+        "schema": SCHEMA,
+        "date": datetime.date.today().isoformat(),
+        "label": CPU_LABEL if device.type == "cpu" else "CUDA graphs",
+        "versions": versions(),
+        "device": describe_device(device),
+        "configuration": asdict(request)
+        | {
+            "device": str(device),
+            "dtype": str(compute_dtype(device)).removeprefix("torch."),
+            "batches": list(plan.batches),
+            "contexts": list(plan.contexts),
+            "prefills": list(plan.prefills),
+            "repeats": plan.repeats,
+            "warm_ups": WARM_UPS[device.type],
+            "cuda_graphs": device.type == "cuda",
+            "pieces": pieces,
+            "seed": SEED,
+            "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS},
+            "left_out": list(plan.left_out),
+        },
+        "ceilings": {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm},
+        "rows": [],
+    }
+
+
+def choose_pieces(device: torch.device, reporter: Reporter) -> tuple[Pieces, str]:
+    """What is between the products as one kernel each, on CUDA; as plain operations where they cannot be compiled."""
+    if device.type != "cuda":
+        return Pieces(), "plain"
+    compiled = Pieces().compiled()
+    x = torch.ones(1, 1, 8, device=device)
+    try:
+        with torch.no_grad():
+            compiled.add_norm(x, x, x[0, 0], 1e-5)
+            compiled.rotate(x.repeat(1, 1, 3), x[0], x[0], 1, 1, None, 1e-5)
+            compiled.gated(x)
+    except Exception as error:  # whatever a compiler that is missing or broken raises
+        reason = str(error).strip().splitlines()[0]
+        reporter.say(f"Norms and rotations are not compiled, which costs every format the same time: {reason}")
+        return Pieces(add_norm, rotate, gated), "plain"
+    return compiled, "compiled"
+
+
+def measure(
+    candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces, ceilings: Ceilings, reporter: Reporter
+) -> dict[str, Any]:
+    """One row of the result."""
+    device, steps = plan.device, len(plan.batches) * len(plan.contexts) + len(plan.prefills)
+    with reporter.stage(f"{candidate.shape.name}, {candidate.name}", steps + 1) as step:
+        try:
+            decoder = make(candidate, plan, outer, pieces)
+            step("made")
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            row = description(candidate, decoder)
+            for context in plan.contexts:
+                for batch in plan.batches:
+                    row["decode"].append(measure_decode(decoder, batch, context, plan.repeats, ceilings))
+                    step(f"batch {batch}, context {context}")
+            row["clocks"] = clocks(device)
+            for tokens in plan.prefills:
+                row["prefill"].append(measure_prefill(decoder, tokens, plan.repeats, ceilings))
+                step(f"prefill {tokens}")
+        except torch.OutOfMemoryError as error:
+            raise MspcError(
+                f"{candidate.name}: the memory of {device} was not enough ({str(error).splitlines()[0]}); choose "
+                "smaller --shapes, --batch, --context or --prefill. What was measured before is in the --json file."
+            ) from error
+    if device.type == "cuda":
+        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    del decoder
+    gc.collect()  # graphs and what they hold
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if candidate.folder is not None:
+        row["perplexity"] = perplexity_of(candidate, plan, reporter)
+    return row
+
+
+def make(candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces) -> Decoder:
+    if candidate.folder is not None:
+        return model_decoder(candidate.folder, plan.length, plan.device, pieces)
+    assert candidate.format is not None
+    assert outer is not None
+    return random_decoder(candidate.shape, candidate.format, outer, pieces)
+
+
+def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
+    """A row before anything was measured."""
+    shape = candidate.shape
+    return {
+        "name": candidate.name,
+        "model": shape.name,
+        "shape": asdict(shape),
+        "format": candidate.format or format_of(decoder),
+        "random_weights": candidate.folder is None,
+        "baseline": candidate.baseline,
+        "engine": engine_of(decoder),
+        "weight_bytes": decoder.stored_bytes(),
+        "bits_per_weight": 8 * decoder.weight_bytes()["linears"] / (shape.block_weights * shape.blocks),
+        "peak_memory_bytes": None,
+        "clocks": None,
+        "perplexity": None,
+        "decode": [],
+        "prefill": [],
+    }
+
+
+def perplexity_of(candidate: Candidate, plan: Plan, reporter: Reporter) -> float | None:
+    """Of the model of a folder, on text held out; None where it has no tokenizer."""
+    assert candidate.folder is not None
+    try:
+        measured = evaluate(
+            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), reporter=reporter
+        )  # fmt: skip
+    except InputError as error:
+        reporter.say(f"{candidate.name}: no perplexity. {error}")
+        return None
+    return measured.perplexity
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Notes with each step of the rows of one shape the time of each baseline over its own."""
+    baselines = {row["baseline"]: row for row in rows if row["baseline"]}
+    for row in rows:
+        for stage in ("decode", "prefill"):
+            for number, step in enumerate(row[stage]):
+                step["speedup"] = {
+                    name: of[stage][number]["seconds"]["median"] / step["seconds"]["median"]
+                    for name, of in baselines.items()
+                }

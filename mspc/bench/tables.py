@@ -1,0 +1,131 @@
+"""A result of the bench in tables and words. What is no faster than the baseline is said to be no gain."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+
+def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each model shape, by its name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def tables(result: dict[str, Any]) -> Iterator[Table]:
+    for model, rows in groups(result).items():
+        yield _sizes(model, rows, result)
+        yield _decode(model, rows, result)
+        if any(row["prefill"] for row in rows):
+            yield _prefill(model, rows, result)
+
+
+def _titled(title: str, result: dict[str, Any], *headings: str) -> Table:
+    table = Table(title=f"{title} ({result['device']['name']}; {result['label']})", box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("format", "runs on") else "right")
+    return table
+
+
+def _sizes(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
+    headings = ("format", "runs on", "bits/weight", "weights", "peak memory", "perplexity")
+    table = _titled(f"{model}: sizes", result, *headings)
+    for row in rows:
+        peak, perplexity = row["peak_memory_bytes"], row["perplexity"]
+        table.add_row(
+            label(row),
+            row["engine"],
+            f"{row['bits_per_weight']:.3f}",
+            f"{row['weight_bytes'] / 1e9:.3f} GB",
+            "-" if peak is None else f"{peak / 1e9:.2f} GB",
+            "-" if perplexity is None else f"{perplexity:.3f}",
+        )
+    return table
+
+
+def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
+    baseline = result["configuration"]["baseline"]
+    headings = ("ms a token, 10%..90%", "tokens/s", "GB/s", "of copy", "bytes alone, ms", f"x {baseline}", "perplexity")
+    table = _titled(f"{model}: decoding", result, "context", "batch", "format", *headings)
+    for number in range(len(rows[0]["decode"])):
+        for row in rows:
+            if len(row["decode"]) <= number:
+                continue
+            step = row["decode"][number]
+            perplexity = row["perplexity"]
+            table.add_row(
+                str(step["context"]),
+                str(step["batch"]),
+                label(row),
+                milliseconds(step["seconds"]),
+                f"{step['tokens_per_second']['median']:,.1f}",
+                f"{step['bytes_per_second']['median'] / 1e9:,.1f}",
+                f"{step['share_of_copy']:.0%}",
+                f"{step['predicted_seconds'] * 1e3:.3f}",
+                gain(row, step, baseline),
+                "-" if perplexity is None else f"{perplexity:.3f}",
+            )
+    return table
+
+
+def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
+    baseline = result["configuration"]["baseline"]
+    headings = ("ms to first token, 10%..90%", "tokens/s", "bytes and products alone, ms", f"x {baseline}")
+    table = _titled(f"{model}: prefill", result, "prompt", "format", *headings)
+    for number in range(len(rows[0]["prefill"])):
+        for row in rows:
+            step = row["prefill"][number]
+            table.add_row(
+                str(step["tokens"]),
+                label(row),
+                milliseconds(step["seconds"]),
+                f"{step['tokens_per_second']['median']:,.0f}",
+                f"{step['predicted_seconds'] * 1e3:.3f}",
+                gain(row, step, baseline),
+            )
+    return table
+
+
+def label(row: dict[str, Any]) -> str:
+    """The name of a row, and what it holds where the name does not say it."""
+    if row["random_weights"]:
+        return str(row["name"])
+    return f"{row['name']} ({row['format']})"
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+    return f"{seconds['median'] * 1e3:.3f} {seconds['p10'] * 1e3:.3f}..{seconds['p90'] * 1e3:.3f}"
+
+
+def gain(row: dict[str, Any], step: dict[str, Any], baseline: str) -> str:
+    """How many times as fast as the baseline."""
+    if row["baseline"] == baseline:
+        return "1"
+    ratio = step["speedup"].get(baseline)
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" if ratio > 1 else f"{ratio:.2f} no gain"
+
+
+def verdicts(result: dict[str, Any]) -> Iterator[str]:
+    """A line for each shape and stage: what gained over the baseline, and what did not."""
+    baseline = result["configuration"]["baseline"]
+    for model, rows in groups(result).items():
+        for stage, words in (("decode", "decoding"), ("prefill", "prefill")):
+            gained, lost = [], []
+            for row in rows:
+                ratios = [step["speedup"].get(baseline) for step in row[stage]]
+                known = [ratio for ratio in ratios if ratio is not None]
+                if row["baseline"] == baseline or not known:
+                    continue
+                if max(known) > 1:
+                    span = f"{min(known):.2f} to {max(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
+                    gained.append(f"{label(row)} {span}")
+                else:
+                    lost.append(label(row))
+            if gained or lost:
+                parts = [f"x {baseline}: {', '.join(gained)}"] if gained else []
+                parts += [f"no gain over {baseline}: {', '.join(lost)}"] if lost else []
+                yield f"{model}, {words}: {'; '.join(parts)}."

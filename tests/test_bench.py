@@ -1,0 +1,573 @@
+"""The bench on a CPU, at sizes that take no time.
+
+Oracles: transformers' own logits for the decoder; the packer of real exports, bit for bit, for random matrices; bytes
+in files and closed forms for what a step moves; numpy's percentiles; matrices in float64 for the int4 of torch.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import typer
+from safetensors.torch import load_file
+from test_cli import mspc_cli, refused
+
+import mspc
+from mspc.bench import run as bench_run
+from mspc.bench import timing
+from mspc.bench.decoder import Cache, Decoder, Pieces, Shape, add_norm, gated, rotate
+from mspc.bench.formats import Source, describe, parse_format, random_stored
+from mspc.bench.measure import measure_decode, measure_prefill, step_bytes
+from mspc.bench.models import (
+    SHAPES,
+    TINYGEMM,
+    Beside,
+    engine_of,
+    format_of,
+    model_decoder,
+    outer_bytes,
+    random_bytes,
+    random_decoder,
+    random_outer,
+    shape_of,
+)
+from mspc.bench.request import Request, check_memory, make_plan
+from mspc.bench.run import bench
+from mspc.bench.tables import gain, tables, verdicts
+from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
+from mspc.bench.tinygemm import TinygemmLinear
+from mspc.cli import app
+from mspc.errors import InputError, MspcError
+from mspc.formats import canonical
+from mspc.formats.decoding import decode_mask
+from mspc.report import Silent
+from mspc.runtime.linear import SparseLinear
+from mspc.types import NM, Grid
+
+CPU = torch.device("cpu")
+DOCS = Path(__file__).parents[1] / "docs" / "benchmark.md"
+FORMATS = ("dense", "int8", "int4", "int3", "2:4", "4:8", "8:16", "5:16", "16:32", "2:4+int4", "6:16+int3", "50%")
+FORMATS += ("30%+int4", "70%+int3")
+SMALL = Shape("small", 128, 256, 2, 4, 2, 32, 260, tied=False)
+CEILINGS = Ceilings(dict.fromkeys(("p10", "median", "p90"), 1e10), dict.fromkeys(("p10", "median", "p90"), 1e12))
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(timing.GEMM_SIZE, "cpu", 32)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose matrices take groups of 128."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny.build(tmp_path_factory.mktemp("bench") / "wide", "llama", **sizes)
+
+
+@pytest.fixture(scope="module")
+def compressed(
+    folder_of: Callable[..., Path], calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`compressed(family, **recipe)`: an artifact, with its sparse export in `exports/sparse`."""
+
+    def get(family: str, **settings: object) -> Path:
+        out = tmp_path_factory.mktemp("bench") / "artifact"
+        given = {"solver": "mask", "criterion": "magnitude", "sensitivity": "gram", "allocator": "uniform"}
+        recipe = mspc.Recipe(
+            calibration=str(calibration), num_sequences=2, sequence_length=16, **given | settings
+        )  # fmt: skip
+        mspc.compress(folder_of(family), recipe, out=out, exports=["sparse"], reporter=Silent())
+        return out
+
+    return get
+
+
+# The decoder
+
+
+def greatest_difference(decoder: Decoder, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> float:
+    """From those of transformers (B, T, V): after a prompt, and after each token that is then given one by one."""
+    cache = Cache(decoder.shape, len(ids), ids.shape[1], decoder.outer.head)
+    with torch.no_grad():
+        found = [decoder(ids[:, :prompt], cache, 0)]
+        found += [decoder(ids[:, i : i + 1], cache, i) for i in range(prompt, ids.shape[1])]
+    return float((torch.stack(found, 1) - logits[:, prompt - 1 :]).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+    ],
+    ids=["llama", "tied, biases", "llama3 rotations", "mistral", "qwen2", "qwen3"],
+)  # fmt: skip
+def test_the_decoder_computes_what_transformers_does(family, changes, tmp_path):
+    folder, ids = tiny.build(tmp_path / "model", family, **changes), tiny.ids(2)
+    with torch.no_grad():
+        logits = tiny.reference(folder)(input_ids=ids, use_cache=False).logits
+    decoder = model_decoder(folder, tiny.LENGTH, CPU, Pieces())
+    assert format_of(decoder) == "dense"
+    for prompt in (1, 10):
+        assert greatest_difference(decoder, logits, ids, prompt) < 3e-5 * float(logits.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "name", "is_joined"),
+    [
+        ("qwen2", {"pattern": "2:4", "bits": 4, "group_size": 16}, "2:4+int4", True),
+        ("llama", {"pattern": "8:16"}, "8:16", True),
+        ("llama", {"sparsity": 0.5}, "50%", False),
+        ("llama", {"pattern": "2:4", "skip": ["k_proj"]}, "mixed", False),
+    ],
+    ids=str,
+)
+def test_compressed_models_run_as_they_are_stored(family, settings, name, is_joined, compressed):
+    """Oracle: the dense export of the same artifact in transformers; the bytes of the files."""
+    artifact = compressed(family, **settings)
+    mspc.Artifact(artifact).export("dense", artifact.with_name("dense"), verified=False, reporter=Silent())
+    ids = tiny.ids(2)
+    with torch.no_grad():
+        logits = tiny.reference(artifact.with_name("dense"))(input_ids=ids, use_cache=False).logits
+    for folder in (artifact, artifact / "exports" / "sparse"):
+        decoder = model_decoder(folder, tiny.LENGTH, CPU, Pieces())
+        assert greatest_difference(decoder, logits, ids, 8) < 3e-5 * float(logits.abs().max())
+        assert format_of(decoder) == name
+        assert engine_of(decoder) == "plain torch"
+        assert isinstance(decoder.blocks[0].qkv, SparseLinear if is_joined else Beside)
+        stored = load_file(artifact / "exports" / "sparse" / "model.safetensors")
+        linears = sum(tensor.nbytes for key, tensor in stored.items() if "_proj" in key)
+        biases = sum(tensor.nbytes for key, tensor in stored.items() if key.endswith("bias"))
+        assert decoder.weight_bytes()["linears"] in (linears, linears - biases)
+
+
+def test_pieces_can_be_traced_whole():
+    """Oracle: the same functions, not compiled."""
+    x, w = torch.randn(2, 1, 64), torch.rand(64)
+    qkv, cos, sin = torch.randn(2, 3, 64), torch.rand(3, 8), torch.rand(3, 8)
+    norms = torch.rand(8), torch.rand(8)
+    for function, given in (
+        (add_norm, (x, x + 1, w, 1e-5)),
+        (rotate, (qkv, cos, sin, 4, 2, norms, 1e-5)),
+        (gated, (x,)),
+    ):
+        traced = torch.compile(function, backend="eager", fullgraph=True)
+        torch.testing.assert_close(traced(*given), function(*given))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("name", ["dense", "2:4+int4", "8:16"])
+def test_a_graph_repeats_the_step(name):
+    """Oracle: the step run by itself."""
+    device = torch.device("cuda")
+    decoder = random_decoder(SMALL, name, random_outer(SMALL, 16, device), Pieces())
+    cache, ids = Cache(SMALL, 2, 16, decoder.outer.head), torch.randint(260, (2, 1), device=device)
+    with torch.no_grad():
+        replay = timing.captured(lambda: decoder(ids, cache, 9), device)
+        ids.copy_(torch.randint(260, (2, 1), device=device))
+        torch.testing.assert_close(replay().clone(), decoder(ids, cache, 9))
+
+
+# Random matrices
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_matrices_are_what_the_packer_of_exports_makes(name):
+    """Unpacked and packed again they are the same bytes; every group is filled, and nothing that is kept is zero."""
+    matrix = describe((24, 384), parse_format(name), "m")
+    stored = random_stored(matrix, Source.seeded(0, CPU))
+    whole = canonical.decode(stored, matrix, "m")
+    packed = canonical.with_offsets(canonical.pack(whole, matrix.dtype), matrix, "m")
+    assert packed.keys() == stored.keys()
+    assert all(torch.equal(packed[part], stored[part]) for part in stored)
+    mask = decode_mask(stored, matrix, 0, 24)
+    assert int(mask.sum()) == matrix.num_kept
+    if isinstance(matrix.pattern, NM):
+        assert set(mask.view(-1, matrix.pattern.of).sum(1).tolist()) == {matrix.pattern.keep}
+    if matrix.grid is None:
+        assert bool((whole.weight[mask] != 0).all())
+    again = random_stored(matrix, Source.seeded(0, CPU))
+    assert all(torch.equal(again[part], stored[part]) for part in stored)
+
+
+@pytest.mark.parametrize("name", ["dense", TINYGEMM, "int4", "2:4", "8:16", "2:4+int4", "50%", "50%+int4"])
+def test_random_layers_keep_the_size_of_their_input(name):
+    layers = random_decoder(SMALL, name, random_outer(SMALL, 8, CPU), Pieces()).blocks[0]
+    with torch.no_grad():
+        out = layers.down(torch.randn(200, 256, generator=torch.Generator().manual_seed(0)))
+    assert 0.8 < float(out.std()) < 1.25
+
+
+def test_the_int4_of_torch_multiplies_by_its_codes():
+    shape = (32, 256)
+    layer = TinygemmLinear(shape, Source.seeded(3, CPU), torch.float32)
+    drawn = Source.seeded(3, CPU).stream(32, 256, 4).numpy()
+    codes = np.stack([drawn >> 4, drawn & 15], -1).reshape(shape).astype(float)
+    scales = layer.scales_and_zeros[..., 0].double().numpy().T.repeat(128, 1)
+    weight = torch.from_numpy((codes - 8) * scales)
+    torch.testing.assert_close(layer.dense().double(), weight, rtol=1e-5, atol=1e-7)
+    x = torch.randn(2, 3, 256)
+    torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "grid"),
+    [("dense", "unstructured", None), ("6:16", "6:16", None), ("int3", "unstructured", 3), ("2:4+int8", "2:4", 8)],
+)
+def test_formats_have_names(name, pattern, grid):
+    target = parse_format(name)
+    assert (str(target.pattern), target.grid) == (pattern, None if grid is None else Grid(grid, 128))
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("name", ["dense", TINYGEMM, *FORMATS[1:]])
+def test_bytes_of_a_step_are_those_of_the_tensors(name):
+    decoder = random_decoder(SMALL, name, random_outer(SMALL, 40, CPU), Pieces())
+    moved = step_bytes(decoder, batch=3, context=32)
+    tensors = {id(t): t.nbytes for block in decoder.blocks for t in block.state_dict(keep_vars=True).values()}
+    tensors[id(decoder.outer.norm)] = decoder.outer.norm.nbytes
+    assert moved["linears"] + moved["norms"] == sum(tensors.values())
+    assert moved["linears"] == random_bytes(SMALL, name, torch.float32)
+    assert moved["head"] == 260 * 128 * 4
+    assert moved["cache"] == 2 * 2 * (2 * 32) * 4 * 3 * 33  # keys and values, blocks, of a token, bytes, tokens
+    assert decoder.stored_bytes() == sum(moved.values()) - moved["cache"] + 260 * 128 * 4
+
+
+def test_bytes_of_formats_in_closed_form():
+    """Bits per weight of docs/sparse-format.md, in the shapes of Llama-3.1-8B, of which nothing is made."""
+    weights = SHAPES["8b"].block_weights * SHAPES["8b"].blocks
+    assert weights == 6_979_321_856
+    bits = {"dense": 16, "int4": 4.125, "2:4": 9, "4:8": 9.5, "8:16": 10, "6:16": 7.5, "2:4+int4": 3.125}
+    found = {name: 8 * random_bytes(SHAPES["8b"], name, torch.bfloat16) / weights for name in bits}
+    assert found == bits
+    assert outer_bytes(SHAPES["8b"], torch.bfloat16) == 2 * 128256 * 4096 * 2
+    assert outer_bytes(SHAPES["1b"], torch.bfloat16) == 128256 * 2048 * 2
+    assert [SHAPES[name].cache_bytes(1, 2) for name in ("1b", "8b")] == [32768, 131072]
+
+
+def test_operations_are_counted_by_hand():
+    one = Shape("one", 8, 16, 1, 2, 1, 4, 10, tied=True)
+    linears = 2 * (16 * 8 + 8 * 8 + 32 * 8 + 8 * 16)
+    assert one.flops(1, 1, 0) == linears + 4 * 8 + 2 * 80
+    assert one.flops(3, 1, 5) == 3 * (linears + 4 * 8 * 6 + 2 * 80)
+    assert one.flops(1, 3, 0) == 3 * linears + 4 * 8 * (1 + 2 + 3) + 2 * 80
+
+
+# Timing
+
+
+def test_spreads_are_percentiles():
+    samples = [float(n) for n in np.random.default_rng(0).exponential(size=57)]
+    found = spread(samples)
+    for key, percent in (("p10", 10), ("median", 50), ("p90", 90)):
+        assert found[key] == pytest.approx(np.percentile(samples, percent))
+    assert spread([3.0]) == {"p10": 3.0, "median": 3.0, "p90": 3.0}
+    assert timing.inverse(found, 2.0)["p90"] == 2 / found["p10"]
+
+
+def test_what_is_slow_is_sampled_less_often(monkeypatch):
+    calls = []
+    step = lambda: calls.append(0) or torch.zeros(1)  # noqa: E731
+    assert len(device_seconds(step, CPU, 7)) == 7
+    assert len(calls) == 8
+    monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
+    assert len(device_seconds(step, CPU, 7)) == 1
+
+
+def test_measurements_predict_from_bytes_and_operations():
+    decoder = random_decoder(SMALL, "2:4", random_outer(SMALL, 40, CPU), Pieces())
+    decoded = measure_decode(decoder, 2, 16, 3, CEILINGS)
+    total = sum(step_bytes(decoder, 2, 16).values())
+    assert decoded["predicted_seconds"] == total / 1e10
+    assert decoded["bytes_per_second"]["median"] == pytest.approx(total / decoded["seconds"]["median"])
+    assert decoded["share_of_copy"] == pytest.approx(decoded["bytes_per_second"]["median"] / 1e10)
+    assert decoded["tokens_per_second"]["median"] == pytest.approx(2 / decoded["seconds"]["median"])
+    slow = Ceilings(CEILINGS.copy, dict.fromkeys(("p10", "median", "p90"), 1.0))
+    assert measure_prefill(decoder, 24, 3, slow)["predicted_seconds"] == SMALL.flops(1, 24, 0)
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(), "Give a PATH (artifact, sparse export or checkpoint), or --shapes 1b or 8b."),
+        (Request(shapes="from-model"), "--shapes from-model takes them from PATH. Give a PATH"),
+        (Request(shapes="2b"), "Unknown shapes '2b': choose one of 1b, 8b, from-model."),
+        (Request(shapes="1b", baseline="fp8"), "Unknown baseline 'fp8': choose one of bf16, int4."),
+        (Request(shapes="1b", formats=("2:4", "int5")), "Unknown format 'int5': choose dense, int8, int4, int3, int2,"),
+        (Request(shapes="1b", formats=("sparse",)), "Unknown format 'sparse'"),
+        (Request(shapes="1b", formats=("2:4+",)), "Unknown format '2:4+'"),
+        (Request(shapes="1b", formats=("2:4+50%+int4",)), "Unknown format '2:4+50%+int4'"),
+        (Request(shapes="1b", formats=("3:5",)), "3:5: qkv of 1b has 2048 inputs, which are no whole groups of 3:5"),
+        (Request(shapes="1b", formats=("5:4",)), "An N:M pattern needs 1 <= N <= M"),
+        (Request(shapes="1b", batches=(0,)), "--batch must be at least 1, not 0"),
+        (Request(shapes="1b", repeats=0), "--repeats must be at least 1, not 0"),
+        (Request(shapes="1b", device="warp"), "Device 'warp' cannot be used"),
+        (Request(shapes="1b", paths=("x",)), "--shapes 1b measures random weights of its own and takes no PATH"),
+        (Request(paths=("./nowhere",)), "Model './nowhere' is not a folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_said_first(request_, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        make_plan(request_)
+
+
+def test_what_models_do_not_allow(folder_of, wide, monkeypatch):
+    path = str(wide)
+    refusals = {
+        Request((path,), contexts=(128,)): "--context 128 is longer than the model allows (127); lower it.",
+        Request((path,), prefills=(129,)): "--prefill 129 is longer than the model allows (128); lower it.",
+        Request((path,), formats=("2:4",)): f"--format is of random weights, and {path} has its own; add --shapes",
+        Request((str(folder_of("gpt2")),)): "is a gpt2 model, and the bench runs llama, mistral, qwen2, qwen3",
+        Request((str(folder_of("llama")),), baseline="int4"): "torch's int4 product needs outputs divisible by 16",
+        Request((str(folder_of("llama")),), shapes="from-model", formats=("int4",)): "int4: qkv of llama has 32 inputs",
+    }
+    for request, message in refusals.items():
+        with pytest.raises(InputError, match=re.escape(message)):
+            make_plan(request)
+    assert shape_of(folder_of("mistral"))[1] == 8  # its attention window
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--shapes 8b is for a GPU, and there is no CUDA here; choose --shapes 1b"):
+        make_plan(Request(shapes="8b"))
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    plan = make_plan(Request(shapes="1b", formats=("2:4",), batches=(4,), contexts=(2047,), device="cpu"))
+    needed = random_bytes(SHAPES["1b"], "dense", torch.float32) + outer_bytes(SHAPES["1b"], torch.float32)
+    needed += SHAPES["1b"].cache_bytes(4 * 2048, 4)
+    check_memory(plan, needed)
+    message = "dense of 1b needs 4.9 GB for weights and 0.5 GB for the cache of 8,192 tokens, and cpu has 5.5 GB free"
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_memory(plan, needed - 1)
+
+
+def test_sizes_that_a_model_does_not_reach_are_left_out(wide):
+    plan = make_plan(Request((str(wide),), shapes="from-model", formats=("2:4", "2:4", "dense")))
+    assert (plan.contexts, plan.prefills, plan.batches) == ((127,), (128,), (1,))
+    assert [candidate.name for candidate in plan.groups[0]] == ["dense", "int4 (torch)", "2:4"]
+
+
+def test_memory_that_runs_out_is_an_error_that_says_what_to_do(wide, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(bench_run, "measure_decode", full)
+    with pytest.raises(MspcError, match="dense: the memory of cpu was not enough .* choose smaller --shapes"):
+        bench(Request((str(wide),), shapes="from-model", formats=("2:4",)), reporter=Silent())
+
+
+# Results
+
+
+SPREAD = {"p10", "median", "p90"}
+
+
+def check_schema(result: dict[str, object]) -> None:
+    """What docs/benchmark.md says of the JSON."""
+    assert set(result) == {"schema", "date", "label", "versions", "device", "configuration", "ceilings", "rows"}
+    assert {"mspc", "torch", "triton", "transformers", "python", "cuda"} == set(result["versions"])
+    assert {"type", "name", "clocks"} <= set(result["device"])
+    assert set(result["ceilings"]) == {"copy_bytes_per_second", "gemm_flops"}
+    for row in result["rows"]:
+        for step in row["decode"]:
+            assert set(step) == {
+                *("batch", "context", "samples", "seconds", "tokens_per_second", "bytes", "bytes_per_second"),
+                *("share_of_copy", "predicted_seconds", "speedup"),
+            }
+            assert set(step["bytes"]) == {"linears", "norms", "head", "cache"}
+        for step in row["prefill"]:
+            assert set(step) == {
+                *("tokens", "samples", "seconds", "tokens_per_second", "predicted_seconds", "speedup"),
+            }
+        for step in row["decode"] + row["prefill"]:
+            for key in ("seconds", "tokens_per_second"):
+                assert set(step[key]) == SPREAD
+                assert 0 < step[key]["p10"] <= step[key]["median"] <= step[key]["p90"]
+
+
+def test_random_weights_in_the_shapes_of_a_model(wide, tmp_path):
+    files = tmp_path / "result.json", tmp_path / "result.png"
+    options = ["--shapes", "from-model", "--format", "2:4,50%+int4", "--batch", "1,2", "--context", "16,32"]
+    options += ["--prefill", "8", "--repeats", 2, "--device", "cpu", "--json", files[0], "--plot", files[1]]
+    shown = mspc_cli("bench", wide, *options)
+    result = json.loads(files[0].read_text())
+    check_schema(result)
+    assert [row["name"] for row in result["rows"]] == ["dense", "int4 (torch)", "2:4", "50%+int4"]
+    assert [row["baseline"] for row in result["rows"]] == ["bf16", "int4", None, None]
+    sizes = [(step["batch"], step["context"]) for step in result["rows"][0]["decode"]]
+    assert sizes == [(1, 16), (2, 16), (1, 32), (2, 32)]
+    dense, *_, last = result["rows"]
+    ratio = dense["decode"][1]["seconds"]["median"] / last["decode"][1]["seconds"]["median"]
+    assert last["decode"][1]["speedup"]["bf16"] == ratio
+    assert set(dense["decode"][0]["speedup"]) == {"bf16", "int4"}
+    assert result["rows"][2]["bits_per_weight"] == 9
+    assert all(row["perplexity"] is None for row in result["rows"])
+    assert files[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "CPU, plain torch: not what the kernels do" in shown.stdout
+    assert "wide, 50%+int4: done" in shown.stderr
+
+
+def test_models_have_a_perplexity(wide, calibration, tmp_path):
+    """Oracle: `mspc.evaluate` on the same text."""
+    artifact = tmp_path / "artifact"
+    recipe = mspc.Recipe(
+        pattern="2:4", bits=4, solver="mask", criterion="magnitude", allocator="uniform", calibration=str(calibration),
+        num_sequences=2, sequence_length=16,
+    )  # fmt: skip
+    mspc.compress(wide, recipe, out=artifact, exports=["sparse"], reporter=Silent())
+    saved = []
+    paths = str(wide), str(artifact), str(artifact / "exports" / "sparse")
+    request = Request(paths, baseline="int4", batches=(1,), contexts=(8,), prefills=(8,), repeats=1)
+    result = bench(request, reporter=Silent(), save=lambda found: saved.append(len(found["rows"])))
+    check_schema(result)
+    dense, torch_int4, *rest = result["rows"]
+    assert saved == [1, 2, 3, 4]
+    assert (dense["name"], dense["baseline"], dense["format"]) == (str(wide), "bf16", "dense")
+    assert torch_int4["random_weights"]
+    assert [row["format"] for row in rest] == ["2:4+int4", "2:4+int4"]
+    expected = [mspc.evaluate(path, max_windows=20, reporter=Silent()).perplexity for path in paths]
+    assert [dense["perplexity"], *(row["perplexity"] for row in rest)] == expected
+    assert expected[1] == expected[2] != expected[0]
+
+
+def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, object]:
+    times = dict.fromkeys(("p10", "median", "p90"), seconds)
+    step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}
+    decoded = {"batch": 1, "context": 8, "bytes_per_second": times, "share_of_copy": 0.5, "bytes": {}, **step}
+    shared = {"model": "m", "random_weights": True, "perplexity": None, "peak_memory_bytes": None, "engine": "torch"}
+    shared |= {"bits_per_weight": 9.0, "weight_bytes": 10}
+    return {"name": name, "baseline": baseline, "decode": [decoded], "prefill": [{"tokens": 8, **step}], **shared}
+
+
+def test_what_is_no_faster_is_said_to_be_no_gain(capsys):
+    rows = [row_of("dense", 1.0, "bf16"), row_of("faster", 0.5), row_of("equal", 1.0), row_of("slower", 2.0)]
+    bench_run.compare(rows)
+    told = {row["name"]: gain(row, row["decode"][0], "bf16") for row in rows}
+    assert told == {"dense": "1", "faster": "2.00", "equal": "1.00 no gain", "slower": "0.50 no gain"}
+    assert gain(rows[1], rows[1]["decode"][0], "int4") == "-"
+    result = {"device": {"name": "d"}, "label": "l", "configuration": {"baseline": "bf16"}, "rows": rows}
+    assert list(verdicts(result)) == [
+        f"m, {stage}: x bf16: faster 2.00; no gain over bf16: equal, slower." for stage in ("decoding", "prefill")
+    ]
+    assert [table.row_count for table in tables(result)] == [4, 4, 4]
+
+
+def test_ceilings_are_positive():
+    ceilings = measure_ceilings(CPU, torch.float32, 2)
+    assert ceilings.copy["median"] > 0
+    assert ceilings.seconds(0, 2 * ceilings.gemm["median"]) == 2
+
+
+# benchmarks/gpu.py
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, whose parts do not measure the CPU for long."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = importlib.import_module("gpu")
+    module.gpu_parts = importlib.import_module("gpu_parts")
+    return module
+
+
+def test_what_is_foretold_is_what_the_documentation_says(gpu):
+    """Oracle: the table of docs/benchmark.md, which is rounded."""
+    rows = re.findall(r"^\| ([^|]+) \| ([\d. to]+) \| [^|]+ \| ([\d. to]+) \|", DOCS.read_text(), re.MULTILINE)
+    assert len(rows) == 9
+    for name, *of_shapes in rows:
+        for shape, milliseconds in zip(("8b", "1b"), of_shapes, strict=True):
+            greatest, *least = (float(number) / 1e3 for number in milliseconds.split(" to "))
+            found = gpu.gpu_parts.predicted(SHAPES[shape], {"bf16": "dense"}.get(name, name), 4.3e12)
+            assert found[1] == pytest.approx(greatest, rel=0.04)
+            assert found[0] == pytest.approx(least[0] if least else greatest, rel=0.06)
+
+
+def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    return stopped.value.code
+
+
+def test_every_part_runs_and_goes_on_where_it_was_cut_off(gpu, tmp_path, monkeypatch, capsys):
+    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 0
+    assert {path.name.partition("_")[0] for path in tmp_path.glob("*.md")} == set(gpu.PARTS)
+    results = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert all(result["finished"] and result["configuration"]["dry_run"] for result in results.values())
+    assert {path.name.partition("_")[0] for path in tmp_path.glob("*.png")} == {"decode-1b", "decode-8b", "layers"}
+    assert [unit["bench"]["name"] for unit in results["decode-1b"]["units"].values()][:2] == ["dense", "int4 (torch)"]
+    assert "no gain" in next(tmp_path.glob("decode-1b*.md")).read_text()
+    (path,) = tmp_path.glob("layers*.json")
+    cut = results["layers"]
+    kept = dict(list(cut["units"].items())[:2])
+    path.write_text(json.dumps(cut | {"units": kept, "finished": False}))
+    capsys.readouterr()
+    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" s")]
+    assert [line.partition(":")[0] for line in told] == ["layers, tiny gate_up", "layers, tiny down"]
+    after = json.loads(path.read_text())["units"]
+    assert {name: after[name] for name in kept} == kept
+
+
+def test_what_fails_does_not_stop_the_rest(gpu, tmp_path, monkeypatch, capsys):
+    def units(slot):
+        yield "bad", lambda: 1 / 0
+        yield "wrong", lambda: {"rows": [{"right": False}], "wrong": True}
+        yield "good", lambda: {"rows": [{"a": 1.0, "b": "x|y"}]}
+
+    monkeypatch.setitem(gpu.PARTS, "kernels", units)
+    asked = ("--dry-run", "--results", tmp_path, "--parts", "kernels")
+    assert run_gpu(gpu, monkeypatch, *asked) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED kernels, bad: ZeroDivisionError: division by zero" in shown
+    assert "FAILED kernels, wrong: wrong results" in shown
+    (path,) = tmp_path.glob("*.json")
+    assert set(json.loads(path.read_text())["units"]) == {"bad", "wrong", "good"}
+    assert "| x\\|y |" in next(tmp_path.glob("*.md")).read_text()
+    assert run_gpu(gpu, monkeypatch, *asked, "--minutes", -1) == 0
+    assert "kernels: out of time before bad; the same command goes on there" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "There is no CUDA device here" in run_gpu(gpu, monkeypatch)
+
+
+# The command line
+
+
+def test_bench_has_exactly_these_options():
+    """Frozen: an option is a promise."""
+    command = typer.main.get_command(app).commands["bench"]
+    assert {flag for option in command.params for flag in option.opts} == {
+        *("paths", "--shapes", "--format", "--baseline", "--batch", "--context", "--prefill", "--repeats"),
+        *("--device", "--json", "--plot", "--debug"),
+    }
+
+
+def test_wrong_usage():
+    assert "Give a PATH" in refused("bench")
+    assert "--batch must be whole numbers with commas between, such as 1,4,8, not '1,x'" in refused(
+        "bench", "--shapes", "1b", "--batch", "1,x"
+    )
