@@ -34,6 +34,7 @@ FLOORS = (
         "mspc.report",
         "mspc.planning",
         "mspc.trial",
+        "mspc.search",
     },
     {"mspc.pipeline", "mspc.evaluation"},
     {"mspc.cli", "mspc.console", "mspc.__main__"},
