@@ -70,7 +70,10 @@ METHODS: dict[str, dict[str, object]] = {
     "magnitude uniform": {"solver": "mask", "criterion": "magnitude", "allocator": "uniform", "propagation": 0.0},
     "wanda uniform": {"solver": "mask", "criterion": "wanda", "allocator": "uniform", "propagation": 0.0},
     "ria uniform": {"solver": "mask", "criterion": "ria", "allocator": "uniform", "propagation": 0.0},
+    "search": {"allocator": "search", "search_minutes": 5.0},
 }
+ONLY_IF_NAMED = ("search",)
+"""Methods that take minutes."""
 BASELINE = "obs uniform"
 ROUNDING = ("int8", "int4", "int3", "int2")
 
@@ -200,7 +203,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", help="held-out text, repeatable [builtin]")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="[all but search]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-sequences", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     args = parser.parse_args()
     args.text = args.text or ["builtin"]
+    args.methods = args.methods or [method for method in METHODS if method not in ONLY_IF_NAMED]
     args.results.parent.mkdir(parents=True, exist_ok=True)
 
     results = json.loads(args.results.read_text()) if args.results.exists() else {"of": configuration(args)}

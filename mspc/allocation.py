@@ -6,13 +6,13 @@ import torch
 
 from mspc.allocators import ALLOCATORS, HALF_WIDTHS, NEEDS_SENSITIVITY
 from mspc.allocators.budget import exact_counts, exact_keeps
-from mspc.allocators.curves import Curve, by_curves, mixture
+from mspc.allocators.curves import Curve, by_curves, cheapest, mixture
 from mspc.allocators.trace_rank import trace_rank
 from mspc.errors import InputError
 from mspc.formats.canonical import num_bytes as num_bytes_of
 from mspc.masks import check_divides, num_pruned
 from mspc.quant import groups_of
-from mspc.recipe import AUTO, CURVES, MIXED_OF, MIXED_PATTERN, Recipe
+from mspc.recipe import AUTO, CURVES, MIXED_OF, MIXED_PATTERN, SEARCH, Recipe
 from mspc.types import NM, Grid, Matrix, Pattern, PlannedMatrix, Target, Unstructured
 
 TEMPERS = (0.75,)
@@ -32,11 +32,12 @@ def wants_sensitivity(recipe: Recipe) -> bool:
 
 
 def wants_curves(recipe: Recipe) -> bool:
-    return recipe.has_budget or (_allocates(recipe) and recipe.allocator in (CURVES, AUTO))
+    return recipe.has_budget or (_allocates(recipe) and recipe.allocator in (CURVES, AUTO, SEARCH))
 
 
 def wants_trial(recipe: Recipe) -> bool:
-    return wants_curves(recipe) and recipe.allocator == AUTO
+    """Whether plans are tried on text that was held out."""
+    return wants_curves(recipe) and recipe.allocator in (AUTO, SEARCH)
 
 
 def half_width(recipe: Recipe) -> float | None:
@@ -93,6 +94,31 @@ def candidates(
             for name, shares in wished.items()
         }
     )
+
+
+def cheapest_levels(recipe: Recipe, matrices: Sequence[Sequence[Matrix]], curves: dict[str, Curve]) -> tuple[int, ...]:
+    """The plan of least predicted loss in whole sixteenths: how many of every matrix are zero."""
+    flat = [matrix for of_block in matrices for matrix in of_block]
+    levels = range(highest_level(recipe), -1, -1)
+    options = [
+        [(float(m.numel * (MIXED_OF - level)), curves[m.name].at(level / MIXED_OF)) for level in levels] for m in flat
+    ]
+    kept = (1 - recipe.target_sparsity) * MIXED_OF * sum(matrix.numel for matrix in flat)
+    chosen = cheapest(options, max(kept, sum(of_matrix[0][0] for of_matrix in options)))
+    return tuple(levels[i] for i in chosen)
+
+
+def highest_level(recipe: Recipe) -> int:
+    """How many sixteenths of a matrix may be zero: of N:16 one is always kept."""
+    return MIXED_OF - 1 if recipe.pattern == MIXED_PATTERN else MIXED_OF
+
+
+def planned_levels(
+    recipe: Recipe, matrices: Sequence[Sequence[Matrix]], levels: Sequence[int], curves: dict[str, Curve]
+) -> list[PlannedMatrix]:
+    """The plan of such levels, made exact."""
+    wished = [level / MIXED_OF for level in levels]
+    return _planned(recipe, matrices, _exact(recipe, matrices, wished), {}, curves)
 
 
 def _worth_trying(plans: dict[str, list[PlannedMatrix]]) -> dict[str, list[PlannedMatrix]]:

@@ -118,13 +118,22 @@ def compress(
         str | None,
         option(
             "How sparsity is shared out: auto (tries several plans on held-out text), curves (least predicted loss), "
-            "uniform, trace-rank, layer-trace-rank, owl, alpha (AlphaPruning), depth (linear).",
+            "search (goes on from there for minutes), uniform, trace-rank, layer-trace-rank, owl, alpha "
+            "(AlphaPruning), depth (linear).",
             "auto*",
             rich_help_panel=HOW,
         ),
     ] = None,
     alpha: Annotated[
         float | None, option("Half-width of the allocator.", "0.1; owl 0.08, alpha 0.2", rich_help_panel=HOW)
+    ] = None,
+    search_minutes: Annotated[
+        float | None,
+        option(
+            "Of the allocator search. It stops by the clock: --plan OUT/plan.json makes the same again.",
+            10,
+            rich_help_panel=HOW,
+        ),
     ] = None,
     sensitivity: Annotated[
         str | None,
@@ -220,11 +229,11 @@ def compress(
         "sparsity": sparsity, "pattern": pattern, "bits": bits,
         "bits_per_weight": bits_per_weight, "target_size": target_size, "asymmetric": asymmetric, "effort": effort,
         "solver": solver, "iterations": iterations, "propagation": propagation, "reconstruct": reconstruct,
-        "criterion": criterion, "allocator": allocator, "alpha": alpha, "sensitivity": sensitivity,
-        "sensitivity_sequences": sensitivity_sequences, "sensitivity_probes": sensitivity_probes, "damp": damp,
-        "activation_order": activation_order, "calibration": calibration, "num_sequences": num_sequences,
-        "sequence_length": sequence_length, "seed": seed, "skip": skip or None, "plan": plan, "device": device,
-        "dtype": dtype,
+        "criterion": criterion, "allocator": allocator, "alpha": alpha, "search_minutes": search_minutes,
+        "sensitivity": sensitivity, "sensitivity_sequences": sensitivity_sequences,
+        "sensitivity_probes": sensitivity_probes, "damp": damp, "activation_order": activation_order,
+        "calibration": calibration, "num_sequences": num_sequences, "sequence_length": sequence_length, "seed": seed,
+        "skip": skip or None, "plan": plan, "device": device, "dtype": dtype,
     }  # fmt: skip
     with reported(debug):
         given["group_size"] = group_size_of(group_size)

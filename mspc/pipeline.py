@@ -37,7 +37,7 @@ from mspc.models import (
 from mspc.output import check_space, held, publish, working_folder
 from mspc.plan import read_plan, target_to_dict, write_plan
 from mspc.planning import Chosen, Planner
-from mspc.recipe import AUTO, CURVES, Recipe
+from mspc.recipe import AUTO, CURVES, SEARCH, Recipe
 from mspc.reconstruct import batch_size
 from mspc.report import ConsoleReporter, Reporter, mixture_lines, reconstruction_line
 from mspc.saliency import CRITERIA
@@ -161,7 +161,7 @@ class _Run:
                 step(file)
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, held_out, matrices, header, measurements)
-        planner.check_budget()
+        planner.check(model)
         if (self.folder / MANIFEST).is_file():
             return self.finished(header)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
@@ -188,8 +188,14 @@ class _Run:
             return draw(num_sequences=wanted), None
         try:
             more = draw(num_sequences=wanted + -(-wanted // HELD_OUT))
-        except InputError:
+        except InputError as error:
             tokens = draw(num_sequences=wanted)
+            if recipe.allocator == SEARCH:
+                raise InputError(
+                    "No calibration text is left to judge plans on, which the allocator search needs: give more "
+                    "--calibration text, fewer or shorter sequences (--num-sequences, --sequence-length), or "
+                    "--allocator auto."
+                ) from error
             self.reporter.say(
                 "Note: no calibration text is left to try plans on; the one of least predicted loss is used."
             )
@@ -246,7 +252,7 @@ class _Run:
         chosen = Chosen(given) if given else planner.plan(model, fisher)
         plan = chosen.plan
         write_plan(file, self.checked(plan))
-        how = {"chosen": chosen.name, "tried": chosen.tried}
+        how = {"chosen": chosen.name, "tried": chosen.tried, **chosen.took}
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
@@ -355,7 +361,7 @@ def _check_names(recipe: Recipe) -> None:
     for what, name, known in (
         ("solver", recipe.solver, SOLVERS),
         ("criterion", recipe.criterion, CRITERIA),
-        ("allocator", recipe.allocator, {*ALLOCATORS, AUTO, CURVES}),
+        ("allocator", recipe.allocator, {*ALLOCATORS, AUTO, CURVES, SEARCH}),
         ("sensitivity", recipe.sensitivity, SENSITIVITIES),
     ):
         if name not in known:

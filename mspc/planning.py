@@ -12,16 +12,20 @@ from mspc.allocation import (
     allocate,
     allocate_bytes,
     candidates,
+    cheapest_levels,
     check_bytes,
+    planned_levels,
     wants_curves,
     wants_sensitivity,
     wants_trial,
 )
+from mspc.allocators.curves import Curve
 from mspc.checkpoint import Checkpoint
 from mspc.measurements import fisher_factors, loss_curves, measure_of, sensitivities
 from mspc.models import StreamedModel
-from mspc.recipe import Recipe
+from mspc.recipe import CURVES, SEARCH, Recipe
 from mspc.report import Reporter
+from mspc.search import check_memory, search
 from mspc.solve_blocks import solver_options
 from mspc.trial import try_plans
 from mspc.types import Matrix, PlannedMatrix
@@ -33,11 +37,13 @@ HEADER_BYTES = 600
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan; its name, and the KL divergence from the dense model of each plan that was tried, where some were."""
+    """A plan; its name, the KL divergence from the dense model of each plan that was tried, where some were, and what a
+    search took."""
 
     plan: list[PlannedMatrix]
     name: str | None = None
     tried: dict[str, float] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class Planner:
         )  # fmt: skip
         if recipe.has_budget:
             plans = allocate_bytes(recipe, self.matrices, curves, self.num_bytes(), self.dtype())
+        elif recipe.allocator == SEARCH:
+            return self.searched(model, fisher, curves)
         elif wants_trial(recipe):
             plans = candidates(recipe, self.matrices, curves)
         else:
@@ -94,10 +102,24 @@ class Planner:
         self.reporter.say(f"Plan: {best} ({', '.join(f'{name} {kl:.4f}' for name, kl in tried.items())} nats of KL).")
         return Chosen(plans[best], best, tried)
 
-    def check_budget(self) -> None:
-        """Raises InputError, before anything is measured, for a size that cannot be reached."""
+    def searched(self, model: StreamedModel, fisher: dict[str, Tensor], curves: dict[str, Curve]) -> Chosen:
+        """The best plan that a search finds, from that of least predicted loss on."""
+        assert self.held_out is not None
+        start = cheapest_levels(self.recipe, self.matrices, curves)
+        found = search(model, self.ids, self.held_out, self.matrices, fisher, start, self.recipe, self.reporter)
+        return Chosen(
+            planned_levels(self.recipe, self.matrices, found.levels, curves),
+            SEARCH,
+            {CURVES: found.first, SEARCH: found.divergence},
+            {"generations": found.generations, "minutes": found.minutes},
+        )
+
+    def check(self, model: StreamedModel) -> None:
+        """Raises InputError, before anything is measured, for a size that cannot be reached or memory that is short."""
         if self.recipe.has_budget:
             check_bytes(self.recipe, self.matrices, self.num_bytes(), self.dtype())
+        if self.recipe.allocator == SEARCH and self.held_out is not None:
+            check_memory(model, self.held_out, self.matrices)
 
     def num_bytes(self) -> int:
         """What the recipe's budget leaves for the matrices."""

@@ -16,8 +16,9 @@ MIXED_PATTERN = "N:16"  # the allocator chooses N per matrix
 MIXED_OF = 16
 ROW = "row"  # a group size of None, in TOML and on the command line
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-CURVES, AUTO = "curves", "auto"
-"""The allocators that need loss curves: the plan of least predicted loss, and the best of several when tried."""
+CURVES, AUTO, SEARCH = "curves", "auto", "search"
+"""The allocators that need loss curves: the plan of least predicted loss, the best of several when tried, and the best
+that is found from there by search."""
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -67,10 +68,13 @@ class Recipe:
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
     """How sparsity is shared out: auto (the best of several plans on text that was held out), curves (least predicted
-    loss), uniform, trace-rank, layer-trace-rank, owl, alpha, depth."""
+    loss), search (goes on from there on text that was held out), uniform, trace-rank, layer-trace-rank, owl, alpha,
+    depth."""
     alpha: float | None = None
     """Half-width of the other allocators but uniform: sparsities lie within about sparsity +- alpha, or sparsity
     (1 +- alpha) with the allocator alpha. None: the allocator's own."""
+    search_minutes: float = 10.0
+    """Of the allocator search, which stops by the clock: its plan, not its recipe, makes the same artifact again."""
     sensitivity: str = "hutchinson"
     """What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient)."""
     sensitivity_sequences: int | None = None
@@ -134,6 +138,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"{name} must lie in [0, 1], not {value}.")
+        if not 0 < self.search_minutes < float("inf"):
+            raise InputError(f"search_minutes must be a number above 0, not {self.search_minutes}.")
         if not 0 <= self.damp < float("inf"):
             raise InputError(f"damp must be a number >= 0, not {self.damp}.")
         for pattern in self.skip:

@@ -39,6 +39,7 @@ RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--effort", "--solver"),
     *("--bits-per-weight", "--target-size"),
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
+    "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct"),
 }
@@ -129,6 +130,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
         (("--solver", "mask", "--criterion", "ria"), {"solver": "mask", "criterion": "ria"}),
         (("--allocator", "uniform", "--alpha", 0.2), {"allocator": "uniform", "alpha": 0.2}),
         (("--sensitivity", "gram", "--sensitivity-sequences", 3), {"sensitivity": "gram", "sensitivity_sequences": 3}),
+        (("--allocator", "search", "--search-minutes", 2.5), {"allocator": "search", "search_minutes": 2.5}),
         (("--sensitivity-probes", 4, "--damp", 0.5), {"sensitivity_probes": 4, "damp": 0.5}),
         (("--activation-order",), {"activation_order": True}),
         (("--calibration", "c4", "--num-sequences", 5), {"calibration": "c4", "num_sequences": 5}),
@@ -202,6 +204,12 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
         (("--bits", 5), "bits must be 16 (no rounding), 8, 4, 3 or 2, not 5"),
         (("--bits-per-weight", 0), "bits_per_weight must lie in (0, 32], not 0"),
         (("--bits-per-weight", 3), "A budget needs the allocator auto or curves, not uniform."),
+        (("--target-size", "1GB", "--allocator", "search"), "A budget needs the allocator auto or curves, not search."),
+        (("--allocator", "search", "--search-minutes", 0), "search_minutes must be a number above 0, not 0"),
+        (
+            ("--allocator", "search", "--num-sequences", 93, "--sequence-length", 32),
+            "No calibration text is left to judge plans on, which the allocator search needs: give more",
+        ),
         (("--reconstruct", 9, "--bits", 4), "reconstruct tunes weights that are not rounded, and bits is 4; leave"),
         (("--target-size", "small"), "target_size must be a number with a unit, such as 2.2GB, not 'small'"),
         (("--target-size", "1GB", "--bits-per-weight", 3), "are both a budget; give one of them"),

@@ -37,6 +37,7 @@ FLOORS = (
         "mspc.report",
         "mspc.planning",
         "mspc.trial",
+        "mspc.search",
     },
     {"mspc.pipeline", "mspc.evaluation", "mspc.bench"},
     {"mspc.cli", "mspc.bench_cli", "mspc.console", "mspc.__main__"},
