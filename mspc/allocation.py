@@ -171,6 +171,9 @@ def check_bytes(recipe: Recipe, matrices: Sequence[Sequence[Matrix]], num_bytes:
     smallest = sum(min(size for _, size in of_matrix) for of_matrix in options)
     if smallest > num_bytes:
         numel = sum(matrix.numel for of_block in matrices for matrix in of_block)
+        if recipe.target_size is not None:
+            least = (recipe.target_bytes - num_bytes + smallest) / 1e6
+            raise InputError(f"target_size {recipe.target_size} cannot be reached; the smallest is {least:.3f} MB.")
         raise InputError(
             f"The size asked for leaves {8 * num_bytes / numel:.3f} bits per weight for the {len(options)} matrices, "
             f"and the smallest that pattern {recipe.pattern} allows is {8 * smallest / numel:.3f}; ask for more."

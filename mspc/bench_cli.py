@@ -108,6 +108,9 @@ def bench(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
         )  # fmt: skip
+        for file in (json_file, plot_file):
+            if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+                raise InputError(f"{file} cannot be written: name a file in a folder that exists.")
         if plot_file is not None:
             check_installed()
         result = run(request, save=None if json_file is None else lambda found: write_json(json_file, found))

@@ -257,6 +257,8 @@ class _Run:
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
             self.reporter.say(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
+        if all(matrix.target.pattern.sparsity == 0 and matrix.target.grid is None for matrix in plan):
+            self.reporter.say("Note: the plan prunes and rounds nothing; ask for a sparsity, bits, or a smaller size.")
         if self.recipe.has_budget:
             for line in mixture_lines(plan):
                 self.reporter.say(line)

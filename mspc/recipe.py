@@ -169,7 +169,9 @@ class Recipe:
         if self.target_size is not None:
             _ = self.target_bytes
         if self.allocator not in (AUTO, CURVES):
-            raise InputError(f"A budget needs the allocator auto or curves, not {self.allocator}.")
+            raise InputError(
+                f"bits_per_weight and target_size need the allocator auto or curves, not {self.allocator}."
+            )
 
     @property
     def has_budget(self) -> bool:

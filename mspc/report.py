@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -124,7 +125,7 @@ def verification_table(result: dict[str, Any]) -> Table:
             of["status"],
             "" if error is None else f"{error:.1e}",
             "" if tokens is None else str(tokens),
-            of.get("reason", ""),
+            escape(of.get("reason", "")),  # mspc[gptq] is no markup
         )
     return table
 

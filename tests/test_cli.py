@@ -203,8 +203,11 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
         (("--sparsity", 50), "sparsity must lie in [0, 1), not 50"),
         (("--bits", 5), "bits must be 16 (no rounding), 8, 4, 3 or 2, not 5"),
         (("--bits-per-weight", 0), "bits_per_weight must lie in (0, 32], not 0"),
-        (("--bits-per-weight", 3), "A budget needs the allocator auto or curves, not uniform."),
-        (("--target-size", "1GB", "--allocator", "search"), "A budget needs the allocator auto or curves, not search."),
+        (("--bits-per-weight", 3), "need the allocator auto or curves, not uniform."),
+        (
+            ("--target-size", "1GB", "--allocator", "search"),
+            "need the allocator auto or curves, not search.",
+        ),
         (("--allocator", "search", "--search-minutes", 0), "search_minutes must be a number above 0, not 0"),
         (
             ("--allocator", "search", "--num-sequences", 93, "--sequence-length", 32),

@@ -140,7 +140,10 @@ def test_lists_become_tuples():
         ({"pattern": "N:8"}, r"Unknown pattern 'N:8'"),
         ({"search_minutes": 0}, r"search_minutes must be a number above 0, not 0"),
         ({"search_minutes": float("nan")}, r"search_minutes must be a number above 0, not nan"),
-        ({"bits_per_weight": 3.0, "allocator": "search"}, r"A budget needs the allocator auto or curves, not search"),
+        (
+            {"bits_per_weight": 3.0, "allocator": "search"},
+            r"need the allocator auto or curves, not search",
+        ),
         ({"bits": 5}, r"bits must be 16 \(no rounding\), 8, 4, 3 or 2, not 5"),
         ({"bits": 4.0}, r"bits must be of type int, not 4\.0"),
         ({"bits": True}, r"bits must be of type int, not True"),

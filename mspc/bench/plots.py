@@ -58,10 +58,12 @@ def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) 
 
 def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:
     known = [row for row in rows if row["perplexity"] is not None and row["decode"]]
-    for row in known:
+    for number, row in enumerate(rows):  # the colours of the other panel
+        if row not in known:
+            continue
         step = row["decode"][0]
         point = step["tokens_per_second"]["median"], row["perplexity"]
-        axis.plot(*point, "o", label=label(row))
+        axis.plot(*point, "o", color=f"C{number}", label=label(row))
     if known:
         axis.legend(fontsize="x-small")
         first = known[0]["decode"][0]
