@@ -75,6 +75,7 @@ METHODS: dict[str, dict[str, object]] = {
 ONLY_IF_NAMED = ("search",)
 """Methods that take minutes."""
 BASELINE = "obs uniform"
+ANNOTATED = "default"
 ROUNDING = ("int8", "int4", "int3", "int2")
 
 
@@ -178,22 +179,28 @@ def plot(results: dict[str, dict], dense: list[float], args: argparse.Namespace)
         if "|" in key:
             setting, method, _ = key.split("|")
             points[method][setting].append((run["bits_per_weight"], gap(run["perplexity"], dense)))
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    for method in (m for m in args.methods if m in points):
+    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
+    colors = plt.get_cmap("tab20").colors
+    named = [method for method in args.methods if method in points]
+    for method, color in zip(named, colors * len(named), strict=False):
         means = {
             setting: (runs[0][0], statistics.mean(value for _, value in runs))
             for setting, runs in points[method].items()
         }
         rounded = [means[setting] for setting in ROUNDING if setting in means]
-        (line,) = axes.plot(*zip(*rounded, strict=True), marker="s") if rounded else axes.plot([], [])
+        if rounded:
+            axes.plot(*zip(*rounded, strict=True), marker="s", color=color)
         pruned = [point for setting, point in means.items() if setting not in ROUNDING]
-        axes.scatter([bits for bits, _ in pruned], [value for _, value in pruned], color=line.get_color(), label=method)
-        if method == args.methods[-1]:
+        axes.scatter([bits for bits, _ in pruned], [value for _, value in pruned], color=color, label=method)
+        if method == ANNOTATED:
             for setting, point in means.items():
-                axes.annotate(setting, point, textcoords="offset points", xytext=(4, -10), fontsize="x-small")
+                axes.annotate(setting, point, textcoords="offset points", xytext=(5, -3), fontsize="x-small")
+    ticks = (2, 3, 4, 6, 8, 10, 16)
     axes.set(xlabel="bits per weight", ylabel="log(perplexity / dense)", yscale="log", xscale="log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_title(f"{Path(args.model).name}: lines with squares are rounding alone")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(args.plot, dpi=110)
 
 
