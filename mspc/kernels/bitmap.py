@@ -23,8 +23,6 @@ from mspc.formats.bits import pack_rows, unpack_rows
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import plain
 from mspc.kernels.launch import launches, on_gpu
-from mspc.masks import num_pruned
-from mspc.types import NM
 
 MAX_TOKENS = 16
 WORD, WORDS_OF_BASE = 32, 8
@@ -32,9 +30,7 @@ WORD, WORDS_OF_BASE = 32, 8
 
 def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
     (num_rows, num_columns), grid = description.shape, description.target.grid
-    pattern = description.target.pattern
-    has_mask = not isinstance(pattern, NM) and num_pruned(num_rows * num_columns, pattern.sparsity) > 0
-    if not has_mask or dtype not in (torch.bfloat16, torch.float16):
+    if not description.has_mask or dtype not in (torch.bfloat16, torch.float16):
         return False
     if grid is None:
         return dtype == description.dtype and num_rows * num_columns < 2**31

@@ -54,7 +54,7 @@ class SparseLinear(nn.Module):
 
     def arranged(self) -> dict[str, Tensor]:
         """The tensors as a kernel has arranged them."""
-        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer is not None}
+        return dict(self.named_buffers(recurse=False))
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Arrange the tensors for the kernel for inputs of this dtype, if there is one, where they are now."""
