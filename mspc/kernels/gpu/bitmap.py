@@ -217,4 +217,5 @@ def _grid(bits: int, num_columns: int, scales: Tensor | None, zeros: Tensor | No
         "GROUP_WORDS": triton.cdiv(num_columns, 32) if num_groups == 1 else num_columns // num_groups // 32,
         "SYMMETRIC": zeros is None,
         "PTX": launch.has_ptx(),
+        "enable_fp_fusion": True,
     }

@@ -154,5 +154,6 @@ def expand(words: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int,
         NUM_BLOCKS=num_blocks,
         NUM_GROUPS=scales.shape[1],
         SYMMETRIC=zeros is None,
+        enable_fp_fusion=True,
         **tiles_of(group_size),
     )

@@ -138,7 +138,8 @@ def nm_matmul(
     rows = first_row + tl.arange(0, ROWS)
     for token in tl.static_range(TOKENS):
         y = tl.sum(tl.reshape(sums[token], (ROWS, 32)), axis=1).to(DTYPE)
-        tl.store(outputs_ptr + token * num_rows + rows, y, mask=(rows < num_rows) & (token < num_tokens))
+        if token < num_tokens:
+            tl.store(outputs_ptr + token * num_rows + rows, y, mask=rows < num_rows)
 
 
 @triton.jit
@@ -203,6 +204,7 @@ def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, 
         TOKENS=tokens,
         num_warps=rows,
         num_stages=1,
+        enable_fp_fusion=True,
     )
     return y
 
@@ -212,7 +214,17 @@ def expand(values: Tensor, places: Tensor, keep: int, of: int, out: Tensor) -> N
     bits, num_kept = sizes(values, places, num_rows)
     out.zero_()
     nm_expand[(triton.cdiv(num_rows, 4), triton.cdiv(num_kept, 256))](
-        values, places.view(PLACES[bits]), out, num_rows, num_columns, num_kept, N=keep, M=of, BITS=bits, ROWS=4
+        values,
+        places.view(PLACES[bits]),
+        out,
+        num_rows,
+        num_columns,
+        num_kept,
+        N=keep,
+        M=of,
+        BITS=bits,
+        ROWS=4,
+        enable_fp_fusion=True,
     )
 
 

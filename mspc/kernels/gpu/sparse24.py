@@ -298,5 +298,6 @@ def expand(
         NUM_GROUPS=1 if scales is None else scales.shape[1],
         CODES=scales is not None,
         SYMMETRIC=zeros is None,
+        enable_fp_fusion=True,
         **tiles_of(group_size),
     )

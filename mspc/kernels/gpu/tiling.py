@@ -25,6 +25,7 @@ def fragment_options(num_tokens: int, num_tiles: int, num_blocks: int) -> dict[s
         "S": warps,
         "num_warps": warps,
         "num_stages": 1,
+        "enable_fp_fusion": True,  # newer Triton asks for a choice
         "PTX": launch.has_ptx(),
         "WIDE": launch.interpreted(),
     }
