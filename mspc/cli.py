@@ -144,7 +144,7 @@ def compress(
         ),
     ] = None,
     sensitivity_sequences: Annotated[
-        int | None, option("Most sequences that measure gradients, curves and sensitivity.", "32*", rich_help_panel=HOW)
+        int | None, option("Most sequences that measure gradients, curves and sensitivity.", "24*", rich_help_panel=HOW)
     ] = None,
     sensitivity_probes: Annotated[
         int | None, option("Random probes of each of those sequences.", 1, rich_help_panel=HOW)

@@ -23,10 +23,10 @@ that is found from there by search."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
-        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 32,
+        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 24,
     },
     "default": {
-        "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": "auto", "sensitivity_sequences": 32,
+        "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": "auto", "sensitivity_sequences": 24,
     },
     "best": {
         "solver": "kfac", "iterations": 60, "propagation": 1.0, "allocator": "auto", "sensitivity_sequences": 128,
