@@ -13,7 +13,7 @@ from exporters.record import is_export, write_record
 from exporters.verification import failures, in_short, verify
 from mspc.artifact import ArtifactSource
 from mspc.errors import InputError, VerificationError, unknown
-from mspc.output import held, publish, sibling
+from mspc.output import held, publish, recover, sibling
 from mspc.report import Reporter, Silent
 
 
@@ -82,6 +82,7 @@ def _options(module: ModuleType, format_name: str, values: dict[str, Any]) -> An
 def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
     if out.resolve() == artifact.resolve():
         raise InputError(f"--out {out} is the artifact itself; choose another folder.")
+    recover(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not is_export(out):
             raise InputError(f"{out} is not empty and was not exported by mspc; choose another --out.")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mspc import __version__
-from mspc.artifact import ArtifactSource
+from mspc.artifact import EXPORT_RECORD, ArtifactSource
 from mspc.checkpoint import sha256_of, write_json
 from mspc.errors import InputError
 
-NAME = "mspc_export.json"
+NAME = EXPORT_RECORD
 FORMAT_VERSION = 1
 ROW_KEYS = ("name", "parameter", "tensor", "index", "transposed", "shape", "dtype", "sha256", "pattern", "sparsity",
             "bits", "group_size", "symmetric", "pruned", "zeros")  # fmt: skip

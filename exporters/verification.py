@@ -43,10 +43,12 @@ def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, 
     """The report, which is also written to `verification.json`.
 
     Without `against`, matrices are compared with the digests in the export's record, and logits with those that the
-    artifact had when it was exported. Raises InputError for a folder that is no export.
+    artifact had when it was exported. Raises InputError for a folder that is no export, or one of another artifact.
     """
     record = read_record(folder)
     artifact = ArtifactSource(against, exact=True) if against else None
+    if artifact:
+        _check_origin(folder, record, artifact)
     if against:
         with reporter.stage("Reference logits", 1) as step:
             reference = compute_reference(against)
@@ -69,6 +71,16 @@ def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, 
         reporter.say(f"{name}: {in_words(result)}")
     write_json(folder / REPORT, report)
     return report
+
+
+def _check_origin(folder: Path, record: dict[str, Any], artifact: ArtifactSource) -> None:
+    of_artifact = {row["name"]: row["sha256"] for row in artifact.manifest["matrices"]}
+    differ = [row["name"] for row in record["matrices"] if of_artifact.get(row["name"]) != row["sha256"]]
+    if differ:
+        raise InputError(
+            f"{folder} was not exported from {artifact.folder}: {len(differ)} of {len(record['matrices'])} matrices "
+            f"are others there, such as {differ[0]}. Give the artifact that it came from, or leave --against out."
+        )
 
 
 def failures(report: dict[str, Any]) -> list[str]:

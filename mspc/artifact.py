@@ -26,6 +26,8 @@ from mspc.types import CompressedLinear, Matrix
 
 FORMAT_VERSION = 1
 MANIFEST = "mspc.json"
+EXPORT_RECORD = "mspc_export.json"
+"""What exporters write of an export, where an artifact has its manifest."""
 MATRICES = "matrices"
 UNCHANGED = "unchanged"
 ROW_KEYS = {
@@ -44,6 +46,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if (folder / JOURNAL).is_file():
             raise InputError(f"{folder} holds an unfinished run; finish it with `mspc compress ... --resume` first.")
+        if (folder / EXPORT_RECORD).is_file():
+            raise InputError(f"{folder} is an export; give the artifact that it was made from, or `mspc verify` it.")
         raise InputError(f"{folder} is not an mspc artifact: it has no {MANIFEST}.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

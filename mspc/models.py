@@ -5,6 +5,7 @@ afterwards. This is the only file that knows how transformers names, converts, t
 """
 
 import copy
+import difflib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,9 +44,13 @@ def resolve(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *FILES_BESIDE_WEIGHTS]))
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
+        names = [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1)
+        meant = f" (did you mean {path.with_name(close[0])}?)" if close else ""
+        first, *_ = str(error).splitlines() or [""]
         raise InputError(
-            f"Model {model!r} is no local folder and could not be fetched from the hub ({error}); check the name, the "
-            "network, and for gated models `hf auth login`."
+            f"Model {model!r} is no local folder{meant} and could not be fetched from the hub ({first}); check the "
+            "name, the network, and for gated models `hf auth login`."
         ) from error
 
 
@@ -56,7 +61,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
     if getattr(config, "quantization_config", None):
         if not is_sparse_export(folder):
-            raise InputError(f"{folder} is already quantized; compress the original checkpoint instead.")
+            method = config.quantization_config["quant_method"]
+            raise InputError(
+                f"{folder} is quantized already (quant_method {method!r}), and is not read here. Checkpoints that are "
+                "not quantized are, mspc's artifacts, and exports of the formats dense and sparse."
+            )
         del config.quantization_config  # its weights are read dense
     return config
 

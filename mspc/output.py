@@ -27,6 +27,7 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
         if folder.is_dir():
             with held(folder):
                 pass
+    recover(out)
     # A run that was killed over its first file leaves nothing but the temporary name of that.
     occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
     if occupied and not is_artifact(out):
@@ -73,6 +74,14 @@ def publish(folder: Path, out: Path) -> None:
             place.rename(old)
         folder.rename(place)
         sync_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Put the older folder back, or remove it, where a process was killed inside `publish`."""
+    old = sibling(out, "old")
+    if old.is_dir() and not out.exists():
+        old.rename(out.resolve())
     shutil.rmtree(old, ignore_errors=True)
 
 

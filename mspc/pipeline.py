@@ -162,6 +162,8 @@ class _Run:
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, held_out, matrices, header, measurements)
         planner.check(model)
+        for note in planner.without_effect(model):
+            reporter.say(note)
         if (self.folder / MANIFEST).is_file():
             return self.finished(header)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)

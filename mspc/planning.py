@@ -1,6 +1,7 @@
 """Making a plan: what has to be measured for it, and the allocation that follows."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,27 @@ class Planner:
             check_bytes(self.recipe, self.matrices, self.num_bytes(), self.dtype())
         if self.recipe.allocator == SEARCH and self.held_out is not None:
             check_memory(model, self.held_out, self.matrices)
+
+    def without_effect(self, model: StreamedModel) -> Iterator[str]:
+        """Notes on what was asked and changes nothing."""
+        recipe = self.recipe
+        if recipe.allocator == SEARCH and not wants_curves(recipe):
+            given = "the plan is given" if recipe.plan else "no zeros are asked for"
+            why = f"every matrix gets {recipe.pattern}" if recipe.fixed_pattern else given
+            yield f"Note: the allocator search has nothing to share out: {why}."
+        elif recipe.allocator != SEARCH and recipe.search_minutes != Recipe.search_minutes:
+            yield f"Note: search_minutes is for the allocator search, and it is {recipe.allocator}."
+        names = [
+            f"{model.block_name(index)}.{name}".removesuffix(".weight")
+            for index, block in enumerate(model.blocks)
+            for name, _ in block.named_parameters()
+        ]
+        for pattern in recipe.skip:
+            if not any(re.search(pattern, name) for name in names):
+                yield (
+                    f"Note: --skip {pattern} matches no matrix of a block, such as {names[0]}; embeddings and the "
+                    "output head are never compressed."
+                )
 
     def num_bytes(self) -> int:
         """What the recipe's budget leaves for the matrices."""

@@ -190,7 +190,9 @@ def _hub_documents(source: str, split: Split) -> list[str]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"Text {source!r} comes from the hub, which needs: pip install 'mspc[datasets]'.") from error
+        raise InputError(
+            f"Text {source!r} is no file or folder here; to load it from the hub needs: pip install 'mspc[datasets]'."
+        ) from error
     name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "heldout": "test"}))
     try:
         rows: Sequence[Any] = datasets.load_dataset(name, configuration, split=splits[split], streaming=True)
@@ -199,8 +201,8 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         raise InputError(f"Dataset {name!r} has no `text` column.") from error
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         raise InputError(
-            f"Text {source!r} is no local path and could not be loaded from the hub as {name!r} ({error}); for "
-            "offline work use --calibration builtin or a file."
+            f"Text {source!r} is no file or folder here and could not be loaded from the hub as {name!r} ({error}); "
+            "check the name, or use builtin or a file, which need no network."
         ) from error
     # Line-wise sets such as WikiText: their rows make one document.
     return ["\n\n".join(texts)] if source == "wikitext2" else texts

@@ -250,9 +250,17 @@ def test_what_is_wrong_is_said_before_any_work(options, message, compress, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_inputs_that_are_none(tmp_path, artifact, llama):
+def test_inputs_that_are_none(tmp_path, artifact, llama, monkeypatch):
     assert "is no local folder and could not be fetched" in refused("compress", "no/model", "--out", tmp_path / "out")
     assert "is not a folder" in refused("compress", tmp_path / "model", "--out", tmp_path / "out")
+    monkeypatch.chdir(llama.parent)
+    assert f"(did you mean {llama.name}?)" in refused("eval", llama.name + "a")
+    export = mspc.Artifact(artifact).export("sparse", tmp_path / "sparse", verified=False)
+    assert "is an export; give the artifact" in refused("inspect", export)
+    config = json.loads((export / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (export / "config.json").write_text(json.dumps(config))
+    assert "quantized already (quant_method 'gptq')" in refused("eval", export)
     assert "config.json cannot be used" in refused("eval", tmp_path)
     assert "is an mspc artifact already" in refused("compress", artifact, "--out", tmp_path / "out")
     assert "is not an mspc artifact: it has no mspc.json" in refused("inspect", llama)
@@ -320,6 +328,22 @@ def test_compress_says_when_the_pattern_allows_nothing_nearer(compress, tmp_path
     result = mspc_cli(*compress(tmp_path / "out", "--pattern", "N:16", "--sparsity", 0.98))
     assert "sparsity 93.75%" in result.stderr
     assert "Requested was 98.00%; the pattern allows nothing nearer (-4.25%)." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        (("--skip", "lm_head"), "--skip lm_head matches no matrix of a block, such as model.layers.0.self"),
+        (("--skip", "v_proj"), None),
+        (("--pattern", "2:4", "--allocator", "search"), "search has nothing to share out: every matrix gets 2:4."),
+        (("--sparsity", 0, "--bits", 4, "--group-size", 16, "--allocator", "search"), "no zeros are asked for."),
+        (("--search-minutes", 3), "search_minutes is for the allocator search, and it is uniform."),
+        ((), None),
+    ],
+)
+def test_what_has_no_effect_is_said(arguments, note, compress, tmp_path):
+    result = mspc_cli(*compress(tmp_path / "out", *arguments))
+    assert (note is None and "Note: " not in result.stderr) or (note and note in result.stderr)
 
 
 @pytest.mark.parametrize("windows", [3, None])

@@ -127,6 +127,17 @@ def test_publishing_in_place_removes_what_a_killed_run_left(tmp_path):
     assert names(out) == ["new"]
 
 
+def test_what_a_kill_inside_publish_moved_away_is_put_back(tmp_path):
+    out = filled(tmp_path / "out", MANIFEST)
+    new = filled(tmp_path / ".out.new", "new")
+    assert killed_at(2, Path, "rename", lambda: publish(new, out))
+    assert names(tmp_path) == [".out.new", ".out.old"]
+    with pytest.raises(InputError, match="out holds a finished artifact"):
+        fresh(out)
+    assert names(tmp_path) == [".out.new", "out"]
+    assert (out / MANIFEST).read_text() == "out"
+
+
 def test_a_disk_too_small_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
     check_space(tmp_path, 10**9)

@@ -154,6 +154,16 @@ def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
     assert exporters.failures(check(out)) == []
 
 
+def test_another_artifact_is_not_compared_and_leaves_the_report_alone(folder, llama, calibration, tmp_path):
+    check(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    recipe = mspc.Recipe(effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=32)
+    other = mspc.compress(llama, recipe, out=tmp_path / "other", reporter=Silent())
+    with pytest.raises(InputError, match=r"dense was not exported from .*other: 14 of 14 matrices are others there"):
+        check(folder, other.path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 # Runtimes, played by a module of the test
 
 
