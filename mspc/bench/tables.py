@@ -6,7 +6,6 @@ from typing import Any
 from rich.table import Table
 
 from mspc.bench.formats import FP8_PREFILL
-from mspc.kernels import fp8
 
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -95,7 +94,7 @@ def label(row: dict[str, Any]) -> str:
     """The name of a row, and what it holds or does where the name does not say it."""
     if row["random_weights"]:
         rounds = row["name"].endswith(FP8_PREFILL)
-        return f"{row['name']} (inputs rounded above {fp8.FEW_TOKENS} tokens)" if rounds else str(row["name"])
+        return f"{row['name']} (prefill rounds inputs)" if rounds else str(row["name"])
     return f"{row['name']} ({row['format']})"
 
 
