@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --dry-run          every part at tiny sizes on the CPU
 
 The parts, by value: the ceilings of the device; each kernel against float64; decoding and prefill of 1B and 8B models;
-every layer by itself beside what its bytes would take; cuSPARSELt; compression. Each writes
+every layer by itself beside what its bytes would take; cuSPARSELt; 2:4 in fp8 beside dense; compression. Each writes
 
     <results>/<part>_<gpu>_<date>.json    with versions, configuration and commit; .md, the same as a table; .png
 

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from mspc.bench.decoder import Outer, Pieces, Shape
-from mspc.bench.formats import DENSE, Source, describe, parse_format, random_stored
+from mspc.bench.formats import DENSE, FP8_PREFILL, Source, describe, parse_format, random_stored
 from mspc.bench.models import SHAPES, TINYGEMM, compute_dtype, random_bytes, random_linear, random_outer
 from mspc.bench.request import Candidate, Plan
 from mspc.bench.run import choose_pieces, measure
 from mspc.bench.timing import Ceilings, captured, device_seconds, measure_ceilings, spread
 from mspc.formats import canonical
+from mspc.kernels import cusparselt as cslt
+from mspc.kernels import fp8
+from mspc.kernels.launch import on_gpu
 from mspc.linalg import add_gram, precise_matmul, symmetrize
 from mspc.report import ConsoleReporter, Reporter
 from mspc.solvers import SOLVERS, SolverOptions
@@ -49,7 +52,8 @@ def predicted(shape: Shape, name: str, bandwidth: float) -> tuple[float, float]:
     dtype = torch.bfloat16
     head = shape.hidden * shape.vocabulary * dtype.itemsize / (EFFICIENCY[DENSE][0] * bandwidth)
     fixed = shape.blocks * (4 * SECONDS_OF_PRODUCT + SECONDS_OF_REST) + head
-    least, greatest = (random_bytes(shape, name, dtype) / (share * bandwidth) for share in EFFICIENCY[name][::-1])
+    shares = EFFICIENCY[name.removesuffix(FP8_PREFILL)]
+    least, greatest = (random_bytes(shape, name, dtype) / (share * bandwidth) for share in shares[::-1])
     return fixed + least, fixed + greatest
 
 
@@ -150,6 +154,85 @@ def _errors_of(slot: Slot, what: Result, kernel: Any, matrix: Any) -> Result:
     return {"rows": rows, "wrong": not all(row["right"] and row["weight equal"] for row in rows)}
 
 
+FP8_GAIN, SPARSE_GAIN = 1.8, 1.5
+"""How many times as fast as bfloat16 a dense product in fp8 is expected to be, and as that a 2:4 one."""
+
+
+def fp8_foretold(size: tuple[int, int], tokens: int, ceilings: Ceilings) -> tuple[float, float]:
+    """Seconds of a product with a 2:4 and with a dense matrix in fp8, foretold before any measurement: the passes that
+    round inputs and, for 2:4, multiply scales in take what their bytes do."""
+    rows, columns = size
+    rounding, scaling = (tokens * n / ceilings.copy["median"] for n in (3 * columns, 4 * rows))
+    dense = 2 * rows * columns * tokens / (FP8_GAIN * ceilings.gemm["median"])
+    return rounding + dense / SPARSE_GAIN + scaling, rounding + dense
+
+
+def fp8_products(slot: Slot) -> Iterator[Unit]:
+    """2:4 in fp8, whole and without what is around the product, beside dense fp8, 2:4 in bfloat16, and dense."""
+    if reason := fp8.missing(slot.device):
+        yield "all", lambda: {"rows": [{"what": f"no fp8: {reason}"}]}
+        return
+    for layer, size in slot.layers.items():
+        yield layer, lambda layer=layer, size=size: _fp8_rows(slot, layer, size)
+
+
+def _fp8_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Result:
+    matrix = describe(size, parse_format("2:4"), layer)
+    stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
+    weight = canonical.decode(stored, matrix, layer).weight.to(slot.device)
+    rows = []
+    for tokens in (64,) if slot.is_dry else (64, 256, 1024, 2048, 4096):
+        x = torch.randn(tokens, size[1], device=slot.device).to(torch.bfloat16)
+        graphs = {name: captured(way, slot.device) for name, way in _fp8_ways(x, weight).items()}
+        twin, exact = fp8.twin(x.float(), weight.float()), x.float() @ weight.float().T
+        found = {name: graphs[name]().float() for name in ("2:4 fp8", "fp8")}
+        error = float((found["2:4 fp8"] - twin).norm() / twin.norm())
+        took = {
+            name: spread(device_seconds(graph, slot.device, min(50, slot.repeats)))["median"]
+            for name, graph in graphs.items()
+        }
+        rows.append({
+            "layer": layer, "tokens": tokens,
+            # Tensor cores keep fewer bits of a sum than float32; a wrong scale or place would be an error of about 1.
+            "from twin": error, "right": error < 2**-6,
+            "dense fp8 from twin": float((found["fp8"] - twin).norm() / twin.norm()),
+            "from unrounded": float((found["2:4 fp8"] - exact).norm() / exact.norm()),
+            **{f"{name}, µs": seconds * 1e6 for name, seconds in took.items()},
+            "foretold, µs": fp8_foretold(size, tokens, slot.ceilings)[0] * 1e6,
+            **{f"x {name}": took[name] / took["2:4 fp8"] for name in ("bf16", "2:4", "fp8")},
+        })  # fmt: skip
+    return {"rows": rows, "wrong": not all(row["right"] for row in rows)}
+
+
+def _fp8_ways(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Of multiplying bfloat16 x by the weight: in fp8 with what rounds and scales, and of 2:4 without it too."""
+    kernels, size = on_gpu("fp8"), (weight.shape[0], weight.shape[1])
+    packed, (compressed, scales), (codes, _) = cslt.compress(weight), fp8.compress(weight), fp8.rounded(weight)
+    of_16_bits = cslt.search(x, packed)
+    algorithm = next(found for most, found in fp8.algorithms(size, x.device) if len(x) <= most)
+    rounded, _ = kernels.rounded(x, fp8.TOKENS)
+
+    def product() -> Tensor:
+        return torch._cslt_sparse_mm(
+            compressed, rounded.T, out_dtype=torch.bfloat16, transpose_result=True, alg_id=algorithm
+        )
+
+    def dense_fp8() -> Tensor:
+        inputs, of_tokens = kernels.rounded(x, fp8.TOKENS)
+        scale_a, scale_b = of_tokens[:, None], scales[None]
+        return torch._scaled_mm(
+            inputs, codes.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return {
+        "2:4 fp8": lambda: fp8.matmul(x, compressed, scales, algorithm),
+        "its product": product,
+        "fp8": dense_fp8,
+        "2:4": lambda: cslt.matmul(x, packed, of_16_bits),
+        "bf16": lambda: x @ weight.T,
+    }
+
+
 # ---- the rest does not -----------------------------------------------------------------------------------------------
 
 
@@ -200,8 +283,10 @@ def decode(slot: Slot, name: str) -> Iterator[Unit]:
         least, greatest = predicted(shape, format_name, slot.ceilings.copy["median"])
         return {"bench": row, "foretold_seconds": [least, greatest]}
 
-    for format_name in FORMATS:
-        yield format_name, lambda format_name=format_name: of_format(format_name)
+    rounding = f"2:4{FP8_PREFILL}"
+    for format_name in (*FORMATS, rounding):
+        if format_name != rounding or slot.is_dry or not fp8.missing(slot.device):
+            yield format_name, lambda format_name=format_name: of_format(format_name)
 
 
 def cusparselt(slot: Slot) -> Iterator[Unit]:
@@ -294,6 +379,7 @@ PARTS: dict[str, Callable[[Slot], Iterator[Unit]]] = {
     "decode-8b": lambda slot: decode(slot, "8b"),
     "layers": layers,
     "cusparselt": cusparselt,
+    "fp8": fp8_products,
     "compression": compression,
 }
 """By value: a run that is cut off leaves the first ones."""

@@ -37,7 +37,8 @@ def bench(
     formats: Annotated[
         str | None,
         option(
-            "Of random weights: dense, int4 (also 8, 3, 2), N:M, S%, or a pattern with bits.",
+            "Of random weights: dense, int4 (also 8, 3, 2), N:M, S%, a pattern with bits, or 2:4+fp8 (prefill rounds "
+            "weights and inputs to 8-bit floats).",
             "dense,int4,2:4,8:16,6:16,2:4+int4",
             "--format",
             rich_help_panel=WHAT,

@@ -9,13 +9,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_cases import BF16, CASES, FP16, assert_product, inputs
+from kernel_cases import BF16, CASES, FP16, Case, assert_product, inputs
 from torch.library import opcheck
 
-from mspc.kernels import bitmap, int4, launch, nm, sparse24
+from mspc.kernels import bitmap, fp8, int4, launch, nm, sparse24
+from mspc.kernels.gpu import fp8 as gpu_fp8
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
+from mspc.types import NM
 
 # Triton 3.6 with numpy from 1.25 on.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -133,3 +135,46 @@ def test_every_pair_of_groups(assembly):
     selectors = COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B
     place_all[(1,)](pairs, torch.from_numpy(places).int(), out, *selectors, PTX=assembly)
     assert np.array_equal(out.numpy().view(np.uint16).reshape(64, 2, 4), expected)
+
+
+# 8-bit floats. cuSPARSELt is stood in for by a product in float32, and a compressed weight by its codes.
+
+WIDE = Case("sparse24", NM(2, 4), None, (1056, 2080), BF16)
+"""More than a block of rows and of columns, and no whole number of them."""
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 16, 33])
+def test_rounding_to_e4m3_is_that_of_the_twin_bit_for_bit(num_tokens, dtype):
+    x = (inputs(WIDE, num_tokens) * torch.logspace(-30, 4, num_tokens)[:, None]).to(dtype)
+    x[0, :7] = 0
+    codes, scales = gpu_fp8.rounded(x, 16)
+    expected, expected_scales = fp8.rounded(x)
+    assert len(codes) == -(-num_tokens // 16) * 16
+    assert torch.equal(codes[:num_tokens].view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scales, expected_scales)
+    assert not codes[num_tokens:].view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("num_tokens", [33, 48])
+def test_product_in_e4m3(num_tokens, dtype, monkeypatch):
+    """Oracle: the twin, from which two roundings to bfloat16 may lead away, 2^-8 each, and sums in another order."""
+
+    def sparse_mm(compressed, x, *, out_dtype, transpose_result, alg_id):
+        assert (compressed.dtype, x.dtype, out_dtype, transpose_result, alg_id) == (fp8.E4M3, fp8.E4M3, BF16, True, 7)
+        assert not x.is_contiguous()
+        assert x.shape[1] % 16 == 0
+        return (compressed.float() @ x.float()).T.to(out_dtype).contiguous()
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda codes: codes)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
+    weight, x = WIDE.weight().to(dtype), inputs(WIDE, num_tokens).to(dtype)
+    compressed, scales = fp8.compress(weight)
+    y, expected = fp8.matmul(x, compressed, scales, 7), fp8.twin(x.float(), weight.float())
+    assert (tuple(y.shape), y.dtype) == ((num_tokens, len(weight)), dtype)
+    order = 2.0**-20 * (x.abs().float() @ weight.abs().float().T)
+    assert bool(((y.float() - expected).abs() <= 2.01 * 2.0**-8 * expected.abs() + order).all())
+    opcheck(fp8._matmul, (x, compressed, scales, 7), test_utils="test_faketensor")  # the others cannot compare e4m3
+    strided = torch.stack([x, x], 1)[:, 0]
+    assert torch.equal(fp8.matmul(strided, compressed, scales, 7), y)

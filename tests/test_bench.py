@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +29,8 @@ from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
     Beside,
+    check_format,
+    copied_bytes,
     engine_of,
     format_of,
     model_decoder,
@@ -38,15 +40,16 @@ from mspc.bench.models import (
     random_outer,
     shape_of,
 )
-from mspc.bench.request import Request, check_memory, make_plan
+from mspc.bench.request import Request, _check_fp8, check_memory, make_plan
 from mspc.bench.run import bench
-from mspc.bench.tables import gain, tables, verdicts
+from mspc.bench.tables import gain, label, tables, verdicts
 from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
 from mspc.bench.tinygemm import TinygemmLinear
 from mspc.cli import app
 from mspc.errors import InputError, MspcError
 from mspc.formats import canonical
 from mspc.formats.decoding import decode_mask
+from mspc.kernels import fp8
 from mspc.report import Silent
 from mspc.runtime.linear import SparseLinear
 from mspc.types import NM, Grid
@@ -228,7 +231,10 @@ def test_the_int4_of_torch_multiplies_by_its_codes():
 
 @pytest.mark.parametrize(
     ("name", "pattern", "grid"),
-    [("dense", "unstructured", None), ("6:16", "6:16", None), ("int3", "unstructured", 3), ("2:4+int8", "2:4", 8)],
+    [
+        *(("dense", "unstructured", None), ("6:16", "6:16", None), ("int3", "unstructured", 3), ("2:4+int8", "2:4", 8)),
+        *(("2:4+fp8", "2:4", None), ("2:4+int4+fp8", "2:4", 4)),
+    ],
 )
 def test_formats_have_names(name, pattern, grid):
     target = parse_format(name)
@@ -238,7 +244,7 @@ def test_formats_have_names(name, pattern, grid):
 # Bytes
 
 
-@pytest.mark.parametrize("name", ["dense", TINYGEMM, *FORMATS[1:]])
+@pytest.mark.parametrize("name", ["dense", TINYGEMM, *FORMATS[1:], "2:4+fp8"])
 def test_bytes_of_a_step_are_those_of_the_tensors(name):
     decoder = random_decoder(SMALL, name, random_outer(SMALL, 40, CPU), Pieces())
     moved = step_bytes(decoder, batch=3, context=32)
@@ -318,6 +324,10 @@ def test_measurements_predict_from_bytes_and_operations():
         (Request(shapes="1b", formats=("sparse",)), "Unknown format 'sparse'"),
         (Request(shapes="1b", formats=("2:4+",)), "Unknown format '2:4+'"),
         (Request(shapes="1b", formats=("2:4+50%+int4",)), "Unknown format '2:4+50%+int4'"),
+        (Request(shapes="1b", formats=("2:4+fp8+fp8",)), "Unknown format '2:4+fp8+fp8'"),
+        (Request(shapes="1b", formats=("fp8",)), "Unknown format 'fp8'"),
+        (Request(shapes="1b", formats=("dense+fp8",)), "dense+fp8: prefill in fp8 is for 2:4; choose 2:4+fp8 or"),
+        (Request(shapes="1b", formats=("8:16+fp8",)), "8:16+fp8: prefill in fp8 is for 2:4"),
         (Request(shapes="1b", formats=("3:5",)), "3:5: qkv of 1b has 2048 inputs, which are no whole groups of 3:5"),
         (Request(shapes="1b", formats=("5:4",)), "An N:M pattern needs 1 <= N <= M"),
         (Request(shapes="1b", batches=(0,)), "--batch must be at least 1, not 0"),
@@ -473,6 +483,61 @@ def test_what_is_no_faster_is_said_to_be_no_gain(capsys):
     assert [table.row_count for table in tables(result)] == [4, 4, 4]
 
 
+# Prefill in 8-bit floats
+
+
+def test_only_what_asks_for_it_rounds_and_only_many_tokens():
+    """Oracle: the same weights without it."""
+    outer = random_outer(SMALL, 60, CPU)
+    exact, rounding = (random_decoder(SMALL, name, outer, Pieces()) for name in ("2:4", "2:4+fp8"))
+    assert (engine_of(exact), engine_of(rounding)) == ("plain torch", "plain torch, prefill fp8")
+    ids = torch.randint(260, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for num_tokens in (fp8.FEW_TOKENS, 60):
+            found, expected = (
+                decoder(ids[:, :num_tokens], Cache(SMALL, 1, 60, outer.head), 0) for decoder in (rounding, exact)
+            )
+            difference = float((found - expected).norm() / expected.norm())
+            assert (difference == 0) if num_tokens == fp8.FEW_TOKENS else (0.01 < difference < 0.2)
+
+
+def test_a_copy_is_held_and_not_read_in_decoding(monkeypatch):
+    """As on a GPU, where compressed codes take 5 bits a weight."""
+    compressed = lambda codes: codes[:, : codes.shape[1] * 5 // 8].clone()  # noqa: E731
+    monkeypatch.setattr(torch, "_cslt_compress", compressed)
+    monkeypatch.setattr(fp8, "algorithms", lambda shape, device: ((4096, 0),))
+    outer = random_outer(SMALL, 8, CPU)
+    exact, rounding = (random_decoder(SMALL, name, outer, Pieces()) for name in ("2:4", "2:4+fp8"))
+    for decoder in (exact, rounding):
+        for block in decoder.blocks:
+            for layer in (block.qkv, block.out, block.gate_up, block.down):
+                layer.prepare(torch.bfloat16)
+    assert rounding.weight_bytes() == exact.weight_bytes()
+    scales = 4 * SMALL.blocks * sum(rows for rows, _ in SMALL.linears().values())
+    assert rounding.copied_bytes() == copied_bytes(SMALL, "2:4+fp8") + scales
+    assert rounding.stored_bytes() == exact.stored_bytes() + rounding.copied_bytes()
+    assert engine_of(rounding) == "mspc kernels, prefill fp8"
+    assert exact.copied_bytes() == copied_bytes(SMALL, "2:4") == 0
+
+
+def test_rows_that_round_say_so():
+    row = row_of("2:4+fp8", 0.5)
+    assert label(row) == "2:4+fp8 (prefill rounds inputs)"
+    assert label(row_of("2:4", 0.5)) == "2:4"
+
+
+def test_what_fp8_does_not_fit_is_said_first(monkeypatch):
+    odd = Shape("odd", 128, 260, 1, 4, 2, 32, 260, tied=False)
+    check_format(odd, "2:4")
+    with pytest.raises(InputError, match=r"2:4\+fp8: gate_up of odd is 520 x 128, .* needs multiples of 32"):
+        check_format(odd, "2:4+fp8")
+    monkeypatch.setattr(fp8, "missing", lambda device: "the reason")
+    _check_fp8(("2:4+fp8",), CPU)
+    _check_fp8(("2:4",), torch.device("cuda"))
+    with pytest.raises(InputError, match=r"2:4\+fp8 cannot be measured: the reason; leave this format out"):
+        _check_fp8(("2:4", "2:4+fp8"), torch.device("cuda"))
+
+
 def test_ceilings_are_positive():
     ceilings = measure_ceilings(CPU, torch.float32, 2)
     assert ceilings.copy["median"] > 0
@@ -501,6 +566,46 @@ def test_what_is_foretold_is_what_the_documentation_says(gpu):
             found = gpu.gpu_parts.predicted(SHAPES[shape], {"bf16": "dense"}.get(name, name), 4.3e12)
             assert found[1] == pytest.approx(greatest, rel=0.04)
             assert found[0] == pytest.approx(least[0] if least else greatest, rel=0.06)
+
+
+@pytest.mark.parametrize(("shape", "of_bf16", "of_fp8"), [("8b", "2.10", "1.24"), ("1b", "1.73", "1.07")])
+def test_what_is_foretold_of_fp8_is_what_the_documentation_says(shape, of_bf16, of_fp8, gpu):
+    """Oracle: the sentence of docs/benchmark.md, for the linear layers of an H200."""
+    assert of_bf16 in DOCS.read_text()
+    assert of_fp8 in DOCS.read_text()
+    ceilings = Ceilings({"median": 4.3e12}, {"median": 790e12})
+    sizes = SHAPES[shape].linears().values()
+    sparse, dense = (sum(gpu.gpu_parts.fp8_foretold(size, 2048, ceilings)[way] for size in sizes) for way in (0, 1))
+    bf16 = sum(2 * 2048 * rows * columns for rows, columns in sizes) / 790e12
+    assert f"{bf16 / sparse:.2f}" == of_bf16
+    assert f"{dense / sparse:.2f}" == of_fp8
+
+
+def test_the_part_for_fp8_compares_with_the_twin(gpu, monkeypatch):
+    """cuSPARSELt and the passes about it are stood in for, by torch; once with a scale that is wrong."""
+
+    def rounded(x, multiple):
+        codes, scales = fp8.rounded(torch.nn.functional.pad(x, (0, 0, 0, -len(x) % multiple)))
+        return codes, scales[: len(x)]
+
+    def sparse_mm(compressed, x, *, transpose_result, alg_id, out_dtype=torch.bfloat16):
+        return (compressed.float() @ x.float()).T.to(out_dtype).contiguous()
+
+    wrong = 1.0
+    scaled = lambda product, a, b, dtype: (product * a[:, None] * b * wrong).to(dtype)  # noqa: E731
+    for module in (gpu.gpu_parts, fp8):
+        monkeypatch.setattr(module, "on_gpu", lambda name: SimpleNamespace(rounded=rounded, scaled=scaled))
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda compressed, x, **options: 3)
+    monkeypatch.setattr(fp8, "missing", lambda device: None)
+    (_, unit), *_ = gpu.gpu_parts.fp8_products(gpu.gpu_parts.Slot(CPU, is_dry=True))
+    found = unit()
+    assert not found["wrong"]
+    assert found["rows"][0]["from twin"] < 2**-8 < 0.02 < found["rows"][0]["from unrounded"] < 0.06
+    assert found["rows"][0]["dense fp8 from twin"] < 2**-8
+    wrong = 1.1
+    assert unit()["wrong"]
 
 
 def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -15,6 +15,8 @@ import sass
 from triton.compiler import CompiledKernel
 
 from mspc.kernels.gpu.bitmap import bitmap_matmul
+from mspc.kernels.gpu.fp8 import COLUMNS as FP8_COLUMNS
+from mspc.kernels.gpu.fp8 import fp8_round, fp8_scale
 from mspc.kernels.gpu.int4 import int4_matmul
 from mspc.kernels.gpu.nm import COLUMN, PLACES, nm_matmul
 from mspc.kernels.gpu.sparse24 import sparse24_matmul
@@ -167,3 +169,19 @@ def test_bitmap(arguments, limit):
     instructions, opcodes = per_weight(bitmap(*arguments), 16 * 32)
     assert instructions <= limit
     assert opcodes["POPC"]
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_passes_about_a_product_in_e4m3(capability):
+    """16 bytes at a time, and e4m3 by the instruction that rounds to nearest."""
+    numbers = {"num_tokens": "i32", "num_columns": "i32/16", "num_rows": "i32/16"}
+    constants = {"COLUMNS": FP8_COLUMNS}
+    pointers = {"x_ptr": BF16, "inputs_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
+    text = sass.build(fp8_round, pointers | numbers, constants, capability, 4).asm["ptx"]
+    assert text.count("ld.global.v4.b32") == 2
+    assert text.count("st.global.v2.b32") == 1
+    assert text.count("cvt.rn.satfinite.e4m3x2") == 4
+    assert text.count("div.rn.f32") == 2
+    pointers = {"product_ptr": BF16, "of_tokens_ptr": "*fp32", "of_rows_ptr": "*fp32", "outputs_ptr": BF16}
+    text = sass.build(fp8_scale, pointers | numbers, constants, capability, 4).asm["ptx"]
+    assert text.count("st.global.v4.b32") == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import BF16, CASES, DENSE, Case, assert_product, inputs
 
-from mspc.kernels import dispatch, launch
+from mspc.kernels import dispatch, fp8, launch
 from mspc.types import NM, Grid
 
 pytestmark = [
@@ -67,3 +67,24 @@ def test_measured_methods_agree():
             algorithm = dispatch.cusparselt.search(x.cuda(), arranged["cusparselt"]) if method == "cusparselt" else 0
             y = dispatch.METHODS[method](x.cuda(), arranged, case.description, algorithm)
             assert_product(y, x, case)
+
+
+@pytest.mark.parametrize("case", LARGE[1:3], ids=str)
+@pytest.mark.parametrize("num_tokens", [33, 64, 300])
+def test_e4m3_is_the_twin(case, num_tokens):
+    """Sparse tensor cores keep fewer bits of sums than float32 has, so the bound is one of the whole product."""
+    if reason := fp8.missing(torch.device("cuda")):
+        pytest.skip(reason)
+    arranged = dispatch.with_copies(on_device(case), case.description, BF16, ("fp8",))
+    rows = dispatch.schedule(arranged, case.description, BF16)
+    x = inputs(case, num_tokens).cuda()
+    y = dispatch.matmul(x, arranged, case.description, rows)
+    expected = fp8.twin(x.float(), case.weight().bfloat16().float().cuda())
+    assert y.shape == expected.shape
+    assert float((y.float() - expected).norm() / expected.norm()) < 2**-6
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = dispatch.matmul(x, arranged, case.description, rows)
+    again.zero_()
+    graph.replay()
+    assert torch.equal(again, y)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from mspc.runtime.linear import SparseLinear
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -183,12 +185,19 @@ class Decoder:
         return linear(normed, outer.head)
 
     def weight_bytes(self) -> dict[str, int]:
-        """What a step reads of the weights: of the embeddings, only a row a token, which is not counted."""
-        linears = sum(tensor.nbytes for block in self.blocks for tensor in (*block.buffers(), *block.parameters()))
+        """What a decoding step reads of the weights: of the embeddings, only a row a token, which is not counted."""
+        held = sum(tensor.nbytes for block in self.blocks for tensor in (*block.buffers(), *block.parameters()))
         norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
-        return {"linears": linears - norms, "norms": norms + self.outer.norm.nbytes, "head": self.outer.head.nbytes}
+        linears = held - norms - self.copied_bytes()
+        return {"linears": linears, "norms": norms + self.outer.norm.nbytes, "head": self.outer.head.nbytes}
+
+    def copied_bytes(self) -> int:
+        """Of copies of weights that only prefill reads."""
+        layers = (layer for block in self.blocks for layer in block.modules() if isinstance(layer, SparseLinear))
+        return sum(layer.copied_bytes() for layer in layers)
 
     def stored_bytes(self) -> int:
-        """Of all weights: what is read, and the embeddings where they are not the head."""
+        """Of all weights: what is read, copies, and the embeddings where they are not the head."""
         tied = self.outer.head.data_ptr() == self.outer.embedding.data_ptr()
-        return sum(self.weight_bytes().values()) + (0 if tied else self.outer.embedding.nbytes)
+        read = sum(self.weight_bytes().values()) + self.copied_bytes()
+        return read + (0 if tied else self.outer.embedding.nbytes)

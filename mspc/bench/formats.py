@@ -19,6 +19,8 @@ from mspc.types import NM, Grid, Target, Unstructured, parse_nm
 
 GROUP_SIZE = 128
 DENSE = "dense"
+FP8_PREFILL = "+fp8"
+"""At the end of a name: products of many tokens are of inputs and weights rounded to 8-bit floats."""
 ROW_SPREAD = 0.1
 """Standard deviation of how many weights a row keeps, over their mean. Pruners that compare weights over the whole
 matrix leave some rows fuller than others: in the bundled model at 50%, 0.09 for the middle one of its matrices."""
@@ -27,8 +29,19 @@ STRIP = 2**24
 
 
 def parse_format(name: str) -> Target:
-    """`dense`, `int4`, `2:4`, `50%` or a pattern with bits, such as `2:4+int4`. Raises InputError for others."""
-    patterns = [] if name == DENSE else name.split("+")
+    """`dense`, `int4`, `2:4`, `50%` or a pattern with bits, such as `2:4+int4`; how 2:4 is stored, if `+fp8` follows.
+
+    Raises InputError for others.
+    """
+    stored = name.removesuffix(FP8_PREFILL)
+    target = _parse_stored(stored, name)
+    if stored != name and target.pattern != NM(2, 4):
+        raise InputError(f"{name}: prefill in fp8 is for 2:4; choose 2:4+fp8 or 2:4+int4+fp8, or leave +fp8 out.")
+    return target
+
+
+def _parse_stored(stored: str, name: str) -> Target:
+    patterns = [] if stored == DENSE else stored.split("+")
     grid = None
     if patterns and (bits := re.fullmatch(r"int([8432])", patterns[-1])):
         grid = Grid(int(bits[1]), GROUP_SIZE)
@@ -41,7 +54,7 @@ def parse_format(name: str) -> Target:
         return Target(Unstructured(int(patterns[0][:-1]) / 100), grid)
     raise InputError(
         f"Unknown format {name!r}: choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
-        "50%, or one of the last two and bits, such as 2:4+int4."
+        "50%, one of the last two and bits, such as 2:4+int4, or 2:4+fp8."
     )
 
 

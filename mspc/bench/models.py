@@ -12,10 +12,11 @@ from torch.nn.functional import linear
 
 from mspc.artifact import is_artifact
 from mspc.bench.decoder import Block, Decoder, Outer, Pieces, Shape
-from mspc.bench.formats import DENSE, Source, describe, parse_format, random_stored
+from mspc.bench.formats import DENSE, FP8_PREFILL, Source, describe, parse_format, random_stored
 from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
+from mspc.kernels import fp8
 from mspc.models import load_config, longest_sequence, open_model
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import load
@@ -68,7 +69,9 @@ def engine_of(decoder: Decoder) -> str:
     layers, on_gpu = {type(layer) for layer in modules}, decoder.outer.head.is_cuda
     if SparseLinear in layers:
         prepared = {layer.prepared_for is not None for layer in modules if isinstance(layer, SparseLinear)}
-        return " and ".join({True: "mspc kernels", False: "plain torch"}[is_one] for is_one in sorted(prepared))
+        words = " and ".join({True: "mspc kernels", False: "plain torch"}[is_one] for is_one in sorted(prepared))
+        rounds = any(layer.rounds_prefill for layer in modules if isinstance(layer, SparseLinear))
+        return f"{words}, prefill fp8" if rounds else words
     if TinygemmLinear in layers:
         return "tinygemm" if on_gpu else "torch int4"
     return "cuBLAS" if on_gpu else "torch"
@@ -89,8 +92,11 @@ def check_format(shape: Shape, name: str) -> None:
         what = f"{name}: {layer} of {shape.name}"
         if target is None:
             check_fits(size, what)
-        else:
-            describe(size, target, what)
+        elif not fp8.fits(describe(size, target, what)) and name.endswith(FP8_PREFILL):
+            raise InputError(
+                f"{what} is {size[0]} x {size[1]}, and prefill in fp8 needs multiples of {fp8.SIZES}; leave this "
+                "format out."
+            )
 
 
 def random_bytes(shape: Shape, name: str, dtype: torch.dtype) -> int:
@@ -104,6 +110,11 @@ def random_bytes(shape: Shape, name: str, dtype: torch.dtype) -> int:
     return shape.blocks * sum(
         torch.Size(size).numel() * of.itemsize for matrix in described for of, size in matrix.tensors().values()
     )
+
+
+def copied_bytes(shape: Shape, name: str) -> int:
+    """What a copy for prefill takes beside them on a GPU."""
+    return shape.block_weights * shape.blocks * 5 // 8 if name.endswith(FP8_PREFILL) else 0
 
 
 def outer_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -142,7 +153,10 @@ def random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch
     if name == TINYGEMM:
         return TinygemmLinear(size, source, dtype)
     matrix = describe(size, parse_format(name), what)
-    return SparseLinear.of(random_stored(matrix, source), matrix)
+    layer = SparseLinear.of(random_stored(matrix, source), matrix)
+    if name.endswith(FP8_PREFILL):
+        layer.round_prefill()
+    return layer
 
 
 # Weights of a model

@@ -8,10 +8,20 @@ import torch
 
 from mspc.artifact import is_artifact
 from mspc.bench.decoder import Shape
-from mspc.bench.formats import DENSE
-from mspc.bench.models import SHAPES, TINYGEMM, check_format, compute_dtype, outer_bytes, random_bytes, shape_of
+from mspc.bench.formats import DENSE, FP8_PREFILL
+from mspc.bench.models import (
+    SHAPES,
+    TINYGEMM,
+    check_format,
+    compute_dtype,
+    copied_bytes,
+    outer_bytes,
+    random_bytes,
+    shape_of,
+)
 from mspc.bench.timing import REPEATS, free_memory
 from mspc.errors import InputError, unknown
+from mspc.kernels import fp8
 from mspc.models import choose_device, resolve
 from mspc.sparse_folder import is_sparse_export
 
@@ -76,6 +86,7 @@ def make_plan(request: Request) -> Plan:
     device = choose_device(request.device)
     if device.type not in BATCHES:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}; choose one of these with --device.")
+    _check_fp8(request.formats or (), device)
     shapes, limit = _shapes(request, device)
     groups, left_out = [], []
     for shape, paths in shapes:
@@ -94,6 +105,13 @@ def make_plan(request: Request) -> Plan:
     )  # fmt: skip
     check_memory(plan, free_memory(device))
     return plan
+
+
+def _check_fp8(formats: Sequence[str], device: torch.device) -> None:
+    """On a CPU the twin in torch rounds as a device would; a GPU that cannot would only be slow."""
+    rounding = [name for name in formats if name.endswith(FP8_PREFILL)]
+    if rounding and device.type == "cuda" and (reason := fp8.missing(device)):
+        raise InputError(f"{rounding[0]} cannot be measured: {reason}; leave this format out, or choose --device cpu.")
 
 
 def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, list[str]]], int | None]:
@@ -180,6 +198,7 @@ def check_memory(plan: Plan, free: int) -> None:
             if candidate.format is None:
                 continue
             weights = random_bytes(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
+            weights += copied_bytes(shape, candidate.format) if plan.device.type == "cuda" else 0
             if weights + cache > free:
                 raise InputError(
                     f"{candidate.name} of {shape.name} needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} "

@@ -163,7 +163,7 @@ def make(candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces) 
 
 def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
     """A row before anything was measured."""
-    shape = candidate.shape
+    shape, held = candidate.shape, decoder.weight_bytes()["linears"] + decoder.copied_bytes()
     return {
         "name": candidate.name,
         "model": shape.name,
@@ -173,7 +173,7 @@ def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "baseline": candidate.baseline,
         "engine": engine_of(decoder),
         "weight_bytes": decoder.stored_bytes(),
-        "bits_per_weight": 8 * decoder.weight_bytes()["linears"] / (shape.block_weights * shape.blocks),
+        "bits_per_weight": 8 * held / (shape.block_weights * shape.blocks),
         "peak_memory_bytes": None,
         "clocks": None,
         "perplexity": None,

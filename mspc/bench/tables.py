@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from mspc.bench.formats import FP8_PREFILL
+
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each model shape, by its name."""
@@ -89,9 +91,10 @@ def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> 
 
 
 def label(row: dict[str, Any]) -> str:
-    """The name of a row, and what it holds where the name does not say it."""
+    """The name of a row, and what it holds or does where the name does not say it."""
     if row["random_weights"]:
-        return str(row["name"])
+        rounds = row["name"].endswith(FP8_PREFILL)
+        return f"{row['name']} (prefill rounds inputs)" if rounds else str(row["name"])
     return f"{row['name']} ({row['format']})"
 
 

@@ -4,6 +4,9 @@ It needs a copy of the weight in its own format, 9 bits a weight. The algorithm 
 fastest, so one is searched for every shape. Not for float16, in which it was reported to crash on H100.
 """
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -35,7 +38,14 @@ def compress(weight: Tensor) -> Tensor:
 
 def search(x: Tensor, compressed: Tensor) -> int:
     """The fastest algorithm for inputs of this shape."""
-    return torch._cslt_sparse_mm_search(compressed, _padded(x).T, transpose_result=True)
+    return fastest(compressed, _padded(x).T)
+
+
+def fastest(compressed: Tensor, inputs: Tensor, **options: Any) -> int:
+    """What its search finds, for inputs (I, T) of its own layout; `options` are those of the product."""
+    with warnings.catch_warnings():  # that it will be removed; what shall replace it is not in torch's interface
+        warnings.simplefilter("ignore")
+        return torch._cslt_sparse_mm_search(compressed, inputs, transpose_result=True, **options)
 
 
 def matmul(x: Tensor, compressed: Tensor, algorithm: int) -> Tensor:

@@ -5,6 +5,7 @@
                  the dense weight twice more than a dense model does, so it is slower than one at tens of tokens
     cusparselt   sparse tensor cores, for 2:4 bfloat16 and many tokens } if there is a copy for it,
     tinygemm     torch's own int4 kernel                               } see `with_copies`
+    fp8          sparse tensor cores, inputs and weights rounded to e4m3; taken if, and only if, there is its copy
 
 What is taken unasked is a guess; `measure` times all on the device and remembers (`timings`). A `schedule` is made
 before, not during, a product, which can then be traced.
@@ -18,15 +19,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mspc.formats.description import StoredMatrix
-from mspc.kernels import Kernel, cusparselt, kernel_for, timings, tinygemm
+from mspc.kernels import Kernel, cusparselt, fp8, kernel_for, timings, tinygemm
+from mspc.kernels.launch import launches
 from mspc.kernels.timings import Row
 
 MANY_TOKENS = 1024
 """From here on arithmetic, not memory, limits a product with 2:4 weights on Hopper."""
 ANY_NUMBER = 2**62
 MEASURED_TOKENS = tuple(2**i for i in range(13))
-COPIES = {"cusparselt": ("cusparselt",), "tinygemm": ("tinygemm", "tinygemm_scales")}
+COPIES = {"cusparselt": ("cusparselt",), "tinygemm": ("tinygemm", "tinygemm_scales"), "fp8": ("fp8", "fp8_scales")}
 """The tensors beside those of the kernel that a method needs."""
+UNASKED = ("cusparselt", "tinygemm")
+"""Methods that compute what the stored matrix does, or nearly (`tinygemm`)."""
 
 
 def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torch.dtype) -> tuple[Row, ...]:
@@ -35,6 +39,10 @@ def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torc
     Only those that have their copies; the last is for any number.
     """
     kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
+    if "fp8" in arranged:
+        exact = Row(kernel.MAX_TOKENS, "fused", 0), Row(fp8.FEW_TOKENS, "expanded", 0)
+        found = fp8.algorithms(description.shape, device)
+        return *exact, *(Row(n, "fp8", algorithm) for n, algorithm in found), Row(ANY_NUMBER, "fp8", found[-1][1])
     rows = None
     if device.type == "cuda":
         rows = timings.read(timings.device_key(device), timings.matrix_key(description, dtype))
@@ -63,7 +71,7 @@ def with_copies(
     arranged: dict[str, Tensor],
     description: StoredMatrix,
     dtype: torch.dtype,
-    methods: Collection[str] = tuple(COPIES),
+    methods: Collection[str] = UNASKED,
 ) -> dict[str, Tensor]:
     """`arranged`, on the device, and the copies that these methods need there, where they can be used at all."""
     found = dict(arranged)
@@ -73,6 +81,8 @@ def with_copies(
         stored = _kernel(description, dtype).restore(arranged, description)
         packed = tinygemm.pack(stored, description, arranged["words"].device)
         found["tinygemm"], found["tinygemm_scales"] = packed
+    if "fp8" in methods and fp8.fits(description):
+        found["fp8"], found["fp8_scales"] = fp8.compress(_expanded_weight(arranged, description, dtype))
     return found
 
 
@@ -102,11 +112,18 @@ def _tinygemm(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix,
     return tinygemm.matmul(x, arranged["tinygemm"], arranged["tinygemm_scales"], grid.group_size)
 
 
+def _fp8(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, algorithm: int) -> Tensor:
+    if not launches(x):
+        return fp8.twin(x, _expanded_weight(arranged, description, x.dtype))
+    return fp8.matmul(x, arranged["fp8"], arranged["fp8_scales"], algorithm)
+
+
 METHODS: dict[str, Callable[[Tensor, dict[str, Tensor], StoredMatrix, int], Tensor]] = {
     "fused": _fused,
     "expanded": _expanded,
     "cusparselt": _cusparselt,
     "tinygemm": _tinygemm,
+    "fp8": _fp8,
 }
 
 

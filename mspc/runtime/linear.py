@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from mspc.formats.decoding import STRIP, check_places, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
-from mspc.kernels import dispatch, kernel_for
+from mspc.kernels import dispatch, fp8, kernel_for
 
 DEVICE_STRIP = 2**21
 """Weights decoded at a time where launches cost more than memory: about 50 MB on the way."""
@@ -25,6 +25,8 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     prepared_for: torch.dtype | None = None
     """The dtype of inputs that the buffers are arranged for."""
+    rounds_prefill: bool = False
+    """Whether `round_prefill` was called."""
 
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -70,6 +72,23 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, tensor.to(device))
         self.prepared_for = dtype
         self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
+        if self.rounds_prefill:
+            self.round_prefill()
+
+    def round_prefill(self) -> None:
+        """From now on, more than `fp8.FEW_TOKENS` tokens are multiplied in 8-bit floats, if `fp8.fits` the matrix."""
+        self.rounds_prefill = True
+        if self.prepared_for is None:
+            return
+        copies = dispatch.with_copies(self.arranged(), self.matrix, self.prepared_for, ("fp8",))
+        for name in dispatch.COPIES["fp8"]:
+            self.register_buffer(name, copies[name])
+        self.rows = dispatch.schedule(self.arranged(), self.matrix, self.prepared_for)
+
+    def copied_bytes(self) -> int:
+        """Of copies beside the stored tensors, which only products of many tokens read."""
+        held = self.arranged()
+        return sum(held[name].nbytes for names in dispatch.COPIES.values() for name in names if name in held)
 
     def check(self, name: str) -> None:
         """Raises InputError, naming the matrix, when what was loaded is no matrix of this description."""
@@ -88,7 +107,7 @@ class SparseLinear(nn.Module):
         if x.dtype == self.prepared_for:
             y = dispatch.matmul(flat, self.arranged(), self.matrix, self.rows)
         else:
-            y = matmul(flat, self.stored(), self.matrix)
+            y = matmul(flat, self.stored(), self.matrix, self.rounds_prefill and len(flat) > fp8.FEW_TOKENS)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -128,11 +147,12 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
             layer.prepare(dtype)
 
 
-def matmul(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time."""
+def matmul(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix, rounds: bool = False) -> Tensor:
+    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time; `rounds` as `SparseLinear.rounds_prefill`."""
+    multiply = fp8.twin if rounds else linear
     num_weights = STRIP if x.device.type == "cpu" else DEVICE_STRIP
     parts = [
-        linear(x, decode_rows(stored, matrix, first, last).to(x.dtype))
+        multiply(x, decode_rows(stored, matrix, first, last).to(x.dtype))
         for first, last in strips(matrix.shape, num_weights)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -13,22 +13,38 @@ from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError, unknown
 from mspc.formats.canonical import with_offsets
 from mspc.formats.description import StoredMatrix
+from mspc.kernels import fp8
 from mspc.models import choose_device, load_config, resolve
 from mspc.recipe import DTYPES
-from mspc.runtime.linear import prepare
+from mspc.runtime.linear import SparseLinear, prepare
 from mspc.sparse_folder import descriptions, quantization_config, read_quantization_config
 
+PREFILLS = ("auto", "fp8")
 
-def load(path: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+
+def load(
+    path: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto", prefill: str = "auto"
+) -> PreTrainedModel:
     """The model of a sparse export (a folder or hub id) or of an artifact, in eval mode and without gradients.
 
     Compressed matrices are `SparseLinear` layers, which hold their tensors as they are in the files, byte for byte; all
     else is as transformers has it. `dtype` is what that is in and what is computed in; auto means float32 on a CPU, and
     the checkpoint's own elsewhere. Slices of fused experts, which an artifact may have, become dense.
 
-    Raises InputError, naming the matrix, for files that are damaged or do not belong together.
+    With `prefill="fp8"`, products of more than 32 tokens with 2:4 matrices are of inputs and weights rounded to 8-bit
+    floats (`mspc.kernels.fp8`). That changes the logits, needs a CUDA device that can, and a copy of 5 bits a weight.
+
+    Raises InputError, naming the matrix, for files that are damaged or do not belong together, and for a device or a
+    model without what `prefill` needs.
     """
+    if prefill not in PREFILLS:
+        raise unknown("prefill", prefill, PREFILLS)
     folder, place = resolve(str(path)), choose_device(device)
+    if prefill == "fp8" and (reason := fp8.missing(place)):
+        raise InputError(
+            "prefill='fp8' needs a CUDA device of compute capability 8.9 or more and a torch with cuSPARSELt, and "
+            f"{reason}; leave it out, or choose another device."
+        )
     open_folder = _open_artifact if is_artifact(folder) else _open_export
     model_class, described, settings = open_folder(folder)
     model, info = model_class.from_pretrained(
@@ -40,7 +56,22 @@ def load(path: str | Path, device: str = "auto", dtype: str | torch.dtype = "aut
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model = model.to(place)
     prepare(model, model.dtype)
+    if prefill == "fp8":
+        _round_prefill(model, folder)
     return model
+
+
+def _round_prefill(model: PreTrainedModel, folder: Path) -> None:
+    """Raises InputError where nothing would be rounded."""
+    sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    fitting = [layer for layer in sparse if fp8.fits(layer.matrix) and layer.prepared_for is not None]
+    if not fitting:
+        raise InputError(
+            f"prefill='fp8' needs 2:4 matrices whose sizes are multiples of {fp8.SIZES} and that a kernel multiplies "
+            f"by {str(model.dtype).removeprefix('torch.')}, and {folder} has none; leave it out."
+        )
+    for layer in fitting:
+        layer.round_prefill()
 
 
 Opened = tuple[Any, dict[str, StoredMatrix], dict[str, Any]]
