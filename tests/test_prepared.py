@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import mspc
 import mspc.hf
+from mspc.kernels import launch
 from mspc.report import Silent
+from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 
 
@@ -45,6 +47,18 @@ def test_a_dtype_without_a_kernel_changes_nothing():
     layer = layer_of(CASES[0])
     layer.prepare(torch.float32)
     assert layer.prepared_for is None
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "is_prepared"), [("cuda", (8, 0), True), ("cuda", (7, 5), False), ("cpu", (9, 0), False)]
+)
+def test_models_are_prepared_where_kernels_compile(device, capability, is_prepared, monkeypatch):
+    """From Ampere on; the tensors of the layer only say that they are on the device."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(linear, "compiles_for", lambda _: launch.compiles_for(torch.device(device)))
+    layer = layer_of(CASES[0])
+    prepare(nn.Sequential(layer), CASES[0].dtype)
+    assert (layer.prepared_for is not None) == is_prepared
 
 
 def test_a_prepared_model_writes_the_export_again_and_generates_the_same(calibration, tmp_path):

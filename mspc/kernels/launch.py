@@ -15,6 +15,11 @@ def launches(tensor: Tensor) -> bool:
     return tensor.is_cuda or interpreted()
 
 
+def compiles_for(device: torch.device) -> bool:
+    """Whether the kernels can be compiled for a device: of NVIDIA's for those from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter stands in for a device, for tests on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from mspc.formats.decoding import STRIP, check_places, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.kernels import dispatch, kernel_for
+from mspc.kernels.launch import compiles_for
 
 DEVICE_STRIP = 2**21
 """Weights decoded at a time where launches cost more than memory: about 50 MB on the way."""
@@ -122,9 +123,9 @@ class SparseLinear(nn.Module):
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Arrange all layers of a model whose tensors are on a GPU for the kernels there (see `SparseLinear.prepare`)."""
+    """Arrange all layers of a model on a GPU for the kernels, if it can run them (see `SparseLinear.prepare`)."""
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and next(layer.buffers(recurse=False)).is_cuda:
+        if isinstance(layer, SparseLinear) and compiles_for(next(layer.buffers(recurse=False)).device):
             layer.prepare(dtype)
 
 
