@@ -164,7 +164,7 @@ def _layer_rows(slot: Slot, layer: str, size: tuple[int, int], tokens: tuple[int
     dense: dict[int, float] = {}
     for name in FORMATS:
         copies = [random_linear(size, name, Source.seeded(0, slot.device), slot.dtype, layer)]
-        num_bytes = sum(tensor.nbytes for tensor in copies[0].state_dict().values())
+        num_bytes = sum(tensor.nbytes for tensor in copies[0].buffers())
         while len(copies) * num_bytes < ROTATED_BYTES and not slot.is_dry:
             copies.append(copy.deepcopy(copies[0]))
         for count in tokens:

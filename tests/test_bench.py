@@ -48,6 +48,7 @@ from mspc.errors import InputError, MspcError
 from mspc.formats import canonical
 from mspc.formats.decoding import decode_mask
 from mspc.report import Silent
+from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
 from mspc.types import NM, Grid
 
@@ -501,6 +502,18 @@ def test_what_is_foretold_is_what_the_documentation_says(gpu):
             found = gpu.gpu_parts.predicted(SHAPES[shape], {"bf16": "dense"}.get(name, name), 4.3e12)
             assert found[1] == pytest.approx(greatest, rel=0.04)
             assert found[0] == pytest.approx(least[0] if least else greatest, rel=0.06)
+
+
+def test_layers_are_measured_as_a_decoder_runs_them(gpu, monkeypatch):
+    """Arranged for their kernels. The device only says that it can run these."""
+    parts, ran, forward = gpu.gpu_parts, [], SparseLinear.forward
+    monkeypatch.setattr(linear, "compiles_for", lambda device: True)
+    monkeypatch.setattr(parts, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: ran.append(self.prepared_for) or forward(self, x))
+    rows = list(parts._layer_rows(parts.Slot(CPU, True, Silent()), "down", (128, 256), (1,)))
+    assert [row["format"] for row in rows] == list(parts.FORMATS)
+    assert len(ran) >= 8
+    assert set(ran) == {torch.bfloat16}
 
 
 def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -132,17 +132,19 @@ def random_decoder(shape: Shape, name: str, outer: Outer, pieces: Pieces) -> Dec
     }
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     first = Block(layers, (ones, ones.clone()), None)
-    prepare(first, dtype)
     return Decoder(shape, outer, [first, *(copy.deepcopy(first) for _ in range(shape.blocks - 1))], pieces)
 
 
 def random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch.dtype, what: str) -> nn.Module:
+    """A layer as it runs: arranged for its kernel, on a GPU."""
     if name == DENSE:
         return DenseLinear(source.normal(size, size[1] ** -0.5, dtype))
     if name == TINYGEMM:
         return TinygemmLinear(size, source, dtype)
     matrix = describe(size, parse_format(name), what)
-    return SparseLinear.of(random_stored(matrix, source), matrix)
+    layer = SparseLinear.of(random_stored(matrix, source), matrix)
+    prepare(layer, dtype)
+    return layer
 
 
 # Weights of a model
