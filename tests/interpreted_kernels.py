@@ -3,6 +3,8 @@
 TRITON_INTERPRET has to be set before a kernel is defined, and changes how Triton behaves in the whole process.
 """
 
+import sys
+
 import numpy as np
 import ptx
 import pytest
@@ -12,7 +14,7 @@ import triton.language as tl
 from kernel_cases import BF16, CASES, FP16, assert_product, inputs
 from torch.library import opcheck
 
-from mspc.kernels import bitmap, int4, launch, nm, sparse24
+from mspc.kernels import KERNELS, bitmap, int4, launch, nm, sparse24
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
@@ -57,6 +59,37 @@ def test_operators_are_as_they_are_declared(kernel, monkeypatch):
         monkeypatch.setattr(kernel, name, check)
     kernel.matmul(inputs(case, 3), arranged, case.description)
     kernel.expand(arranged, case.description, torch.empty(case.shape, dtype=case.dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
+def test_kernels_are_launched_on_the_device_of_their_tensors(kernel, monkeypatch):
+    """Triton takes the current one, which is another for some layers of a model on several."""
+    case = next(case for case in CASES if case.kernel is kernel)
+    arranged, out = kernel.arrange(case.stored(), case.description), torch.empty(case.shape, dtype=case.dtype)
+    entered, launched = [], []
+    gpu = launch.on_gpu(kernel.__name__.rpartition(".")[2])
+
+    class Current(torch.cuda.device_of):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.pointer = tensor.data_ptr()
+
+        def __enter__(self):
+            entered.append(self.pointer)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    def noting(run):
+        return lambda *args: launched.append(list(entered)) or run(*args)
+
+    monkeypatch.setattr(sys.modules[kernel.__name__], "device_of", Current)
+    monkeypatch.setattr(gpu, "matmul", noting(gpu.matmul))
+    monkeypatch.setattr(gpu, "expand", noting(gpu.expand))
+    x = inputs(case, 3)
+    kernel.matmul(x, arranged, case.description)
+    kernel.expand(arranged, case.description, out)
+    assert launched == [[x.data_ptr()], [out.data_ptr()]]
 
 
 @pytest.mark.parametrize("case", WITH_ASSEMBLY, ids=str)

@@ -31,7 +31,8 @@ def has_ptx() -> bool:
 
 
 def on_gpu(name: str) -> ModuleType:
-    """The module of `mspc.kernels.gpu` with this name."""
+    """The module of `mspc.kernels.gpu` with this name. Call it within `torch.cuda.device_of` a tensor: Triton launches
+    on the current device, which need not be where the tensors are."""
     try:
         return importlib.import_module(f"mspc.kernels.gpu.{name}")
     except ModuleNotFoundError as error:
