@@ -18,6 +18,7 @@ from mspc.kernels import KERNELS, bitmap, int4, launch, nm, sparse24
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
+from mspc.runtime.linear import SparseLinear
 
 # Triton 3.6 with numpy from 1.25 on.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
@@ -59,6 +60,20 @@ def test_operators_are_as_they_are_declared(kernel, monkeypatch):
         monkeypatch.setattr(kernel, name, check)
     kernel.matmul(inputs(case, 3), arranged, case.description)
     kernel.expand(arranged, case.description, torch.empty(case.shape, dtype=case.dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
+def test_a_model_that_is_cast_after_it_was_arranged_stays_on_its_device(kernel, monkeypatch):
+    """Oracle: the layer before; `restore` is what goes through the CPU."""
+    for case in [case for case in CASES if case.kernel is kernel][:2]:
+        layer = SparseLinear.of(case.stored(), case.description)
+        x = inputs(case, 3).float()
+        expected, weight = layer(x), layer.weight
+        layer.prepare(case.dtype)
+        monkeypatch.setattr(kernel, "restore", None)
+        assert torch.equal(layer.float()(x), expected)
+        assert torch.equal(layer.weight, weight)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)

@@ -80,14 +80,26 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew at every access: (O, I), or (I, O) where the model's own parameter is."""
-        weight = decode_rows(self.stored(), self.matrix, 0, self.out_features)
+        weight = self._dense()
         return weight.T if self.matrix.transposed else weight
+
+    def _dense(self) -> Tensor:
+        """(O, I), made on the device."""
+        if self.prepared_for is None:
+            return decode_rows(self.stored(), self.matrix, 0, self.out_features)
+        kernel, arranged = kernel_for(self.matrix, self.prepared_for), self.arranged()
+        assert kernel is not None
+        weight = torch.empty(self.matrix.shape, dtype=self.matrix.dtype, device=next(iter(arranged.values())).device)
+        kernel.expand(arranged, self.matrix, weight)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of `x`."""
         flat = x.reshape(-1, self.in_features)
         if x.dtype == self.prepared_for:
             y = dispatch.matmul(flat, self.arranged(), self.matrix, self.rows)
+        elif self.prepared_for is not None:  # the model was cast since
+            y = linear(flat, self._dense().to(x.dtype))
         else:
             y = matmul(flat, self.stored(), self.matrix)
         if self.bias is not None:
