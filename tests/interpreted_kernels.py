@@ -4,6 +4,7 @@ TRITON_INTERPRET has to be set before a kernel is defined, and changes how Trito
 """
 
 import sys
+from collections import defaultdict
 
 import numpy as np
 import ptx
@@ -43,6 +44,18 @@ def test_product_with_more_tokens(case):
     for num_tokens in (13, case.kernel.MAX_TOKENS):
         x = inputs(case, num_tokens)
         assert_product(case.kernel.matmul(x, arranged, case.description), x, case)
+
+
+@pytest.mark.parametrize(("num_tokens", "copies"), [(1, 0), (2, 1), (3, 1), (4, 1), (8, 1)])
+def test_gathered_inputs_are_copied_once_at_most(num_tokens, copies, monkeypatch):
+    """Every copy is a launch, which at one token costs about as much as a small product. Oracle: torch's profiler."""
+    case = next(case for case in CASES if case.kernel is nm)
+    arranged, x = case.kernel.arrange(case.stored(), case.description), inputs(case, num_tokens)
+    gpu = launch.on_gpu("nm")
+    monkeypatch.setattr(gpu, "nm_matmul", defaultdict(lambda: lambda *args, **options: None))
+    with torch.profiler.profile() as profile:
+        nm.matmul(x, arranged, case.description)
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
 
 
 @pytest.mark.parametrize("kernel", [int4, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)
