@@ -182,13 +182,14 @@ def model_decoder(folder: Path, length: int, device: torch.device, pieces: Piece
     dtype = compute_dtype(device)
     blocks: list[Block] = []
     if is_artifact(folder) or is_sparse_export(folder):
-        model = load(folder, str(device), dtype)
+        # From the CPU, because matrices are joined before they are arranged; they are there twice in one block only.
+        model = load(folder, "cpu", dtype)
         layers = model.model.layers
         for index, layer in enumerate(layers):
-            blocks.append(_block_of(layer))
+            blocks.append(_block_of(layer.to(device)))
             prepare(blocks[-1], dtype)
-            layers[index] = nn.Identity()  # so that joined matrices are there twice for one block only
-        return Decoder(shape, _outer_of(model, length), blocks, pieces)
+            layers[index] = nn.Identity()
+        return Decoder(shape, _outer_of(model.to(device), length), blocks, pieces)
     streamed = open_model(folder, device=device, dtype=str(dtype).removeprefix("torch."))
     for index in range(len(streamed.blocks)):
         with streamed.loaded(index) as layer:
