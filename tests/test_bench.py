@@ -452,6 +452,20 @@ def test_models_have_a_perplexity(wide, calibration, tmp_path):
     assert expected[1] == expected[2] != expected[0]
 
 
+def test_embeddings_of_random_weights_are_not_there_while_a_model_is_measured(wide, monkeypatch):
+    """They would be in its peak memory."""
+    there = {}
+
+    def measure(candidate, plan, outer, *_):
+        there[candidate] = outer is not None
+        return row_of(candidate.name, 1.0, candidate.baseline)
+
+    monkeypatch.setattr(bench_run, "measure", measure)
+    bench(Request((str(wide), str(wide)), contexts=(8,), prefills=(8,)), reporter=Silent())
+    names = [(candidate.name, is_there) for candidate, is_there in there.items()]
+    assert names == [(str(wide), False), ("int4 (torch)", True), (str(wide), False)]
+
+
 def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, object]:
     times = dict.fromkeys(("p10", "median", "p90"), seconds)
     step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}

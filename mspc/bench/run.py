@@ -57,10 +57,12 @@ def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> 
     result = header(request, plan, kind, ceilings)
     for group in plan.groups:
         outer = None
-        if any(candidate.format for candidate in group):
-            outer = random_outer(group[0].shape, plan.length, plan.device)
         rows: list[dict[str, Any]] = []
         for candidate in group:
+            if candidate.format is None:
+                outer = None  # a model has its own, and this would count as its memory
+            elif outer is None:
+                outer = random_outer(candidate.shape, plan.length, plan.device)
             row = measure(candidate, plan, outer, pieces, ceilings, reporter)
             rows.append(row)
             result["rows"].append(row)
