@@ -61,6 +61,25 @@ def test_models_are_prepared_where_kernels_compile(device, capability, is_prepar
     assert (layer.prepared_for is not None) == is_prepared
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layer_is_arranged_when_it_is_moved_to_a_gpu_and_follows_casts(case, monkeypatch):
+    """As in `from_pretrained(...).to("cuda")`; the CPU only says that it compiles kernels. Oracle: the layer before."""
+    layer, expected = layer_of(case), layer_of(case)
+    monkeypatch.setattr(linear, "compiles_for", lambda device: True)
+    model = nn.Sequential(layer).to("cpu")
+    assert layer.prepared_for == case.dtype
+    before = layer.arranged()
+    other = BF16 if case.dtype == torch.float16 else torch.float16
+    model.to(other)
+    assert layer.prepared_for == (case.dtype if case.grid is None else other)  # values have no kernel for the other
+    assert layer.arranged().keys() == before.keys()
+    assert all(torch.equal(layer.arranged()[name], before[name]) for name in before)
+    x = torch.randn(3, case.shape[1], generator=torch.Generator().manual_seed(0)).to(other)
+    with torch.no_grad():
+        wanted = expected(x.double())
+        torch.testing.assert_close(model(x).double(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
+
+
 def test_a_prepared_model_writes_the_export_again_and_generates_the_same(calibration, tmp_path):
     """Oracle: the tensors of the export, and the model before."""
     recipe = mspc.Recipe(

@@ -186,7 +186,7 @@ def model_decoder(folder: Path, length: int, device: torch.device, pieces: Piece
         model = load(folder, "cpu", dtype)
         layers = model.model.layers
         for index, layer in enumerate(layers):
-            blocks.append(_block_of(layer.to(device)))
+            blocks.append(_block_of(layer).to(device))
             prepare(blocks[-1], dtype)
             layers[index] = nn.Identity()
         return Decoder(shape, _outer_of(model.to(device), length), blocks, pieces)

@@ -19,8 +19,8 @@ class SparseLinear(nn.Module):
     """y = x Wᵀ + bias, with W (O, I) as `matrix` describes it.
 
     Its buffers are the stored tensors under their stored names, on meta until it is loaded; or, once `prepare` was
-    called, what a kernel makes of them. A state dict is what the export holds, either way. Buffers move with the
-    module, and are never cast.
+    called or the layer was moved to a GPU, what a kernel makes of them. A state dict is what the export holds, either
+    way. Buffers move with the module, and are never cast.
     """
 
     bias: nn.Parameter | None
@@ -60,15 +60,16 @@ class SparseLinear(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Arrange the tensors for the kernel for inputs of this dtype, if there is one, where they are now."""
         kernel = kernel_for(self.matrix, dtype)
-        if kernel is None or self.prepared_for is not None:
+        if kernel is None or self.prepared_for == dtype:
             return
-        stored = self.stored()
-        arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
-        device = next(iter(stored.values())).device
-        for part in stored:
-            delattr(self, part)
-        for name, tensor in arranged.items():
-            self.register_buffer(name, tensor.to(device))
+        if self.prepared_for is None:  # codes are arranged alike for every dtype, and values have kernels for one only
+            stored = self.stored()
+            arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
+            device = next(iter(stored.values())).device
+            for part in stored:
+                delattr(self, part)
+            for name, tensor in arranged.items():
+                self.register_buffer(name, tensor.to(device))
         self.prepared_for = dtype
         self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
 
@@ -130,7 +131,9 @@ class SparseLinear(nn.Module):
             cast_too = id(tensor) in buffers and moved.dtype != tensor.dtype
             return tensor.to(moved.device) if cast_too else moved
 
+        inputs = next(self.buffers(recurse=False)).new_empty(0, dtype=self.prepared_for or self.matrix.dtype)
         super()._apply(move, recurse)
+        prepare(self, fn(inputs).dtype)
         return self
 
 
