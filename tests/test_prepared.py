@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from kernel_cases import BF16, CASES
+from kernel_cases import BF16, CASES, stored
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -59,6 +59,21 @@ def test_models_are_prepared_where_kernels_compile(device, capability, is_prepar
     layer = layer_of(CASES[0])
     prepare(nn.Sequential(layer), CASES[0].dtype)
     assert (layer.prepared_for is not None) == is_prepared
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_a_state_dict_is_loaded_into_a_prepared_layer(case):
+    """Oracle: the layer that it is of."""
+    expected, layer = layer_of(case), SparseLinear.of(stored(case.description, seed=1), case.description)
+    layer.bias = nn.Parameter(torch.zeros_like(expected.bias))
+    layer.prepare(case.dtype)
+    for assign in (False, True):
+        assert layer.load_state_dict(expected.state_dict(), assign=assign) == ([], [])
+        assert layer.prepared_for == case.dtype
+        assert torch.equal(layer.weight, expected.weight)
+        assert torch.equal(layer.bias, expected.bias)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({"bias": expected.bias})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -1,6 +1,7 @@
 """A linear layer that computes from the tensors of the sparse export (docs/sparse-format.md) and holds nothing else."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,16 @@ class SparseLinear(nn.Module):
             stored = self.stored()
             arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
             device = next(iter(stored.values())).device
-            for part in stored:
-                delattr(self, part)
-            for name, tensor in arranged.items():
-                self.register_buffer(name, tensor.to(device))
+            self._hold({name: tensor.to(device) for name, tensor in arranged.items()})
         self.prepared_for = dtype
         self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
+
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        """Buffers in place of those that there are."""
+        for name in self.arranged():
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def check(self, name: str) -> None:
         """Raises InputError, naming the matrix, when what was loaded is no matrix of this description."""
@@ -122,6 +127,15 @@ class SparseLinear(nn.Module):
             destination[prefix + part] = tensor
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        dtype = self.prepared_for
+        if dtype is not None:
+            self._hold(self.stored())
+            self.prepared_for = None
+        super()._load_from_state_dict(*args)
+        if dtype is not None:
+            self.prepare(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
