@@ -171,6 +171,24 @@ def test_pieces_can_be_traced_whole():
         torch.testing.assert_close(traced(*given), function(*given))
 
 
+@pytest.mark.parametrize(
+    ("error", "told"), [(RuntimeError("no gcc\nhere"), "no gcc"), (AssertionError(), "AssertionError")]
+)
+def test_pieces_that_are_not_compiled_are_plain_and_said_to_be(error, told, monkeypatch):
+    """The compiler raises; tensors for CUDA are made on the CPU."""
+
+    def fails(*args):
+        raise error
+
+    said, ones, reporter = [], torch.ones, Silent()
+    monkeypatch.setattr(reporter, "say", said.append)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(Pieces, "compiled", lambda pieces: Pieces(fails, fails, fails))
+    pieces, kind = bench_run.choose_pieces(torch.device("cuda"), reporter)
+    assert (pieces, kind) == (Pieces(), "plain")
+    assert said[0].endswith(f": {told}")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 @pytest.mark.parametrize("name", ["dense", "2:4+int4", "8:16"])

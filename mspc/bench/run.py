@@ -113,7 +113,7 @@ def choose_pieces(device: torch.device, reporter: Reporter) -> tuple[Pieces, str
             compiled.rotate(x.repeat(1, 1, 3), x[0], x[0], 1, 1, None, 1e-5)
             compiled.gated(x)
     except Exception as error:  # whatever a compiler that is missing or broken raises
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reporter.say(f"Norms and rotations are not compiled, which costs every format the same time: {reason}")
         return Pieces(add_norm, rotate, gated), "plain"
     return compiled, "compiled"
