@@ -1,11 +1,10 @@
 """What gpu.py measures: each part as units, which are measured, written and resumed one by one.
 
 A unit is a name and a function that returns `{"rows": [...]}`, rows of plain values for a table, or `{"bench": row}`, a
-row of `mspc bench`. Parts that need `mspc.kernels` are between the two lines below that say so.
+row of `mspc bench`.
 """
 
 import copy
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from mspc.bench.request import Candidate, Plan
 from mspc.bench.run import choose_pieces, measure
 from mspc.bench.timing import Ceilings, captured, device_seconds, measure_ceilings, spread
 from mspc.formats import canonical
+from mspc.kernels import KERNELS
 from mspc.linalg import add_gram, precise_matmul, symmetrize
 from mspc.report import ConsoleReporter, Reporter
 from mspc.solvers import SOLVERS, SolverOptions
@@ -113,20 +113,12 @@ def ceilings(slot: Slot) -> Iterator[Unit]:
     yield "software", of_software
 
 
-# ---- needs mspc.kernels ----------------------------------------------------------------------------------------------
-
-
 def kernel_errors(slot: Slot) -> Iterator[Unit]:
     """Each kernel against float64, for 1 token to the most it takes; and its dense weight, which must be equal."""
-    try:
-        kernels = importlib.import_module("mspc.kernels")
-    except ModuleNotFoundError:
-        yield "kernels", lambda: {"rows": [{"what": "no kernels"}]}
-        return
     size = (64, 256) if slot.is_dry else (2048, 4096)
     for name in (name for name in FORMATS if name not in (DENSE, TINYGEMM)):
         matrix = describe(size, parse_format(name), name)
-        for kernel_name, kernel in kernels.KERNELS.items():
+        for kernel_name, kernel in KERNELS.items():
             if kernel.supports(matrix, torch.bfloat16):
                 what = {"kernel": kernel_name, "format": name}
                 yield f"{kernel_name} {name}", lambda w=what, k=kernel, m=matrix: _errors_of(slot, w, k, m)
@@ -148,9 +140,6 @@ def _errors_of(slot: Slot, what: Result, kernel: Any, matrix: Any) -> Result:
         # The result is rounded to bfloat16, by up to 2^-9 of it.
         rows.append({**what, "tokens": tokens, "relative error": error, "right": error < 2**-8, "weight equal": equal})
     return {"rows": rows, "wrong": not all(row["right"] and row["weight equal"] for row in rows)}
-
-
-# ---- the rest does not -----------------------------------------------------------------------------------------------
 
 
 def layers(slot: Slot) -> Iterator[Unit]:
