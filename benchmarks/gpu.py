@@ -8,8 +8,9 @@ every layer by itself beside what its bytes would take; cuSPARSELt; 2:4 in fp8 b
 
     <results>/<part>_<gpu>_<date>.json    with versions, configuration and commit; .md, the same as a table; .png
 
-again after everything it measures. Run again, it goes on with what the newest files lack. No unit begins after
-`--minutes`. What fails is noted, the rest goes on, and the exit code is 1. Beside the times of models stands what was
+again after everything it measures. Run again, it goes on with what the newest files lack, and tries again last what
+failed. No unit begins after `--minutes`. What fails is noted, the rest goes on, and the exit code is 1; a fault after
+which the device refuses this process, such as an illegal address, ends it. Beside the times of models stands what was
 foretold for them before any was measured (docs/benchmark.md), so that every miss is seen.
 """
 
@@ -67,12 +68,31 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def failed_before(result: Result, name: str) -> bool:
+    return "error" in result["units"].get(name, {})
+
+
+def has_failed(path: Path) -> bool:
+    """Whether there is a unit in a file that failed."""
+    result = json.loads(path.read_text()) if path.is_file() else {"units": {}}
+    return any(failed_before(result, name) for name in result["units"])
+
+
+def check_usable(device: torch.device) -> None:
+    """Exits when a fault has left the device of no use to this process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        sys.exit(f"The device is lost to this process; run the same command again, it goes on after this. {error}")
+
+
 def run_part(part: str, slot: Slot, path: Path, deadline: float) -> list[str]:
     """Measures what the file lacks, writing it after each unit; what failed."""
     result = json.loads(path.read_text()) if path.is_file() else header(part, slot)
     failed = []
-    for name, measure in PARTS[part](slot):
-        if name in result["units"] and "error" not in result["units"][name]:
+    for name, measure in sorted(PARTS[part](slot), key=lambda unit: failed_before(result, unit[0])):
+        if name in result["units"] and not failed_before(result, name):
             continue
         if time.monotonic() > deadline:
             print(f"{part}: out of time before {name}; the same command goes on there", flush=True)
@@ -88,10 +108,14 @@ def run_part(part: str, slot: Slot, path: Path, deadline: float) -> list[str]:
         failed += [f"{part}, {name}: {found.get('error', 'wrong results')}"] if is_bad else []
         write(result, path)
         print(f"{part}, {name}: {where['seconds']:.1f} s{', FAILED' * is_bad}", flush=True)
+        check_usable(slot.device)
     else:
         result["finished"] = not any("error" in unit for unit in result["units"].values())
         write(result, path)
-    draw(result, path.with_suffix(".png"))
+    try:
+        draw(result, path.with_suffix(".png"))
+    except Exception as error:  # such as no matplotlib
+        failed.append(f"{part}, its figure: {type(error).__name__}: {error}")
     return failed
 
 
@@ -204,8 +228,10 @@ def main() -> None:
     gpu = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia ")).strip("-")
     with tempfile.TemporaryDirectory(prefix="mspc-gpu-") as temporary:
         results = args.results or (Path(temporary) if args.dry_run else HERE / "results")
+        files = {part: file_of(part, gpu, results) for part in args.parts}
         failed = [
-            line for part in args.parts for line in run_part(part, slot, file_of(part, gpu, results), deadline)
+            line for part in sorted(files, key=lambda part: has_failed(files[part]))
+            for line in run_part(part, slot, files[part], deadline)
         ]  # fmt: skip
     for line in failed:
         print("FAILED", line)

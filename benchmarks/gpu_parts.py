@@ -1,11 +1,10 @@
 """What gpu.py measures: each part as units, which are measured, written and resumed one by one.
 
 A unit is a name and a function that returns `{"rows": [...]}`, rows of plain values for a table, or `{"bench": row}`, a
-row of `mspc bench`. Parts that need `mspc.kernels` are between the two lines below that say so.
+row of `mspc bench`.
 """
 
 import copy
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,8 +21,8 @@ from mspc.bench.request import Candidate, Plan
 from mspc.bench.run import choose_pieces, measure
 from mspc.bench.timing import Ceilings, captured, device_seconds, measure_ceilings, spread
 from mspc.formats import canonical
+from mspc.kernels import KERNELS, fp8
 from mspc.kernels import cusparselt as cslt
-from mspc.kernels import fp8
 from mspc.kernels.launch import on_gpu
 from mspc.linalg import add_gram, precise_matmul, symmetrize
 from mspc.report import ConsoleReporter, Reporter
@@ -117,20 +116,12 @@ def ceilings(slot: Slot) -> Iterator[Unit]:
     yield "software", of_software
 
 
-# ---- needs mspc.kernels ----------------------------------------------------------------------------------------------
-
-
 def kernel_errors(slot: Slot) -> Iterator[Unit]:
     """Each kernel against float64, for 1 token to the most it takes; and its dense weight, which must be equal."""
-    try:
-        kernels = importlib.import_module("mspc.kernels")
-    except ModuleNotFoundError:
-        yield "kernels", lambda: {"rows": [{"what": "no kernels"}]}
-        return
     size = (64, 256) if slot.is_dry else (2048, 4096)
     for name in (name for name in FORMATS if name not in (DENSE, TINYGEMM)):
         matrix = describe(size, parse_format(name), name)
-        for kernel_name, kernel in kernels.KERNELS.items():
+        for kernel_name, kernel in KERNELS.items():
             if kernel.supports(matrix, torch.bfloat16):
                 what = {"kernel": kernel_name, "format": name}
                 yield f"{kernel_name} {name}", lambda w=what, k=kernel, m=matrix: _errors_of(slot, w, k, m)
@@ -247,7 +238,7 @@ def _layer_rows(slot: Slot, layer: str, size: tuple[int, int], tokens: tuple[int
     dense: dict[int, float] = {}
     for name in FORMATS:
         copies = [random_linear(size, name, Source.seeded(0, slot.device), slot.dtype, layer)]
-        num_bytes = sum(tensor.nbytes for tensor in copies[0].state_dict().values())
+        num_bytes = sum(tensor.nbytes for tensor in copies[0].buffers())
         while len(copies) * num_bytes < ROTATED_BYTES and not slot.is_dry:
             copies.append(copy.deepcopy(copies[0]))
         for count in tokens:

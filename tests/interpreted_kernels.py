@@ -3,6 +3,9 @@
 TRITON_INTERPRET has to be set before a kernel is defined, and changes how Triton behaves in the whole process.
 """
 
+import sys
+from collections import defaultdict
+
 import numpy as np
 import ptx
 import pytest
@@ -12,11 +15,12 @@ import triton.language as tl
 from kernel_cases import BF16, CASES, FP16, Case, assert_product, inputs
 from torch.library import opcheck
 
-from mspc.kernels import bitmap, fp8, int4, launch, nm, sparse24
+from mspc.kernels import KERNELS, bitmap, fp8, int4, launch, nm, sparse24
 from mspc.kernels.gpu import fp8 as gpu_fp8
 from mspc.kernels.gpu.dequantize import dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
+from mspc.runtime.linear import SparseLinear
 from mspc.types import NM
 
 # Triton 3.6 with numpy from 1.25 on.
@@ -44,6 +48,18 @@ def test_product_with_more_tokens(case):
         assert_product(case.kernel.matmul(x, arranged, case.description), x, case)
 
 
+@pytest.mark.parametrize(("num_tokens", "copies"), [(1, 0), (2, 1), (3, 1), (4, 1), (8, 1)])
+def test_gathered_inputs_are_copied_once_at_most(num_tokens, copies, monkeypatch):
+    """Every copy is a launch, which at one token costs about as much as a small product. Oracle: torch's profiler."""
+    case = next(case for case in CASES if case.kernel is nm)
+    arranged, x = case.kernel.arrange(case.stored(), case.description), inputs(case, num_tokens)
+    gpu = launch.on_gpu("nm")
+    monkeypatch.setattr(gpu, "nm_matmul", defaultdict(lambda: lambda *args, **options: None))
+    with torch.profiler.profile() as profile:
+        nm.matmul(x, arranged, case.description)
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
+
+
 @pytest.mark.parametrize("kernel", [int4, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)
 def test_operators_are_as_they_are_declared(kernel, monkeypatch):
     """Oracle: torch.library.opcheck, of shapes, aliases and what is written to."""
@@ -59,6 +75,51 @@ def test_operators_are_as_they_are_declared(kernel, monkeypatch):
         monkeypatch.setattr(kernel, name, check)
     kernel.matmul(inputs(case, 3), arranged, case.description)
     kernel.expand(arranged, case.description, torch.empty(case.shape, dtype=case.dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
+def test_a_model_that_is_cast_after_it_was_arranged_stays_on_its_device(kernel, monkeypatch):
+    """Oracle: the layer before; `restore` is what goes through the CPU."""
+    for case in [case for case in CASES if case.kernel is kernel][:2]:
+        layer = SparseLinear.of(case.stored(), case.description)
+        x = inputs(case, 3).float()
+        expected, weight = layer(x), layer.weight
+        layer.prepare(case.dtype)
+        monkeypatch.setattr(kernel, "restore", None)
+        assert torch.equal(layer.float()(x), expected)
+        assert torch.equal(layer.weight, weight)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
+def test_kernels_are_launched_on_the_device_of_their_tensors(kernel, monkeypatch):
+    """Triton takes the current one, which is another for some layers of a model on several."""
+    case = next(case for case in CASES if case.kernel is kernel)
+    arranged, out = kernel.arrange(case.stored(), case.description), torch.empty(case.shape, dtype=case.dtype)
+    entered, launched = [], []
+    gpu = launch.on_gpu(kernel.__name__.rpartition(".")[2])
+
+    class Current(torch.cuda.device_of):
+        def __init__(self, tensor):
+            super().__init__(tensor)
+            self.pointer = tensor.data_ptr()
+
+        def __enter__(self):
+            entered.append(self.pointer)
+
+        def __exit__(self, *_):
+            entered.pop()
+
+    def noting(run):
+        return lambda *args: launched.append(list(entered)) or run(*args)
+
+    monkeypatch.setattr(sys.modules[kernel.__name__], "device_of", Current)
+    monkeypatch.setattr(gpu, "matmul", noting(gpu.matmul))
+    monkeypatch.setattr(gpu, "expand", noting(gpu.expand))
+    x = inputs(case, 3)
+    kernel.matmul(x, arranged, case.description)
+    kernel.expand(arranged, case.description, out)
+    assert launched == [[x.data_ptr()], [out.data_ptr()]]
 
 
 @pytest.mark.parametrize("case", WITH_ASSEMBLY, ids=str)

@@ -51,6 +51,7 @@ from mspc.formats import canonical
 from mspc.formats.decoding import decode_mask
 from mspc.kernels import fp8
 from mspc.report import Silent
+from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
 from mspc.types import NM, Grid
 
@@ -171,6 +172,24 @@ def test_pieces_can_be_traced_whole():
     ):
         traced = torch.compile(function, backend="eager", fullgraph=True)
         torch.testing.assert_close(traced(*given), function(*given))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(RuntimeError("no gcc\nhere"), "no gcc"), (AssertionError(), "AssertionError")]
+)
+def test_pieces_that_are_not_compiled_are_plain_and_said_to_be(error, told, monkeypatch):
+    """The compiler raises; tensors for CUDA are made on the CPU."""
+
+    def fails(*args):
+        raise error
+
+    said, ones, reporter = [], torch.ones, Silent()
+    monkeypatch.setattr(reporter, "say", said.append)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    monkeypatch.setattr(Pieces, "compiled", lambda pieces: Pieces(fails, fails, fails))
+    pieces, kind = bench_run.choose_pieces(torch.device("cuda"), reporter)
+    assert (pieces, kind) == (Pieces(), "plain")
+    assert said[0].endswith(f": {told}")
 
 
 @pytest.mark.gpu
@@ -461,6 +480,20 @@ def test_models_have_a_perplexity(wide, calibration, tmp_path):
     assert expected[1] == expected[2] != expected[0]
 
 
+def test_embeddings_of_random_weights_are_not_there_while_a_model_is_measured(wide, monkeypatch):
+    """They would be in its peak memory."""
+    there = {}
+
+    def measure(candidate, plan, outer, *_):
+        there[candidate] = outer is not None
+        return row_of(candidate.name, 1.0, candidate.baseline)
+
+    monkeypatch.setattr(bench_run, "measure", measure)
+    bench(Request((str(wide), str(wide)), contexts=(8,), prefills=(8,)), reporter=Silent())
+    names = [(candidate.name, is_there) for candidate, is_there in there.items()]
+    assert names == [(str(wide), False), ("int4 (torch)", True), (str(wide), False)]
+
+
 def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, object]:
     times = dict.fromkeys(("p10", "median", "p90"), seconds)
     step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}
@@ -471,7 +504,7 @@ def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, 
 
 
 def test_what_is_no_faster_is_said_to_be_no_gain(capsys):
-    rows = [row_of("dense", 1.0, "bf16"), row_of("faster", 0.5), row_of("equal", 1.0), row_of("slower", 2.0)]
+    rows = [row_of("dense", 1.0, "bf16"), row_of("faster", 0.5), row_of("equal", 1 / 1.004), row_of("slower", 2.0)]
     bench_run.compare(rows)
     told = {row["name"]: gain(row, row["decode"][0], "bf16") for row in rows}
     assert told == {"dense": "1", "faster": "2.00", "equal": "1.00 no gain", "slower": "0.50 no gain"}
@@ -608,6 +641,18 @@ def test_the_part_for_fp8_compares_with_the_twin(gpu, monkeypatch):
     assert unit()["wrong"]
 
 
+def test_layers_are_measured_as_a_decoder_runs_them(gpu, monkeypatch):
+    """Arranged for their kernels. The device only says that it can run these."""
+    parts, ran, forward = gpu.gpu_parts, [], SparseLinear.forward
+    monkeypatch.setattr(linear, "compiles_for", lambda device: True)
+    monkeypatch.setattr(parts, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: ran.append(self.prepared_for) or forward(self, x))
+    rows = list(parts._layer_rows(parts.Slot(CPU, True, Silent()), "down", (128, 256), (1,)))
+    assert [row["format"] for row in rows] == list(parts.FORMATS)
+    assert len(ran) >= 8
+    assert set(ran) == {torch.bfloat16}
+
+
 def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
@@ -652,6 +697,48 @@ def test_what_fails_does_not_stop_the_rest(gpu, tmp_path, monkeypatch, capsys):
     assert "| x\\|y |" in next(tmp_path.glob("*.md")).read_text()
     assert run_gpu(gpu, monkeypatch, *asked, "--minutes", -1) == 0
     assert "kernels: out of time before bad; the same command goes on there" in capsys.readouterr().out
+
+
+def test_what_broke_the_device_is_tried_again_last(gpu, tmp_path, monkeypatch, capsys):
+    """After an illegal address, every call of the process fails: here, synchronizing."""
+    tried, lost = [], []
+
+    def unit(name, breaks=False):
+        def measure():
+            tried.append(name)
+            if breaks:
+                lost.append(name)
+                raise RuntimeError("an illegal memory access was encountered")
+            return {"rows": [{"a": 1}]}
+
+        return name, measure
+
+    def synchronize(device):
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu, "check_usable", lambda device, check=gpu.check_usable: check(torch.device("cuda")))
+    monkeypatch.setattr(
+        gpu, "PARTS", {"one": lambda slot: map(unit, "abc", (0, 1, 0)), "two": lambda slot: [unit("d")]}
+    )
+    asked = ("--dry-run", "--results", tmp_path)
+    for _ in range(2):
+        tried.append("|")
+        assert "run the same command again" in run_gpu(gpu, monkeypatch, *asked)
+        lost.clear()
+    assert "".join(tried) == "|ab|dcb"
+
+
+def test_a_figure_that_fails_does_not_stop_the_rest(gpu, tmp_path, monkeypatch, capsys):
+    def broken(result, path):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    units = lambda slot: [("a", lambda: {"rows": [{"a": 1}]})]  # noqa: E731
+    monkeypatch.setattr(gpu, "draw", broken)
+    monkeypatch.setattr(gpu, "PARTS", {"one": units, "two": units})
+    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 1
+    assert "FAILED two, its figure: ModuleNotFoundError: No module named 'matplotlib'" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(gpu, monkeypatch):

@@ -104,6 +104,12 @@ def test_measured_is_taken_and_remembered(libraries, tmp_path):
     assert_product(matmul(x, arranged, SPARSE.description, tuple(rows)), x, SPARSE)
 
 
+def test_no_kernel_is_given_more_tokens_than_it_takes():
+    rows = [Row(2 * SPARSE.kernel.MAX_TOKENS, "fused", 0), Row(ANY_NUMBER, "expanded", 0)]
+    timings.write("a GPU", timings.matrix_key(SPARSE.description, BF16), rows)
+    assert methods(SPARSE, on_device=True) == ["fused"] * 4 + ["expanded"] * 4  # 33 tokens are the first for the other
+
+
 @pytest.mark.parametrize("case", [SPARSE, INT4, *CASES[13:14], *CASES[-1:]], ids=str)
 def test_traced_as_one_graph(case, monkeypatch):
     """torch.compile with fullgraph raises where it would have to leave the graph."""

@@ -3,14 +3,16 @@
 import pytest
 import tiny
 import torch
-from kernel_cases import BF16, CASES
+from kernel_cases import BF16, CASES, stored
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mspc
 import mspc.hf
+from mspc.kernels import launch
 from mspc.report import Silent
+from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 
 
@@ -45,6 +47,52 @@ def test_a_dtype_without_a_kernel_changes_nothing():
     layer = layer_of(CASES[0])
     layer.prepare(torch.float32)
     assert layer.prepared_for is None
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "is_prepared"), [("cuda", (8, 0), True), ("cuda", (7, 5), False), ("cpu", (9, 0), False)]
+)
+def test_models_are_prepared_where_kernels_compile(device, capability, is_prepared, monkeypatch):
+    """From Ampere on; the tensors of the layer only say that they are on the device."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(linear, "compiles_for", lambda _: launch.compiles_for(torch.device(device)))
+    layer = layer_of(CASES[0])
+    prepare(nn.Sequential(layer), CASES[0].dtype)
+    assert (layer.prepared_for is not None) == is_prepared
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_a_state_dict_is_loaded_into_a_prepared_layer(case):
+    """Oracle: the layer that it is of."""
+    expected, layer = layer_of(case), SparseLinear.of(stored(case.description, seed=1), case.description)
+    layer.bias = nn.Parameter(torch.zeros_like(expected.bias))
+    layer.prepare(case.dtype)
+    for assign in (False, True):
+        assert layer.load_state_dict(expected.state_dict(), assign=assign) == ([], [])
+        assert layer.prepared_for == case.dtype
+        assert torch.equal(layer.weight, expected.weight)
+        assert torch.equal(layer.bias, expected.bias)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({"bias": expected.bias})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layer_is_arranged_when_it_is_moved_to_a_gpu_and_follows_casts(case, monkeypatch):
+    """As in `from_pretrained(...).to("cuda")`; the CPU only says that it compiles kernels. Oracle: the layer before."""
+    layer, expected = layer_of(case), layer_of(case)
+    monkeypatch.setattr(linear, "compiles_for", lambda device: True)
+    model = nn.Sequential(layer).to("cpu")
+    assert layer.prepared_for == case.dtype
+    before = layer.arranged()
+    other = BF16 if case.dtype == torch.float16 else torch.float16
+    model.to(other)
+    assert layer.prepared_for == (case.dtype if case.grid is None else other)  # values have no kernel for the other
+    assert layer.arranged().keys() == before.keys()
+    assert all(torch.equal(layer.arranged()[name], before[name]) for name in before)
+    x = torch.randn(3, case.shape[1], generator=torch.Generator().manual_seed(0)).to(other)
+    with torch.no_grad():
+        wanted = expected(x.double())
+        torch.testing.assert_close(model(x).double(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
 
 
 def test_a_prepared_model_writes_the_export_again_and_generates_the_same(calibration, tmp_path):

@@ -143,17 +143,18 @@ def random_decoder(shape: Shape, name: str, outer: Outer, pieces: Pieces) -> Dec
     }
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     first = Block(layers, (ones, ones.clone()), None)
-    prepare(first, dtype)
     return Decoder(shape, outer, [first, *(copy.deepcopy(first) for _ in range(shape.blocks - 1))], pieces)
 
 
 def random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch.dtype, what: str) -> nn.Module:
+    """A layer as it runs: arranged for its kernel, on a GPU."""
     if name == DENSE:
         return DenseLinear(source.normal(size, size[1] ** -0.5, dtype))
     if name == TINYGEMM:
         return TinygemmLinear(size, source, dtype)
     matrix = describe(size, parse_format(name), what)
     layer = SparseLinear.of(random_stored(matrix, source), matrix)
+    prepare(layer, dtype)
     if name.endswith(FP8_PREFILL):
         layer.round_prefill()
     return layer
@@ -194,13 +195,14 @@ def model_decoder(folder: Path, length: int, device: torch.device, pieces: Piece
     dtype = compute_dtype(device)
     blocks: list[Block] = []
     if is_artifact(folder) or is_sparse_export(folder):
-        model = load(folder, str(device), dtype)
+        # From the CPU, because matrices are joined before they are arranged; they are there twice in one block only.
+        model = load(folder, "cpu", dtype)
         layers = model.model.layers
         for index, layer in enumerate(layers):
-            blocks.append(_block_of(layer))
+            blocks.append(_block_of(layer).to(device))
             prepare(blocks[-1], dtype)
-            layers[index] = nn.Identity()  # so that joined matrices are there twice for one block only
-        return Decoder(shape, _outer_of(model, length), blocks, pieces)
+            layers[index] = nn.Identity()
+        return Decoder(shape, _outer_of(model.to(device), length), blocks, pieces)
     streamed = open_model(folder, device=device, dtype=str(dtype).removeprefix("torch."))
     for index in range(len(streamed.blocks)):
         with streamed.loaded(index) as layer:

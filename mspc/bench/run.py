@@ -57,10 +57,12 @@ def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> 
     result = header(request, plan, kind, ceilings)
     for group in plan.groups:
         outer = None
-        if any(candidate.format for candidate in group):
-            outer = random_outer(group[0].shape, plan.length, plan.device)
         rows: list[dict[str, Any]] = []
         for candidate in group:
+            if candidate.format is None:
+                outer = None  # a model has its own, and this would count as its memory
+            elif outer is None:
+                outer = random_outer(candidate.shape, plan.length, plan.device)
             row = measure(candidate, plan, outer, pieces, ceilings, reporter)
             rows.append(row)
             result["rows"].append(row)
@@ -111,7 +113,7 @@ def choose_pieces(device: torch.device, reporter: Reporter) -> tuple[Pieces, str
             compiled.rotate(x.repeat(1, 1, 3), x[0], x[0], 1, 1, None, 1e-5)
             compiled.gated(x)
     except Exception as error:  # whatever a compiler that is missing or broken raises
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reporter.say(f"Norms and rotations are not compiled, which costs every format the same time: {reason}")
         return Pieces(add_norm, rotate, gated), "plain"
     return compiled, "compiled"

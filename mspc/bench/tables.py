@@ -109,7 +109,12 @@ def gain(row: dict[str, Any], step: dict[str, Any], baseline: str) -> str:
     ratio = step["speedup"].get(baseline)
     if ratio is None:
         return "-"
-    return f"{ratio:.2f}" if ratio > 1 else f"{ratio:.2f} no gain"
+    return f"{ratio:.2f}" if is_gain(ratio) else f"{ratio:.2f} no gain"
+
+
+def is_gain(ratio: float) -> bool:
+    """Whether it is one in the two places that are shown; what is less is noise."""
+    return round(ratio, 2) > 1
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[str]:
@@ -123,7 +128,7 @@ def verdicts(result: dict[str, Any]) -> Iterator[str]:
                 known = [ratio for ratio in ratios if ratio is not None]
                 if row["baseline"] == baseline or not known:
                     continue
-                if max(known) > 1:
+                if is_gain(max(known)):
                     span = f"{min(known):.2f} to {max(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
                     gained.append(f"{label(row)} {span}")
                 else:

@@ -17,6 +17,7 @@ many weights balanced as 8:16 cost a third (`mspc.kernels.nm`).
 
 import torch
 from torch import Tensor
+from torch.cuda import device_of
 from torch.nn.functional import pad
 
 from mspc.formats.bits import pack_rows, unpack_rows
@@ -113,7 +114,8 @@ def _matmul(
     zeros: Tensor | None,
     bits: int,
 ) -> Tensor:
-    y: Tensor = on_gpu("bitmap").matmul(x, kept, words, bases, ranks, scales, zeros, bits)
+    with device_of(x):
+        y: Tensor = on_gpu("bitmap").matmul(x, kept, words, bases, ranks, scales, zeros, bits)
     return y
 
 
@@ -142,4 +144,5 @@ def _expand(
     bits: int,
     out: Tensor,
 ) -> None:
-    on_gpu("bitmap").expand(kept, words, bases, ranks, scales, zeros, bits, out)
+    with device_of(out):
+        on_gpu("bitmap").expand(kept, words, bases, ranks, scales, zeros, bits, out)

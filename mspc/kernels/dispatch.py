@@ -50,6 +50,8 @@ def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torc
         guess = ((kernel.MAX_TOKENS, "fused"), (MANY_TOKENS - 1, "expanded"), (ANY_NUMBER, "cusparselt"))
         rows = [Row(up_to, method, 0) for up_to, method in guess]
     there = [row for row in rows if set(COPIES.get(row.method, ())) <= arranged.keys()]
+    # What was measured may be of an older kernel, and beyond its tokens a kernel computes nothing.
+    there = [row._replace(up_to=min(row.up_to, kernel.MAX_TOKENS)) if row.method == "fused" else row for row in there]
     return *there, Row(ANY_NUMBER, "expanded", 0)
 
 

@@ -15,6 +15,7 @@ codes and inputs are exact and summed in float32, scales are applied to the sums
 
 import torch
 from torch import Tensor
+from torch.cuda import device_of
 
 from mspc.formats.bits import pack_rows, unpack_rows
 from mspc.formats.description import StoredMatrix
@@ -81,7 +82,8 @@ def expand(arranged: dict[str, Tensor], description: StoredMatrix, out: Tensor) 
 
 @torch.library.custom_op("mspc::int4_matmul", mutates_args=())
 def _matmul(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, num_rows: int, group_size: int) -> Tensor:
-    y: Tensor = on_gpu("int4").matmul(x, words, scales, zeros, num_rows, group_size)
+    with device_of(x):
+        y: Tensor = on_gpu("int4").matmul(x, words, scales, zeros, num_rows, group_size)
     return y
 
 
@@ -92,4 +94,5 @@ def _(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, num_rows: 
 
 @torch.library.custom_op("mspc::int4_expand", mutates_args=("out",))
 def _expand(words: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, out: Tensor) -> None:
-    on_gpu("int4").expand(words, scales, zeros, group_size, out)
+    with device_of(out):
+        on_gpu("int4").expand(words, scales, zeros, group_size, out)

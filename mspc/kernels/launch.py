@@ -15,6 +15,11 @@ def launches(tensor: Tensor) -> bool:
     return tensor.is_cuda or interpreted()
 
 
+def compiles_for(device: torch.device) -> bool:
+    """Whether the kernels can be compiled for a device: of NVIDIA's for those from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter stands in for a device, for tests on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,7 +31,8 @@ def has_ptx() -> bool:
 
 
 def on_gpu(name: str) -> ModuleType:
-    """The module of `mspc.kernels.gpu` with this name."""
+    """The module of `mspc.kernels.gpu` with this name. Call it within `torch.cuda.device_of` a tensor: Triton launches
+    on the current device, which need not be where the tensors are."""
     try:
         return importlib.import_module(f"mspc.kernels.gpu.{name}")
     except ModuleNotFoundError as error:

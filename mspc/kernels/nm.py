@@ -15,6 +15,7 @@ these at 8:16. Products are summed in float32. On an H200 memory limits up to 4 
 
 import torch
 from torch import Tensor
+from torch.cuda import device_of
 from torch.nn.functional import pad
 
 from mspc.formats.bits import pack_rows, unpack_rows
@@ -110,7 +111,8 @@ def expand(arranged: dict[str, Tensor], description: StoredMatrix, out: Tensor) 
 
 @torch.library.custom_op("mspc::nm_matmul", mutates_args=())
 def _matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
-    y: Tensor = on_gpu("nm").matmul(x, values, places, num_rows, keep, of)
+    with device_of(x):
+        y: Tensor = on_gpu("nm").matmul(x, values, places, num_rows, keep, of)
     return y
 
 
@@ -121,4 +123,5 @@ def _(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, of: i
 
 @torch.library.custom_op("mspc::nm_expand", mutates_args=("out",))
 def _expand(values: Tensor, places: Tensor, keep: int, of: int, out: Tensor) -> None:
-    on_gpu("nm").expand(values, places, keep, of, out)
+    with device_of(out):
+        on_gpu("nm").expand(values, places, keep, of, out)

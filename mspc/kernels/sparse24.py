@@ -18,6 +18,7 @@ zeros put in by `prmt`: sparse tensor cores (`mma.sp`) would halve their number,
 
 import torch
 from torch import Tensor
+from torch.cuda import device_of
 
 from mspc.formats.bits import pack_rows, unpack_rows
 from mspc.formats.description import StoredMatrix
@@ -161,7 +162,8 @@ def _matmul(
     num_rows: int,
     group_size: int,
 ) -> Tensor:
-    y: Tensor = on_gpu("sparse24").matmul(x, kept, places, scales, zeros, num_rows, group_size)
+    with device_of(x):
+        y: Tensor = on_gpu("sparse24").matmul(x, kept, places, scales, zeros, num_rows, group_size)
     return y
 
 
@@ -182,4 +184,5 @@ def _(
 def _expand(
     kept: Tensor, places: Tensor, scales: Tensor | None, zeros: Tensor | None, group_size: int, out: Tensor
 ) -> None:
-    on_gpu("sparse24").expand(kept, places, scales, zeros, group_size, out)
+    with device_of(out):
+        on_gpu("sparse24").expand(kept, places, scales, zeros, group_size, out)

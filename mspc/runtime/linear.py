@@ -1,6 +1,7 @@
 """A linear layer that computes from the tensors of the sparse export (docs/sparse-format.md) and holds nothing else."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn.functional import linear
 from mspc.formats.decoding import STRIP, check_places, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.kernels import dispatch, fp8, kernel_for
+from mspc.kernels.launch import compiles_for
 
 DEVICE_STRIP = 2**21
 """Weights decoded at a time where launches cost more than memory: about 50 MB on the way."""
@@ -18,8 +20,8 @@ class SparseLinear(nn.Module):
     """y = x Wᵀ + bias, with W (O, I) as `matrix` describes it.
 
     Its buffers are the stored tensors under their stored names, on meta until it is loaded; or, once `prepare` was
-    called, what a kernel makes of them. A state dict is what the export holds, either way. Buffers move with the
-    module, and are never cast.
+    called or the layer was moved to a GPU, what a kernel makes of them. A state dict is what the export holds, either
+    way. Buffers move with the module, and are never cast.
     """
 
     bias: nn.Parameter | None
@@ -61,15 +63,13 @@ class SparseLinear(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Arrange the tensors for the kernel for inputs of this dtype, if there is one, where they are now."""
         kernel = kernel_for(self.matrix, dtype)
-        if kernel is None or self.prepared_for is not None:
+        if kernel is None or self.prepared_for == dtype:
             return
-        stored = self.stored()
-        arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
-        device = next(iter(stored.values())).device
-        for part in stored:
-            delattr(self, part)
-        for name, tensor in arranged.items():
-            self.register_buffer(name, tensor.to(device))
+        if self.prepared_for is None:  # codes are arranged alike for every dtype, and values have kernels for one only
+            stored = self.stored()
+            arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
+            device = next(iter(stored.values())).device
+            self._hold({name: tensor.to(device) for name, tensor in arranged.items()})
         self.prepared_for = dtype
         self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
         if self.rounds_prefill:
@@ -90,6 +90,13 @@ class SparseLinear(nn.Module):
         held = self.arranged()
         return sum(held[name].nbytes for names in dispatch.COPIES.values() for name in names if name in held)
 
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        """Buffers in place of those that there are."""
+        for name in self.arranged():
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
     def check(self, name: str) -> None:
         """Raises InputError, naming the matrix, when what was loaded is no matrix of this description."""
         check_types(types_of(self.stored()), self.matrix, name)
@@ -98,14 +105,26 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew at every access: (O, I), or (I, O) where the model's own parameter is."""
-        weight = decode_rows(self.stored(), self.matrix, 0, self.out_features)
+        weight = self._dense()
         return weight.T if self.matrix.transposed else weight
+
+    def _dense(self) -> Tensor:
+        """(O, I), made on the device."""
+        if self.prepared_for is None:
+            return decode_rows(self.stored(), self.matrix, 0, self.out_features)
+        kernel, arranged = kernel_for(self.matrix, self.prepared_for), self.arranged()
+        assert kernel is not None
+        weight = torch.empty(self.matrix.shape, dtype=self.matrix.dtype, device=next(iter(arranged.values())).device)
+        kernel.expand(arranged, self.matrix, weight)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of `x`."""
         flat = x.reshape(-1, self.in_features)
         if x.dtype == self.prepared_for:
             y = dispatch.matmul(flat, self.arranged(), self.matrix, self.rows)
+        elif self.prepared_for is not None:  # the model was cast since
+            y = linear(flat, self._dense().to(x.dtype))
         else:
             y = matmul(flat, self.stored(), self.matrix, self.rounds_prefill and len(flat) > fp8.FEW_TOKENS)
         if self.bias is not None:
@@ -128,6 +147,15 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        dtype = self.prepared_for
+        if dtype is not None:
+            self._hold(self.stored())
+            self.prepared_for = None
+        super()._load_from_state_dict(*args)
+        if dtype is not None:
+            self.prepare(dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
 
@@ -136,14 +164,16 @@ class SparseLinear(nn.Module):
             cast_too = id(tensor) in buffers and moved.dtype != tensor.dtype
             return tensor.to(moved.device) if cast_too else moved
 
+        inputs = next(self.buffers(recurse=False)).new_empty(0, dtype=self.prepared_for or self.matrix.dtype)
         super()._apply(move, recurse)
+        prepare(self, fn(inputs).dtype)
         return self
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Arrange all layers of a model whose tensors are on a GPU for the kernels there (see `SparseLinear.prepare`)."""
+    """Arrange all layers of a model on a GPU for the kernels, if it can run them (see `SparseLinear.prepare`)."""
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and next(layer.buffers(recurse=False)).is_cuda:
+        if isinstance(layer, SparseLinear) and compiles_for(next(layer.buffers(recurse=False)).device):
             layer.prepare(dtype)
 
 

@@ -185,12 +185,13 @@ def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, 
     """x (T, I) -> (T, O); the other arguments as `mspc.kernels.nm` has them."""
     num_tokens = len(x)
     tokens = 1 << (num_tokens - 1).bit_length()
-    by_column = torch.nn.functional.pad(x.T, (0, tokens - num_tokens)).contiguous()
+    # One copy, or none of a single token: padding copies even where there is nothing to pad.
+    by_column = x.T if tokens == num_tokens else torch.nn.functional.pad(x.T, (0, tokens - num_tokens))
     y = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=x.device)
     bits, _ = sizes(values, places, num_rows)
     rows = 4 if num_rows < 2**14 else 8
     nm_matmul[(triton.cdiv(num_rows, rows),)](
-        by_column.view(COLUMN[tokens]),
+        by_column.contiguous().view(COLUMN[tokens]),
         values.view(torch.int32),
         places.view(PLACES[bits]),
         y,
