@@ -26,6 +26,7 @@ from mspc.kernels import cusparselt as cslt
 from mspc.kernels.launch import on_gpu
 from mspc.linalg import add_gram, precise_matmul, symmetrize
 from mspc.report import ConsoleReporter, Reporter
+from mspc.runtime.linear import SparseLinear
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.types import GramStats
 
@@ -239,6 +240,8 @@ def _layer_rows(slot: Slot, layer: str, size: tuple[int, int], tokens: tuple[int
     for name in FORMATS:
         copies = [random_linear(size, name, Source.seeded(0, slot.device), slot.dtype, layer)]
         num_bytes = sum(tensor.nbytes for tensor in copies[0].buffers())
+        if isinstance(copies[0], SparseLinear):
+            num_bytes -= copies[0].copied_bytes()  # which these tokens do not read
         while len(copies) * num_bytes < ROTATED_BYTES and not slot.is_dry:
             copies.append(copy.deepcopy(copies[0]))
         for count in tokens:

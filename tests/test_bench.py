@@ -29,6 +29,7 @@ from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
     Beside,
+    arrange,
     check_format,
     copied_bytes,
     engine_of,
@@ -49,7 +50,7 @@ from mspc.cli import app
 from mspc.errors import InputError, MspcError
 from mspc.formats import canonical
 from mspc.formats.decoding import decode_mask
-from mspc.kernels import fp8
+from mspc.kernels import cusparselt, fp8
 from mspc.report import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
@@ -499,7 +500,7 @@ def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, 
     step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}
     decoded = {"batch": 1, "context": 8, "bytes_per_second": times, "share_of_copy": 0.5, "bytes": {}, **step}
     shared = {"model": "m", "random_weights": True, "perplexity": None, "peak_memory_bytes": None, "engine": "torch"}
-    shared |= {"bits_per_weight": 9.0, "weight_bytes": 10}
+    shared |= {"bits_per_weight": 9.0, "copied_bits_per_weight": 0.0, "weight_bytes": 10}
     return {"name": name, "baseline": baseline, "decode": [decoded], "prefill": [{"tokens": 8, **step}], **shared}
 
 
@@ -550,7 +551,16 @@ def test_a_copy_is_held_and_not_read_in_decoding(monkeypatch):
     assert rounding.copied_bytes() == copied_bytes(SMALL, "2:4+fp8") + scales
     assert rounding.stored_bytes() == exact.stored_bytes() + rounding.copied_bytes()
     assert engine_of(rounding) == "mspc kernels, prefill fp8"
-    assert exact.copied_bytes() == copied_bytes(SMALL, "2:4") == 0
+    assert exact.copied_bytes() == 0  # this is no device for cuSPARSELt
+    monkeypatch.setattr(cusparselt, "missing", lambda device: None)
+    monkeypatch.setattr(cusparselt, "algorithms", lambda shape, device: ((4096, 0),))
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight[:, : weight.shape[1] * 9 // 16].clone())
+    for block in exact.blocks:
+        arrange(block, torch.bfloat16)
+    assert exact.copied_bytes() == copied_bytes(SMALL, "2:4")
+    assert exact.weight_bytes() == rounding.weight_bytes()
+    assert engine_of(exact) == "mspc kernels, prefill cusparselt"
+    assert copied_bytes(SMALL, "8:16") == copied_bytes(SMALL, "2:4+int4") == 0
 
 
 def test_rows_that_round_say_so():

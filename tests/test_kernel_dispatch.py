@@ -39,7 +39,8 @@ def libraries(monkeypatch):
     monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda weight, x, transpose_result: 7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cusparselt, "missing", lambda device: None)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
 
 
@@ -74,11 +75,12 @@ def methods(case: Case, *copies: str, on_device: bool = False) -> list[str]:
     return [next(row.method for row in rows if n <= row.up_to) for n in (1, 8, 9, 32, 33, 1023, 1024, 10**6)]
 
 
-def test_unmeasured():
+def test_unmeasured(monkeypatch):
+    monkeypatch.setattr(cusparselt, "algorithms", lambda shape, device: ((64, 1), (4096, 2)))
     assert methods(INT4) == ["fused"] * 4 + ["expanded"] * 4
     assert methods(INT4, "tinygemm") == ["fused"] * 4 + ["expanded"] * 4
     assert methods(SPARSE) == ["fused"] * 4 + ["expanded"] * 4
-    assert methods(SPARSE, "cusparselt") == ["fused"] * 4 + ["expanded"] * 2 + ["cusparselt"] * 2
+    assert methods(SPARSE, "cusparselt") == ["fused"] * 4 + ["cusparselt"] * 4
     assert methods(Case("nm", NM(8, 16), None, (32, 256), BF16)) == ["fused"] * 2 + ["expanded"] * 6
 
 
@@ -143,17 +145,17 @@ def test_a_spoiled_cache_is_an_empty_one(tmp_path):
 
 
 def test_no_library_without_a_device():
-    assert not cusparselt.usable(SPARSE.description, BF16)
+    assert cusparselt.missing(torch.device("cpu")) == "cpu is no CUDA device"
     assert not tinygemm.usable(INT4.description, BF16)
     arranged = INT4.kernel.arrange(INT4.stored(), INT4.description)
     assert with_copies(arranged, INT4.description, BF16).keys() == arranged.keys()
 
 
 def test_what_the_libraries_take(libraries):
-    assert cusparselt.usable(SPARSE.description, BF16)
-    assert not cusparselt.usable(SPARSE.description, torch.float16)
-    assert not cusparselt.usable(Case("sparse24", NM(2, 4), None, (24, 256), BF16).description, BF16)
-    assert not cusparselt.usable(Case("sparse24", NM(2, 4), Grid(4, 64), (32, 256), BF16).description, BF16)
+    assert cusparselt.fits(SPARSE.description, BF16)
+    assert not cusparselt.fits(SPARSE.description, torch.float16)
+    assert not cusparselt.fits(Case("sparse24", NM(2, 4), None, (24, 256), BF16).description, BF16)
+    assert not cusparselt.fits(Case("sparse24", NM(2, 4), Grid(4, 64), (32, 256), BF16).description, BF16)
     assert tinygemm.usable(INT4.description, BF16)
     assert not tinygemm.usable(Case("int4", DENSE, Grid(4, None), (32, 256), BF16).description, BF16)
     assert not tinygemm.usable(Case("int4", DENSE, Grid(4, 64), (36, 256), BF16).description, BF16)

@@ -70,8 +70,9 @@ def engine_of(decoder: Decoder) -> str:
     if SparseLinear in layers:
         prepared = {layer.prepared_for is not None for layer in modules if isinstance(layer, SparseLinear)}
         words = " and ".join({True: "mspc kernels", False: "plain torch"}[is_one] for is_one in sorted(prepared))
-        rounds = any(layer.rounds_prefill for layer in modules if isinstance(layer, SparseLinear))
-        return f"{words}, prefill fp8" if rounds else words
+        sparse = [layer for layer in modules if isinstance(layer, SparseLinear)]
+        prefill = sorted({str(layer.prefill) for layer in sparse if layer.copied_bytes() or layer.rounds})
+        return f"{words}, prefill {' and '.join(prefill)}" if prefill else words
     if TinygemmLinear in layers:
         return "tinygemm" if on_gpu else "torch int4"
     return "cuBLAS" if on_gpu else "torch"
@@ -114,7 +115,8 @@ def random_bytes(shape: Shape, name: str, dtype: torch.dtype) -> int:
 
 def copied_bytes(shape: Shape, name: str) -> int:
     """What a copy for prefill takes beside them on a GPU."""
-    return shape.block_weights * shape.blocks * 5 // 8 if name.endswith(FP8_PREFILL) else 0
+    bits = 5 if name.endswith(FP8_PREFILL) else 9 if name == "2:4" else 0
+    return shape.block_weights * shape.blocks * bits // 8
 
 
 def outer_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -154,10 +156,17 @@ def random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch
         return TinygemmLinear(size, source, dtype)
     matrix = describe(size, parse_format(name), what)
     layer = SparseLinear.of(random_stored(matrix, source), matrix)
-    prepare(layer, dtype)
-    if name.endswith(FP8_PREFILL):
-        layer.round_prefill()
+    arrange(layer, dtype, "fp8" if name.endswith(FP8_PREFILL) else "cusparselt")
     return layer
+
+
+def arrange(module: nn.Module, dtype: torch.dtype, prefill: str = "cusparselt") -> None:
+    """Its sparse layers as they run fastest on their device, whatever memory that takes."""
+    prepare(module, dtype)
+    for layer in module.modules():
+        if isinstance(layer, SparseLinear):
+            layer.prefill_by(prefill)
+            layer.tune()
 
 
 # Weights of a model
@@ -200,7 +209,7 @@ def model_decoder(folder: Path, length: int, device: torch.device, pieces: Piece
         layers = model.model.layers
         for index, layer in enumerate(layers):
             blocks.append(_block_of(layer).to(device))
-            prepare(blocks[-1], dtype)
+            arrange(blocks[-1], dtype)
             layers[index] = nn.Identity()
         return Decoder(shape, _outer_of(model.to(device), length), blocks, pieces)
     streamed = open_model(folder, device=device, dtype=str(dtype).removeprefix("torch."))

@@ -165,7 +165,8 @@ def make(candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces) 
 
 def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
     """A row before anything was measured."""
-    shape, held = candidate.shape, decoder.weight_bytes()["linears"] + decoder.copied_bytes()
+    shape = candidate.shape
+    weights = shape.block_weights * shape.blocks
     return {
         "name": candidate.name,
         "model": shape.name,
@@ -175,7 +176,8 @@ def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "baseline": candidate.baseline,
         "engine": engine_of(decoder),
         "weight_bytes": decoder.stored_bytes(),
-        "bits_per_weight": 8 * held / (shape.block_weights * shape.blocks),
+        "bits_per_weight": 8 * decoder.weight_bytes()["linears"] / weights,
+        "copied_bits_per_weight": 8 * decoder.copied_bytes() / weights,
         "peak_memory_bytes": None,
         "clocks": None,
         "perplexity": None,

@@ -35,11 +35,11 @@ def _sizes(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Ta
     headings = ("format", "runs on", "bits/weight", "weights", "peak memory", "perplexity")
     table = _titled(f"{model}: sizes", result, *headings)
     for row in rows:
-        peak, perplexity = row["peak_memory_bytes"], row["perplexity"]
+        peak, perplexity, copied = row["peak_memory_bytes"], row["perplexity"], row["copied_bits_per_weight"]
         table.add_row(
             label(row),
             row["engine"],
-            f"{row['bits_per_weight']:.3f}",
+            f"{row['bits_per_weight']:.3f}" + (f" + {copied:.3f}" if copied else ""),
             f"{row['weight_bytes'] / 1e9:.3f} GB",
             "-" if peak is None else f"{peak / 1e9:.2f} GB",
             "-" if perplexity is None else f"{perplexity:.3f}",

@@ -5,6 +5,8 @@ fastest, so one is searched for every shape. Not for float16, in which it was re
 """
 
 import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,23 +14,34 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mspc.formats.description import StoredMatrix
-from mspc.types import NM
+from mspc.types import NM, Target
 
 TOKENS = 8
 """It multiplies by multiples of so many."""
 
 
-def usable(description: StoredMatrix, dtype: torch.dtype) -> bool:
-    """Whether there is a device that can, and the matrix has a shape that it takes."""
+TAKES = "16-bit matrices of 2:4 with sizes that are multiples of 16, in bfloat16"
+SEARCHED_TOKENS = tuple(2**i for i in range(6, 13))
+
+
+def fits(description: StoredMatrix, dtype: torch.dtype) -> bool:
     return (
-        description.target.pattern == NM(2, 4)
-        and description.target.grid is None
+        description.target == Target(NM(2, 4), None)
         and dtype == torch.bfloat16
         and all(size % 16 == 0 for size in description.shape)
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability() >= (8, 0)
-        and torch.backends.cusparselt.is_available()
     )
+
+
+def missing(device: torch.device) -> str | None:
+    """Why `device` cannot do it, in words; None where it can."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return f"{device} is no CUDA device"
+    if not torch.backends.cusparselt.is_available():
+        return "this torch has no cuSPARSELt"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the compute capability of {device} is {capability[0]}.{capability[1]}, and 8.0 is needed"
+    return None
 
 
 def compress(weight: Tensor) -> Tensor:
@@ -46,6 +59,30 @@ def fastest(compressed: Tensor, inputs: Tensor, **options: Any) -> int:
     with warnings.catch_warnings():  # that it will be removed; what shall replace it is not in torch's interface
         warnings.simplefilter("ignore")
         return torch._cslt_sparse_mm_search(compressed, inputs, transpose_result=True, **options)
+
+
+@cache
+def algorithms(shape: tuple[int, int], device: torch.device) -> tuple[tuple[int, int], ...]:
+    """`(tokens, algorithm)`: the fastest for up to so many, ascending; searched for once, with random numbers."""
+    return fastest_by_tokens(shape, device, lambda weight: compress(weight.bfloat16()), lambda x: x.bfloat16())
+
+
+def fastest_by_tokens(
+    shape: tuple[int, int],
+    device: torch.device,
+    compressed: Callable[[Tensor], Tensor],
+    inputs: Callable[[Tensor], Tensor],
+    **options: Any,
+) -> tuple[tuple[int, int], ...]:
+    """`algorithms` of a product whose operands are made from random numbers by two functions."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(shape, generator=generator, device=device)
+    weight[:, 0::4] = weight[:, 2::4] = 0
+    packed = compressed(weight)
+    return tuple(
+        (n, fastest(packed, inputs(torch.randn(n, shape[1], generator=generator, device=device)).T, **options))
+        for n in SEARCHED_TOKENS
+    )
 
 
 def matmul(x: Tensor, compressed: Tensor, algorithm: int) -> Tensor:

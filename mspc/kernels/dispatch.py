@@ -11,7 +11,7 @@ What is taken unasked is a guess; `measure` times all on the device and remember
 before, not during, a product, which can then be traced.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -23,8 +23,6 @@ from mspc.kernels import Kernel, cusparselt, fp8, kernel_for, timings, tinygemm
 from mspc.kernels.launch import launches
 from mspc.kernels.timings import Row
 
-MANY_TOKENS = 1024
-"""From here on arithmetic, not memory, limits a product with 2:4 weights on Hopper."""
 ANY_NUMBER = 2**62
 MEASURED_TOKENS = tuple(2**i for i in range(13))
 COPIES = {"cusparselt": ("cusparselt",), "tinygemm": ("tinygemm", "tinygemm_scales"), "fp8": ("fp8", "fp8_scales")}
@@ -41,18 +39,24 @@ def schedule(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torc
     kernel, device = _kernel(description, dtype), next(iter(arranged.values())).device
     if "fp8" in arranged:
         exact = Row(kernel.MAX_TOKENS, "fused", 0), Row(fp8.FEW_TOKENS, "expanded", 0)
-        found = fp8.algorithms(description.shape, device)
-        return *exact, *(Row(n, "fp8", algorithm) for n, algorithm in found), Row(ANY_NUMBER, "fp8", found[-1][1])
+        return *exact, *_searched("fp8", fp8.algorithms(description.shape, device))
     rows = None
     if device.type == "cuda":
         rows = timings.read(timings.device_key(device), timings.matrix_key(description, dtype))
     if rows is None:
-        guess = ((kernel.MAX_TOKENS, "fused"), (MANY_TOKENS - 1, "expanded"), (ANY_NUMBER, "cusparselt"))
-        rows = [Row(up_to, method, 0) for up_to, method in guess]
+        rows = [Row(kernel.MAX_TOKENS, "fused", 0)]
+        if "cusparselt" in arranged:
+            rows += _searched("cusparselt", cusparselt.algorithms(description.shape, device))
     there = [row for row in rows if set(COPIES.get(row.method, ())) <= arranged.keys()]
     # What was measured may be of an older kernel, and beyond its tokens a kernel computes nothing.
     there = [row._replace(up_to=min(row.up_to, kernel.MAX_TOKENS)) if row.method == "fused" else row for row in there]
     return *there, Row(ANY_NUMBER, "expanded", 0)
+
+
+def _searched(method: str, algorithms: Sequence[tuple[int, int]]) -> list[Row]:
+    """The last is for any number of tokens."""
+    rows = [Row(up_to, method, algorithm) for up_to, algorithm in algorithms]
+    return [*rows[:-1], rows[-1]._replace(up_to=ANY_NUMBER)]
 
 
 def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix, rows: tuple[Row, ...]) -> Tensor:
@@ -77,7 +81,8 @@ def with_copies(
 ) -> dict[str, Tensor]:
     """`arranged`, on the device, and the copies that these methods need there, where they can be used at all."""
     found = dict(arranged)
-    if "cusparselt" in methods and cusparselt.usable(description, dtype):
+    device = next(iter(arranged.values())).device
+    if "cusparselt" in methods and cusparselt.fits(description, dtype) and not cusparselt.missing(device):
         found["cusparselt"] = cusparselt.compress(_expanded_weight(arranged, description, dtype))
     if "tinygemm" in methods and tinygemm.usable(description, dtype):
         stored = _kernel(description, dtype).restore(arranged, description)
@@ -127,6 +132,16 @@ METHODS: dict[str, Callable[[Tensor, dict[str, Tensor], StoredMatrix, int], Tens
     "tinygemm": _tinygemm,
     "fp8": _fp8,
 }
+
+
+def tuned(arranged: dict[str, Tensor], description: StoredMatrix, dtype: torch.dtype) -> tuple[Row, ...]:
+    """The schedule, measured first if this GPU never did. What rounds is not measured: it was asked for."""
+    device = next(iter(arranged.values())).device
+    if device.type == "cuda" and "fp8" not in arranged:
+        key = timings.device_key(device), timings.matrix_key(description, dtype)
+        if timings.read(*key) is None:
+            measure(arranged, description, dtype)
+    return schedule(arranged, description, dtype)
 
 
 def milliseconds(call: Callable[[], Tensor]) -> float:

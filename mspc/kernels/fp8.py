@@ -14,9 +14,11 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.cuda import device_of
 
 from mspc.formats.description import StoredMatrix
-from mspc.kernels.cusparselt import fastest
+from mspc.kernels import cusparselt
+from mspc.kernels.cusparselt import fastest_by_tokens
 from mspc.kernels.launch import on_gpu
 from mspc.types import NM
 
@@ -27,9 +29,9 @@ SMALLEST = 1e-30
 """Rows whose numbers are all smaller are scaled as if one were as large."""
 FEW_TOKENS = 32
 """So many are multiplied by the weight as it is stored, and nothing is rounded."""
+TAKES = "matrices of 2:4, 16-bit or int4, with sizes that are multiples of 32, in bfloat16 or float16"
 SIZES, TOKENS = 32, 16
 """It multiplies matrices whose sizes are multiples of the one, by multiples of the other of tokens."""
-SEARCHED_TOKENS = tuple(2**i for i in range(6, 13))
 
 
 def fits(description: StoredMatrix) -> bool:
@@ -38,10 +40,8 @@ def fits(description: StoredMatrix) -> bool:
 
 def missing(device: torch.device) -> str | None:
     """Why `device` cannot do it, in words; None where it can."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
-        return f"{device} is no CUDA device"
-    if not torch.backends.cusparselt.is_available():
-        return "this torch has no cuSPARSELt"
+    if reason := cusparselt.missing(device):
+        return reason
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         return f"the compute capability of {device} is {capability[0]}.{capability[1]}, and 8.9 is needed"
@@ -74,15 +74,9 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def algorithms(shape: tuple[int, int], device: torch.device) -> tuple[tuple[int, int], ...]:
     """`(tokens, algorithm)`: the fastest for up to so many, ascending; searched for once, with random numbers."""
-    generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(shape, generator=generator, device=device)
-    weight[:, 0::4] = weight[:, 2::4] = 0
-    compressed, _ = compress(weight)
-    found = []
-    for num_tokens in SEARCHED_TOKENS:
-        inputs, _ = rounded(torch.randn(num_tokens, shape[1], generator=generator, device=device))
-        found.append((num_tokens, fastest(compressed, inputs.T, out_dtype=torch.bfloat16)))
-    return tuple(found)
+    return fastest_by_tokens(
+        shape, device, lambda weight: compress(weight)[0], lambda x: rounded(x)[0], out_dtype=torch.bfloat16
+    )
 
 
 def matmul(x: Tensor, compressed: Tensor, scales: Tensor, algorithm: int) -> Tensor:
@@ -93,11 +87,12 @@ def matmul(x: Tensor, compressed: Tensor, scales: Tensor, algorithm: int) -> Ten
 @torch.library.custom_op("mspc::fp8_matmul", mutates_args=())
 def _matmul(x: Tensor, compressed: Tensor, scales: Tensor, algorithm: int) -> Tensor:
     kernels = on_gpu("fp8")
-    inputs, of_tokens = kernels.rounded(x, TOKENS)
-    product = torch._cslt_sparse_mm(
-        compressed, inputs.T, out_dtype=torch.bfloat16, transpose_result=True, alg_id=algorithm
-    )
-    y: Tensor = kernels.scaled(product, of_tokens, scales, x.dtype)
+    with device_of(x):
+        inputs, of_tokens = kernels.rounded(x, TOKENS)
+        product = torch._cslt_sparse_mm(
+            compressed, inputs.T, out_dtype=torch.bfloat16, transpose_result=True, alg_id=algorithm
+        )
+        y: Tensor = kernels.scaled(product, of_tokens, scales, x.dtype)
     return y
 
 

@@ -15,6 +15,7 @@ import torch
 
 from mspc import __version__
 from mspc.formats.description import StoredMatrix
+from mspc.types import NM
 
 
 class Row(NamedTuple):
@@ -41,7 +42,9 @@ def matrix_key(description: StoredMatrix, dtype: torch.dtype) -> str:
     of_grid = (
         "" if grid is None else f" int{grid.bits} group {grid.group_size} {'' if grid.symmetric else 'a'}symmetric"
     )
-    return f"{description.target.pattern}{of_grid} {'x'.join(map(str, description.shape))} {str(dtype)[6:]}"
+    pattern = description.target.pattern
+    kept = "" if isinstance(pattern, NM) else f" {1 - pattern.sparsity:.0%}"
+    return f"{pattern}{kept}{of_grid} {'x'.join(map(str, description.shape))} {str(dtype)[6:]}"
 
 
 def read(device: str, matrix: str) -> list[Row] | None:

@@ -27,8 +27,8 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     prepared_for: torch.dtype | None = None
     """The dtype of inputs that the buffers are arranged for."""
-    rounds_prefill: bool = False
-    """Whether `round_prefill` was called."""
+    prefill: str | None = None
+    """What multiplies many tokens, where it was chosen (see `prefill_by`)."""
 
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -72,18 +72,26 @@ class SparseLinear(nn.Module):
             self._hold({name: tensor.to(device) for name, tensor in arranged.items()})
         self.prepared_for = dtype
         self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
-        if self.rounds_prefill:
-            self.round_prefill()
+        if self.prefill is not None:
+            self.prefill_by(self.prefill)
 
-    def round_prefill(self) -> None:
-        """From now on, more than `fp8.FEW_TOKENS` tokens are multiplied in 8-bit floats, if `fp8.fits` the matrix."""
-        self.rounds_prefill = True
-        if self.prepared_for is None:
-            return
-        copies = dispatch.with_copies(self.arranged(), self.matrix, self.prepared_for, ("fp8",))
-        for name in dispatch.COPIES["fp8"]:
-            self.register_buffer(name, copies[name])
-        self.rows = dispatch.schedule(self.arranged(), self.matrix, self.prepared_for)
+    def prefill_by(self, method: str) -> None:
+        """Multiply many tokens by a method of `dispatch.COPIES`, where it fits the matrix and the device of what is
+        arranged, with the copy that it needs. Of these, `fp8` rounds, in the layer as it is stored too."""
+        self.prefill = method
+        if self.prepared_for is not None:
+            self._hold(dispatch.with_copies(self.arranged(), self.matrix, self.prepared_for, (method,)))
+            self.rows = dispatch.schedule(self.arranged(), self.matrix, self.prepared_for)
+
+    def tune(self) -> None:
+        """Measure what is fastest for which numbers of tokens, unless this device has of such a matrix."""
+        if self.prepared_for is not None:
+            self.rows = dispatch.tuned(self.arranged(), self.matrix, self.prepared_for)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether products of more than `fp8.FEW_TOKENS` tokens are of rounded numbers."""
+        return self.prefill == "fp8" and fp8.fits(self.matrix)
 
     def copied_bytes(self) -> int:
         """Of copies beside the stored tensors, which only products of many tokens read."""
@@ -126,7 +134,7 @@ class SparseLinear(nn.Module):
         elif self.prepared_for is not None:  # the model was cast since
             y = linear(flat, self._dense().to(x.dtype))
         else:
-            y = matmul(flat, self.stored(), self.matrix, self.rounds_prefill and len(flat) > fp8.FEW_TOKENS)
+            y = matmul(flat, self.stored(), self.matrix, self.rounds and len(flat) > fp8.FEW_TOKENS)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -178,7 +186,7 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def matmul(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix, rounds: bool = False) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time; `rounds` as `SparseLinear.rounds_prefill`."""
+    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time; `rounds` as in `SparseLinear`."""
     multiply = fp8.twin if rounds else linear
     num_weights = STRIP if x.device.type == "cpu" else DEVICE_STRIP
     parts = [

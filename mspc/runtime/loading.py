@@ -13,13 +13,14 @@ from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError, unknown
 from mspc.formats.canonical import with_offsets
 from mspc.formats.description import StoredMatrix
-from mspc.kernels import fp8
+from mspc.kernels import cusparselt, fp8
 from mspc.models import choose_device, load_config, resolve
 from mspc.recipe import DTYPES
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.sparse_folder import descriptions, quantization_config, read_quantization_config
 
-PREFILLS = ("auto", "fp8")
+PREFILLS = {"cusparselt": cusparselt, "fp8": fp8}
+"""What can be asked for."""
 
 
 def load(
@@ -31,18 +32,20 @@ def load(
     else is as transformers has it. `dtype` is what that is in and what is computed in; auto means float32 on a CPU, and
     the checkpoint's own elsewhere. Slices of fused experts, which an artifact may have, become dense.
 
-    With `prefill="fp8"`, products of more than 32 tokens with 2:4 matrices are of inputs and weights rounded to 8-bit
-    floats (`mspc.kernels.fp8`). That changes the logits, needs a CUDA device that can, and a copy of 5 bits a weight.
+    `prefill` is for many tokens and 2:4 matrices, on a CUDA device with cuSPARSELt. `cusparselt` multiplies values of
+    16 bits on sparse tensor cores, from a copy of 9 bits a weight; auto, with no copy, expands the weight. `fp8` rounds
+    inputs and weights to 8-bit floats for more than 32 tokens (`mspc.kernels.fp8`), which changes the logits, and needs
+    a copy of 5 bits.
 
     Raises InputError, naming the matrix, for files that are damaged or do not belong together, and for a device or a
     model without what `prefill` needs.
     """
-    if prefill not in PREFILLS:
-        raise unknown("prefill", prefill, PREFILLS)
+    if prefill not in ("auto", *PREFILLS):
+        raise unknown("prefill", prefill, ("auto", *PREFILLS))
     folder, place = resolve(str(path)), choose_device(device)
-    if prefill == "fp8" and (reason := fp8.missing(place)):
+    if prefill != "auto" and (reason := PREFILLS[prefill].missing(place)):
         raise InputError(
-            "prefill='fp8' needs a CUDA device of compute capability 8.9 or more and a torch with cuSPARSELt, and "
+            f"prefill={prefill!r} needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, and "
             f"{reason}; leave it out, or choose another device."
         )
     open_folder = _open_artifact if is_artifact(folder) else _open_export
@@ -56,22 +59,21 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model = model.to(place)
     prepare(model, model.dtype)
-    if prefill == "fp8":
-        _round_prefill(model, folder)
+    if prefill != "auto":
+        _prefill_by(prefill, model, folder)
     return model
 
 
-def _round_prefill(model: PreTrainedModel, folder: Path) -> None:
-    """Raises InputError where nothing would be rounded."""
+def _prefill_by(method: str, model: PreTrainedModel, folder: Path) -> None:
+    """Raises InputError where it would change nothing."""
     sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    fitting = [layer for layer in sparse if fp8.fits(layer.matrix) and layer.prepared_for is not None]
-    if not fitting:
+    for layer in sparse:
+        layer.prefill_by(method)
+    if not any(layer.copied_bytes() for layer in sparse):
         raise InputError(
-            f"prefill='fp8' needs 2:4 matrices whose sizes are multiples of {fp8.SIZES} and that a kernel multiplies "
-            f"by {str(model.dtype).removeprefix('torch.')}, and {folder} has none; leave it out."
+            f"prefill={method!r} is for {PREFILLS[method].TAKES}, and {folder} in "
+            f"{str(model.dtype).removeprefix('torch.')} has none; leave it out."
         )
-    for layer in fitting:
-        layer.round_prefill()
 
 
 Opened = tuple[Any, dict[str, StoredMatrix], dict[str, Any]]
