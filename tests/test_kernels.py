@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kernel_cases import BF16, CASES, DENSE, FP16, HALF, ONE_OF_EACH, Case, asse
 from oracles import few
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mspc.allocation import ROUNDED_BITS
 from mspc.formats import canonical
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import KERNELS, kernel_for
@@ -133,6 +135,14 @@ def test_twin(case):
 def test_the_kernel_for_a_matrix(pattern, grid, columns, dtype, name):
     kernel = kernel_for(StoredMatrix((16, columns), pattern, grid, BF16), dtype)
     assert kernel is (None if name is None else KERNELS[name])
+
+
+@pytest.mark.parametrize("pattern", [DENSE, HALF, NM(2, 4), NM(4, 8), *(NM(n, 16) for n in range(1, 16))], ids=repr)
+def test_all_that_a_budget_of_bits_chooses_from_has_a_kernel(pattern):
+    """Oracle: the patterns and `ROUNDED_BITS` of mspc.allocation."""
+    for bits, group_size, symmetric in product(ROUNDED_BITS, (32, 64, 128, None), (True, False)):
+        assert kernel_for(StoredMatrix((16, 512), pattern, Grid(bits, group_size, symmetric), BF16), BF16)
+    assert pattern == DENSE or kernel_for(StoredMatrix((16, 512), pattern, None, BF16), BF16)
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
