@@ -32,8 +32,12 @@ from mspc.types import GramStats
 
 Result = dict[str, Any]
 Unit = tuple[str, Callable[[], Result]]
-FORMATS = (DENSE, TINYGEMM, "int4", "2:4+int4", "2:4", "8:16", "6:16", "5:16", "4:16", "50%")
+FORMATS = (
+    DENSE, TINYGEMM, "int4", "2:4+int4", "int3", "2:4", "8:16", "6:16", "5:16", "4:16", "50%", "int8", "8:16+int4"
+)  # fmt: skip
 """The most wanted first."""
+CHECKED = (*FORMATS[2:], "int2", "50%+int4", "50%+int3", "5:16+int3", "2:4+int8")
+"""Whose kernels are compared with float64."""
 ROTATED_BYTES = 2e8
 """Of copies of a layer that take turns, so that none is found in the cache."""
 TINY = Shape("tiny", 128, 256, 2, 4, 2, 32, 260, tied=False)
@@ -41,6 +45,7 @@ TINY = Shape("tiny", 128, 256, 2, 4, 2, 32, 260, tied=False)
 EFFICIENCY = {
     DENSE: (0.88, 0.88), TINYGEMM: (0.65, 0.80), "int4": (0.65, 0.80), "2:4+int4": (0.65, 0.80), "2:4": (0.80, 0.80),
     "8:16": (0.80, 0.80), "6:16": (0.80, 0.80), "5:16": (0.80, 0.80), "4:16": (0.80, 0.80), "50%": (0.60, 0.60),
+    "int3": (0.65, 0.80), "int8": (0.65, 0.80), "8:16+int4": (0.11, 0.16),
 }  # fmt: skip
 """Least and greatest share of the copy bandwidth that the linear layers of a format are expected to reach."""
 SECONDS_OF_PRODUCT, SECONDS_OF_REST = 2e-6, 12e-6
@@ -120,7 +125,7 @@ def ceilings(slot: Slot) -> Iterator[Unit]:
 def kernel_errors(slot: Slot) -> Iterator[Unit]:
     """Each kernel against float64, for 1 token to the most it takes; and its dense weight, which must be equal."""
     size = (64, 256) if slot.is_dry else (2048, 4096)
-    for name in (name for name in FORMATS if name not in (DENSE, TINYGEMM)):
+    for name in CHECKED:
         matrix = describe(size, parse_format(name), name)
         for kernel_name, kernel in KERNELS.items():
             if kernel.supports(matrix, torch.bfloat16):

@@ -15,9 +15,9 @@ import triton.language as tl
 from kernel_cases import BF16, CASES, FP16, Case, assert_product, inputs
 from torch.library import opcheck
 
-from mspc.kernels import KERNELS, bitmap, fp8, int4, launch, nm, sparse24
+from mspc.kernels import KERNELS, bitmap, codes, fp8, launch, nm, sparse24
 from mspc.kernels.gpu import fp8 as gpu_fp8
-from mspc.kernels.gpu.dequantize import dequantize
+from mspc.kernels.gpu.dequantize import add_sixteenfold, dequantize
 from mspc.kernels.gpu.sparse24 import COLUMN0_OF_A, COLUMN1_OF_B, COLUMN2_OF_A, COLUMN3_OF_B, two_groups
 from mspc.kernels.sparse24 import PLACES_A, PLACES_B
 from mspc.runtime.linear import SparseLinear
@@ -60,7 +60,7 @@ def test_gathered_inputs_are_copied_once_at_most(num_tokens, copies, monkeypatch
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
 
 
-@pytest.mark.parametrize("kernel", [int4, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [codes, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)
 def test_operators_are_as_they_are_declared(kernel, monkeypatch):
     """Oracle: torch.library.opcheck, of shapes, aliases and what is written to."""
     case = next(case for case in CASES if case.kernel is kernel)
@@ -160,6 +160,29 @@ def test_every_code_with_every_zero_point(dtype, triton_dtype, assembly):
     words = sum(turned[:, 2 * p + c] << (4 * p + 16 * c) for p in range(4) for c in range(2)).to(torch.int32)
     out = torch.empty(256, 4, dtype=torch.int32)
     dequantize_all[(1,)](words, zero.int(), out, DTYPE=triton_dtype, PTX=assembly)
+    assert torch.equal(out.view(dtype), (turned - zero[:, None]).to(dtype))
+
+
+@triton.jit
+def dequantize_all_bytes(words_ptr, zeros_ptr, out_ptr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    word, zero = tl.load(words_ptr + i), tl.load(zeros_ptr + i)
+    low = dequantize(word & 0x0F0F0F0F, zero & 15, DTYPE, PTX)
+    high = dequantize((word >> 4) & 0x0F0F0F0F, zero >> 4, DTYPE, PTX)
+    pairs = add_sixteenfold(low, high, DTYPE, PTX)
+    tl.store(out_ptr + 2 * i, pairs[0])
+    tl.store(out_ptr + 2 * i + 1, pairs[2])
+
+
+@pytest.mark.parametrize("assembly", [False, True])
+@pytest.mark.parametrize(("dtype", "triton_dtype"), [(FP16, tl.float16), (BF16, tl.bfloat16)])
+def test_every_byte_with_every_zero_point(dtype, triton_dtype, assembly):
+    """Oracle: the subtraction. Nibbles 0, 4 are pair 0 of a word of four bits, nibbles 2, 6 pair 2."""
+    code, zero = torch.arange(2**16) // 256, torch.arange(2**16) % 256
+    turned = (code[:, None] + 64 * torch.arange(4)) % 256
+    words = sum(turned[:, 2 * p + c] << (8 * p + 16 * c) for p in range(2) for c in range(2)).to(torch.int32)
+    out = torch.empty(2**16, 2, dtype=torch.int32)
+    dequantize_all_bytes[(256,)](words, zero.int(), out, DTYPE=triton_dtype, PTX=assembly)
     assert torch.equal(out.view(dtype), (turned - zero[:, None]).to(dtype))
 
 

@@ -47,14 +47,24 @@ class Case:
         return f"{self.kernel_name}-{self.pattern}{grid}-{'x'.join(map(str, self.shape))}-{str(self.dtype)[6:]}"
 
 
-INT4 = [
-    Case("int4", DENSE, Grid(4, 128), (20, 512), FP16),
-    Case("int4", DENSE, Grid(4, 32), (16, 256), BF16),
-    Case("int4", DENSE, Grid(4, 64, False), (40, 384), FP16),
-    Case("int4", DENSE, Grid(4, 32, False), (37, 160), BF16),  # blocks cut off, rows cut off
-    Case("int4", DENSE, Grid(4, 256, False), (16, 1280), BF16),
-    Case("int4", DENSE, Grid(4, None), (5, 72), BF16),
-    Case("int4", NM(4, 4), Grid(4, None, False), (33, 384), FP16),
+CODES = [
+    Case("codes", DENSE, Grid(4, 128), (20, 512), FP16),
+    Case("codes", DENSE, Grid(4, 32), (16, 256), BF16),
+    Case("codes", DENSE, Grid(4, 64, False), (40, 384), FP16),
+    Case("codes", DENSE, Grid(4, 32, False), (37, 160), BF16),  # blocks cut off, rows cut off
+    Case("codes", DENSE, Grid(4, 256, False), (16, 1280), BF16),
+    Case("codes", DENSE, Grid(4, None), (5, 72), BF16),
+    Case("codes", NM(4, 4), Grid(4, None, False), (33, 384), FP16),
+    Case("codes", DENSE, Grid(8, 128), (20, 512), BF16),
+    Case("codes", DENSE, Grid(8, 64), (16, 384), FP16),
+    Case("codes", DENSE, Grid(8, 32, False), (37, 160), BF16),
+    Case("codes", DENSE, Grid(8, None, False), (33, 384), FP16),
+    Case("codes", DENSE, Grid(3, 128), (20, 512), FP16),
+    Case("codes", DENSE, Grid(3, 64, False), (40, 384), BF16),
+    Case("codes", DENSE, Grid(3, 32, False), (37, 160), FP16),
+    Case("codes", DENSE, Grid(3, None), (5, 72), BF16),
+    Case("codes", DENSE, Grid(2, 128, False), (20, 512), BF16),
+    Case("codes", DENSE, Grid(2, 32), (37, 160), FP16),
 ]
 SPARSE24 = [
     Case("sparse24", NM(2, 4), Grid(4, 128), (20, 512), FP16),
@@ -82,8 +92,15 @@ BITMAP = [
     Case("bitmap", HALF, Grid(4, 64, False), (18, 320), BF16),
     Case("bitmap", HALF, Grid(8, None), (17, 75), FP16),
     Case("bitmap", HALF, Grid(2, 32), (4, 288), BF16),
+    Case("bitmap", HALF, Grid(3, 64, False), (18, 320), BF16),
+    Case("bitmap", Unstructured(0.7), Grid(3, None), (5, 75), FP16),
+    Case("bitmap", NM(8, 16), Grid(4, 128), (9, 512), BF16),
+    Case("bitmap", NM(5, 16), Grid(3, 32, False), (7, 160), FP16),  # rows end within a byte
+    Case("bitmap", NM(2, 4), Grid(8, None), (6, 140), BF16),
+    Case("bitmap", NM(3, 7), Grid(2, None, False), (4, 91), FP16),
 ]
-CASES = [*INT4, *SPARSE24, *GATHERED, *BITMAP]
+CASES = [*CODES, *SPARSE24, *GATHERED, *BITMAP]
+ONE_OF_EACH = [CODES[0], SPARSE24[0], GATHERED[0], BITMAP[0]]
 
 
 def stored(description: StoredMatrix, seed: int = 0) -> dict[str, Tensor]:

@@ -602,7 +602,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_is_foretold_is_what_the_documentation_says(gpu):
     """Oracle: the table of docs/benchmark.md, which is rounded."""
     rows = re.findall(r"^\| ([^|]+) \| ([\d. to]+) \| [^|]+ \| ([\d. to]+) \|", DOCS.read_text(), re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 12
     for name, *of_shapes in rows:
         for shape, milliseconds in zip(("8b", "1b"), of_shapes, strict=True):
             greatest, *least = (float(number) / 1e3 for number in milliseconds.split(" to "))

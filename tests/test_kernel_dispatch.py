@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import BF16, CASES, DENSE, Case, assert_product, inputs
+from kernel_cases import BF16, CASES, DENSE, ONE_OF_EACH, Case, assert_product, inputs
 
 from mspc.kernels import cusparselt, dispatch, timings, tinygemm
 from mspc.kernels.dispatch import ANY_NUMBER, matmul, measure, schedule, with_copies
@@ -16,7 +16,7 @@ from mspc.kernels.timings import Row
 from mspc.types import NM, Grid
 
 SPARSE = Case("sparse24", NM(2, 4), None, (32, 256), BF16)
-INT4 = Case("int4", DENSE, Grid(4, 64, False), (32, 256), BF16)
+INT4 = Case("codes", DENSE, Grid(4, 64, False), (32, 256), BF16)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def test_no_kernel_is_given_more_tokens_than_it_takes():
     assert methods(SPARSE, on_device=True) == ["fused"] * 4 + ["expanded"] * 4  # 33 tokens are the first for the other
 
 
-@pytest.mark.parametrize("case", [SPARSE, INT4, *CASES[13:14], *CASES[-1:]], ids=str)
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_traced_as_one_graph(case, monkeypatch):
     """torch.compile with fullgraph raises where it would have to leave the graph."""
     arranged = case.kernel.arrange(case.stored(), case.description)
@@ -157,8 +157,8 @@ def test_what_the_libraries_take(libraries):
     assert not cusparselt.fits(Case("sparse24", NM(2, 4), None, (24, 256), BF16).description, BF16)
     assert not cusparselt.fits(Case("sparse24", NM(2, 4), Grid(4, 64), (32, 256), BF16).description, BF16)
     assert tinygemm.usable(INT4.description, BF16)
-    assert not tinygemm.usable(Case("int4", DENSE, Grid(4, None), (32, 256), BF16).description, BF16)
-    assert not tinygemm.usable(Case("int4", DENSE, Grid(4, 64), (36, 256), BF16).description, BF16)
+    assert not tinygemm.usable(Case("codes", DENSE, Grid(4, None), (32, 256), BF16).description, BF16)
+    assert not tinygemm.usable(Case("codes", DENSE, Grid(4, 64), (36, 256), BF16).description, BF16)
 
 
 def test_codes_and_scales_for_tinygemm(monkeypatch):

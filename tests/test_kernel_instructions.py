@@ -15,9 +15,9 @@ import sass
 from triton.compiler import CompiledKernel
 
 from mspc.kernels.gpu.bitmap import bitmap_matmul
+from mspc.kernels.gpu.codes import codes_matmul
 from mspc.kernels.gpu.fp8 import COLUMNS as FP8_COLUMNS
 from mspc.kernels.gpu.fp8 import fp8_round, fp8_scale
-from mspc.kernels.gpu.int4 import int4_matmul
 from mspc.kernels.gpu.nm import COLUMN, PLACES, nm_matmul
 from mspc.kernels.gpu.sparse24 import sparse24_matmul
 from mspc.kernels.gpu.tiling import tiles_of
@@ -45,11 +45,11 @@ def per_weight(compiled: CompiledKernel, weights_of_a_warp: int) -> tuple[float,
     return opcodes.total() * 32 / weights_of_a_warp, opcodes
 
 
-def int4(capability: int, dtype: str, group_size: int, symmetric: bool, tokens: int) -> CompiledKernel:
+def codes(capability: int, dtype: str, bits: int, group_size: int, symmetric: bool, tokens: int) -> CompiledKernel:
     pointers = {"inputs_ptr": dtype, "words_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*i32"}
     numbers = dict.fromkeys(("num_tokens", "num_rows", "symmetric_zero"), "i32")
-    constants = fragment_constants(group_size, symmetric, tokens)
-    return sass.build(int4_matmul, {**pointers, "outputs_ptr": dtype, **numbers}, constants, capability, 4)
+    constants = {**fragment_constants(group_size, symmetric, tokens), "BITS": bits}
+    return sass.build(codes_matmul, {**pointers, "outputs_ptr": dtype, **numbers}, constants, capability, 4)
 
 
 def sparse24(capability: int, dtype: str, codes: bool, symmetric: bool, tokens: int) -> CompiledKernel:
@@ -77,7 +77,7 @@ def bitmap(capability: int, bits: int) -> CompiledKernel:
     numbers = dict.fromkeys(("num_tokens", "num_bases", "symmetric_zero"), "i32") | sizes
     groups = {"BITS": bits, "NUM_GROUPS": 112, "GROUP_WORDS": 4, "SYMMETRIC": True}
     constants = {**groups, "TOKENS": 8, "S": 8, "PTX": True, "WIDE": False}
-    return sass.build(bitmap_matmul, {**pointers, **numbers}, constants, capability, 8, num_stages=3)
+    return sass.build(bitmap_matmul, {**pointers, **numbers}, constants, capability, 8, 3 if bits == 16 else 1)
 
 
 @pytest.mark.slow
@@ -91,7 +91,8 @@ def test_what_is_cut_off_compiles(monkeypatch, group_size, symmetric, assembly):
         sys.modules[__name__], "fragment_constants", lambda *args: {**constants(*args), "PTX": assembly}
     )
     for dtype in (BF16, FP16):
-        assert int4(90, dtype, group_size, symmetric, 8).asm["cubin"]
+        for bits in (2, 3, 4, 8):
+            assert codes(90, dtype, bits, group_size, symmetric, 8).asm["cubin"]
         assert sparse24(90, dtype, True, symmetric, 8).asm["cubin"]
         assert sparse24(90, dtype, False, True, 8).asm["cubin"]
 
@@ -103,15 +104,30 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "arguments", "limit"),
     [
-        (int4, (90, FP16, 128, True, 8), 1.70),
-        (int4, (90, BF16, 128, True, 8), 1.95),
-        pytest.param(int4, (90, BF16, 128, True, 16), 2.30, marks=slow),
-        pytest.param(int4, (90, BF16, 128, True, 32), 2.80, marks=slow),
-        pytest.param(int4, (90, BF16, 128, False, 8), 2.15, marks=slow),
-        pytest.param(int4, (90, BF16, 64, True, 8), 2.10, marks=slow),
-        pytest.param(int4, (90, BF16, 32, True, 8), 2.40, marks=slow),
-        pytest.param(int4, (80, FP16, 128, True, 8), 1.70, marks=slow),
-        pytest.param(int4, (80, BF16, 128, True, 8), 1.95, marks=slow),
+        (codes, (90, FP16, 4, 128, True, 8), 1.70),
+        (codes, (90, BF16, 4, 128, True, 8), 1.95),
+        pytest.param(codes, (90, BF16, 4, 128, True, 16), 2.30, marks=slow),
+        pytest.param(codes, (90, BF16, 4, 128, True, 32), 2.80, marks=slow),
+        pytest.param(codes, (90, BF16, 4, 128, False, 8), 2.15, marks=slow),
+        pytest.param(codes, (90, BF16, 4, 64, True, 8), 2.10, marks=slow),
+        pytest.param(codes, (90, BF16, 4, 32, True, 8), 2.40, marks=slow),
+        pytest.param(codes, (80, FP16, 4, 128, True, 8), 1.70, marks=slow),
+        pytest.param(codes, (80, BF16, 4, 128, True, 8), 1.95, marks=slow),
+        (codes, (90, BF16, 3, 128, True, 8), 2.45),
+        pytest.param(codes, (90, FP16, 3, 128, True, 8), 2.20, marks=slow),
+        pytest.param(codes, (90, BF16, 3, 128, False, 8), 2.60, marks=slow),
+        pytest.param(codes, (90, BF16, 3, 32, True, 8), 2.85, marks=slow),
+        pytest.param(codes, (90, BF16, 3, 128, True, 32), 3.30, marks=slow),
+        pytest.param(codes, (80, BF16, 3, 128, True, 8), 2.45, marks=slow),
+        pytest.param(codes, (90, BF16, 2, 128, True, 8), 2.15, marks=slow),
+        pytest.param(codes, (90, BF16, 2, 128, True, 32), 3.00, marks=slow),
+        pytest.param(codes, (90, FP16, 2, 128, False, 8), 2.10, marks=slow),
+        (codes, (90, BF16, 8, 128, True, 8), 4.45),
+        pytest.param(codes, (90, FP16, 8, 128, True, 8), 3.90, marks=slow),
+        pytest.param(codes, (90, BF16, 8, 128, False, 8), 4.80, marks=slow),
+        pytest.param(codes, (90, BF16, 8, 32, False, 8), 5.70, marks=slow),
+        pytest.param(codes, (90, BF16, 8, 128, True, 32), 5.30, marks=slow),
+        pytest.param(codes, (80, BF16, 8, 128, True, 8), 4.25, marks=slow),
         (sparse24, (90, BF16, True, True, 8), 2.70),
         (sparse24, (90, BF16, False, True, 8), 1.90),
         pytest.param(sparse24, (90, FP16, True, True, 8), 2.60, marks=slow),
@@ -126,11 +142,12 @@ slow = pytest.mark.slow
 def test_on_tensor_cores(compiled, arguments, limit):
     """Per dense position; nothing goes through shared memory or to another lane."""
     kernel = compiled(*arguments)
-    instructions, opcodes = per_weight(kernel, UNROLLED * 16 * 128)
+    unrolled = 1 if compiled is codes and arguments[2] == 8 else UNROLLED
+    instructions, opcodes = per_weight(kernel, unrolled * 16 * 128)
     assert instructions <= limit
-    assert opcodes["HMMA"] == UNROLLED * 8 * arguments[-1] // 8
+    assert opcodes["HMMA"] == unrolled * 8 * arguments[-1] // 8
     assert not {"LDS", "STS", "BAR", "SHFL", "LDL", "STL"} & set(opcodes)
-    if compiled is int4 or arguments[2]:
+    if arguments[2]:
         assert opcodes["LOP3"]
         assert "lop3.b32" in kernel.asm["ptx"]
     if compiled is sparse24:
@@ -162,7 +179,15 @@ def test_gathered(arguments, limit):
 
 @pytest.mark.parametrize(
     ("arguments", "limit"),
-    [((90, 16), 16.1), pytest.param((80, 16), 16.2, marks=slow), pytest.param((90, 4), 38.0, marks=slow)],
+    [
+        ((90, 16), 16.1),
+        ((90, 3), 31.9),
+        pytest.param((80, 16), 16.2, marks=slow),
+        pytest.param((90, 2), 25.2, marks=slow),
+        pytest.param((90, 4), 26.3, marks=slow),
+        pytest.param((90, 8), 20.4, marks=slow),
+        pytest.param((80, 4), 27.6, marks=slow),
+    ],
 )
 def test_bitmap(arguments, limit):
     """Per dense position."""

@@ -7,16 +7,18 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BF16, CASES, DENSE, FP16, HALF, Case, assert_product, inputs, stored
+from kernel_cases import BF16, CASES, DENSE, FP16, HALF, ONE_OF_EACH, Case, assert_product, inputs, stored
 from oracles import few
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mspc.allocation import ROUNDED_BITS
 from mspc.formats import canonical
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import KERNELS, kernel_for
@@ -45,7 +47,8 @@ PATTERNS = st.one_of(
     st.just(NM(2, 4)),
 )
 GRIDS = st.one_of(
-    st.none(), st.builds(Grid, st.sampled_from([2, 4, 8]), st.sampled_from([8, 32, 64, 128, 256, None]), st.booleans())
+    st.none(),
+    st.builds(Grid, st.sampled_from([2, 3, 4, 8]), st.sampled_from([8, 32, 64, 128, 256, None]), st.booleans()),
 )
 
 
@@ -63,14 +66,21 @@ def test_what_a_kernel_supports_it_restores(pattern, grid, num_rows, num_units, 
 @pytest.mark.parametrize(
     ("case", "more"),
     [
-        (Case("int4", DENSE, Grid(4, 128), (32, 512), BF16), 0),
-        (Case("int4", DENSE, Grid(4, 32, False), (32, 256), BF16), 0),
+        (Case("codes", DENSE, Grid(4, 128), (32, 512), BF16), 0),
+        (Case("codes", DENSE, Grid(4, 32, False), (32, 256), BF16), 0),
         (Case("sparse24", NM(2, 4), Grid(4, 128), (32, 512), BF16), 0),
         (Case("sparse24", NM(2, 4), None, (32, 512), BF16), 0),
-        (Case("int4", DENSE, Grid(4, 64), (17, 192), BF16), 32 * (128 + 8) - 17 * (96 + 6)),  # to 32 rows of 256
+        (Case("codes", DENSE, Grid(8, 128, False), (32, 512), BF16), 0),
+        (Case("codes", DENSE, Grid(3, 128), (32, 512), BF16), 0),
+        (Case("codes", DENSE, Grid(3, 64, False), (32, 512), BF16), 32 * 8 // 8),  # 4 bits a zero point, not 3
+        (Case("codes", DENSE, Grid(2, 64), (32, 512), BF16), 0),
+        (Case("codes", DENSE, Grid(4, 64), (17, 192), BF16), 32 * (128 + 8) - 17 * (96 + 6)),  # to 32 rows of 256
         (Case("nm", NM(8, 16), None, (32, 512), BF16), 256 * 2 + 256 // 2),
         (Case("nm", NM(4, 8), None, (32, 512), BF16), 256 * 2 + 256 // 2 + 32 * 512 // 2 // 8),  # 4 bits a place, not 3
         (Case("bitmap", HALF, None, (32, 512), BF16), 32 * 512 * 3 // 8 // 8),
+        (Case("bitmap", HALF, Grid(3, 128), (32, 512), BF16), 32 * 512 * 3 // 8 // 8 + 1),
+        (Case("bitmap", NM(8, 16), Grid(4, 128), (32, 512), BF16), -32 * 512 * 5 // 8 // 8),  # 1.375 bits, not 2
+        (Case("bitmap", NM(1, 16), Grid(4, 128), (32, 512), BF16), 32 * 512 * 9 // 8 // 8),  # not 0.25
     ],
     ids=str,
 )
@@ -96,24 +106,29 @@ def test_twin(case):
 @pytest.mark.parametrize(
     ("pattern", "grid", "columns", "dtype", "name"),
     [
-        (DENSE, Grid(4, 128), 512, BF16, "int4"),
+        (DENSE, Grid(4, 128), 512, BF16, "codes"),
         (DENSE, Grid(4, 96), 384, BF16, None),  # groups that no whole slabs fill
         (DENSE, Grid(4, 16), 512, BF16, None),
         (DENSE, Grid(4, None), 100, BF16, None),  # inputs that no whole words fill
-        (DENSE, Grid(8, 128), 512, BF16, None),
+        (DENSE, Grid(8, 128), 512, BF16, "codes"),
+        (DENSE, Grid(3, 32, False), 512, FP16, "codes"),
+        (DENSE, Grid(2, None), 512, BF16, "codes"),
+        (Unstructured(1e-5), Grid(4, 128), 512, BF16, "codes"),  # nothing was pruned,
         (DENSE, Grid(4, 128), 512, torch.float32, None),
         (DENSE, None, 512, BF16, None),
         (NM(2, 4), None, 512, BF16, "sparse24"),
         (NM(2, 4), None, 508, BF16, "nm"),
         (NM(2, 4), None, 512, FP16, None),  # values are bfloat16
         (NM(2, 4), Grid(4, 32), 512, FP16, "sparse24"),
-        (NM(2, 4), Grid(8, 32), 512, BF16, None),
+        (NM(2, 4), Grid(8, 32), 512, BF16, "bitmap"),
         (NM(5, 16), None, 512, BF16, "nm"),
-        (NM(5, 16), Grid(4, 128), 512, BF16, None),
+        (NM(5, 16), Grid(4, 128), 512, BF16, "bitmap"),
+        (NM(2, 4), Grid(3, 128), 512, FP16, "bitmap"),
+        (NM(5, 16), Grid(4, 16), 512, BF16, None),  # a word of 32 columns has one scale,
         (NM(4, 4), None, 512, BF16, None),
         (HALF, None, 511, BF16, "bitmap"),
         (HALF, Grid(4, 128), 512, BF16, "bitmap"),
-        (HALF, Grid(3, 128), 512, BF16, None),
+        (HALF, Grid(3, 128), 512, BF16, "bitmap"),
         (HALF, Grid(4, 16), 512, BF16, None),
     ],
 )
@@ -122,7 +137,15 @@ def test_the_kernel_for_a_matrix(pattern, grid, columns, dtype, name):
     assert kernel is (None if name is None else KERNELS[name])
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[13], CASES[-1]], ids=str)
+@pytest.mark.parametrize("pattern", [DENSE, HALF, NM(2, 4), NM(4, 8), *(NM(n, 16) for n in range(1, 16))], ids=repr)
+def test_all_that_a_budget_of_bits_chooses_from_has_a_kernel(pattern):
+    """Oracle: the patterns and `ROUNDED_BITS` of mspc.allocation."""
+    for bits, group_size, symmetric in product(ROUNDED_BITS, (32, 64, 128, None), (True, False)):
+        assert kernel_for(StoredMatrix((16, 512), pattern, Grid(bits, group_size, symmetric), BF16), BF16)
+    assert pattern == DENSE or kernel_for(StoredMatrix((16, 512), pattern, None, BF16), BF16)
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_traced_shapes(case, monkeypatch):
     """What torch.compile sees: the shape and dtype of the twin."""
     arranged = case.kernel.arrange(case.stored(), case.description)
@@ -149,7 +172,7 @@ def test_without_triton_everything_but_launching_works():
         "import sys; sys.modules['triton'] = None\n"
         "import mspc.kernels, torch\n"
         "from mspc.kernels.launch import on_gpu\n"
-        "on_gpu('int4')"
+        "on_gpu('codes')"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "MspcError: Sparse matrices on a GPU need triton: pip install 'mspc[gpu]'." in result.stderr

@@ -12,10 +12,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 LARGE = [
-    Case("int4", DENSE, Grid(4, 128), (2048, 4096), BF16),
+    Case("codes", DENSE, Grid(4, 128), (2048, 4096), BF16),
     Case("sparse24", NM(2, 4), Grid(4, 128), (2048, 4096), BF16),
     Case("sparse24", NM(2, 4), None, (1024, 2048), BF16),
     Case("nm", NM(5, 16), None, (1024, 2048), BF16),
+    Case("codes", DENSE, Grid(8, 128), (2048, 4096), BF16),
+    Case("codes", DENSE, Grid(3, 128), (2048, 4096), BF16),
+    Case("bitmap", NM(8, 16), Grid(4, 128), (1024, 2048), BF16),
 ]
 
 
@@ -68,7 +71,7 @@ def test_in_a_graph_and_compiled(case):
     assert torch.equal(compiled(x), expected)
 
 
-@pytest.mark.parametrize("case", [LARGE[2], Case("int4", DENSE, Grid(4, 64, False), (1024, 2048), BF16)], ids=str)
+@pytest.mark.parametrize("case", [LARGE[2], Case("codes", DENSE, Grid(4, 64, False), (1024, 2048), BF16)], ids=str)
 def test_methods_agree(case):
     """Libraries may round sums of parts to bfloat16, and tinygemm rounds scales to it: some 2^-9 each."""
     arranged = dispatch.with_copies(on_device(case), case.description, BF16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mspc.formats.description import StoredMatrix
-from mspc.kernels import bitmap, int4, nm, sparse24
+from mspc.kernels import bitmap, codes, nm, sparse24
 
 __all__ = ["KERNELS", "Kernel", "kernel_for"]
 
@@ -40,7 +40,7 @@ class Kernel(Protocol):
         """The dense weight, rounded to the dtype of `out` (O, I), which is overwritten."""
 
 
-KERNELS: dict[str, Kernel] = {"sparse24": sparse24, "nm": nm, "int4": int4, "bitmap": bitmap}
+KERNELS: dict[str, Kernel] = {"sparse24": sparse24, "nm": nm, "codes": codes, "bitmap": bitmap}
 """By name; of several that support a matrix the first is fastest."""
 
 

@@ -1,18 +1,22 @@
-"""Unstructured matrices of 16-bit values or of codes, for 1 to 16 tokens.
+"""Unstructured matrices of 16-bit values or of codes, and N:M matrices of codes, for 1 to 16 tokens.
 
 Layout: the kept weights as in the file, and where those of a word of 32 columns begin.
 
-    kept     values (nnz,), or codes uint8 (ceil(nnz b / 8),) of b = 2, 4 or 8 bits
+    kept     values (nnz,), or codes uint8 (ceil(nnz b / 8),) of b = 2, 3, 4 or 8 bits, and a byte more where b is 3
     words    int32 (O, ceil(I / 32)): the bitmap
     bases    int32 (O, ceil(I / 256)): kept weights before every 8th word
     ranks    uint8 (O, ceil(I / 32)): kept weights between that and the word
     scales   float16 (O, groups), zeros uint8 (O, groups): with codes
 
+Of N:M the mask is made from the indices, 1.375 bits a weight with bases and ranks: less than they take at 8:16 (2), not
+much more than at 5:16 (1.25) and 2:4 (1), and several times as much where few are kept (1:16: 0.25).
+
 Cost: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks; 15 thread instructions a dense position
-on sm_90 for 1 to 8 tokens, counted (tests), 36 with codes. This is for masks that cannot be otherwise, not for speed:
-the instructions are per position, not per kept weight, and on a GPU with HBM they take about as long as reading the
-dense weight would, so no gain is to be expected there at 50% and little at 70%; with GDDR memory there may be some. As
-many weights balanced as 8:16 cost a third (`mspc.kernels.nm`).
+on sm_90 for 1 to 8 tokens, counted (tests), and with codes of 8, 4, 3, 2 bits 19, 25, 30, 24. This is for masks that
+cannot be otherwise, not for speed: the instructions are per position, not per kept weight, and on a GPU with HBM they
+take about as long as reading the dense weight would, so no gain is to be expected there at 50% and little at 70%; with
+GDDR memory there may be some. With codes they take longer than that: such layers are small, not fast. As many weights
+balanced as 8:16 cost a third (`mspc.kernels.nm`).
 """
 
 import torch
@@ -20,10 +24,12 @@ from torch import Tensor
 from torch.cuda import device_of
 from torch.nn.functional import pad
 
-from mspc.formats.bits import pack_rows, unpack_rows
-from mspc.formats.description import StoredMatrix
+from mspc.formats.bits import pack_bits, pack_rows, unpack_bits, unpack_rows
+from mspc.formats.decoding import decode_mask, strips
+from mspc.formats.description import StoredMatrix, index_bits, num_bytes
 from mspc.kernels import plain
 from mspc.kernels.launch import launches, on_gpu
+from mspc.types import NM
 
 MAX_TOKENS = 16
 WORD, WORDS_OF_BASE = 32, 8
@@ -31,47 +37,60 @@ WORD, WORDS_OF_BASE = 32, 8
 
 def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
     (num_rows, num_columns), grid = description.shape, description.target.grid
-    if not description.has_mask or dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or num_rows * num_columns >= 2**31:
         return False
     if grid is None:
-        return dtype == description.dtype and num_rows * num_columns < 2**31
+        return description.has_mask and dtype == description.dtype
     in_words = grid.group_size is None or grid.group_size == num_columns or grid.group_size % WORD == 0
-    return grid.bits in (2, 4, 8) and in_words and num_rows * num_columns < 2**31
+    return (description.has_mask or description.has_indices) and grid.bits in (2, 3, 4, 8) and in_words
 
 
 def arrange(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    grid, mask = description.target.grid, stored["mask"]
+    grid = description.target.grid
+    kept, mask = _kept_and_mask(stored, description)
     words = pad(mask, (0, -mask.shape[1] % 4)).view(torch.int32)
     bits = pad(unpack_rows(mask, 1, description.shape[1]), (0, -description.shape[1] % (WORD * WORDS_OF_BASE)))
     counts = bits.view(len(mask), -1, WORDS_OF_BASE, WORD).sum(-1)
     ranks = (counts.cumsum(-1) - counts).flatten(1)[:, : words.shape[1]]
-    in_bases = counts.sum(-1)
-    bases = in_bases.cumsum(-1) - in_bases + stored["row_offsets"][:-1, None]
-    arranged = {
-        "kept": stored["values" if grid is None else "codes"],
-        "words": words,
-        "bases": bases.int(),
-        "ranks": ranks.to(torch.uint8).contiguous(),
-    }
+    in_bases = counts.sum(-1).flatten()
+    bases = (in_bases.cumsum(0) - in_bases).view(len(mask), -1)
+    arranged = {"kept": kept, "words": words, "bases": bases.int(), "ranks": ranks.to(torch.uint8).contiguous()}
     if grid is None:
         return arranged
+    if grid.bits == 3:
+        arranged["kept"] = pad(kept, (0, 1))
     arranged["scales"] = stored["scales"]
     if "zeros" in stored:
         arranged["zeros"] = unpack_rows(stored["zeros"], grid.bits, stored["scales"].shape[1])
     return arranged
 
 
+def _kept_and_mask(stored: dict[str, Tensor], description: StoredMatrix) -> tuple[Tensor, Tensor]:
+    """The kept weights as one stream, and the mask, uint8 (O, ceil(I / 8)): of N:M as if it had been stored so."""
+    if description.has_mask:
+        return stored["values" if description.target.grid is None else "codes"], stored["mask"]
+    bits = _bits(description)
+    masks = [decode_mask(stored, description, *rows).to(torch.uint8) for rows in strips(description.shape)]
+    codes = unpack_rows(stored["codes"], bits, description.kept_per_row)
+    return pack_bits(codes, bits), torch.cat([pack_rows(mask, 1) for mask in masks])
+
+
 def restore(arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    grid = description.target.grid
-    mask = arranged["words"].cpu().view(torch.uint8)[:, : -(-description.shape[1] // 8)].contiguous()
-    counts = unpack_rows(mask, 1, description.shape[1]).sum(1)
-    stored = {
-        "values" if grid is None else "codes": arranged["kept"].cpu(),
-        "mask": mask,
-        "row_offsets": pad(counts.cumsum(0), (1, 0)),
-    }
+    grid, num_columns = description.target.grid, description.shape[1]
+    packed = arranged["words"].cpu().view(torch.uint8)[:, : -(-num_columns // 8)].contiguous()
+    mask, kept = unpack_rows(packed, 1, num_columns), arranged["kept"].cpu()
+    offsets = pad(mask.sum(1).cumsum(0), (1, 0))
     if grid is None:
-        return stored
+        return {"values": kept, "mask": packed, "row_offsets": offsets}
+    codes = kept[: num_bytes(int(offsets[-1]), grid.bits)]
+    if description.has_mask:
+        stored = {"codes": codes, "mask": packed, "row_offsets": offsets}
+    else:
+        assert isinstance(description.pattern, NM)
+        places = (torch.arange(num_columns) % description.pattern.of).to(torch.uint8).expand_as(mask)[mask.bool()]
+        numbers = unpack_bits(codes, grid.bits, len(places)).view(len(mask), -1)
+        indices = pack_rows(places.view(len(mask), -1), index_bits(description.pattern))
+        stored = {"codes": pack_rows(numbers, grid.bits), "indices": indices}
     stored["scales"] = arranged["scales"].cpu()
     if "zeros" in arranged:
         stored["zeros"] = pack_rows(arranged["zeros"].cpu(), grid.bits)

@@ -7,13 +7,13 @@ a pair, and two places of two bits, a and b (`gpu.sparse24`).
              g at bit 8 (g mod 4) + 2 (g div 4), b four bits higher
     kept     codes: int32 (tiles, blocks, 2, 8, 4, 2 halves of a quarter), the first code of group g of four at bit 4 g,
              the second 16 higher; values: pairs as int32 (tiles, blocks, 2, 2 halves of a quarter, 8, 4, 4 groups)
-    scales, zeros: as in `mspc.kernels.int4`
+    scales, zeros: as in `mspc.kernels.codes`
 
 Cost: 0.391 bytes a weight with int4 at groups of 128, 1.125 with values. Thread instructions a dense position on sm_90,
 counted (tests): with int4 2.4 for float16 inputs, 2.6 for bfloat16, 2.7 asymmetric, and 1.8 with values, whether for 1
 token or 8, because the products run on tensor cores (3.4 and 2.4 up to 32 tokens). They are dense products, with the
 zeros put in by `prmt`: sparse tensor cores (`mma.sp`) would halve their number, which is not what limits. Sums as in
-`mspc.kernels.int4`.
+`mspc.kernels.codes`.
 """
 
 import torch
@@ -57,7 +57,7 @@ def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
     return (
         target.pattern == NM(2, 4)
         and dtype in (torch.bfloat16, torch.float16)
-        and (with_values or target.grid is not None)
+        and (with_values or (target.grid is not None and target.grid.bits == 4))
         and tiles_fit(description)
     )
 

@@ -29,11 +29,8 @@ def num_blocks(description: StoredMatrix) -> int:
 
 def tiles_fit(description: StoredMatrix) -> bool:
     """Whether inputs can be loaded by words, and every slab is within one group."""
-    num_columns, grid = description.shape[1], description.target.grid
-    if num_columns % WORD or not (grid is None or grid.bits == 4):
-        return False
     size = group_size(description)
-    return size in (32, 64) or size % COLUMNS == 0
+    return description.shape[1] % WORD == 0 and (size in (32, 64) or size % COLUMNS == 0)
 
 
 def group_size(description: StoredMatrix) -> int:
@@ -74,14 +71,18 @@ def from_tiles(tiled: Tensor, description: StoredMatrix, num_entries: int) -> Te
 
 
 def arrange_grid(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    """`scales` float16 (tiles, groups, 16 rows); `zeros` int32 (tiles, groups, 2), four bits for each of 8 rows."""
+    """`scales` float16 (tiles, groups, 16 rows); `zeros` int32 (tiles, groups, 2), four bits for each of 8 rows, and of
+    int8 (2, tiles, groups, 2): the low four bits of all, then the high ones."""
     tiles, groups = num_tiles(description), num_groups(description)
     scales = stored["scales"]
     padding = (0, groups - scales.shape[1], 0, tiles * ROWS - len(scales))
     arranged = {"scales": pad(scales, padding).view(tiles, ROWS, groups).transpose(1, 2).contiguous()}
     if "zeros" in stored:
-        zeros = pad(unpack_rows(stored["zeros"], 4, scales.shape[1]), padding).view(tiles, 2, 8, groups)
-        arranged["zeros"] = join_fields(zeros.permute(0, 3, 1, 2), range(0, 32, 4))
+        bits = _bits(description)
+        zeros = pad(unpack_rows(stored["zeros"], bits, scales.shape[1]), padding).view(tiles, 2, 8, groups)
+        zeros = zeros.permute(0, 3, 1, 2)
+        nibbles = zeros if bits <= 4 else torch.stack([zeros & 15, zeros >> 4])
+        arranged["zeros"] = join_fields(nibbles, range(0, 32, 4))
     return arranged
 
 
@@ -91,10 +92,17 @@ def restore_grid(arranged: dict[str, Tensor], description: StoredMatrix) -> dict
     scales = arranged["scales"].cpu().transpose(1, 2).flatten(0, 1)[:num_rows, :groups]
     stored = {"scales": scales.contiguous()}
     if "zeros" in arranged:
-        fields = split_fields(arranged["zeros"].cpu(), range(0, 32, 4), 4)  # tiles, groups, half, row
+        bits = _bits(description)
+        nibbles = split_fields(arranged["zeros"].cpu(), range(0, 32, 4), 4)  # tiles, groups, half, row
+        fields = nibbles if bits <= 4 else nibbles[0] | nibbles[1] << 4
         zeros = fields.permute(0, 2, 3, 1).flatten(0, 2)[:num_rows, :groups]
-        stored["zeros"] = pack_rows(zeros.to(torch.uint8).contiguous(), 4)
+        stored["zeros"] = pack_rows(zeros.to(torch.uint8).contiguous(), bits)
     return stored
+
+
+def _bits(description: StoredMatrix) -> int:
+    assert description.target.grid is not None
+    return description.target.grid.bits
 
 
 def real_groups(description: StoredMatrix) -> int:

@@ -28,7 +28,7 @@ def count_bits(word, PTX: tl.constexpr):
 def kept_weights(kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, present, num_words, num_bases,
                  BITS: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Weights of the 32 columns of each `word` of each `row`, one dimension more than these have: values of 16 bits, or
-    codes less their zero points, in float32. What is not kept is 0."""
+    codes less `zero`, in float32. What is not kept is 0."""
     column = tl.arange(0, 32)
     bits = tl.load(words_ptr + row * num_words + word, mask=present, other=0)
     base = tl.load(bases_ptr + row * num_bases + word // 8, mask=present, other=0)
@@ -39,9 +39,14 @@ def kept_weights(kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, pre
     if BITS == 16:
         return tl.load(kept_ptr + number, mask=kept, other=0)
     else:
-        in_byte: tl.constexpr = 8 // BITS
-        code = tl.load(kept_ptr + number // in_byte, mask=kept, other=0).to(tl.int32) >> (number % in_byte * BITS)
-        return tl.where(kept, (code & (2**BITS - 1)) - tl.expand_dims(zero, -1), 0).to(tl.float32)
+        number = number.to(tl.uint32)  # not negative, so that a division is a shift
+        bit = number % 8 * BITS
+        byte = kept_ptr + number // 8 * BITS + bit // 8
+        code = tl.load(byte, mask=kept, other=0).to(tl.int32)
+        if BITS == 3:  # maybe in two bytes
+            code |= tl.load(byte + 1, mask=kept, other=0).to(tl.int32) << 8
+        code = (code >> (bit % 8).to(tl.int32)) & (2**BITS - 1)
+        return tl.where(kept, code - zero, 0).to(tl.float32)
 
 
 @triton.jit
@@ -85,9 +90,9 @@ def bitmap_matmul(
     for first in tl.range(0, num_words, S):
         word = (first + tl.arange(0, S))[:, None]
         present = word < num_words
-        zero = tl.zeros([S, 16], tl.int32) + symmetric_zero
+        zero = symmetric_zero
         if not SYMMETRIC:
-            zero = of_group(zeros_ptr, row, word, present, NUM_GROUPS, GROUP_WORDS).to(tl.int32)
+            zero = of_group(zeros_ptr, row, word, present, NUM_GROUPS, GROUP_WORDS).to(tl.int32)[:, :, None]
         weight = kept_weights(
             kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, present, num_words, num_bases, BITS, PTX
         )
@@ -129,9 +134,9 @@ def bitmap_expand(
     row = rows.to(tl.int64)
     word = (tl.program_id(1) * 8 + tl.arange(0, 8))[None, :]
     present = (rows < num_rows) & (word < num_words)
-    zero = tl.zeros([4, 8], tl.int32) + symmetric_zero
+    zero = symmetric_zero
     if not SYMMETRIC:
-        zero = of_group(zeros_ptr, row, word, present, NUM_GROUPS, GROUP_WORDS).to(tl.int32)
+        zero = of_group(zeros_ptr, row, word, present, NUM_GROUPS, GROUP_WORDS).to(tl.int32)[:, :, None]
     weight = kept_weights(
         kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, present, num_words, num_bases, BITS, PTX
     )
@@ -176,6 +181,7 @@ def matmul(
         S=8,
         WIDE=launch.interpreted(),
         num_warps=8,
+        num_stages=3 if bits == 16 else 1,  # what is loaded ahead goes through shared memory: 7 instructions a position
     )
     return y
 

@@ -4,13 +4,14 @@ A code ORed into the mantissa of 1024 (float16) or 128 (bfloat16) is that number
 takes the number and the zero point off. float16 has room for a second code four bits up, worth 16 times as much, so a
 word takes 1 shift, 4 `lop3` and 4 additions: 9 / 8 instructions a code; bfloat16 3 shifts, 4 and 4: 11 / 8.
 
-Code c of pair p of a word has the bits 4 p + 16 c. The twin computes the same numbers from plain operations.
+Code c of pair p of a word has the bits 4 p + 16 c. Codes of eight bits are two of four, and one `fma` more a pair. The
+twins compute the same numbers from plain operations.
 """
 
 import triton
 import triton.language as tl
 
-from mspc.kernels.gpu.fragments import both
+from mspc.kernels.gpu.fragments import both, half
 
 DEQUANTIZE_FP16 = tl.constexpr("""{
     .reg .b32 upper, sixteenth;
@@ -40,6 +41,18 @@ DEQUANTIZE_BF16 = tl.constexpr("""{
     shr.u32 word, $4, 12;
     lop3.b32 $3, word, 0x000f000f, 0x43004300, 0xea;
     fma.rn.bf16x2 $3, $3, one, $5;
+}""")
+
+
+SIXTEENFOLD_FP16 = tl.constexpr("""{
+    .reg .b32 sixteen;
+    mov.b32 sixteen, 0x4c004c00;
+    fma.rn.f16x2 $0, $2, sixteen, $1;
+}""")
+SIXTEENFOLD_BF16 = tl.constexpr("""{
+    .reg .b32 sixteen;
+    mov.b32 sixteen, 0x41804180;
+    fma.rn.bf16x2 $0, $2, sixteen, $1;
 }""")
 
 
@@ -82,3 +95,25 @@ def code_pair(words, zeros, p: tl.constexpr, DTYPE: tl.constexpr):
     low = ((words >> (4 * p)) & 15) - zeros
     high = ((words >> (4 * p + 16)) & 15) - zeros
     return both(low.to(tl.float32).to(DTYPE), high.to(tl.float32).to(DTYPE))
+
+
+@triton.jit
+def add_sixteenfold(low, high, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The four pairs low + 16 high: exact, because the results are integers of at most eight bits and a sign."""
+    return (
+        sixteenfold(low[0], high[0], DTYPE, PTX),
+        sixteenfold(low[1], high[1], DTYPE, PTX),
+        sixteenfold(low[2], high[2], DTYPE, PTX),
+        sixteenfold(low[3], high[3], DTYPE, PTX),
+    )
+
+
+@triton.jit
+def sixteenfold(low, high, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    if PTX:
+        ASSEMBLY: tl.constexpr = SIXTEENFOLD_FP16 if DTYPE == tl.float16 else SIXTEENFOLD_BF16
+        return tl.inline_asm_elementwise(ASSEMBLY, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        first = half(low, 0, DTYPE).to(tl.float32) + 16 * half(high, 0, DTYPE).to(tl.float32)
+        second = half(low, 1, DTYPE).to(tl.float32) + 16 * half(high, 1, DTYPE).to(tl.float32)
+        return both(first.to(DTYPE), second.to(DTYPE))

@@ -110,6 +110,26 @@ def lane_words(upper, lower, S: tl.constexpr):
 
 
 @triton.jit
+def load_words(words, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr, PER_LANE: tl.constexpr):
+    """A tuple of PER_LANE (1, 2, 4) words (S, 8 rows, 4 quarters, 2 halves of the tile) of S blocks from block `first`;
+    in memory (blocks, 2 halves, 8 rows, 4 quarters, PER_LANE). Behind the last block they are 0."""
+    flat = tl.arange(0, S * 32 * PER_LANE)
+    block = first + flat // (32 * PER_LANE)
+    offsets = block * (64 * PER_LANE) + flat % (32 * PER_LANE)
+    pointers = words + tl.max_contiguous(tl.multiple_of(offsets, PER_LANE), PER_LANE)
+    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
+    lower = tl.load(pointers + 32 * PER_LANE, mask=block < NUM_BLOCKS, other=0)
+    if PER_LANE == 1:
+        return (tl.join(tl.reshape(upper, (S, 8, 4)), tl.reshape(lower, (S, 8, 4))),)
+    elif PER_LANE == 2:
+        upper0, upper1 = tl.split(tl.reshape(upper, (S, 8, 4, 2)))
+        lower0, lower1 = tl.split(tl.reshape(lower, (S, 8, 4, 2)))
+        return tl.join(upper0, lower0), tl.join(upper1, lower1)
+    else:
+        return lane_words(upper, lower, S)
+
+
+@triton.jit
 def load_scale(
     scales,
     first,

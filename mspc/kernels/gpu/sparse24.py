@@ -25,6 +25,7 @@ from mspc.kernels.gpu.fragments import (
     lane_words,
     load_input_slabs,
     load_scale,
+    load_words,
     load_zero,
     store_sums,
 )
@@ -102,30 +103,6 @@ def load_pairs(pairs, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def load_codes(codes, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """Both halves of a quarter, a word of eight codes each, of S blocks from block `first`."""
-    flat = tl.arange(0, S * 64)
-    block = first + flat // 64
-    pointers = codes + tl.max_contiguous(tl.multiple_of(block * 128 + flat % 64, 2), 2)
-    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
-    lower = tl.load(pointers + 64, mask=block < NUM_BLOCKS, other=0)
-    upper0, upper1 = tl.split(tl.reshape(upper, (S, 8, 4, 2)))
-    lower0, lower1 = tl.split(tl.reshape(lower, (S, 8, 4, 2)))
-    return tl.join(upper0, lower0), tl.join(upper1, lower1)
-
-
-@triton.jit
-def load_places(places, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    """The places of a quarter of two rows, (S, 8, 4, 2), of S blocks from block `first`."""
-    lane = tl.arange(0, S * 32)
-    block = first + lane // 32
-    pointers = places + block * 64 + lane % 32
-    upper = tl.load(pointers, mask=block < NUM_BLOCKS, other=0)
-    lower = tl.load(pointers + 32, mask=block < NUM_BLOCKS, other=0)
-    return tl.join(tl.reshape(upper, (S, 8, 4)), tl.reshape(lower, (S, 8, 4)))
-
-
-@triton.jit
 def word_places(places, n: tl.constexpr):
     """Of the two groups of word n: two of the four bits of each are of words 0 and 1, two of words 2 and 3."""
     return (((places >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
@@ -167,8 +144,8 @@ def sparse24_matmul(
     inputs = input_pointers(inputs_ptr, num_tokens, NUM_COLUMNS, S, TOKENS, WORDS)
     sums = tl.zeros([S, 16, TOKENS], tl.float32)
     for first in tl.range(0, NUM_BLOCKS, S, loop_unroll_factor=2):
-        all_places = load_places(places, first, S, NUM_BLOCKS)
-        halves = load_codes(kept, first, S, NUM_BLOCKS) if CODES else load_pairs(kept, first, S, NUM_BLOCKS)
+        all_places = load_words(places, first, S, NUM_BLOCKS, 1)[0]
+        halves = load_words(kept, first, S, NUM_BLOCKS, 2) if CODES else load_pairs(kept, first, S, NUM_BLOCKS)
         partial = sums
         for n in tl.static_range(4):
             if CODES and n % WORDS == 0:
