@@ -181,7 +181,7 @@ def matmul(
         S=8,
         WIDE=launch.interpreted(),
         num_warps=8,
-        num_stages=3 if bits == 16 else 1,  # what is loaded ahead goes through shared memory: 7 instructions a position
+        num_stages=3 if bits == 16 else 1,  # what is loaded ahead goes through shared memory: 8 instructions a position
     )
     return y
 
