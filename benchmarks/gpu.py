@@ -130,7 +130,8 @@ def draw(result: Result, path: Path) -> None:
     rows = list(table_rows(result))
     if of_models := bench_rows(result):
         label = run.CPU_LABEL if result["configuration"]["dry_run"] else "CUDA graphs"
-        wanted = {"configuration": {"baseline": "bf16"}, "rows": of_models, "label": label}
+        configuration = {"baseline": "bf16", "dtype": "float32" if result["configuration"]["dry_run"] else "bfloat16"}
+        wanted = {"configuration": configuration, "rows": of_models, "label": label}
         plots.plot(result | wanted, path)
     elif any("x bf16" in row for row in rows):
         plot_layers([row for row in rows if "x bf16" in row], result, path)

@@ -29,7 +29,10 @@ def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Optio
 
 
 def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
-    return []
+    return [
+        "Load it with mspc.load, or by transformers after `import mspc.hf`: without this, transformers makes up the "
+        "weights that are missing to it."
+    ]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:

@@ -113,6 +113,8 @@ def bench(
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
                 raise InputError(f"{file} cannot be written: name a file in a folder that exists.")
         if plot_file is not None:
+            if plot_file.suffix != ".png":
+                raise InputError(f"--plot draws a PNG; name it {plot_file.stem}.png, not {plot_file.name}.")
             check_installed()
         result = run(request, save=None if json_file is None else lambda found: write_json(json_file, found))
         if plot_file is not None:

@@ -43,7 +43,7 @@ from mspc.bench.models import (
 )
 from mspc.bench.request import Request, _check_fp8, check_memory, make_plan
 from mspc.bench.run import bench
-from mspc.bench.tables import gain, label, tables, verdicts
+from mspc.bench.tables import compared_with, gain, label, tables, verdicts
 from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
 from mspc.bench.tinygemm import TinygemmLinear
 from mspc.cli import app
@@ -476,9 +476,15 @@ def test_models_have_a_perplexity(wide, calibration, tmp_path):
     assert (dense["name"], dense["baseline"], dense["format"]) == (str(wide), "bf16", "dense")
     assert torch_int4["random_weights"]
     assert [row["format"] for row in rest] == ["2:4+int4", "2:4+int4"]
+    assert compared_with(result) == "int4"
+    assert compared_with({"configuration": result["configuration"] | {"baseline": "bf16"}}) == "dense float32"
     expected = [mspc.evaluate(path, max_windows=20, reporter=Silent()).perplexity for path in paths]
     assert [dense["perplexity"], *(row["perplexity"] for row in rest)] == expected
     assert expected[1] == expected[2] != expected[0]
+    shard = artifact / "exports" / "sparse" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(InputError, match="model.safetensors"):  # before anything is measured
+        make_plan(request)
 
 
 def test_embeddings_of_random_weights_are_not_there_while_a_model_is_measured(wide, monkeypatch):
@@ -510,7 +516,8 @@ def test_what_is_no_faster_is_said_to_be_no_gain(capsys):
     told = {row["name"]: gain(row, row["decode"][0], "bf16") for row in rows}
     assert told == {"dense": "1", "faster": "2.00", "equal": "1.00 no gain", "slower": "0.50 no gain"}
     assert gain(rows[1], rows[1]["decode"][0], "int4") == "-"
-    result = {"device": {"name": "d"}, "label": "l", "configuration": {"baseline": "bf16"}, "rows": rows}
+    configuration = {"baseline": "bf16", "dtype": "bfloat16"}
+    result = {"device": {"name": "d"}, "label": "l", "configuration": configuration, "rows": rows}
     assert list(verdicts(result)) == [
         f"m, {stage}: x bf16: faster 2.00; no gain over bf16: equal, slower." for stage in ("decoding", "prefill")
     ]
@@ -773,3 +780,4 @@ def test_wrong_usage():
     assert "--batch must be whole numbers with commas between, such as 1,4,8, not '1,x'" in refused(
         "bench", "--shapes", "1b", "--batch", "1,x"
     )
+    assert "--plot draws a PNG; name it r.png, not r.pdf." in refused("bench", "--shapes", "1b", "--plot", "r.pdf")

@@ -19,7 +19,7 @@ from mspc.formats.description import StoredMatrix
 from mspc.kernels import fp8
 from mspc.models import load_config, longest_sequence, open_model
 from mspc.runtime.linear import SparseLinear, prepare
-from mspc.runtime.loading import load
+from mspc.runtime.loading import hide_progress, load
 from mspc.sparse_folder import is_sparse_export
 from mspc.types import NM
 
@@ -205,6 +205,7 @@ def model_decoder(folder: Path, length: int, device: torch.device, pieces: Piece
     blocks: list[Block] = []
     if is_artifact(folder) or is_sparse_export(folder):
         # From the CPU, because matrices are joined before they are arranged; they are there twice in one block only.
+        hide_progress()  # the bench shows its own
         model = load(folder, "cpu", dtype)
         layers = model.model.layers
         for index, layer in enumerate(layers):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mspc.bench.tables import groups, label
+from mspc.bench.tables import compared_with, groups, label
 from mspc.checkpoint import write_atomically
 from mspc.errors import MspcError
 
@@ -27,6 +27,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(len(of_models), columns, squeeze=False)
     for (model, rows), of_row in zip(of_models.items(), axes, strict=True):
         _speedups(of_row[0], model, rows, result["configuration"]["baseline"])
+        of_row[0].set_ylabel(f"times as fast as {compared_with(result)}")
         if has_perplexity:
             _perplexities(of_row[1], model, rows)
     figure.suptitle(f"{result['device']['name']}, {result['label']}, {result['date']}", fontsize="small")
@@ -51,7 +52,7 @@ def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) 
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(set(batches)), [str(batch) for batch in sorted(set(batches))])
     axis.set_ylim(bottom=0)
-    axis.set(title=f"{model}, decoding", xlabel="batch size", ylabel=f"times as fast as {baseline}")
+    axis.set(title=f"{model}, decoding", xlabel="batch size")
     if axis.lines[:-1]:  # all but the line of the baseline
         axis.legend(fontsize="x-small")
 

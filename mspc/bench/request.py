@@ -22,7 +22,7 @@ from mspc.bench.models import (
 from mspc.bench.timing import REPEATS, free_memory
 from mspc.errors import InputError, unknown
 from mspc.kernels import fp8
-from mspc.models import choose_device, resolve
+from mspc.models import choose_device, open_source, resolve
 from mspc.sparse_folder import is_sparse_export
 
 FROM_MODEL = "from-model"
@@ -142,6 +142,7 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
     limits = []
     for path in request.paths:
         shape, limit = shape_of(resolve(path))
+        open_source(resolve(path)).keys()  # raises what is wrong with its files
         same = next((known for known in found if replace(known, name=shape.name) == shape), shape)
         found.setdefault(same, []).append(path)
         limits += [] if limit is None else [limit]

@@ -49,7 +49,15 @@ def _sizes(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Ta
 
 def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
     baseline = result["configuration"]["baseline"]
-    headings = ("ms a token, 10%..90%", "tokens/s", "GB/s", "of copy", "bytes alone, ms", f"x {baseline}", "perplexity")
+    headings = (
+        "ms a token, 10%..90%",
+        "tokens/s",
+        "GB/s",
+        "of copy",
+        "bytes alone, ms",
+        f"x {compared_with(result)}",
+        "perplexity",
+    )
     table = _titled(f"{model}: decoding", result, "context", "batch", "format", *headings)
     for number in range(len(rows[0]["decode"])):
         for row in rows:
@@ -74,7 +82,7 @@ def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> T
 
 def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
     baseline = result["configuration"]["baseline"]
-    headings = ("ms to first token, 10%..90%", "tokens/s", "bytes and products alone, ms", f"x {baseline}")
+    headings = ("ms to first token, 10%..90%", "tokens/s", "bytes and products alone, ms", f"x {compared_with(result)}")
     table = _titled(f"{model}: prefill", result, "prompt", "format", *headings)
     for number in range(len(rows[0]["prefill"])):
         for row in rows:
@@ -88,6 +96,12 @@ def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> 
                 gain(row, step, baseline),
             )
     return table
+
+
+def compared_with(result: dict[str, Any]) -> str:
+    """The baseline in words: on a CPU the dense one is computed in float32."""
+    baseline, dtype = (str(result["configuration"][key]) for key in ("baseline", "dtype"))
+    return f"dense {dtype}" if baseline == "bf16" and dtype != "bfloat16" else baseline
 
 
 def label(row: dict[str, Any]) -> str:
@@ -134,6 +148,6 @@ def verdicts(result: dict[str, Any]) -> Iterator[str]:
                 else:
                     lost.append(label(row))
             if gained or lost:
-                parts = [f"x {baseline}: {', '.join(gained)}"] if gained else []
-                parts += [f"no gain over {baseline}: {', '.join(lost)}"] if lost else []
+                parts = [f"x {compared_with(result)}: {', '.join(gained)}"] if gained else []
+                parts += [f"no gain over {compared_with(result)}: {', '.join(lost)}"] if lost else []
                 yield f"{model}, {words}: {'; '.join(parts)}."

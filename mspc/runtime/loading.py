@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -21,6 +22,11 @@ from mspc.sparse_folder import descriptions, quantization_config, read_quantizat
 
 PREFILLS = {"cusparselt": cusparselt, "fp8": fp8}
 """What can be asked for."""
+
+
+def hide_progress() -> None:
+    """That of transformers, over loaded weights, for callers who show their own."""
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load(

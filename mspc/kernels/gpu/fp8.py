@@ -19,19 +19,20 @@ def fp8_round(x_ptr, inputs_ptr, scales_ptr, num_tokens, num_columns, COLUMNS: t
     column = tl.arange(0, COLUMNS)
     x_ptr += token.to(tl.int64) * num_columns
     inputs_ptr += token.to(tl.int64) * num_columns
-    present = token < num_tokens
+    end = tl.where(token < num_tokens, num_columns, 0)
     sizes = tl.full([COLUMNS], 1e-30, tl.float32)
     for first in range(0, num_columns, COLUMNS):
-        x = tl.load(x_ptr + first + column, mask=present & (first + column < num_columns), other=0)
+        x = tl.load(x_ptr + first + column, mask=first + column < end, other=0)
         sizes = tl.maximum(sizes, tl.abs(x.to(tl.float32)))
     largest = tl.max(sizes, axis=0)
     limit = tl.full([], 448.0, tl.float32)
     inverse = tl.div_rn(limit, largest)
     for first in range(0, num_columns, COLUMNS):
-        x = tl.load(x_ptr + first + column, mask=present & (first + column < num_columns), other=0)
+        x = tl.load(x_ptr + first + column, mask=first + column < end, other=0)
         rounded = (x.to(tl.float32) * inverse).to(tl.float8e4nv)
         tl.store(inputs_ptr + first + column, rounded, mask=first + column < num_columns)
-    tl.store(scales_ptr + token, tl.div_rn(largest, limit), mask=present)
+    if token < num_tokens:
+        tl.store(scales_ptr + token, tl.div_rn(largest, limit))
 
 
 @triton.jit
@@ -50,7 +51,9 @@ def rounded(x: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     num_padded = triton.cdiv(num_tokens, multiple) * multiple
     inputs = torch.empty(num_padded, num_columns, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    fp8_round[(num_padded,)](x.contiguous(), inputs, scales, num_tokens, num_columns, COLUMNS=COLUMNS)
+    fp8_round[(num_padded,)](
+        x.contiguous(), inputs, scales, num_tokens, num_columns, COLUMNS=COLUMNS, enable_fp_fusion=True
+    )
     return inputs, scales
 
 
@@ -58,5 +61,7 @@ def scaled(product: Tensor, of_tokens: Tensor, of_rows: Tensor, dtype: torch.dty
     """The product (T and padding, O) times both scales: (T, O), rounded once."""
     num_tokens, num_rows = len(of_tokens), len(of_rows)
     y = torch.empty(num_tokens, num_rows, dtype=dtype, device=product.device)
-    fp8_scale[(num_tokens, triton.cdiv(num_rows, COLUMNS))](product, of_tokens, of_rows, y, num_rows, COLUMNS=COLUMNS)
+    fp8_scale[(num_tokens, triton.cdiv(num_rows, COLUMNS))](
+        product, of_tokens, of_rows, y, num_rows, COLUMNS=COLUMNS, enable_fp_fusion=True
+    )
     return y
