@@ -23,10 +23,9 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out needs a folder.")
     beside = sibling(out, "new")
-    for folder in (out, beside):
-        if folder.is_dir():
-            with held(folder):
-                pass
+    if out.is_dir():
+        with held(out):
+            pass
     recover(out)
     # A run that was killed over its first file leaves nothing but the temporary name of that.
     occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
@@ -78,11 +77,20 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def recover(out: Path) -> None:
-    """Put the older folder back, or remove it, where a process was killed inside `publish`."""
-    old = sibling(out, "old")
-    if old.is_dir() and not out.exists():
-        old.rename(out.resolve())
-    shutil.rmtree(old, ignore_errors=True)
+    """Put the older folder back, or remove it, where a process was killed inside `publish`.
+
+    Raises InputError when one is at work beside `out`: between its renames things look the same.
+    """
+    beside, old, place = sibling(out, "new"), sibling(out, "old"), out.resolve()
+    if beside.is_dir():
+        with held(beside):
+            pass
+    if not old.is_dir():
+        return
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):  # nothing has taken its place yet
+        old.rename(place)
+    elif not beside.is_dir():  # what was there has
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

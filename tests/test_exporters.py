@@ -63,6 +63,23 @@ def test_killed_at_every_flush_the_older_is_whole_and_the_next_works(artifact, t
     assert not sibling(out, "new").exists()
 
 
+@pytest.mark.parametrize(("owner", "name", "call"), [(Path, "rename", 1), (Path, "rename", 2), (shutil, "rmtree", 2)])
+def test_killed_while_the_older_is_replaced(owner, name, call, artifact, tmp_path):
+    """Oracle: the older export, before a kill between the renames and after; the new one once it has its place."""
+    out = export(artifact, tmp_path / "out")
+    older = content(out)
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    (source / "tokenizer_config.json").write_bytes(b"{}")
+    assert killed_at(call, owner, name, lambda: export(source, out, overwrite=True))
+    assert sibling(out, "old").is_dir() == ((owner, call) != (Path, 1))
+    with pytest.raises(InputError, match="holds an older export"):
+        export(source, out)
+    assert (content(out) == older) == (owner is Path)
+    export(source, out, overwrite=True)
+    assert (out / "tokenizer_config.json").read_bytes() == b"{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "out"]
+
+
 def test_a_full_disk_leaves_the_older(artifact, tmp_path, monkeypatch):
     out = export(artifact, tmp_path / "out")
     older = content(out)

@@ -12,7 +12,7 @@ import mspc
 from mspc.artifact import MANIFEST, read_manifest
 from mspc.errors import InputError, StorageError
 from mspc.journal import NAME as JOURNAL
-from mspc.output import check_space, held, publish, sibling, working_folder
+from mspc.output import check_space, held, publish, recover, sibling, working_folder
 
 
 def filled(folder: Path, *files: str) -> Path:
@@ -136,6 +136,31 @@ def test_what_a_kill_inside_publish_moved_away_is_put_back(tmp_path):
         fresh(out)
     assert names(tmp_path) == [".out.new", "out"]
     assert (out / MANIFEST).read_text() == "out"
+
+
+@pytest.mark.parametrize(
+    ("present", "left"),
+    [
+        ({"out": None, ".out.new": "new"}, {".out.new": "new", "out": "old"}),  # made by hand after the kill
+        ({"out": "new"}, {"out": "new"}),  # killed after the second rename
+        ({"out": "other", ".out.new": "new"}, {"out": "other", ".out.new": "new", ".out.old": "old"}),
+    ],
+    ids=str,
+)
+def test_the_older_folder_goes_only_when_the_new_one_has_its_place(present, left, tmp_path):
+    filled(tmp_path / ".out.old", "old")
+    for name, file in present.items():
+        filled(tmp_path / name, *([file] if file else []))
+    recover(tmp_path / "out")
+    assert {name: names(tmp_path / name) for name in names(tmp_path)} == {name: [file] for name, file in left.items()}
+
+
+def test_nothing_is_put_back_while_another_process_publishes(tmp_path):
+    beside = filled(tmp_path / ".out.new", "new")
+    filled(tmp_path / ".out.old", "old")
+    with held(beside), pytest.raises(InputError, match=r"is being written by another mspc process"):
+        recover(tmp_path / "out")
+    assert names(tmp_path) == [".out.new", ".out.old"]
 
 
 def test_a_disk_too_small_is_named(tmp_path, monkeypatch):
