@@ -17,10 +17,11 @@ from torch import Tensor
 
 import exporters
 import exporters.formats
+from exporters.verification import REPORT
 from mspc import __version__
 from mspc.allocation import allocate, check_plan, half_width, planned_sparsity, wants_trial
 from mspc.allocators import ALLOCATORS
-from mspc.artifact import FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
+from mspc.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
 from mspc.blocks import batches_of
 from mspc.checkpoint import Checkpoint, read_file, sha256_of, write_atomically, write_json, write_tensors, write_text
 from mspc.errors import InputError, unknown
@@ -56,6 +57,7 @@ RECIPE = "recipe.toml"
 HELD_OUT = 8
 """One sequence to try plans on for so many calibration sequences."""
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # beside it, where it is an export
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ class _Run:
         check_space(self.folder, _estimated_bytes(checkpoint, plan))
         for path in sorted(self.source.iterdir()):
             is_config = path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json")
-            if path.is_file() and is_config and path.name != PLAN:
+            if path.is_file() and is_config and path.name not in NOT_OF_THE_MODEL:
                 write_atomically(self.folder / path.name, partial(shutil.copyfile, path))
         compressed = {model.tensor_key(matrix) for matrix in _flat(matrices) if matrix.index is None}
         with self.reporter.stage("Copying other weights", len(checkpoint.shards())) as step:

@@ -13,6 +13,7 @@ import exporters
 import mspc
 from exporters import folder as folder_module
 from exporters.record import NAME as RECORD
+from exporters.verification import REPORT
 from mspc.artifact import MANIFEST
 from mspc.errors import InputError, StorageError
 from mspc.output import held, sibling
@@ -142,6 +143,17 @@ def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
         exporters.export(artifact, "dens", tmp_path / "out")
     with pytest.raises(InputError, match="dense has no option --weights"):
         exporters.export(artifact, "dense", tmp_path / "out", options={"weights": "int4"})
+
+
+def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
+    """What an export says of itself does not travel on: an export would replace the artifact as an older one."""
+    dense = export(artifact, tmp_path / "dense", verified=True)
+    again = mspc.compress(dense, recipe, out=tmp_path / "again", reporter=Silent()).path
+    assert {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()} >= {RECORD, REPORT}
+    before = content(again)
+    with pytest.raises(InputError, match="is not empty and was not exported by mspc"):
+        export(artifact, again, overwrite=True)
+    assert content(again) == before
 
 
 def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
