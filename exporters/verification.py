@@ -81,6 +81,7 @@ def _check_origin(folder: Path, record: dict[str, Any], artifact: ArtifactSource
             f"{folder} was not exported from {artifact.folder}: {len(differ)} of {len(record['matrices'])} matrices "
             f"are others there, such as {differ[0]}. Give the artifact that it came from, or leave --against out."
         )
+    artifact.check_files()  # or the export would be blamed
 
 
 def failures(report: dict[str, Any]) -> list[str]:

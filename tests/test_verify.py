@@ -164,6 +164,18 @@ def test_another_artifact_is_not_compared_and_leaves_the_report_alone(folder, ll
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_an_artifact_that_is_damaged_is_not_compared_either(folder, artifact, tmp_path):
+    damaged = Path(shutil.copytree(artifact.path, tmp_path / "artifact"))
+    file = next(iter(artifact.manifest["files"]))
+    content = bytearray((damaged / file).read_bytes())
+    content[-1] ^= 1
+    (damaged / file).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=f"{file} is damaged"):
+        check(folder, damaged)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 # Runtimes, played by a module of the test
 
 
