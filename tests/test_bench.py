@@ -7,6 +7,7 @@ in files and closed forms for what a step moves; numpy's percentiles; matrices i
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 import tiny
 import torch
 import typer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import mspc_cli, refused
 
 import mspc
@@ -481,10 +482,32 @@ def test_models_have_a_perplexity(wide, calibration, tmp_path):
     expected = [mspc.evaluate(path, max_windows=20, reporter=Silent()).perplexity for path in paths]
     assert [dense["perplexity"], *(row["perplexity"] for row in rest)] == expected
     assert expected[1] == expected[2] != expected[0]
-    shard = artifact / "exports" / "sparse" / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(InputError, match="model.safetensors"):  # before anything is measured
-        make_plan(request)
+
+
+@pytest.mark.parametrize(
+    ("of", "damage", "message"),
+    [
+        ("artifact", "last byte", r"matrices/00001\.safetensors is damaged"),
+        ("sparse", "last byte", r"model\.safetensors cannot be read as safetensors"),
+        ("sparse", "model.layers.1.mlp.up_proj.codes", r"model\.layers\.1\.mlp\.up_proj: its codes are missing"),
+        ("sparse", "model.norm.weight", r"holds no model\.norm\.weight, which the model needs"),
+        ("checkpoint", "model.norm.weight", r"holds no model\.norm\.weight, which the model needs"),
+    ],
+)
+def test_every_path_is_checked_before_anything_is_measured(of, damage, message, wide, compressed, tmp_path):
+    artifact = compressed("llama", pattern="2:4", bits=4, group_size=16)
+    source = {"artifact": artifact, "sparse": artifact / "exports" / "sparse", "checkpoint": wide}[of]
+    folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    file = folder / ("matrices/00001.safetensors" if of == "artifact" else "model.safetensors")
+    if damage == "last byte":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        tensors = load_file(file)
+        del tensors[damage]
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"copy cannot be measured\. .*{message}"):
+        make_plan(Request((str(wide), str(folder))))
+    assert make_plan(Request((str(folder),), shapes="from-model", formats=("2:4",))).groups  # its weights are not used
 
 
 def test_embeddings_of_random_weights_are_not_there_while_a_model_is_measured(wide, monkeypatch):

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mspc.artifact import is_artifact
+from mspc.artifact import ArtifactSource, is_artifact
 from mspc.bench.decoder import Block, Decoder, Outer, Pieces, Shape
 from mspc.bench.formats import DENSE, FP8_PREFILL, Source, describe, parse_format, random_stored
 from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
+from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
+from mspc.hf import check_files
 from mspc.kernels import fp8
 from mspc.models import load_config, longest_sequence, open_model
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import hide_progress, load
-from mspc.sparse_folder import is_sparse_export
+from mspc.sparse_folder import descriptions, is_sparse_export, read_quantization_config
 from mspc.types import NM
 
 SHAPES = {
@@ -195,6 +197,16 @@ def shape_of(folder: Path) -> tuple[Shape, int | None]:
     )  # fmt: skip
     limits = [n for n in (longest_sequence(config), getattr(config, "sliding_window", None)) if n is not None]
     return shape, min(limits, default=None)
+
+
+def check_model(folder: Path) -> None:
+    """Raises InputError, naming the file or tensor, for a model that could not be loaded."""
+    if is_artifact(folder):
+        ArtifactSource(folder).check_files()
+    elif is_sparse_export(folder):
+        described = descriptions(read_quantization_config(folder), folder / "config.json")
+        check_files(described, [folder / shard for shard in Checkpoint(folder).shards()])
+    open_model(folder, device=torch.device("cpu"))  # no weights are read
 
 
 def model_decoder(folder: Path, length: int, device: torch.device, pieces: Pieces) -> Decoder:

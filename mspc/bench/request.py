@@ -13,6 +13,7 @@ from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
     check_format,
+    check_model,
     compute_dtype,
     copied_bytes,
     outer_bytes,
@@ -22,7 +23,7 @@ from mspc.bench.models import (
 from mspc.bench.timing import REPEATS, free_memory
 from mspc.errors import InputError, unknown
 from mspc.kernels import fp8
-from mspc.models import choose_device, open_source, resolve
+from mspc.models import choose_device, resolve
 from mspc.sparse_folder import is_sparse_export
 
 FROM_MODEL = "from-model"
@@ -141,8 +142,13 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
     found: dict[Shape, list[str]] = {}
     limits = []
     for path in request.paths:
-        shape, limit = shape_of(resolve(path))
-        open_source(resolve(path)).keys()  # raises what is wrong with its files
+        folder = resolve(path)
+        shape, limit = shape_of(folder)
+        if not request.shapes:
+            try:
+                check_model(folder)
+            except InputError as error:
+                raise InputError(f"{path} cannot be measured. {error}") from error
         same = next((known for known in found if replace(known, name=shape.name) == shape), shape)
         found.setdefault(same, []).append(path)
         limits += [] if limit is None else [limit]
