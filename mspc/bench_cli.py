@@ -102,7 +102,7 @@ def bench(
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run
-        from mspc.bench.tables import tables, verdicts
+        from mspc.bench.tables import notes, tables, verdicts
         from mspc.checkpoint import write_json
 
         request = Request(
@@ -122,5 +122,5 @@ def bench(
     for table in tables(result):
         print_table(table)
         print()
-    for line in verdicts(result):
+    for line in (*notes(result), *verdicts(result)):
         print(line)

@@ -41,10 +41,11 @@ from mspc.bench.models import (
     random_decoder,
     random_outer,
     shape_of,
+    stored_dtype,
 )
 from mspc.bench.request import Request, _check_fp8, check_memory, make_plan
 from mspc.bench.run import bench
-from mspc.bench.tables import compared_with, gain, label, tables, verdicts
+from mspc.bench.tables import compared_with, gain, label, notes, tables, verdicts
 from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
 from mspc.bench.tinygemm import TinygemmLinear
 from mspc.cli import app
@@ -529,7 +530,7 @@ def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, 
     step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}
     decoded = {"batch": 1, "context": 8, "bytes_per_second": times, "share_of_copy": 0.5, "bytes": {}, **step}
     shared = {"model": "m", "random_weights": True, "perplexity": None, "peak_memory_bytes": None, "engine": "torch"}
-    shared |= {"bits_per_weight": 9.0, "copied_bits_per_weight": 0.0, "weight_bytes": 10}
+    shared |= {"stored_dtype": None, "bits_per_weight": 9.0, "copied_bits_per_weight": 0.0, "weight_bytes": 10}
     return {"name": name, "baseline": baseline, "decode": [decoded], "prefill": [{"tokens": 8, **step}], **shared}
 
 
@@ -609,6 +610,36 @@ def test_what_fp8_does_not_fit_is_said_first(monkeypatch):
     _check_fp8(("2:4",), torch.device("cuda"))
     with pytest.raises(InputError, match=r"2:4\+fp8 cannot be measured: the reason; leave this format out"):
         _check_fp8(("2:4", "2:4+fp8"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("computed", "told"),
+    [
+        ("float32", ["Stored in bfloat16 and computed in float32; dense weights take 32 bits then: b.",
+                     "Stored in float16 and computed in float32; dense weights take 32 bits then: a, c."]),
+        ("bfloat16", ["Stored in float16 and computed in bfloat16: a, c."]),
+    ],
+)  # fmt: skip
+def test_other_dtypes_than_those_of_the_files_are_told(computed, told):
+    rows = [row_of(name, 1.0) | {"stored_dtype": dtype} for name, dtype in
+            (("b", "bfloat16"), ("a", "float16"), ("random", None), ("c", "float16"))]  # fmt: skip
+    configuration = {"dtype": computed, "perplexity": {"text": "builtin", "max_windows": 20}}
+    assert list(notes({"configuration": configuration, "rows": rows})) == told
+    rows[0]["perplexity"] = 9.0
+    assert list(notes({"configuration": configuration, "rows": rows}))[-1].startswith("Perplexities are of 20 windows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stored_dtypes_are_those_of_the_files(dtype, calibration, tmp_path):
+    """Oracle: the tensors of the checkpoint."""
+    source = tiny.build(tmp_path / "source", "llama", dtype=dtype)
+    recipe = mspc.Recipe(
+        pattern="2:4", bits=4, group_size=16, solver="mask", criterion="magnitude", calibration=str(calibration),
+        num_sequences=1, sequence_length=8,
+    )  # fmt: skip
+    artifact = mspc.compress(source, recipe, out=tmp_path / "artifact", exports=["sparse"], reporter=Silent()).path
+    assert {tensor.dtype for tensor in tiny.tensors(source).values()} == {dtype}
+    assert {stored_dtype(path) for path in (source, artifact, artifact / "exports" / "sparse")} == {dtype}
 
 
 def test_ceilings_are_positive():

@@ -19,7 +19,7 @@ from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.hf import check_files
 from mspc.kernels import fp8
-from mspc.models import load_config, longest_sequence, open_model
+from mspc.models import choose_dtype, load_config, longest_sequence, open_model, open_source
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import hide_progress, load
 from mspc.sparse_folder import descriptions, is_sparse_export, read_quantization_config
@@ -207,6 +207,11 @@ def check_model(folder: Path) -> None:
         described = descriptions(read_quantization_config(folder), folder / "config.json")
         check_files(described, [folder / shard for shard in Checkpoint(folder).shards()])
     open_model(folder, device=torch.device("cpu"))  # no weights are read
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """That of the weights in the files of a model, which the bench may not compute in."""
+    return choose_dtype("auto", open_source(folder), torch.device("meta"))  # on no device that would have another
 
 
 def model_decoder(folder: Path, length: int, device: torch.device, pieces: Pieces) -> Decoder:

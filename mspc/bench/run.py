@@ -19,6 +19,7 @@ from mspc.bench.models import (
     model_decoder,
     random_decoder,
     random_outer,
+    stored_dtype,
 )
 from mspc.bench.request import Candidate, Plan, Request, make_plan
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
@@ -84,7 +85,7 @@ def header(request: Request, plan: Plan, pieces: str, ceilings: Ceilings) -> dic
         "configuration": asdict(request)
         | {
             "device": str(device),
-            "dtype": str(compute_dtype(device)).removeprefix("torch."),
+            "dtype": name_of(compute_dtype(device)),
             "batches": list(plan.batches),
             "contexts": list(plan.contexts),
             "prefills": list(plan.prefills),
@@ -173,6 +174,7 @@ def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "shape": asdict(shape),
         "format": candidate.format or format_of(decoder),
         "random_weights": candidate.folder is None,
+        "stored_dtype": None if candidate.folder is None else name_of(stored_dtype(candidate.folder)),
         "baseline": candidate.baseline,
         "engine": engine_of(decoder),
         "weight_bytes": decoder.stored_bytes(),
@@ -184,6 +186,10 @@ def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "decode": [],
         "prefill": [],
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def perplexity_of(candidate: Candidate, plan: Plan, reporter: Reporter) -> float | None:

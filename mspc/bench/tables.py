@@ -131,6 +131,21 @@ def is_gain(ratio: float) -> bool:
     return round(ratio, 2) > 1
 
 
+def notes(result: dict[str, Any]) -> Iterator[str]:
+    """What is to be known of the figures of models: in what they are computed, and how much text a perplexity is of."""
+    computed = result["configuration"]["dtype"]
+    others: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["stored_dtype"] not in (None, computed):
+            others.setdefault(row["stored_dtype"], []).append(row["name"])
+    for stored, names in others.items():
+        wider = "; dense weights take 32 bits then" if computed == "float32" else ""
+        yield f"Stored in {stored} and computed in {computed}{wider}: {', '.join(names)}."
+    if any(row["perplexity"] is not None for row in result["rows"]):
+        of = result["configuration"]["perplexity"]
+        yield f"Perplexities are of {of['max_windows']} windows of the text {of['text']}, which is not much."
+
+
 def verdicts(result: dict[str, Any]) -> Iterator[str]:
     """A line for each shape and stage: what gained over the baseline, and what did not."""
     baseline = result["configuration"]["baseline"]
