@@ -18,7 +18,6 @@ from mspc.console import (
     LengthOption,
     ModelArgument,
     OutOption,
-    fail,
     group_size_of,
     option,
     print_json,
@@ -26,7 +25,7 @@ from mspc.console import (
     recipe_values,
     reported,
 )  # fmt: skip
-from mspc.errors import InputError
+from mspc.export_cli import export, verify
 from mspc.recipe import Recipe
 
 app = typer.Typer(
@@ -300,86 +299,8 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     print(summary(manifest))
 
 
-@app.command()
-def export(
-    artifact: Annotated[
-        Path | None, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.", show_default=False)
-    ] = None,
-    format_name: Annotated[
-        str | None, typer.Argument(metavar="FORMAT", help="A format of --list.", show_default=False)
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
-    verified: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
-    ] = True,
-    checkpoint_format: Annotated[
-        str | None,
-        typer.Option(help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)", show_default=False),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="onnx: float32, float16, matmulnbits or qdq. (default: float32)", show_default=False),
-    ] = None,
-    accuracy_level: Annotated[
-        int | None,
-        typer.Option(help="onnx, matmulnbits: 0 is exact, 4 rounds activations to int8.", show_default=False),
-    ] = None,
-    sparse_initializers: Annotated[
-        bool | None,
-        typer.Option("--sparse-initializers", help="onnx: smaller files from 67% zeros on.", show_default=False),
-    ] = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Write an artifact in a format that a runtime loads, and verify it there."""
-    with reported(debug):
-        import exporters
-        from exporters.runtimes import RUNTIMES
-        from mspc.report import ConsoleReporter, format_table
-
-        if show_list:
-            print_table(format_table(exporters.FORMATS, RUNTIMES))
-            return
-        if artifact is None or format_name is None or out is None:
-            raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
-        reporter = ConsoleReporter()
-        asked = {
-            "checkpoint_format": checkpoint_format, "weights": weights, "accuracy_level": accuracy_level,
-            "sparse_initializers": sparse_initializers,
-        }  # fmt: skip
-        options = {name: value for name, value in asked.items() if value is not None}
-        exporters.export(
-            artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter
-        )
-        reporter.say(f"{out} written.")
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `mspc export` wrote.")],
-    against: Annotated[
-        Path | None,
-        typer.Option(metavar="ARTIFACT", help="Compare every weight with this artifact.", show_default=False),
-    ] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Prove that an export holds and computes what its artifact does; exit 1 if it does not."""
-    with reported(debug):
-        import exporters
-        from mspc.report import ConsoleReporter, verification_table
-
-        result = exporters.verify(folder, against, ConsoleReporter())
-        wrong = exporters.failures(result)
-        if as_json:
-            print_json(result)
-        else:
-            print_table(verification_table(result))
-        if wrong:
-            fail(f"Error: {folder} is wrong: {exporters.in_short(wrong)}.", 1)
-
-
+app.command()(export)
+app.command()(verify)
 app.command()(bench)
 
 

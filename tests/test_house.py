@@ -40,7 +40,7 @@ FLOORS = (
         "mspc.search",
     },
     {"mspc.pipeline", "mspc.evaluation", "mspc.bench"},
-    {"mspc.cli", "mspc.bench_cli", "mspc.console", "mspc.__main__"},
+    {"mspc.cli", "mspc.bench_cli", "mspc.export_cli", "mspc.console", "mspc.__main__"},
 )
 
 
