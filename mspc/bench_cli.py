@@ -24,7 +24,9 @@ def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
 def bench(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH...", help="Artifacts, sparse exports, checkpoint folders.", show_default=False),
+        typer.Argument(
+            metavar="PATH...", help="Artifacts, sparse exports, checkpoint folders, hub ids.", show_default=False
+        ),
     ] = None,
     shapes: Annotated[
         str | None,
@@ -37,8 +39,8 @@ def bench(
     formats: Annotated[
         str | None,
         option(
-            "Of random weights: dense, int4 (also 8, 3, 2), N:M, S%, a pattern with bits, or 2:4+fp8 (prefill rounds "
-            "weights and inputs to 8-bit floats).",
+            "Of random weights, with commas between: dense; int8, int4, int3, int2; N:M such as 2:4; S% such as 50%; a "
+            "pattern with bits such as 2:4+int4; 2:4+fp8 (prefill rounds weights and inputs to 8-bit floats).",
             "dense,int4,2:4,8:16,6:16,2:4+int4",
             "--format",
             rich_help_panel=WHAT,
@@ -47,7 +49,8 @@ def bench(
     baseline: Annotated[
         str,
         typer.Option(
-            help="Compare with bf16 (the library's dense product) or int4 (torch's own); both are measured.",
+            help="What is 1: bf16 (the library's dense product; on a CPU in float32) or int4 (torch's own). Both are "
+            "measured.",
             rich_help_panel=WHAT,
         ),
     ] = "bf16",
@@ -88,15 +91,16 @@ def bench(
     """What compressed models gain in speed and memory, beside dense and int4 baselines of the same run.
 
     \b
-    mspc bench --shapes 8b                               random weights, no download
-    mspc bench MODEL out/small                           real models, with perplexity
-    mspc bench MODEL --shapes from-model --format 2:4    random weights in the shapes of a model
+    mspc bench MODEL out/small                           with perplexity
+    mspc bench --shapes 8b                               random weights
+    mspc bench MODEL --shapes from-model --format 2:4    the same, its shapes
     mspc bench --shapes 1b --baseline int4 --json r.json --plot r.png
 
-    \b
-    On CUDA every step is one graph, and all formats share attention, head and fusions.
-    Beside each time stands what its bytes alone would take; what is no faster is "no gain".
-    On a CPU the figures say nothing of the kernels. What is measured: docs/benchmark.md.
+    Decoding is one new token for each sequence, prefill the whole prompt. On CUDA
+    every step is one graph, and all formats share attention, head and fusions.
+    Beside each time stands what its bytes alone would take; what is no faster
+    than the baseline is "no gain". On a CPU the figures say nothing of the
+    kernels. What is measured: docs/benchmark.md.
     """
     with reported(debug, "What was measured is in the --json file."):
         from mspc.bench.plots import check_installed, plot

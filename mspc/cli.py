@@ -222,7 +222,7 @@ def compress(
     mspc compress MODEL --out DIR                          half of the weights
     mspc compress MODEL --out DIR --pattern 2:4 --bits 4   3.125 bits a weight
     mspc compress MODEL --out DIR --sparsity 0 --bits 4    only rounding
-    mspc compress MODEL --out DIR --bits-per-weight 3.125  the best mixture of that size
+    mspc compress MODEL --out DIR --bits-per-weight 3.125  the best mixture
     """
     given = {
         "sparsity": sparsity, "pattern": pattern, "bits": bits,
@@ -234,7 +234,7 @@ def compress(
         "calibration": calibration, "num_sequences": num_sequences, "sequence_length": sequence_length, "seed": seed,
         "skip": skip or None, "plan": plan, "device": device, "dtype": dtype,
     }  # fmt: skip
-    with reported(debug):
+    with reported(debug, "What was solved is kept: `mspc compress` goes on with --resume."):
         given["group_size"] = group_size_of(group_size)
         chosen = {name: value for name, value in given.items() if value is not None}
         whole = Recipe.from_dict(recipe_values(recipe, chosen) | chosen)
@@ -252,21 +252,38 @@ def compress(
 
 @app.command(name="eval")
 def eval_(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder, hub id or artifact.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Checkpoint folder, hub id, artifact, dense or sparse export.")
+    ],
     text: Annotated[
-        str, typer.Option(help="builtin, a file or folder of text, c4, wikitext2, or a dataset id.")
+        str,
+        typer.Option(
+            help="The held-out part of builtin (Python's own documentation), c4, wikitext2 or a dataset id; or a .txt, "
+            ".jsonl or .parquet file, or a folder of them, whole."
+        ),
     ] = "builtin",
     sequence_length: LengthOption = None,
-    max_windows: Annotated[int | None, typer.Option(help="Measure only so many windows. (default: all)")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Measure the first so many windows. (default: all)")] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Also say how far its predictions are from this model's.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Also the KL divergence from this model's predictions; 0 is none."),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Perplexity on held-out text: one stream of tokens in non-overlapping windows."""
+    """How well a model predicts text that it was not calibrated on: perplexity, of which less is better.
+
+    \b
+    mspc eval MODEL                         the original
+    mspc eval out/small                     what compress wrote
+    mspc eval out/small --against MODEL     and how far apart they are
+    mspc eval out/small --text t.txt --max-windows 100
+
+    The text is one stream of tokens, cut into windows that do not overlap. Only
+    perplexities of the same text, length and number of windows can be compared.
+    """
     with reported(debug):
         from mspc.evaluation import evaluate
 

@@ -29,9 +29,6 @@ LengthOption = Annotated[
 ]
 
 
-KEPT = "What was solved is kept: `mspc compress` goes on with --resume."
-
-
 def option(text: str, default: object, *names: str, **settings: Any) -> Any:
     """An option whose absence is None, so that a recipe file's value is not overwritten by a default."""
     return typer.Option(*names, help=f"{text} (default: {default})", show_default=False, **settings)
@@ -47,7 +44,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def reported(debug: bool, kept: str = KEPT) -> Iterator[None]:
+def reported(debug: bool, kept: str = "") -> Iterator[None]:
     """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback.
 
     `kept` says what an interruption leaves.
@@ -55,7 +52,7 @@ def reported(debug: bool, kept: str = KEPT) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        fail(f"\nInterrupted. {kept}", 130)
+        fail(f"\nInterrupted. {kept}".rstrip(), 130)
     except (MspcError, OSError) as error:
         if debug:
             raise

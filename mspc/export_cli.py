@@ -8,39 +8,72 @@ import typer
 from mspc.console import DebugOption, JsonOption, fail, print_json, print_table, reported
 from mspc.errors import InputError
 
+OF_FORMAT = "Options of one format"
+
 
 def export(
     artifact: Annotated[
         Path | None, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.", show_default=False)
     ] = None,
     format_name: Annotated[
-        str | None, typer.Argument(metavar="FORMAT", help="A format of --list.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="FORMAT", help="dense, sparse, gptq, compressed-tensors, onnx or gguf.", show_default=False
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
     verified: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
     ] = True,
     checkpoint_format: Annotated[
         str | None,
-        typer.Option(help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)", show_default=False),
+        typer.Option(
+            help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="onnx: float32, float16, matmulnbits or qdq. (default: float32)", show_default=False),
+        typer.Option(
+            help="onnx: float32, float16, matmulnbits or qdq. (default: float32)",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
     ] = None,
     accuracy_level: Annotated[
         int | None,
-        typer.Option(help="onnx, matmulnbits: 0 is exact, 4 rounds activations to int8.", show_default=False),
+        typer.Option(
+            help="onnx, matmulnbits: 0 is exact, 4 rounds activations to int8. (default: 0)",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
     ] = None,
     sparse_initializers: Annotated[
         bool | None,
-        typer.Option("--sparse-initializers", help="onnx: smaller files from 67% zeros on.", show_default=False),
+        typer.Option(
+            "--sparse-initializers",
+            help="onnx: smaller files from 67% zeros on.",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write an artifact in a format that a runtime loads, and verify it there."""
+    """Write an artifact in a format that a runtime loads, and verify it there.
+
+    \b
+    mspc export --list                                     formats and runtimes
+    mspc export out/small dense --out out/small-hf         for every runtime
+    mspc export out/small sparse --out out/small-sparse    the small one
+    mspc export out/small onnx --weights qdq --out out/small-onnx
+
+    DIR appears when it is whole and verified; a mismatch is exit 1, and nothing
+    is kept. Nothing is rounded or chosen again: a format that cannot hold what
+    the artifact has is refused.
+    """
     with reported(debug):
         import exporters
         from exporters.runtimes import RUNTIMES
@@ -67,12 +100,21 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `mspc export` wrote.")],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="ARTIFACT", help="Compare every weight with this artifact.", show_default=False),
+        typer.Option(metavar="ARTIFACT", help="Compare with the artifact that DIR was made from.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Prove that an export holds and computes what its artifact does; exit 1 if it does not."""
+    """Prove that an export holds and computes what its artifact does; exit 1 if it does not.
+
+    \b
+    mspc verify out/small-gptq                        by what was recorded
+    mspc verify out/small-gptq --against out/small    by the artifact itself
+
+    Every file is compared by its digest, every matrix is read back by code of
+    its own, and every runtime that is installed must give the same logits and
+    greedy tokens. The result goes to DIR/verification.json.
+    """
     with reported(debug):
         import exporters
         from mspc.report import ConsoleReporter, verification_table

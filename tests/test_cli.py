@@ -1,5 +1,6 @@
 """The command line: one JSON object on stdout, one paragraph on stderr, exit codes; and what a manifest must hold."""
 
+import inspect
 import json
 import math
 import os
@@ -184,6 +185,23 @@ def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
     assert "pattern 2:4 fixes the sparsity at 0.5" in message
 
 
+VERBS = ("compress", "eval", "export", "verify", "bench")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
+    """Oracle: the parser of the verb."""
+    shown = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).invoke(app, [verb, "--help"]).stdout
+    command = typer.main.get_command(app).commands[verb]
+    written = re.findall(r"^ *(mspc .*)", inspect.cleandoc(command.callback.__doc__), re.MULTILINE)
+    assert len(written) >= 2
+    for line in written:
+        assert re.search(rf"^ +{re.escape(line)} *$", shown, re.MULTILINE), line
+        arguments = re.split(r" {2,}", line)[0].split()
+        assert arguments[:2] == ["mspc", verb]
+        command.make_context(verb, arguments[2:])
+
+
 # Errors
 
 
@@ -290,6 +308,17 @@ def test_what_the_input_cannot_be_blamed_for_exits_1(compress, tmp_path, monkeyp
     result = mspc_cli(*compress(tmp_path / "out"), code=1)
     assert result.stderr.splitlines()[-1].startswith("Error: Cannot write ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("verb", "of"), [("eval", "mspc.evaluation.evaluate"), ("verify", "exporters.verify")])
+def test_an_interruption_promises_only_what_is_kept(verb, of, llama, monkeypatch):
+    """`compress` has its own test, with what --resume then does."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(of, interrupted, raising=False)
+    assert mspc_cli(verb, llama, code=130).stderr == "\nInterrupted.\n"
 
 
 def test_debug_shows_the_traceback(compress, tmp_path):

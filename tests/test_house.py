@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("mspc/**/*.py"), *ROOT.glob("exporters/**/*.py")])
 TESTS = sorted(ROOT.glob("tests/*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
-OPTION_LISTS = {("mspc.cli", "compress"), ("mspc.bench_cli", "bench")}  # one line an option
+# One line an option.
+OPTION_LISTS = {("mspc.cli", "compress"), ("mspc.bench_cli", "bench"), ("mspc.export_cli", "export")}
 
 FLOORS = (
     {"mspc.types", "mspc.errors"},
