@@ -20,7 +20,8 @@ ROW_KEYS = ("name", "parameter", "tensor", "index", "transposed", "shape", "dtyp
 
 
 def write_record(out: Path, format_name: str, options: Any, artifact: ArtifactSource) -> None:
-    files = sorted(path for path in out.rglob("*") if path.is_file())
+    # A README is there to be edited.
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.suffix != ".md")
     manifest = artifact.manifest
     record = {
         "format_version": FORMAT_VERSION,

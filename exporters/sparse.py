@@ -13,10 +13,34 @@ from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_json
+from mspc.checkpoint import write_json, write_text
 from mspc.formats.decoding import row_offsets
 from mspc.report import Step
 from mspc.sparse_folder import base_of, quantization_config
+
+README = "README.md"
+README_TEXT = """# A sparse checkpoint of mspc
+
+Its compressed matrices are stored by their kept weights, in a format that transformers does not know by itself:
+
+```python
+import mspc.hf  # before the model is loaded
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+Without `import mspc.hf`, transformers only warns (`Unknown quantization type, got mspc`, and weights are `MISSING`),
+puts random numbers in the place of these matrices, and the model says nonsense. Without transformers' loader:
+
+```python
+import mspc
+
+model = mspc.load("path/to/this/folder")
+```
+
+`mspc verify path/to/this/folder` proves that the files are whole. `mspc_export.json` says what every matrix is.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +55,7 @@ def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Optio
 def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
     return [
         "Load it with mspc.load, or by transformers after `import mspc.hf`: without this, transformers makes up the "
-        "weights that are missing to it."
+        f"weights that are missing to it. {README} says how."
     ]
 
 
@@ -40,6 +64,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     copy_configs(artifact, out)
     quantization = quantization_config(rows.values())
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
+    write_text(out / README, README_TEXT)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
         if key not in rows:

@@ -4,7 +4,10 @@ Oracle of a layer: the solver's own weight in float64, before it was packed.
 """
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+import exporters
 import mspc
 import mspc.hf
 from mspc.artifact import MANIFEST, ArtifactSource
@@ -374,6 +378,33 @@ def test_slices_of_fused_experts_in_an_artifact_become_dense(calibration, tmp_pa
     assert len(sparse_layers(after)) == 8
     assert torch.equal(after.get_parameter(parameter)[1], matrix.weight)
     assert torch.equal(after.get_parameter(parameter)[0], fused[0])
+
+
+LOAD_PLAINLY = "from transformers import AutoModelForCausalLM as M; model = M.from_pretrained('path/to/this/folder')"
+
+
+def test_the_readme_of_an_export_says_what_works_and_what_does_not(pruned, tmp_path):
+    """Oracle: its own code, and code without its import, in fresh interpreters; logits of the export as it is read."""
+    export = Path(shutil.copytree(pruned[0][1], tmp_path / "path" / "to" / "this" / "folder"))
+    text = (export / "README.md").read_text()
+    expected = logits_of(mspc.load(export), tiny.ids(1))
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for number, code in enumerate((*examples, LOAD_PLAINLY)):
+        code += f"\nimport torch; torch.save(model(torch.tensor({tiny.ids(1).tolist()})).logits.detach(), 'logits.pt')"
+        ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+        right = bool((logits - expected).norm() < 1e-4 * expected.norm())
+        assert right == (number < len(examples))
+    assert "Unknown quantization type, got mspc" in ran.stderr
+    assert "MISSING" in ran.stderr
+
+
+def test_the_readme_of_an_export_may_be_edited(pruned, tmp_path):
+    export = Path(shutil.copytree(pruned[0][1], tmp_path / "copy"))
+    (export / "README.md").write_text("# Our model")
+    assert exporters.failures(exporters.verify(export, None, Silent())) == []
 
 
 # What is wrong with an export is told in the same words by everything that reads it.
