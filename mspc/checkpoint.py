@@ -82,8 +82,10 @@ def _weight_files(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         others = [path.name for path in folder.glob("*.bin")]
-        remedy = " Convert its .bin files to safetensors first; mspc reads no pickle." if others else ""
-        raise InputError(f"{folder} holds no .safetensors files.{remedy}")
+        remedy = "give a Hugging Face checkpoint, an artifact, or an export of the formats dense or sparse."
+        if others:
+            remedy = "convert its .bin files first; mspc reads no pickle."
+        raise InputError(f"{folder} holds no .safetensors files; {remedy}")
     return names
 
 

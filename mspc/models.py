@@ -46,11 +46,11 @@ def resolve(model: str) -> Path:
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         names = [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, names, n=1)
-        meant = f" (did you mean {path.with_name(close[0])}?)" if close else ""
+        meant = f"; did you mean {path.with_name(close[0])}?" if close else ""
         first, *_ = str(error).splitlines() or [""]
         raise InputError(
-            f"Model {model!r} is no local folder{meant} and could not be fetched from the hub ({first}); check the "
-            "name, the network, and for gated models `hf auth login`."
+            f"Model {model!r} is no folder here ({path.absolute()}{meant}) and could not be fetched from the hub "
+            f"({first}); check the name, the network, and for gated models `hf auth login`."
         ) from error
 
 

@@ -127,7 +127,7 @@ def load_documents(source: str, split: Split) -> list[str]:
     elif source in HUB_TEXTS:
         documents = _hub_documents(source, split)
     elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        raise InputError(f"Text {source!r} does not exist.")
+        raise InputError(f"Text {source!r} does not exist (looked for {path.absolute()}).")
     else:
         documents = _hub_documents(source, split)
     if not documents:
@@ -187,11 +187,12 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def _hub_documents(source: str, split: Split) -> list[str]:
+    nothing_here = f"Text {source!r} is no file or folder here ({Path(source).absolute()})"
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"Text {source!r} is no file or folder here; to load it from the hub needs: pip install 'mspc[datasets]'."
+            f"{nothing_here}, and to load one from the hub needs: pip install 'mspc[datasets]'."
         ) from error
     name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "heldout": "test"}))
     try:
@@ -201,8 +202,8 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         raise InputError(f"Dataset {name!r} has no `text` column.") from error
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         raise InputError(
-            f"Text {source!r} is no file or folder here and could not be loaded from the hub as {name!r} ({error}); "
-            "check the name, or use builtin or a file, which need no network."
+            f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}); check the name, or use "
+            "builtin or a file, which need no network."
         ) from error
     # Line-wise sets such as WikiText: their rows make one document.
     return ["\n\n".join(texts)] if source == "wikitext2" else texts

@@ -135,10 +135,10 @@ def test_an_index_that_is_none_is_named(content, sharded):
 
 
 def test_pickles_are_not_read(tmp_path):
-    with pytest.raises(InputError, match=r"holds no \.safetensors files\.$"):
+    with pytest.raises(InputError, match=r"holds no \.safetensors files; give a Hugging Face checkpoint"):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds no .safetensors files\. Convert its \.bin files.*no pickle"):
+    with pytest.raises(InputError, match=r"holds no .safetensors files; convert its \.bin files.*no pickle"):
         Checkpoint(tmp_path)
 
 

@@ -252,7 +252,7 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
         (("--pattern", "2:4", "--activation-order", "--solver", "obs"), "activation order reorders columns"),
         (("--skip", ""), "Nothing is left to compress"),
         (("--skip", "("), "skip: '(' is not a regular expression"),
-        (("--calibration", "nowhere.txt"), "Text 'nowhere.txt' does not exist."),
+        (("--calibration", "nowhere.txt"), "Text 'nowhere.txt' does not exist (looked for /"),
         (("--plan", "nowhere.json"), "Plan nowhere.json cannot be read"),
         (("--recipe", "nowhere.toml"), "Recipe nowhere.toml cannot be read"),
         (("--num-sequences", 10_000), "Too little text"),
@@ -269,16 +269,22 @@ def test_what_is_wrong_is_said_before_any_work(options, message, compress, tmp_p
 
 
 def test_inputs_that_are_none(tmp_path, artifact, llama, monkeypatch):
-    assert "is no local folder and could not be fetched" in refused("compress", "no/model", "--out", tmp_path / "out")
+    told = refused("compress", "no/model", "--out", tmp_path / "out")
+    assert f"is no folder here ({Path('no/model').absolute()}) and could not be fetched" in told
     assert "is not a folder" in refused("compress", tmp_path / "model", "--out", tmp_path / "out")
     monkeypatch.chdir(llama.parent)
-    assert f"(did you mean {llama.name}?)" in refused("eval", llama.name + "a")
+    assert f"{llama.name}a; did you mean {llama.name}?) and" in refused("eval", llama.name + "a")
     export = mspc.Artifact(artifact).export("sparse", tmp_path / "sparse", verified=False)
     assert "is an export; give the artifact" in refused("inspect", export)
     config = json.loads((export / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (export / "config.json").write_text(json.dumps(config))
     assert "quantized already (quant_method 'gptq')" in refused("eval", export)
+    for file in export.glob("*.safetensors"):  # as in an onnx export
+        file.unlink()
+    del config["quantization_config"]
+    (export / "config.json").write_text(json.dumps(config))
+    assert "holds no .safetensors files; give a Hugging Face checkpoint, an artifact, or an" in refused("eval", export)
     assert "config.json cannot be used" in refused("eval", tmp_path)
     assert "is an mspc artifact already" in refused("compress", artifact, "--out", tmp_path / "out")
     assert "is not an mspc artifact: it has no mspc.json" in refused("inspect", llama)

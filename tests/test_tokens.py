@@ -241,7 +241,9 @@ def test_sources_that_are_nothing(tmp_path):
 @pytest.mark.parametrize("source", ["someone/no-such-text", "nosuchtext"])
 def test_unknown_texts_are_refused_at_once_offline(source):
     begin = time.monotonic()
-    with pytest.raises(InputError, match=rf"Text '{source}' .*could not be loaded from the hub.*or use builtin"):
+    with pytest.raises(
+        InputError, match=rf"Text '{source}' .*/{source}\) and could not be loaded from the hub.*or use builtin"
+    ):
         load_documents(source, "calibration")
     assert time.monotonic() - begin < 20
 
