@@ -236,7 +236,8 @@ def in_words(result: dict[str, Any]) -> str:
     if result["status"] != "verified":
         return f"{result['status']} ({result['reason']})"
     error, tokens = result["relative_error"], result["greedy_tokens_equal"]
-    return f"verified, relative error {error:.1e}, the first {tokens} greedy tokens equal"
+    rest = ", the next too close to call" if tokens < len(result["greedy_tokens"]) else ""
+    return f"verified, relative error {error:.1e}, the first {tokens} greedy tokens equal{rest}"
 
 
 def comparable_tokens(reference: Reference, error: float) -> int:

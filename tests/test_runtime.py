@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
@@ -378,6 +379,23 @@ def test_slices_of_fused_experts_in_an_artifact_become_dense(calibration, tmp_pa
     assert len(sparse_layers(after)) == 8
     assert torch.equal(after.get_parameter(parameter)[1], matrix.weight)
     assert torch.equal(after.get_parameter(parameter)[0], fused[0])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bar_and_leaves_the_setting_alone(shown, pruned, capfd):
+    """Oracle: transformers itself, which shows one where it is asked to."""
+    settings = transformers.utils.logging
+    (settings.enable_progress_bar if shown else settings.disable_progress_bar)()
+    try:
+        for path in pruned[0]:
+            mspc.load(path)
+        exporters.verify(pruned[0][1], None, Silent())
+        assert "Loading weights" not in capfd.readouterr().err
+        assert settings.is_progress_bar_enabled() == shown
+        AutoModelForCausalLM.from_pretrained(pruned[0][1])
+        assert ("Loading weights" in capfd.readouterr().err) == shown
+    finally:
+        settings.disable_progress_bar()
 
 
 LOAD_PLAINLY = "from transformers import AutoModelForCausalLM as M; model = M.from_pretrained('path/to/this/folder')"

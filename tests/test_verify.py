@@ -17,6 +17,7 @@ from exporters import reference as reference_module
 from exporters import runtimes
 from exporters.record import NAME as RECORD
 from exporters.runtimes import Runner, Runtime, Unsupported
+from exporters.verification import in_words
 from mspc.checkpoint import sha256_of
 from mspc.errors import InputError, VerificationError
 from mspc.report import Silent
@@ -234,6 +235,8 @@ def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
     reference_module.Reference(right.ids, right.logits, right.tokens, margins).save(folder)
     runtime.load = lambda *_: Runner("1", 1e-2, lambda ids: logits, lambda prompt, count: tokens.tolist())
     status, reason = result(folder)
+    report = json.loads((folder / "verification.json").read_text())["runtimes"]["transformers"]
+    assert ("3 greedy tokens equal, the next too close to call" in in_words(report)) == fault.endswith("call")
     expected = {
         "none": ("verified", ""),
         "logits": ("mismatch", "off by 0.05, more than 0.01"),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
 
 from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
+from mspc.runtime.loading import without_progress
 
 
 def load(folder: Path, record: dict[str, Any]) -> Runner:
@@ -33,8 +34,8 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
         import gguf  # noqa: F401
 
         settings["gguf_file"] = "model.gguf"
-    transformers.utils.logging.disable_progress_bar()  # `verify` shows its own
-    model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    with without_progress():  # `verify` shows its own
+        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if record["format"] == "gptq" else FLOAT32)
 
 

@@ -21,7 +21,7 @@ from mspc.hf import check_files
 from mspc.kernels import fp8
 from mspc.models import choose_dtype, load_config, longest_sequence, open_model, open_source
 from mspc.runtime.linear import SparseLinear, prepare
-from mspc.runtime.loading import hide_progress, load
+from mspc.runtime.loading import load
 from mspc.sparse_folder import descriptions, is_sparse_export, read_quantization_config
 from mspc.types import NM
 
@@ -222,7 +222,6 @@ def model_decoder(folder: Path, length: int, device: torch.device, pieces: Piece
     blocks: list[Block] = []
     if is_artifact(folder) or is_sparse_export(folder):
         # From the CPU, because matrices are joined before they are arranged; they are there twice in one block only.
-        hide_progress()  # the bench shows its own
         model = load(folder, "cpu", dtype)
         layers = model.model.layers
         for index, layer in enumerate(layers):

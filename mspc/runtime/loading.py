@@ -1,5 +1,7 @@
 """`load`: a sparse export or an artifact as a model of transformers whose compressed matrices stay compressed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,16 @@ PREFILLS = {"cusparselt": cusparselt, "fp8": fp8}
 """What can be asked for."""
 
 
-def hide_progress() -> None:
-    """That of transformers, over loaded weights, for callers who show their own."""
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """No bar of transformers over the weights that it loads; afterwards there are bars again, if there were before."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def load(
@@ -56,9 +65,10 @@ def load(
         )
     open_folder = _open_artifact if is_artifact(folder) else _open_export
     model_class, described, settings = open_folder(folder)
-    model, info = model_class.from_pretrained(
-        **settings, dtype=_choose_dtype(dtype, place, described), output_loading_info=True
-    )
+    with without_progress():
+        model, info = model_class.from_pretrained(
+            **settings, dtype=_choose_dtype(dtype, place, described), output_loading_info=True
+        )
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs; it is incomplete.")
     if (folder / "generation_config.json").is_file():
