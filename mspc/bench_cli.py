@@ -102,7 +102,7 @@ def bench(
     than the baseline is "no gain". On a CPU the figures say nothing of the
     kernels. What is measured: docs/benchmark.md.
     """
-    with reported(debug, "What was measured is in the --json file."):
+    with reported(debug, "What was measured, if anything, is in the --json file."):
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run

@@ -112,8 +112,9 @@ def verify(
     mspc verify out/small-gptq --against out/small    by the artifact itself
 
     Every file is compared by its digest, every matrix is read back by code of
-    its own, and every runtime that is installed must give the same logits and
-    greedy tokens. The result goes to DIR/verification.json.
+    its own, and every runtime that is installed must give the same logits, within
+    its tolerance, and greedy tokens up to the first that is too close to call. The
+    result goes to DIR/verification.json.
     """
     with reported(debug):
         import exporters
