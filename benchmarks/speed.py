@@ -241,6 +241,11 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], perplexities: dict[str, list[
     return rows
 
 
+def shown(argument: str) -> str:
+    """An argument without where on this machine it is, if it is an absolute path."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def evaluate(folder: Path, texts: list[str]) -> list[float]:
     options: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "max_windows": MAX_WINDOWS, "reporter": Silent()}
     return [mspc.evaluate(folder, text, **options).perplexity for text in texts]
@@ -266,7 +271,7 @@ def write_result(
     ours = {name: version(name) for name in ("mspc", "torch", "transformers", "safetensors", "numpy")}
     result = {
         "date": today,
-        "command": f"python benchmarks/speed.py {' '.join(sys.argv[1:])}",
+        "command": f"python benchmarks/speed.py {' '.join(map(shown, sys.argv[1:]))}",
         "model": model.name,
         "parameters": sum(p.numel() for p in on_meta(model.folder).parameters()),
         "hardware": f"CPU, {platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, float32",
@@ -276,7 +281,7 @@ def write_result(
             "sparsity": SPARSITY,
             "pattern": "unstructured",
             "damping": DAMPING,
-            "calibration": args.calibration,
+            "calibration": shown(args.calibration),
             "num_sequences": args.num_sequences,
             "sequence_length": args.sequence_length,
             "seed": SEED,
@@ -284,7 +289,7 @@ def write_result(
             "llmcompressor_batch_size": args.batch_size,
             "tiers": {tier: TIERS[tier] for tier in args.tiers},
             "repeats": args.repeats,
-            "text": args.text,
+            "text": [shown(text) for text in args.text],
             "max_windows": MAX_WINDOWS,
         },
         "dense": dense,

@@ -71,8 +71,9 @@ class SparseLinear(nn.Module):
             device = next(iter(stored.values())).device
             self._hold({name: tensor.to(device) for name, tensor in arranged.items()})
         self.prepared_for = dtype
-        self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
-        if self.prefill is not None:
+        if self.prefill is None:
+            self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
+        else:
             self.prefill_by(self.prefill)
 
     def prefill_by(self, method: str) -> None:
