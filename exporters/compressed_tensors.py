@@ -14,8 +14,8 @@ from torch import Tensor
 from exporters.folder import copy_configs, read_config, write_shards
 from exporters.packed import check_packed, model_names, packed_tensors
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_json
 from mspc.errors import InputError
+from mspc.files import write_json
 from mspc.formats.gptq import pack_quantized
 from mspc.recipe import ROW
 from mspc.report import Step

@@ -7,7 +7,7 @@ from typing import Any
 
 from exporters.folder import copy_configs, read_config, write_shards
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_json
+from mspc.files import write_json
 from mspc.report import Step
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import INDEX, write_atomically, write_json, write_tensors
+from mspc.checkpoint import INDEX
+from mspc.files import write_atomically, write_json, write_tensors
 from mspc.report import Step
 
 PRIVATE = ("mspc.json", "plan.json", "recipe.toml", "config.json")

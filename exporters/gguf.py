@@ -24,8 +24,8 @@ from torch import Tensor
 from exporters.folder import copy_configs, read_config
 from exporters.packed import model_names
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_json
 from mspc.errors import InputError
+from mspc.files import write_json
 from mspc.formats.gguf import BLOCK, pack_blocks
 from mspc.report import Step
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
 from exporters.packed import block_prefix, check_packed, commonest, model_names, packed_tensors
-from mspc import __version__
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_json
 from mspc.errors import InputError
+from mspc.files import write_json
 from mspc.formats.gptq import V1, V2, pack_gptq
 from mspc.recipe import ROW
 from mspc.report import Step
+from mspc.version import __version__
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from exporters.genai import genai_config
 from exporters.onnx_graph import decoder_graph
 from exporters.reference import exact_model
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_atomically, write_json
 from mspc.errors import InputError
+from mspc.files import write_atomically, write_json
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
 from mspc.recipe import ROW
 from mspc.report import Step

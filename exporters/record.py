@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mspc import __version__
 from mspc.artifact import EXPORT_RECORD, ArtifactSource
-from mspc.checkpoint import sha256_of, write_json
 from mspc.errors import InputError
+from mspc.files import sha256_of, write_json
+from mspc.version import __version__
 
 NAME = EXPORT_RECORD
 FORMAT_VERSION = 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
 from mspc.artifact import ArtifactSource
-from mspc.checkpoint import write_json, write_text
+from mspc.files import write_json, write_text
 from mspc.formats.decoding import row_offsets
 from mspc.report import Step
 from mspc.sparse_folder import base_of, quantization_config

@@ -9,7 +9,7 @@ model = mspc.load("out/")
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mspc.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mspc.errors import MspcError

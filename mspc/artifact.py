@@ -17,17 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.checkpoint import read_file, sha256_of
+from mspc.checkpoint import read_file
 from mspc.errors import InputError
+from mspc.files import sha256_of
 from mspc.formats import canonical
+from mspc.formats.description import target_from_dict
 from mspc.journal import NAME as JOURNAL
-from mspc.plan import target_from_dict
 from mspc.types import CompressedLinear, Matrix
 
 FORMAT_VERSION = 1
 MANIFEST = "mspc.json"
 EXPORT_RECORD = "mspc_export.json"
 """What exporters write of an export, where an artifact has its manifest."""
+REPORT = "verification.json"
+"""What `verify` found out about an export."""
 MATRICES = "matrices"
 UNCHANGED = "unchanged"
 ROW_KEYS = {

@@ -107,7 +107,7 @@ def bench(
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run
         from mspc.bench.tables import notes, tables, verdicts
-        from mspc.checkpoint import write_json
+        from mspc.files import write_json
 
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),

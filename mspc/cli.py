@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from mspc import __version__
 from mspc.bench_cli import bench
 from mspc.console import (
     ArtifactArgument,
@@ -27,6 +26,7 @@ from mspc.console import (
 )  # fmt: skip
 from mspc.export_cli import export, verify
 from mspc.recipe import Recipe
+from mspc.version import __version__
 
 app = typer.Typer(
     name="mspc",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mspc.allocators.curves import Curve
-from mspc.checkpoint import write_json
 from mspc.errors import InputError
+from mspc.files import write_json
 from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.report import Reporter
 from mspc.solvers import SOLVERS, SolverOptions

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mspc.checkpoint import sha256_of, sync_folder, write_text
 from mspc.errors import InputError, StorageError
+from mspc.files import sha256_of, sync_folder, write_text
 
 NAME = "journal.jsonl"
 

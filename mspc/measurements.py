@@ -17,9 +17,9 @@ from torch import Tensor
 from mspc.allocators import OWN_MEASURES
 from mspc.allocators.curves import Curve
 from mspc.blocks import TOKENS_PER_BATCH, batches_of
-from mspc.checkpoint import write_json, write_tensors
 from mspc.curves import measure_curves, patterns_of, read_curves, write_curves
 from mspc.errors import InputError
+from mspc.files import write_json, write_tensors
 from mspc.gradients import FisherFactor, HessianTrace, SquaredGradient, reverse_walk
 from mspc.models import StreamedModel
 from mspc.recipe import Recipe

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mspc.artifact import MANIFEST, is_artifact
-from mspc.checkpoint import sync_folder
 from mspc.errors import InputError, StorageError
+from mspc.files import sync_folder
 
 
 def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:

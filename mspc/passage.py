@@ -5,9 +5,8 @@ goes on, and nothing is computed twice. Where suspended passes would not fit in 
 a stop and begins again for the next, with the same result.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from mspc.types import Matrix
 
 Stop = tuple[Matrix, Tensor]
-
-FREE_UNKNOWN = 4 * 2**30
 
 
 class Passage:
@@ -68,15 +65,3 @@ def stops(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or in the machine for the CPU, as far as the system says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as lines:  # counts in what files are cached in
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return FREE_UNKNOWN

@@ -17,14 +17,14 @@ from torch import Tensor
 
 import exporters
 import exporters.formats
-from exporters.verification import REPORT
-from mspc import __version__
 from mspc.allocation import allocate, check_plan, half_width, planned_sparsity, wants_trial
 from mspc.allocators import ALLOCATORS
-from mspc.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, UNCHANGED, is_artifact, read_manifest
+from mspc.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
 from mspc.blocks import batches_of
-from mspc.checkpoint import Checkpoint, read_file, sha256_of, write_atomically, write_json, write_tensors, write_text
+from mspc.checkpoint import Checkpoint, read_file
 from mspc.errors import InputError, unknown
+from mspc.files import sha256_of, write_atomically, write_json, write_tensors, write_text
+from mspc.formats.description import target_to_dict
 from mspc.journal import Journal
 from mspc.models import (
     StreamedModel,
@@ -36,19 +36,21 @@ from mspc.models import (
     resolve,
 )
 from mspc.output import check_space, held, publish, working_folder
-from mspc.plan import read_plan, target_to_dict, write_plan
+from mspc.plan import read_plan, write_plan
 from mspc.planning import Chosen, Planner
 from mspc.recipe import AUTO, CURVES, SEARCH, Recipe
 from mspc.reconstruct import batch_size
 from mspc.report import ConsoleReporter, Reporter, mixture_lines, reconstruction_line
 from mspc.saliency import CRITERIA
 from mspc.sensitivity import SENSITIVITIES
-from mspc.solve_blocks import solve_blocks, solver_options
+from mspc.solve_blocks import solve_blocks
 from mspc.solvers import SOLVERS
 from mspc.solvers.obs import check_pattern
+from mspc.solvers.options import solver_options
 from mspc.sparse_folder import is_sparse_export
 from mspc.tokens import Tokens, calibration_tokens
 from mspc.types import Matrix, PlannedMatrix
+from mspc.version import __version__
 
 EXPORTS = "exports"
 PLAN = "plan.json"

@@ -10,45 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mspc.checkpoint import write_text
 from mspc.errors import InputError, unknown
-from mspc.recipe import ROW
-from mspc.types import Grid, Matrix, Pattern, PlannedMatrix, Target, Unstructured, parse_nm
+from mspc.files import write_text
+from mspc.formats.description import target_from_dict, target_to_dict
+from mspc.types import Matrix, PlannedMatrix
 
 FORMAT_VERSION = 1
 KEYS = ("name", "shape", "pattern", "sparsity", "bits", "group_size", "symmetric", "sensitivity")
-
-
-def target_to_dict(target: Target) -> dict[str, Any]:
-    grid = target.grid
-    values: dict[str, Any] = {"pattern": str(target.pattern), "sparsity": target.pattern.sparsity}
-    if grid is None:
-        return values | {"bits": 16}
-    return values | {"bits": grid.bits, "group_size": grid.group_size or ROW, "symmetric": grid.symmetric}
-
-
-def target_from_dict(row: dict[str, Any]) -> Target:
-    pattern: Pattern
-    if type(row.get("sparsity", 0)) not in (int, float):
-        raise InputError(f"sparsity must be a number, not {row['sparsity']!r}")
-    if row.get("pattern", "unstructured") == "unstructured":
-        if "sparsity" not in row:
-            raise InputError("its sparsity is missing")
-        pattern = Unstructured(row["sparsity"])
-    else:
-        pattern = parse_nm(str(row["pattern"]))
-        if abs(row.get("sparsity", pattern.sparsity) - pattern.sparsity) > 5e-5:
-            raise InputError(f"pattern {pattern} fixes the sparsity at {pattern.sparsity:g}, not {row['sparsity']:g}")
-    bits = row.get("bits", 16)
-    if bits not in (16, 8, 4, 3, 2):
-        raise InputError(f"bits must be 16, 8, 4, 3 or 2, not {bits}")
-    size, symmetric = row.get("group_size", ROW), row.get("symmetric", True)
-    if size != ROW and (type(size) is not int or size < 1):
-        raise InputError(f"group_size must be a whole number from 1 or {ROW!r}, not {size!r}")
-    if type(symmetric) is not bool:
-        raise InputError(f"symmetric must be true or false, not {symmetric!r}")
-    grid = Grid(int(bits), None if size == ROW else size, symmetric)
-    return Target(pattern, None if bits == 16 else grid)
 
 
 def write_plan(path: Path, plan: Sequence[PlannedMatrix]) -> None:

@@ -27,7 +27,7 @@ from mspc.models import StreamedModel
 from mspc.recipe import CURVES, SEARCH, Recipe
 from mspc.report import Reporter
 from mspc.search import check_memory, search
-from mspc.solve_blocks import solver_options
+from mspc.solvers.options import solver_options
 from mspc.trial import try_plans
 from mspc.types import Matrix, PlannedMatrix
 from mspc.walk import DenseWalk

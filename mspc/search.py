@@ -21,12 +21,12 @@ from mspc.allocation import highest_level
 from mspc.allocators.evolution import Judge, Levels, Space, evolve
 from mspc.blocks import batches_of
 from mspc.errors import InputError
+from mspc.memory import free_memory
 from mspc.models import StreamedModel
-from mspc.passage import free_memory
 from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.report import Reporter, Step
-from mspc.solve_blocks import solver_options
 from mspc.solvers import SOLVERS
+from mspc.solvers.options import solver_options
 from mspc.solvers.propagation import propagated
 from mspc.types import NM, Matrix, Target, Unstructured
 from mspc.walk import install, walk

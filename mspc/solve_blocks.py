@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from mspc.artifact import MATRICES, read_matrix
 from mspc.blocks import Batch
-from mspc.checkpoint import sha256_of, write_tensors
 from mspc.errors import ActivationError
+from mspc.files import sha256_of, write_tensors
 from mspc.formats import canonical
+from mspc.formats.description import target_from_dict, target_to_dict
 from mspc.journal import Journal
 from mspc.linalg import output_error
 from mspc.models import StreamedModel
-from mspc.plan import target_from_dict, target_to_dict
 from mspc.recipe import Recipe
 from mspc.reconstruct import reconstruct
 from mspc.solvers import SOLVERS, SolverOptions
+from mspc.solvers.options import solver_options
 from mspc.solvers.propagation import propagated
 from mspc.types import CompressedLinear, Matrix, PlannedMatrix
 from mspc.walk import Visit, install, matrix_of, walk
@@ -104,13 +105,6 @@ class Solved:
         self.row["sha256"], self.row["zeros"] = canonical.digest(result), int((result.weight == 0).sum())
         self.row["output_error"] = output_error(dense, installed.float(), gram)
         return installed
-
-
-def solver_options(recipe: Recipe) -> SolverOptions:
-    return SolverOptions(
-        criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order,
-        iterations=recipe.iterations or 0,
-    )  # fmt: skip
 
 
 def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int], dict[str, Tensor] | None]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError
 from mspc.formats import canonical
-from mspc.formats.description import StoredMatrix, check_types, types_of
-from mspc.plan import target_from_dict
+from mspc.formats.description import StoredMatrix, check_types, target_from_dict, types_of
 from mspc.types import CompressedLinear
 
 QUANT_METHOD = "mspc"

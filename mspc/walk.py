@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from mspc.blocks import Batch, advance, arrive, batches_of, run_block
 from mspc.errors import InputError
 from mspc.linalg import add_gram, check_finite, precise_matmul, symmetrize
+from mspc.memory import free_memory
 from mspc.models import StreamedModel
-from mspc.passage import Passage, Stop, free_memory, stops
+from mspc.passage import Passage, Stop, stops
 from mspc.types import GramStats, Matrix
 
 BUFFERS_HELD = 3

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mspc.checkpoint import INDEX, SINGLE, Checkpoint, read_file, sha256_of, write_atomically, write_json, write_tensors
+from mspc.checkpoint import INDEX, SINGLE, Checkpoint, read_file
 from mspc.errors import InputError, StorageError
+from mspc.files import sha256_of, write_atomically, write_json, write_tensors
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),

@@ -20,13 +20,13 @@ from mspc.blocks import batches_of
 from mspc.curves import SPARSITIES, curve_of, measure_curves, read_curves, write_curves
 from mspc.errors import InputError
 from mspc.formats.canonical import num_bytes
+from mspc.formats.description import target_from_dict
 from mspc.masks import num_pruned
 from mspc.measurements import fisher_factors
 from mspc.models import open_model
-from mspc.plan import target_from_dict
 from mspc.recipe import Recipe
 from mspc.report import Silent
-from mspc.solve_blocks import solver_options
+from mspc.solvers.options import solver_options
 from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
 from mspc.walk import DenseWalk, walk
 

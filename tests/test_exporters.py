@@ -13,8 +13,7 @@ import exporters
 import mspc
 from exporters import folder as folder_module
 from exporters.record import NAME as RECORD
-from exporters.verification import REPORT
-from mspc.artifact import MANIFEST
+from mspc.artifact import MANIFEST, REPORT
 from mspc.errors import InputError, StorageError
 from mspc.output import held, sibling
 from mspc.report import Silent

@@ -18,8 +18,8 @@ from torch import nn
 import exporters
 import mspc
 from exporters.record import NAME as RECORD
-from mspc.checkpoint import sha256_of
 from mspc.errors import InputError, MspcError
+from mspc.files import sha256_of
 from mspc.report import Silent
 
 onnx = pytest.importorskip("onnx")

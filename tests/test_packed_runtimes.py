@@ -20,7 +20,7 @@ import exporters
 import mspc
 from exporters.record import NAME as RECORD
 from exporters.runtimes import transformers as transformers_runtime
-from mspc.checkpoint import sha256_of
+from mspc.files import sha256_of
 from mspc.report import Silent
 
 pytest.importorskip("gptqmodel")

@@ -21,8 +21,8 @@ from mspc.measurements import fisher_factors
 from mspc.models import load_tokenizer, open_model
 from mspc.recipe import Recipe
 from mspc.report import Silent
-from mspc.solve_blocks import solver_options
 from mspc.solvers.admm import error_path
+from mspc.solvers.options import solver_options
 from mspc.solvers.quadratic import quadratic
 from mspc.tokens import calibration_tokens
 from mspc.trial import try_plans

@@ -18,8 +18,8 @@ from exporters import runtimes
 from exporters.record import NAME as RECORD
 from exporters.runtimes import Runner, Runtime, Unsupported
 from exporters.verification import in_words
-from mspc.checkpoint import sha256_of
 from mspc.errors import InputError, VerificationError
+from mspc.files import sha256_of
 from mspc.report import Silent
 
 SHARD = "model.safetensors"

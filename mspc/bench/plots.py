@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mspc.bench.tables import compared_with, groups, label
-from mspc.checkpoint import write_atomically
 from mspc.errors import MspcError
+from mspc.files import write_atomically
 
 
 def check_installed() -> None:

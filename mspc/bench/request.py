@@ -20,9 +20,10 @@ from mspc.bench.models import (
     random_bytes,
     shape_of,
 )
-from mspc.bench.timing import REPEATS, free_memory
+from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.kernels import fp8
+from mspc.memory import free_memory
 from mspc.models import choose_device, resolve
 from mspc.sparse_folder import is_sparse_export
 

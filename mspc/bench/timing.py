@@ -1,6 +1,5 @@
 """Seconds of a step, as they are when no launch is waited for; and what the device can do at most."""
 
-import os
 import platform
 import shutil
 import statistics
@@ -123,16 +122,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     # Seldom: these heat the device, which then runs slower than it does in decoding.
     multiplied = device_seconds(captured(lambda: a @ b, device), device, min(repeats, 20))
     return Ceilings(inverse(spread(copied), 2 * source.nbytes), inverse(spread(multiplied), 2.0 * size**3))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    available = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return next(available, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mspc import __version__
 from mspc.formats.description import StoredMatrix
 from mspc.types import NM
+from mspc.version import __version__
 
 
 class Row(NamedTuple):

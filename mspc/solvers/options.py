@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mspc.recipe import Recipe
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverOptions:
@@ -13,3 +15,10 @@ class SolverOptions:
     """Settle the columns with the largest inputs first (grids then have static groups)."""
     iterations: int = 20
     """Of the search of the kfac and admm solvers."""
+
+
+def solver_options(recipe: Recipe) -> SolverOptions:
+    return SolverOptions(
+        criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order,
+        iterations=recipe.iterations or 0,
+    )  # fmt: skip
