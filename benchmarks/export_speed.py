@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import mspc
-from mspc.report import Silent
+from mspc.progress import Silent
 
 SETTINGS = {
     "50%": ({"sparsity": 0.5}, ("dense", "sparse")),

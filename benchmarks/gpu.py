@@ -30,7 +30,7 @@ import torch
 from gpu_parts import PARTS, TINY, Result, Slot
 
 from mspc.bench import formats, plots, run, tables, timing
-from mspc.files import write_atomically, write_json, write_text
+from mspc.storage.files import write_atomically, write_json, write_text
 
 HERE = Path(__file__).parent
 

@@ -24,8 +24,8 @@ from mspc.formats import canonical
 from mspc.kernels import KERNELS, fp8
 from mspc.kernels import cusparselt as cslt
 from mspc.kernels.launch import on_gpu
-from mspc.linalg import add_gram, precise_matmul, symmetrize
-from mspc.report import ConsoleReporter, Reporter
+from mspc.numerics.linalg import add_gram, precise_matmul, symmetrize
+from mspc.progress import ConsoleReporter, Reporter
 from mspc.runtime.linear import SparseLinear
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.types import GramStats

@@ -40,9 +40,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import mspc
-from mspc.models import load_tokenizer
-from mspc.report import Silent
-from mspc.tokens import calibration_tokens
+from mspc.model.hub import load_tokenizer
+from mspc.progress import Silent
+from mspc.text.tokens import calibration_tokens
 
 TIERS: dict[str, dict[str, Any]] = {
     "obs uniform": {"solver": "obs", "criterion": "obs", "allocator": "uniform", "propagation": 0.0},

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import exporters
 import mspc
 from mspc.errors import InputError, VerificationError
-from mspc.report import Silent
+from mspc.progress import Silent
 
 BUNDLED = Path(__file__).parent.parent / "examples" / "tiny_llama"
 ATTENTION = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 256}

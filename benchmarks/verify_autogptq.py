@@ -38,7 +38,7 @@ import mspc
 from exporters.reference import PROMPT, Reference, compute_reference
 from exporters.runtimes import FLOAT32
 from exporters.verification import comparable_tokens
-from mspc.report import Silent
+from mspc.progress import Silent
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "autogptq-requirements.txt"

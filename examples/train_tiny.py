@@ -2,7 +2,7 @@
 
     python examples/train_tiny.py --out examples/tiny_llama --tokens 12000000
 
-The text is the calibration split of `mspc.builtin_text` read three times as often as the interpreter's own tests (where
+The text is the calibration split of `mspc.text.builtin` read three times as often as the interpreter's own tests (where
 they are installed); modules of the held-out split are never seen, neither by the model nor by its tokenizer. About 75
 minutes on two CPU cores. Writes config, tokenizer, bf16 safetensors and `training.json` with what was measured.
 """
@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mspc import builtin_text
+from mspc.text import builtin as builtin_text
 
 END = "<|endoftext|>"
 LONGEST_DOCUMENT = 300_000  # characters; longer ones among the tests are tables

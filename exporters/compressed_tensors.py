@@ -13,12 +13,12 @@ from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
 from exporters.packed import check_packed, model_names, packed_tensors
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
-from mspc.files import write_json
 from mspc.formats.gptq import pack_quantized
+from mspc.progress import Step
 from mspc.recipe import ROW
-from mspc.report import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_json
 
 LAYOUT = "0.20.0"
 """The release of compressed-tensors whose layout this is."""

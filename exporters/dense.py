@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from exporters.folder import copy_configs, read_config, write_shards
-from mspc.artifact import ArtifactSource
-from mspc.files import write_json
-from mspc.report import Step
+from mspc.progress import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_json
 
 
 @dataclass(frozen=True)

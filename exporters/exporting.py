@@ -11,10 +11,10 @@ from typing import Any
 from exporters.formats import load
 from exporters.record import is_export, write_record
 from exporters.verification import failures, in_short, verify
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError, VerificationError, unknown
-from mspc.output import held, publish, recover, sibling
-from mspc.report import Reporter, Silent
+from mspc.progress import Reporter, Silent
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.output_folder import held, publish, recover, sibling
 
 
 def export(

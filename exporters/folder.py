@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mspc.artifact import ArtifactSource
-from mspc.checkpoint import INDEX
-from mspc.files import write_atomically, write_json, write_tensors
-from mspc.report import Step
+from mspc.progress import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.checkpoint import INDEX
+from mspc.storage.files import write_atomically, write_json, write_tensors
 
 PRIVATE = ("mspc.json", "plan.json", "recipe.toml", "config.json")
 

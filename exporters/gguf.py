@@ -23,11 +23,11 @@ from torch import Tensor
 
 from exporters.folder import copy_configs, read_config
 from exporters.packed import model_names
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
-from mspc.files import write_json
 from mspc.formats.gguf import BLOCK, pack_blocks
-from mspc.report import Step
+from mspc.progress import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_json
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"

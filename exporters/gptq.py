@@ -16,12 +16,12 @@ from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
 from exporters.packed import block_prefix, check_packed, commonest, model_names, packed_tensors
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
-from mspc.files import write_json
 from mspc.formats.gptq import V1, V2, pack_gptq
+from mspc.progress import Step
 from mspc.recipe import ROW
-from mspc.report import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_json
 from mspc.version import __version__
 
 

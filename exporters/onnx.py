@@ -21,12 +21,12 @@ from exporters.folder import copy_configs, read_config
 from exporters.genai import genai_config
 from exporters.onnx_graph import decoder_graph
 from exporters.reference import exact_model
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
-from mspc.files import write_atomically, write_json
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
+from mspc.progress import Step
 from mspc.recipe import ROW
-from mspc.report import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_atomically, write_json
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOAT32, FLOAT16, MATMUL_NBITS, QDQ = "float32", "float16", "matmulnbits", "qdq"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
 from mspc.recipe import ROW
+from mspc.storage.artifact import ArtifactSource
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, ROW)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mspc.artifact import EXPORT_RECORD, ArtifactSource
 from mspc.errors import InputError
-from mspc.files import sha256_of, write_json
+from mspc.storage.artifact import EXPORT_RECORD, ArtifactSource
+from mspc.storage.files import sha256_of, write_json
 from mspc.version import __version__
 
 NAME = EXPORT_RECORD

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
-from mspc.models import StreamedModel, load_config, load_tokenizer, longest_sequence
-from mspc.tokens import evaluation_tokens
+from mspc.model.hub import load_config, load_tokenizer, longest_sequence
+from mspc.model.streamed import StreamedModel
+from mspc.storage.artifact import ArtifactSource
+from mspc.text.tokens import evaluation_tokens
 
 NAME = "verification.npz"
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 16, 8, 16

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
-from mspc.artifact import ArtifactSource
-from mspc.files import write_json, write_text
 from mspc.formats.decoding import row_offsets
-from mspc.report import Step
-from mspc.sparse_folder import base_of, quantization_config
+from mspc.progress import Step
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_json, write_text
+from mspc.storage.sparse_export import base_of, quantization_config
 
 README = "README.md"
 README_TEXT = """# A sparse checkpoint of mspc

@@ -27,10 +27,10 @@ from exporters.reading import Decoded, reader_of
 from exporters.record import NAME as RECORD
 from exporters.record import read_record
 from exporters.reference import Reference, compute_reference, load_reference
-from mspc.artifact import REPORT, ArtifactSource
 from mspc.errors import InputError, MspcError
-from mspc.files import sha256_of, write_json
-from mspc.report import Reporter
+from mspc.progress import Reporter
+from mspc.storage.artifact import REPORT, ArtifactSource
+from mspc.storage.files import sha256_of, write_json
 from mspc.types import CompressedLinear
 
 # What reading a damaged export comes to: readers do not look twice.

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from mspc.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mspc.api import Artifact, compress
     from mspc.errors import MspcError
-    from mspc.evaluation import evaluate
-    from mspc.perplexity import Perplexity
-    from mspc.pipeline import Artifact, compress
+    from mspc.passes.perplexity import Perplexity
+    from mspc.pipeline.evaluation import evaluate
     from mspc.recipe import Recipe
     from mspc.runtime.loading import load
 
@@ -23,12 +23,12 @@ __all__ = ["Artifact", "MspcError", "Perplexity", "Recipe", "compress", "evaluat
 
 # Loaded when first used: transformers takes seconds, and a Recipe needs none of it.
 _HOME = {
-    "Artifact": "mspc.pipeline",
+    "Artifact": "mspc.api",
     "MspcError": "mspc.errors",
-    "Perplexity": "mspc.perplexity",
+    "Perplexity": "mspc.passes.perplexity",
     "Recipe": "mspc.recipe",
-    "compress": "mspc.pipeline",
-    "evaluate": "mspc.evaluation",
+    "compress": "mspc.api",
+    "evaluate": "mspc.pipeline.evaluation",
     "load": "mspc.runtime.loading",
 }
 

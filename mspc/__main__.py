@@ -1,3 +1,3 @@
-from mspc.cli import main
+from mspc.cli.main import main
 
 main()

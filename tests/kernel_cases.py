@@ -8,8 +8,8 @@ from torch import Tensor
 from mspc.formats import canonical
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import KERNELS, Kernel
-from mspc.masks import num_pruned, prune_lowest, prune_n_of_m
-from mspc.quant import dequantize, groups_of
+from mspc.numerics.masking import num_pruned, prune_lowest, prune_n_of_m
+from mspc.numerics.quant import dequantize, groups_of
 from mspc.types import NM, Codes, CompressedLinear, Grid, Pattern, Unstructured
 
 BF16, FP16 = torch.bfloat16, torch.float16

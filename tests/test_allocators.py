@@ -8,12 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
 
-from mspc.allocation import allocate, check_plan, planned_sparsity, wants_curves, wants_sensitivity
-from mspc.allocators import ALLOCATORS, NEEDS_SENSITIVITY
-from mspc.allocators.budget import exact_counts, exact_keeps, shifted
-from mspc.allocators.trace_rank import layer_trace_rank, trace_rank
 from mspc.errors import InputError
-from mspc.masks import num_pruned
+from mspc.numerics.masking import num_pruned
+from mspc.planning.allocation import allocate, check_plan, planned_sparsity, wants_curves, wants_sensitivity
+from mspc.planning.budget import exact_counts, exact_keeps, shifted
+from mspc.published.allocators import ALLOCATORS, NEEDS_SENSITIVITY, layer_trace_rank, trace_rank
 from mspc.recipe import Recipe
 from mspc.types import NM, Grid, Matrix, Unstructured
 

@@ -29,7 +29,6 @@ from mspc.bench.measure import measure_decode, measure_prefill, step_bytes
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
-    Beside,
     arrange,
     check_format,
     copied_bytes,
@@ -48,13 +47,14 @@ from mspc.bench.run import bench
 from mspc.bench.tables import compared_with, gain, label, notes, tables, verdicts
 from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
 from mspc.bench.tinygemm import TinygemmLinear
-from mspc.cli import app
+from mspc.cli.main import app
 from mspc.errors import InputError, MspcError
 from mspc.formats import canonical
 from mspc.formats.decoding import decode_mask
 from mspc.kernels import cusparselt, fp8
-from mspc.report import Silent
+from mspc.progress import Silent
 from mspc.runtime import linear
+from mspc.runtime.joined import Beside
 from mspc.runtime.linear import SparseLinear
 from mspc.types import NM, Grid
 

@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from mspc.builtin_text import EXCLUDED_PACKAGES, documents, split_of
+from mspc.text.builtin import EXCLUDED_PACKAGES, documents, split_of
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
@@ -113,7 +113,7 @@ def in_a_fresh_interpreter(*options: str) -> dict:
     code = """
 import hashlib, inspect, json, sys, sysconfig
 import pydoc_data.topics
-from mspc.builtin_text import documents
+from mspc.text.builtin import documents
 sysconfig.get_path("stdlib")
 before = set(sys.modules)
 digests = [hashlib.sha256(repr(documents(split)).encode()).hexdigest() for split in ("calibration", "heldout")]

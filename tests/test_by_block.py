@@ -15,17 +15,25 @@ from hypothesis import strategies as st
 from oracles import few, problem
 
 import mspc
-from mspc.allocation import allocate, half_width, wants_sensitivity
-from mspc.allocators import ALLOCATORS, HALF_WIDTHS, NEEDS_SENSITIVITY, OWN_MEASURES
-from mspc.allocators.budget import exact_counts
-from mspc.allocators.by_block import alpha_pruning, depth, owl
 from mspc.errors import InputError
-from mspc.masks import num_pruned
-from mspc.measurements import measure_of
+from mspc.numerics.masking import num_pruned
+from mspc.planning.allocation import allocate, half_width, wants_sensitivity
+from mspc.planning.budget import exact_counts
+from mspc.planning.measurements import measure_of
+from mspc.progress import Silent
+from mspc.published.allocators import (
+    ALLOCATORS,
+    HALF_WIDTHS,
+    NEEDS_SENSITIVITY,
+    OWN_MEASURES,
+    alpha_pruning,
+    depth,
+    owl,
+)
+from mspc.published.heavy_tail import spectrum, tail_exponent
+from mspc.published.outliers import outlier_share
 from mspc.recipe import Recipe
-from mspc.report import Silent
-from mspc.sensitivity import outlier_share, spectrum, tail_exponent
-from mspc.tokens import calibration_tokens
+from mspc.text.tokens import calibration_tokens
 from mspc.types import Matrix
 
 BY_BLOCK = {"alpha": alpha_pruning, "depth": depth, "owl": owl}

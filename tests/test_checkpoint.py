@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mspc.checkpoint import INDEX, SINGLE, Checkpoint, read_file
 from mspc.errors import InputError, StorageError
-from mspc.files import sha256_of, write_atomically, write_json, write_tensors
+from mspc.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_file
+from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -196,7 +196,7 @@ def test_a_limit_of_the_system_leaves_the_old_files_and_nothing_else(tmp_path):
 import resource, sys
 from pathlib import Path
 import torch
-from mspc.checkpoint import write_tensors, write_text
+from mspc.storage.files import write_tensors, write_text
 from mspc.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 path = Path(sys.argv[1]) / "x"

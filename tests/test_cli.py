@@ -19,9 +19,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import mspc
-from mspc import pipeline, planning
-from mspc.cli import app
+from mspc.cli.main import app
 from mspc.errors import MspcError
+from mspc.pipeline import run as pipeline
+from mspc.planning import planner as planning
 from mspc.recipe import Recipe
 
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--allocator", "uniform")
@@ -107,7 +108,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
         recipes.append(recipe)
         raise MspcError("enough")
 
-    monkeypatch.setattr(pipeline, "compress", compress)
+    monkeypatch.setattr("mspc.api.compress", compress)
 
     def get(*arguments: object) -> Recipe:
         mspc_cli("compress", "model", "--out", "out", *arguments, code=1)
@@ -316,7 +317,10 @@ def test_what_the_input_cannot_be_blamed_for_exits_1(compress, tmp_path, monkeyp
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("verb", "of"), [("eval", "mspc.evaluation.evaluate"), ("verify", "exporters.verify")])
+@pytest.mark.parametrize(
+    ("verb", "of"),
+    [("eval", "mspc.pipeline.evaluation.evaluate"), ("verify", "exporters.verify")],
+)
 def test_an_interruption_promises_only_what_is_kept(verb, of, llama, monkeypatch):
     """`compress` has its own test, with what --resume then does."""
 

@@ -14,21 +14,22 @@ from hypothesis import strategies as st
 from oracles import few, problem
 
 import mspc
-from mspc.allocation import allocate, allocate_bytes, check_bytes
-from mspc.allocators.curves import Curve, by_curves, cheapest
-from mspc.blocks import batches_of
-from mspc.curves import SPARSITIES, curve_of, measure_curves, read_curves, write_curves
 from mspc.errors import InputError
 from mspc.formats.canonical import num_bytes
 from mspc.formats.description import target_from_dict
-from mspc.masks import num_pruned
-from mspc.measurements import fisher_factors
-from mspc.models import open_model
+from mspc.model.open import open_model
+from mspc.numerics.masking import num_pruned
+from mspc.passes.blocks import batches_of
+from mspc.passes.walk import DenseWalk, walk
+from mspc.planning.allocation import allocate, allocate_bytes, check_bytes
+from mspc.planning.curve import Curve, read_curves, write_curves
+from mspc.planning.curve_measurement import SPARSITIES, curve_of, measure_curves
+from mspc.planning.knapsack import by_curves, cheapest
+from mspc.planning.measurements import fisher_factors
+from mspc.progress import Silent
 from mspc.recipe import Recipe
-from mspc.report import Silent
 from mspc.solvers.options import solver_options
 from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
-from mspc.walk import DenseWalk, walk
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
 MODEL = [[Matrix(f"{name}.weight", shape) for name, shape in NAMES.items()]]
@@ -219,7 +220,7 @@ def test_a_model_of_a_given_size(budget, llama, calibration, tmp_path):
 
 def test_costs_without_a_divisor_leave_no_room_for_a_better_option(monkeypatch):
     """Oracle: every single exchange; and the budget of the cheapest options alone, which real shapes have at 2:4."""
-    monkeypatch.setattr("mspc.allocators.curves.SUMS", 16)
+    monkeypatch.setattr("mspc.planning.knapsack.SUMS", 16)
     draw = random.Random(1)
     options = [[(draw.uniform(1e6, 9e6), draw.random()) for _ in range(5)] for _ in range(6)]
     least = sum(min(cost for cost, _ in of) for of in options)

@@ -13,10 +13,10 @@ import exporters
 import mspc
 from exporters import folder as folder_module
 from exporters.record import NAME as RECORD
-from mspc.artifact import MANIFEST, REPORT
 from mspc.errors import InputError, StorageError
-from mspc.output import held, sibling
-from mspc.report import Silent
+from mspc.progress import Silent
+from mspc.storage.artifact import MANIFEST, REPORT
+from mspc.storage.output_folder import held, sibling
 
 
 @pytest.fixture(scope="module")

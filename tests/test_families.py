@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import mspc
 from mspc.errors import InputError
-from mspc.report import Silent
-from mspc.tokens import calibration_tokens
+from mspc.progress import Silent
+from mspc.text.tokens import calibration_tokens
 
 QUIET = Silent()
 

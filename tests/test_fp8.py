@@ -21,10 +21,10 @@ from mspc.errors import InputError
 from mspc.kernels import cusparselt, dispatch, fp8
 from mspc.kernels.dispatch import ANY_NUMBER, measure, schedule, with_copies
 from mspc.kernels.timings import Row
-from mspc.models import load_tokenizer
-from mspc.report import Silent
+from mspc.model.hub import load_tokenizer
+from mspc.progress import Silent
 from mspc.runtime.linear import SparseLinear
-from mspc.tokens import evaluation_tokens
+from mspc.text.tokens import evaluation_tokens
 from mspc.types import NM, Grid
 
 VALUES = Case("sparse24", NM(2, 4), None, (64, 256), BF16)

@@ -25,11 +25,11 @@ import mspc
 from exporters.reading import gguf as reading
 from exporters.reference import NEW_TOKENS
 from exporters.verification import UNREADABLE
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError, VerificationError
 from mspc.formats.gguf import pack_blocks, unpack_blocks
-from mspc.quant import dequantize
-from mspc.report import Silent
+from mspc.numerics.quant import dequantize
+from mspc.progress import Silent
+from mspc.storage.artifact import ArtifactSource
 from mspc.types import Codes
 
 gguf = pytest.importorskip("gguf")

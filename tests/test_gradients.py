@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mspc.errors import ActivationError, InputError
-from mspc.gradients import FisherFactor, HessianTrace, SquaredGradient, fisher_block, reverse_walk
-from mspc.models import StreamedModel, open_model
+from mspc.model.open import open_model
+from mspc.model.streamed import StreamedModel
+from mspc.passes.gradients import FisherFactor, HessianTrace, SquaredGradient, fisher_block, reverse_walk
 from mspc.types import Matrix
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mspc.errors import InputError, StorageError
-from mspc.files import sha256_of
-from mspc.journal import NAME, Journal
+from mspc.storage.files import sha256_of
+from mspc.storage.journal import NAME, Journal
 
 HEADER = {"recipe": {"sparsity": 0.5, "skip": ["a"]}, "source": {"name": "m", "sha256": {"x": "12"}}, "version": 1}
 

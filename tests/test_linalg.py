@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import damped, few, problem
 
 from mspc.errors import ActivationError, SingularGramError
-from mspc.linalg import inverse_factor, output_error, precise_matmul, regularized
+from mspc.numerics.linalg import inverse_factor, output_error, precise_matmul, regularized
 from mspc.types import GramStats
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mspc
 from mspc.errors import InputError
-from mspc.report import Silent
+from mspc.progress import Silent
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import best_n_of_m, code_product, damped, drop_lowest, few, problem, score_of
 
 from mspc.errors import ActivationError, InputError, SingularGramError
-from mspc.saliency import CRITERIA
+from mspc.numerics.saliency import CRITERIA
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, GramStats, Grid, Target, Unstructured

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import best_n_of_m, drop_lowest, few
 
 from mspc.errors import InputError
-from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, spread
+from mspc.numerics.masking import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, spread
 from mspc.types import NM, Unstructured
 
 SPARSITIES = [0.0, 0.001, 0.25, 0.5, 0.61, 0.999, 1.0]

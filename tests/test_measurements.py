@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mspc import measurements
 from mspc.errors import InputError
-from mspc.measurements import sensitivities
+from mspc.planning import measurements
+from mspc.planning.measurements import sensitivities
+from mspc.planning.sensitivity import RunningMean
+from mspc.progress import Silent
 from mspc.recipe import Recipe
-from mspc.report import Silent
-from mspc.sensitivity import RunningMean
 from mspc.types import Matrix
 
 MATRICES = [[Matrix("0.q.weight", (4, 8)), Matrix("0.k.weight", (4, 8))], [Matrix("1.q.weight", (4, 8))]]
@@ -31,10 +31,10 @@ def measured(monkeypatch):
             mean.add(len(calls) + 1 / 3)
         return means
 
-    monkeypatch.setattr(measurements, "_gram", measure)
-    monkeypatch.setattr(measurements, "_by_gradients", measure)
-    monkeypatch.setattr(measurements, "_outliers", measure)
-    monkeypatch.setattr(measurements, "_exponents", lambda model, matrices, reporter: measure(model, (), matrices))
+    monkeypatch.setattr(measurements, "by_gram", measure)
+    monkeypatch.setattr(measurements, "by_gradients", measure)
+    monkeypatch.setattr(measurements, "by_outliers", measure)
+    monkeypatch.setattr(measurements, "by_exponents", lambda model, matrices, reporter: measure(model, (), matrices))
     return calls
 
 

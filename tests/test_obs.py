@@ -20,7 +20,7 @@ from oracles import (
 )
 
 from mspc.errors import ActivationError, InputError, SingularGramError
-from mspc.saliency import CRITERIA
+from mspc.numerics.saliency import CRITERIA
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.obs import obs, sweep
 from mspc.solvers.options import SolverOptions

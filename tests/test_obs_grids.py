@@ -10,8 +10,8 @@ from oracles import (
     run_obs,
 )
 
-from mspc.linalg import output_error
-from mspc.quant import fit_groups
+from mspc.numerics.linalg import output_error
+from mspc.numerics.quant import fit_groups
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, GramStats, Grid, Target, Unstructured

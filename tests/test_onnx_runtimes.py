@@ -19,8 +19,8 @@ import exporters
 import mspc
 from exporters.record import NAME as RECORD
 from mspc.errors import InputError, MspcError
-from mspc.files import sha256_of
-from mspc.report import Silent
+from mspc.progress import Silent
+from mspc.storage.files import sha256_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

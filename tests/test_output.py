@@ -9,10 +9,10 @@ import pytest
 from test_resume import content, killed_at, run
 
 import mspc
-from mspc.artifact import MANIFEST, read_manifest
 from mspc.errors import InputError, StorageError
-from mspc.journal import NAME as JOURNAL
-from mspc.output import check_space, held, publish, recover, sibling, working_folder
+from mspc.storage.artifact import MANIFEST, read_manifest
+from mspc.storage.journal import NAME as JOURNAL
+from mspc.storage.output_folder import check_space, held, publish, recover, sibling, working_folder
 
 
 def filled(folder: Path, *files: str) -> Path:
@@ -232,7 +232,7 @@ def test_a_full_disk_while_replacing_leaves_the_older_and_can_be_resumed(
 
 def test_a_disk_too_small_is_noticed_before_anything_is_solved(llama, recipe, tmp_path, monkeypatch):
     """Oracle: the artifact of this recipe takes 30 to 100 kB."""
-    monkeypatch.setattr("mspc.pipeline.solve_blocks", lambda *args: pytest.fail("solved"))
+    monkeypatch.setattr("mspc.pipeline.run.solve_blocks", lambda *args: pytest.fail("solved"))
     for free in (0, 30_000):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(10**6, 0, free))
         with pytest.raises(StorageError, match=r"GB free, and the output needs about"):

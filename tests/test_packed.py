@@ -18,7 +18,7 @@ import mspc
 from exporters.reading import little_endian_fields
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_gptq, pack_quantized, pack_words
-from mspc.report import Silent
+from mspc.progress import Silent
 from mspc.types import Codes
 
 

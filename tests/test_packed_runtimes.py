@@ -20,8 +20,8 @@ import exporters
 import mspc
 from exporters.record import NAME as RECORD
 from exporters.runtimes import transformers as transformers_runtime
-from mspc.files import sha256_of
-from mspc.report import Silent
+from mspc.progress import Silent
+from mspc.storage.files import sha256_of
 
 pytest.importorskip("gptqmodel")
 pytest.importorskip("optimum")

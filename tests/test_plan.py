@@ -7,7 +7,7 @@ import pytest
 
 from mspc.errors import InputError
 from mspc.formats.description import target_from_dict, target_to_dict
-from mspc.plan import KEYS, read_plan, write_plan
+from mspc.planning.plan_file import KEYS, read_plan, write_plan
 from mspc.types import NM, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
 MATRICES = [Matrix(f"layers.{i}.{name}.weight", (8, 16)) for i in range(2) for name in ("q", "k")]

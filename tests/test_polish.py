@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import damped, problem
 
-from mspc.quant import dequantize
+from mspc.numerics.quant import dequantize
 from mspc.solvers import SolverOptions
 from mspc.solvers.obs import obs
 from mspc.solvers.polish import descend, polish, refit_scales

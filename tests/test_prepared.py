@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import mspc
 import mspc.hf
 from mspc.kernels import launch
-from mspc.report import Silent
+from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 

@@ -8,7 +8,7 @@ from oracles import code_product, few
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.quant import (
+from mspc.numerics.quant import (
     dequantize,
     dequantize_group,
     fit,

@@ -12,15 +12,16 @@ from test_resume import content
 from torch import Tensor, nn
 
 import mspc
-from mspc import solve_blocks
-from mspc.artifact import read_matrix
-from mspc.blocks import Call
 from mspc.errors import InputError
 from mspc.formats import canonical
-from mspc.models import load_tokenizer, open_model
-from mspc.reconstruct import HELD_BACK, _Sample, _tuned
-from mspc.report import Silent
-from mspc.tokens import calibration_tokens
+from mspc.model.hub import load_tokenizer
+from mspc.model.open import open_model
+from mspc.passes.blocks import Call
+from mspc.pipeline import solve_blocks
+from mspc.pipeline.reconstruct import HELD_BACK, _Sample, _tuned
+from mspc.progress import Silent
+from mspc.storage.artifact import read_matrix
+from mspc.text.tokens import calibration_tokens
 
 CPU = torch.device("cpu")
 SEQUENCES, STEPS = 16, 20
@@ -191,9 +192,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(compress, tuned, tmp_path, monke
 
 def test_what_gains_nothing_keeps_its_weights(compress, tmp_path, monkeypatch):
     """Steps that are far too long. Oracle: steps of no length, after which nothing is lower."""
-    monkeypatch.setattr("mspc.reconstruct.RATE", 0.0)
+    monkeypatch.setattr("mspc.pipeline.reconstruct.RATE", 0.0)
     still = compress(tmp_path / "still")
-    monkeypatch.setattr("mspc.reconstruct.RATE", 100.0)
+    monkeypatch.setattr("mspc.pipeline.reconstruct.RATE", 100.0)
     lines = Lines()
     wild = compress(tmp_path / "wild", run={"reporter": lines})
     assert "Reconstruction: 0 of 4 parts are nearer" in lines.lines[-1]

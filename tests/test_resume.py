@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import mspc
-from mspc import pipeline
 from mspc.errors import InputError
-from mspc.report import Silent
+from mspc.pipeline import run as pipeline
+from mspc.progress import Silent
 from mspc.solvers.obs import Sweep
 
 TIMINGS = ("seconds", "peak_memory_bytes")
@@ -198,7 +198,7 @@ def test_kept_measurements_are_used_and_change_no_byte(
 ) -> None:
     kept = tmp_path / "measurements"
     mspc.compress(llama, recipe, out=tmp_path / "first", measurements=kept, reporter=Silent())
-    monkeypatch.setattr("mspc.measurements._gram", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("mspc.planning.measurements.by_gram", lambda *args: pytest.fail("measured again"))
     mspc.compress(llama, recipe, out=tmp_path / "second", measurements=kept, reporter=Silent())
     assert content(tmp_path / "second") == undisturbed
 
@@ -213,7 +213,7 @@ def test_an_interrupt_exits_130_with_a_hint_and_can_be_resumed(
     # The signal is ignored in the background jobs of a shell, and children inherit that.
     slow = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
     slow += "from mspc.solvers.obs import Sweep; settle = Sweep.settle_block; "
-    slow += "Sweep.settle_block = lambda *a: (time.sleep(0.5), settle(*a))[1]; from mspc.cli import main; main()"
+    slow += "Sweep.settle_block = lambda *a: (time.sleep(0.5), settle(*a))[1]; from mspc.cli.main import main; main()"
     command = [sys.executable, "-c", slow, "compress", str(llama), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -29,17 +29,17 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import exporters
 import mspc
 import mspc.hf
-from mspc.artifact import MANIFEST, ArtifactSource
 from mspc.errors import InputError
 from mspc.formats import canonical
 from mspc.formats.decoding import decode_rows
 from mspc.formats.description import StoredMatrix
-from mspc.models import open_model
-from mspc.plan import write_plan
-from mspc.report import Silent
+from mspc.model.open import open_model
+from mspc.planning.plan_file import write_plan
+from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
-from mspc.sparse_folder import read_sparse
+from mspc.storage.artifact import MANIFEST, ArtifactSource
+from mspc.storage.sparse_export import read_sparse
 from mspc.types import NM, CompressedLinear, Grid, PlannedMatrix, Target, Unstructured
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import damped, few, least_squares, loss, problem
 
-from mspc.saliency import COMPARED_PER_ROW, CRITERIA
+from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
 
 
 def score(criterion: str, case, gram: torch.Tensor) -> torch.Tensor:

@@ -13,21 +13,22 @@ from oracles import few
 from typer.testing import CliRunner
 
 import mspc
-from mspc import search as searching
-from mspc.allocation import cheapest_levels, planned_levels
-from mspc.allocators.curves import Curve
-from mspc.allocators.evolution import Space, evolve
-from mspc.cli import app
-from mspc.curves import SPARSITIES
+from mspc.cli.main import app
 from mspc.errors import InputError
-from mspc.measurements import fisher_factors
-from mspc.models import load_tokenizer, open_model
-from mspc.perplexity import measure
-from mspc.plan import write_plan
+from mspc.model.hub import load_tokenizer
+from mspc.model.open import open_model
+from mspc.passes.perplexity import measure
+from mspc.planning import search as searching
+from mspc.planning.allocation import cheapest_levels, planned_levels
+from mspc.planning.curve import Curve
+from mspc.planning.curve_measurement import SPARSITIES
+from mspc.planning.evolution import Space, evolve
+from mspc.planning.measurements import fisher_factors
+from mspc.planning.plan_file import write_plan
+from mspc.planning.search import Found, dense_predictions, judge_of, make_weights, search
+from mspc.progress import Silent
 from mspc.recipe import Recipe
-from mspc.report import Silent
-from mspc.search import Found, dense_predictions, judge_of, make_weights, search
-from mspc.tokens import calibration_tokens
+from mspc.text.tokens import calibration_tokens
 from mspc.types import Matrix, PlannedMatrix
 
 CPU = torch.device("cpu")
@@ -173,7 +174,7 @@ def test_the_first_plan_is_the_cheapest_in_sixteenths(costs, sparsity):
     ],
 )
 def test_levels_are_what_the_run_itself_makes(family, recipe, folder_of, calibration, tmp_path):
-    """Oracle: the artifact of a run by the same plan, and its divergence by `mspc.perplexity`."""
+    """Oracle: the artifact of a run by the same plan, and its divergence by `mspc.passes.perplexity`."""
     folder = folder_of(family)
     of = Tiny(folder, **recipe)
     model, plan = of.model, tuple(random.Random(0).choices(range(4, 12), k=len(of.flat)))
@@ -272,7 +273,7 @@ def test_where_nothing_is_shared_out_nothing_is_searched(nothing, llama, calibra
 
 def test_memory_that_is_short_is_said_before_any_work(llama, calibration, tmp_path, monkeypatch):
     """Oracle: the model's parameters, five levels of its matrices, and the predictions for one sequence, by hand."""
-    monkeypatch.setattr(mspc.planning, "fisher_factors", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(mspc.planning.planner, "fisher_factors", lambda *args: pytest.fail("measured"))
     model = tiny.reference(llama)
     numel = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight"))
     numbers = (2 * searching.WINDOW + 1) * numel + sum(p.numel() for p in model.parameters())

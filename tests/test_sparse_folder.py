@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from oracles import few
 
 import mspc
-from mspc.artifact import ArtifactSource
 from mspc.errors import InputError
-from mspc.report import Silent
-from mspc.sparse_folder import read_sparse
+from mspc.progress import Silent
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.sparse_export import read_sparse
 
 SETTINGS = [
     {"sparsity": 0.5},

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import mspc
-from mspc.checkpoint import INDEX
 from mspc.errors import InputError
-from mspc.models import open_model
-from mspc.report import Silent
+from mspc.model.open import open_model
+from mspc.progress import Silent
+from mspc.storage.checkpoint import INDEX
 
 QUIET = Silent()
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mspc import builtin_text
 from mspc.errors import InputError
-from mspc.tokens import AT_ONCE, calibration_tokens, evaluation_tokens, load_documents
+from mspc.text import builtin as builtin_text
+from mspc.text.tokens import AT_ONCE, calibration_tokens, evaluation_tokens, load_documents
 
 BOS = 9999
 
@@ -300,7 +300,7 @@ def test_only_the_documents_that_are_needed_are_tokenized(tmp_path):
 
 def test_so_many_documents_of_a_hub_text_are_read_and_no_more(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("mspc.tokens.MOST_HUB_DOCUMENTS", 3)
+    monkeypatch.setattr("mspc.text.tokens.MOST_HUB_DOCUMENTS", 3)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: ({"text": str(i)} for i in count()))
     assert load_documents("c4", "calibration") == ["0", "1", "2"]
 

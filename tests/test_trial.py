@@ -9,25 +9,26 @@ import torch
 from torch import Tensor
 
 import mspc
-from mspc import planning
-from mspc.allocation import HOPELESS, ROUNDED_BITS, allocate, allocate_bytes, candidates, planned_sparsity
-from mspc.allocators.curves import Curve
-from mspc.blocks import batches_of
-from mspc.curves import SPARSITIES, curvature
 from mspc.errors import InputError
 from mspc.formats.canonical import num_bytes
-from mspc.gradients import FisherFactor, SquaredGradient, reverse_walk
-from mspc.measurements import fisher_factors
-from mspc.models import load_tokenizer, open_model
+from mspc.model.hub import load_tokenizer
+from mspc.model.open import open_model
+from mspc.passes.blocks import batches_of
+from mspc.passes.gradients import FisherFactor, SquaredGradient, reverse_walk
+from mspc.passes.walk import DenseWalk, walk
+from mspc.planning import planner as planning
+from mspc.planning.allocation import HOPELESS, ROUNDED_BITS, allocate, allocate_bytes, candidates, planned_sparsity
+from mspc.planning.curve import Curve
+from mspc.planning.curve_measurement import SPARSITIES, curvature
+from mspc.planning.measurements import fisher_factors
+from mspc.planning.validation import try_plans
+from mspc.progress import Silent
 from mspc.recipe import Recipe
-from mspc.report import Silent
 from mspc.solvers.admm import error_path
 from mspc.solvers.options import solver_options
 from mspc.solvers.quadratic import quadratic
-from mspc.tokens import calibration_tokens
-from mspc.trial import try_plans
+from mspc.text.tokens import calibration_tokens
 from mspc.types import GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
-from mspc.walk import DenseWalk, walk
 
 CPU = torch.device("cpu")
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
@@ -139,7 +140,7 @@ def test_the_plan_that_did_best_is_used_and_recorded(best, llama, calibration, t
         seen.update(held_out=held_out, plans=plans)
         return {name: float(name != best) for name in plans}
 
-    monkeypatch.setattr("mspc.allocation.HOPELESS", math.inf)
+    monkeypatch.setattr("mspc.planning.allocation.HOPELESS", math.inf)
     monkeypatch.setattr(planning, "try_plans", tried)
     recipe = Recipe(calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH)
     artifact = mspc.compress(llama, recipe, out=tmp_path / "out", reporter=Silent())

@@ -19,8 +19,8 @@ from exporters.record import NAME as RECORD
 from exporters.runtimes import Runner, Runtime, Unsupported
 from exporters.verification import in_words
 from mspc.errors import InputError, VerificationError
-from mspc.files import sha256_of
-from mspc.report import Silent
+from mspc.progress import Silent
+from mspc.storage.files import sha256_of
 
 SHARD = "model.safetensors"
 MATRIX = "model.layers.1.mlp.up_proj"

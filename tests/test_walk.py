@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
-from mspc import perplexity
-from mspc.blocks import batches_of
 from mspc.errors import ActivationError, InputError
-from mspc.models import StreamedModel, open_model
+from mspc.model.open import open_model
+from mspc.model.streamed import StreamedModel
+from mspc.passes import perplexity
+from mspc.passes.blocks import batches_of
+from mspc.passes.walk import DenseWalk, Visit, install, matrix_of, walk
 from mspc.types import Matrix
-from mspc.walk import DenseWalk, Visit, install, matrix_of, walk
 
 CPU = torch.device("cpu")
 
@@ -88,8 +89,8 @@ def test_a_dense_walk_is_the_same_each_time_and_the_model_is_passed_once_if_memo
         (v.matrix, v.weight.clone(), v.stats.gram, v.block, v.is_last_of_block)
         for v in walk(model, batches_of(model, ids), matrices)
     ]
-    monkeypatch.setattr("mspc.walk.free_memory", lambda device: free)
-    monkeypatch.setattr("mspc.walk.batches_of", lambda *args: passes.append(1) or batches_of(*args))
+    monkeypatch.setattr("mspc.passes.walk.free_memory", lambda device: free)
+    monkeypatch.setattr("mspc.passes.walk.batches_of", lambda *args: passes.append(1) or batches_of(*args))
     dense = DenseWalk(model, ids, matrices)
     for _ in range(2):
         for visit, (matrix, weight, gram, block, is_last) in zip(dense, expected, strict=True):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
 
 from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
-from mspc.runtime.loading import without_progress
+from mspc.model.hub import without_progress
 
 
 def load(folder: Path, record: dict[str, Any]) -> Runner:

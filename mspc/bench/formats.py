@@ -14,7 +14,7 @@ from mspc.errors import InputError
 from mspc.formats.bits import pack_rows
 from mspc.formats.decoding import row_offsets
 from mspc.formats.description import StoredMatrix, index_bits, num_bytes
-from mspc.masks import num_pruned
+from mspc.numerics.masking import num_pruned
 from mspc.types import NM, Grid, Target, Unstructured, parse_nm
 
 GROUP_SIZE = 128

@@ -1,28 +1,27 @@
 """Decoders to measure: of random weights in a format, or of the weights of a checkpoint, artifact or sparse export."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import nn
 
-from mspc.artifact import ArtifactSource, is_artifact
 from mspc.bench.decoder import Block, Decoder, Outer, Pieces, Shape
 from mspc.bench.formats import DENSE, FP8_PREFILL, Source, describe, parse_format, random_stored
 from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
-from mspc.checkpoint import Checkpoint
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
-from mspc.hf import check_files
 from mspc.kernels import fp8
-from mspc.models import choose_dtype, load_config, longest_sequence, open_model, open_source
+from mspc.model.hub import load_config, longest_sequence
+from mspc.model.open import choose_dtype, open_model, open_source
+from mspc.runtime.hf_quantizer import check_files
+from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import load
-from mspc.sparse_folder import descriptions, is_sparse_export, read_quantization_config
+from mspc.storage.artifact import ArtifactSource, is_artifact
+from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.sparse_export import descriptions, is_sparse_export, read_quantization_config
 from mspc.types import NM
 
 SHAPES = {
@@ -37,32 +36,6 @@ FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding that do not depend on the length of the text."""
 EPS, THETA = 1e-5, 500_000.0
 SEED = 0
-
-
-class DenseLinear(nn.Module):
-    """y = x Wᵀ + bias by the library of the device."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Beside(nn.Module):
-    """Several layers of one input, their outputs beside each other."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([layer(x) for layer in self.layers], -1)
 
 
 def engine_of(decoder: Decoder) -> str:
@@ -257,38 +230,6 @@ def _block_of(layer: Any) -> Block:
     has_qk_norms = hasattr(attention, "q_norm")
     qk_norms = (attention.q_norm.weight.detach(), attention.k_norm.weight.detach()) if has_qk_norms else None
     return Block(linears, norms, qk_norms)
-
-
-def joined(layers: Sequence[nn.Module]) -> nn.Module:
-    """One layer with the rows of several that read the same input.
-
-    Compressed ones are joined where pattern and bits are the same and there is no mask, whose kept weights are one
-    stream; others run one after the other.
-    """
-    dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    sparse = [layer for layer in layers if isinstance(layer, SparseLinear)]
-    if len(dense) == len(layers):
-        return DenseLinear(_rows_of([layer.weight for layer in dense]), _joined_bias(dense))
-    kinds = {(layer.matrix.target, layer.matrix.dtype, layer.matrix.has_mask) for layer in sparse}
-    if len(layers) == 1:
-        return layers[0]
-    if len(sparse) < len(layers) or len(kinds) > 1 or sparse[0].matrix.has_mask:
-        return Beside([joined([layer]) for layer in layers])
-    num_rows = sum(layer.out_features for layer in sparse)
-    matrix = replace(sparse[0].matrix, shape=(num_rows, sparse[0].in_features))
-    stored = {part: torch.cat([layer.stored()[part] for layer in sparse]) for part in matrix.tensors()}
-    bias = _joined_bias(sparse)
-    return SparseLinear.of(stored, matrix, None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-
-def _rows_of(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
-
-
-def _joined_bias(layers: Sequence[nn.Linear] | Sequence[SparseLinear]) -> Tensor | None:
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    assert len(biases) in (0, len(layers))
-    return _rows_of(biases) if biases else None
 
 
 def format_of(decoder: Decoder) -> str:

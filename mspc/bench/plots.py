@@ -5,7 +5,7 @@ from typing import Any
 
 from mspc.bench.tables import compared_with, groups, label
 from mspc.errors import MspcError
-from mspc.files import write_atomically
+from mspc.storage.files import write_atomically
 
 
 def check_installed() -> None:

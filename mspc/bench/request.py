@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from mspc.artifact import is_artifact
 from mspc.bench.decoder import Shape
 from mspc.bench.formats import DENSE, FP8_PREFILL
 from mspc.bench.models import (
@@ -24,8 +23,9 @@ from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.kernels import fp8
 from mspc.memory import free_memory
-from mspc.models import choose_device, resolve
-from mspc.sparse_folder import is_sparse_export
+from mspc.model.hub import choose_device, resolve
+from mspc.storage.artifact import is_artifact
+from mspc.storage.sparse_export import is_sparse_export
 
 FROM_MODEL = "from-model"
 BASELINES = {"bf16": DENSE, "int4": TINYGEMM}

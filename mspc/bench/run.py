@@ -24,8 +24,8 @@ from mspc.bench.models import (
 from mspc.bench.request import Candidate, Plan, Request, make_plan
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
 from mspc.errors import InputError, MspcError
-from mspc.evaluation import evaluate
-from mspc.report import ConsoleReporter, Reporter
+from mspc.pipeline.evaluation import evaluate
+from mspc.progress import ConsoleReporter, Reporter
 
 TEXT, MAX_WINDOWS = "builtin", 20
 """Of the perplexity."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from mspc.formats.bits import pack_bits, pack_rows
 from mspc.formats.decoding import check_places, decode_codes, decode_mask, decode_rows, row_offsets, strips
 from mspc.formats.description import StoredMatrix, check_types, index_bits, types_of
-from mspc.quant import dequantize
+from mspc.numerics.quant import dequantize
 from mspc.types import NM, Codes, CompressedLinear, Target
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.formats.bits import take, take_bits, unpack_rows
 from mspc.formats.description import StoredMatrix, index_bits
-from mspc.quant import dequantize
+from mspc.numerics.quant import dequantize
 from mspc.types import NM, Codes
 
 INTEGERS = {2: torch.int16, 4: torch.int32}

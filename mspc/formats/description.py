@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.masks import num_pruned
-from mspc.quant import groups_of
+from mspc.numerics.masking import num_pruned
+from mspc.numerics.quant import groups_of
 from mspc.recipe import ROW
 from mspc.types import NM, Grid, Pattern, Target, Unstructured, parse_nm
 

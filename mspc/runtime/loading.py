@@ -1,41 +1,26 @@
 """`load`: a sparse export or an artifact as a model of transformers whose compressed matrices stay compressed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-import mspc.hf  # noqa: F401  makes transformers know the format
-from mspc.artifact import MANIFEST, ArtifactSource, is_artifact
-from mspc.checkpoint import Checkpoint
+import mspc.runtime.hf_quantizer  # noqa: F401  makes transformers know the format
 from mspc.errors import InputError, unknown
 from mspc.formats.canonical import with_offsets
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import cusparselt, fp8
-from mspc.models import choose_device, load_config, resolve
+from mspc.model.hub import choose_device, load_config, resolve, without_progress
 from mspc.recipe import DTYPES
 from mspc.runtime.linear import SparseLinear, prepare
-from mspc.sparse_folder import descriptions, quantization_config, read_quantization_config
+from mspc.storage.artifact import MANIFEST, ArtifactSource, is_artifact
+from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.sparse_export import descriptions, quantization_config, read_quantization_config
 
 PREFILLS = {"cusparselt": cusparselt, "fp8": fp8}
 """What can be asked for."""
-
-
-@contextmanager
-def without_progress() -> Iterator[None]:
-    """No bar of transformers over the weights that it loads; afterwards there are bars again, if there were before."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def load(

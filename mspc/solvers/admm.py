@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.linalg import precise_matmul
-from mspc.masks import check_divides, kth_lowest, num_pruned, select
+from mspc.numerics.linalg import precise_matmul
+from mspc.numerics.masking import check_divides, kth_lowest, num_pruned, select
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.solvers.polish import polish

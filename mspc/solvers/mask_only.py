@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mspc.linalg import check_finite, inverse_factor, regularized
-from mspc.masks import check_divides, select
-from mspc.quant import dequantize, round_to_nearest
-from mspc.saliency import COMPARED_PER_ROW, CRITERIA
+from mspc.numerics.linalg import check_finite, inverse_factor, regularized
+from mspc.numerics.masking import check_divides, select
+from mspc.numerics.quant import dequantize, round_to_nearest
+from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
 from mspc.solvers.options import SolverOptions
 from mspc.types import CompressedLinear, GramStats, Target
 

@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.linalg import InverseFactor, inverse_factor, precise_matmul
-from mspc.masks import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, select, spread
-from mspc.quant import dequantize, fit, fit_groups, groups_of
-from mspc.saliency import COMPARED_PER_ROW, CRITERIA
+from mspc.numerics.linalg import InverseFactor, inverse_factor, precise_matmul
+from mspc.numerics.masking import (
+    check_divides,
+    num_pruned,
+    prune_lowest,
+    prune_lowest_per_row,
+    prune_n_of_m,
+    select,
+    spread,
+)
+from mspc.numerics.quant import dequantize, fit, fit_groups, groups_of
+from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target
 

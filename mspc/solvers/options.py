@@ -8,7 +8,7 @@ from mspc.recipe import Recipe
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverOptions:
     criterion: str = "isc"
-    """Name in `mspc.saliency.CRITERIA`."""
+    """Name in `mspc.numerics.saliency.CRITERIA`."""
     damp: float = 0.01
     """First rung of the damping ladder, as a share of the mean diagonal of the Gram."""
     activation_order: bool = False

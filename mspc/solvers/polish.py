@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mspc.linalg import precise_matmul, regularized
-from mspc.quant import LARGEST_SCALE, SMALLEST_SCALE, dequantize
+from mspc.numerics.linalg import precise_matmul, regularized
+from mspc.numerics.quant import LARGEST_SCALE, SMALLEST_SCALE, dequantize
 from mspc.types import Codes, CompressedLinear, GramStats
 
 BLOCK = 128

@@ -7,7 +7,7 @@ lost (quantization error propagation, Arai and Ichikawa, arXiv:2504.09629, whose
 
 from torch import Tensor
 
-from mspc.linalg import inverse_factor, precise_matmul
+from mspc.numerics.linalg import inverse_factor, precise_matmul
 from mspc.types import GramStats
 
 

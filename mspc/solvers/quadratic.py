@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mspc.errors import SingularGramError
-from mspc.linalg import check_finite, regularized
+from mspc.numerics.linalg import check_finite, regularized
 from mspc.types import GramStats
 
 OUTPUT_DAMP = 0.05

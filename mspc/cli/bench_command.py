@@ -1,0 +1,130 @@
+"""The verb `bench` of the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mspc.cli.console import DebugOption, option, print_table, reported
+from mspc.errors import InputError
+
+WHAT, HOW, OUT = "What to measure", "How to measure it", "Results"
+
+
+def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """`"1,4,8"` -> (1, 4, 8)."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"{name} must be whole numbers with commas between, such as 1,4,8, not {text!r}.")
+    return tuple(int(part) for part in parts)
+
+
+def bench(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATH...", help="Artifacts, sparse exports, checkpoint folders, hub ids.", show_default=False
+        ),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        option(
+            "Random weights in these shapes: 1b (Llama-3.2-1B), 8b (Llama-3.1-8B), from-model (those of PATH).",
+            "the weights of PATH",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        option(
+            "Of random weights, with commas between: dense; int8, int4, int3, int2; N:M such as 2:4; S% such as 50%; a "
+            "pattern with bits such as 2:4+int4; 2:4+fp8 (prefill rounds weights and inputs to 8-bit floats).",
+            "dense,int4,2:4,8:16,6:16,2:4+int4",
+            "--format",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str,
+        typer.Option(
+            help="What is 1: bf16 (the library's dense product; on a CPU in float32) or int4 (torch's own). Both are "
+            "measured.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "bf16",
+    batch: Annotated[
+        str | None, option("Sequences decoded together.", "1,4,8,32; on a CPU 1", rich_help_panel=HOW)
+    ] = None,
+    context: Annotated[
+        str | None,
+        option("Tokens that a decoding step attends to.", "128,2048; on a CPU 128", rich_help_panel=HOW),
+    ] = None,
+    prefill: Annotated[str | None, option("Tokens of a prompt.", "512,2048; on a CPU 128", rich_help_panel=HOW)] = None,
+    repeats: Annotated[
+        int | None, option("Samples of each measurement, if 10 s are enough.", "200; on a CPU 5", rich_help_panel=HOW)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write every figure, with versions and configuration, here.",
+            show_default=False,
+            rich_help_panel=OUT,
+        ),
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE.png",
+            help="Draw speedup over batch size, and perplexity over tokens/s.",
+            show_default=False,
+            rich_help_panel=OUT,
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """What compressed models gain in speed and memory, beside dense and int4 baselines of the same run.
+
+    \b
+    mspc bench MODEL out/small                           with perplexity
+    mspc bench --shapes 8b                               random weights
+    mspc bench MODEL --shapes from-model --format 2:4    the same, its shapes
+    mspc bench --shapes 1b --baseline int4 --json r.json --plot r.png
+
+    Decoding is one new token for each sequence, prefill the whole prompt. On CUDA
+    every step is one graph, and all formats share attention, head and fusions.
+    Beside each time stands what its bytes alone would take; what is no faster
+    than the baseline is "no gain". On a CPU the figures say nothing of the
+    kernels. What is measured: docs/benchmark.md.
+    """
+    with reported(debug, "What was measured, if anything, is in the --json file."):
+        from mspc.bench.plots import check_installed, plot
+        from mspc.bench.request import Request
+        from mspc.bench.run import bench as run
+        from mspc.bench.tables import notes, tables, verdicts
+        from mspc.storage.files import write_json
+
+        request = Request(
+            tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
+            numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
+        )  # fmt: skip
+        for file in (json_file, plot_file):
+            if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+                raise InputError(f"{file} cannot be written: name a file in a folder that exists.")
+        if plot_file is not None:
+            if plot_file.suffix != ".png":
+                raise InputError(f"--plot draws a PNG; name it {plot_file.stem}.png, not {plot_file.name}.")
+            check_installed()
+        result = run(request, save=None if json_file is None else lambda found: write_json(json_file, found))
+        if plot_file is not None:
+            plot(result, plot_file)
+    for table in tables(result):
+        print_table(table)
+        print()
+    for line in (*notes(result), *verdicts(result)):
+        print(line)

@@ -1,0 +1,132 @@
+"""The verbs `export` and `verify` of the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mspc.cli.console import DebugOption, JsonOption, fail, print_json, print_table, reported
+from mspc.errors import InputError
+
+OF_FORMAT = "Options of one format"
+
+
+def export(
+    artifact: Annotated[
+        Path | None, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.", show_default=False)
+    ] = None,
+    format_name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FORMAT", help="dense, sparse, gptq, compressed-tensors, onnx or gguf.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export.")] = False,
+    verified: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
+    ] = True,
+    checkpoint_format: Annotated[
+        str | None,
+        typer.Option(
+            help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx: float32, float16, matmulnbits or qdq. (default: float32)",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None,
+        typer.Option(
+            help="onnx, matmulnbits: 0 is exact, 4 rounds activations to int8. (default: 0)",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
+    ] = None,
+    sparse_initializers: Annotated[
+        bool | None,
+        typer.Option(
+            "--sparse-initializers",
+            help="onnx: smaller files from 67% zeros on.",
+            show_default=False,
+            rich_help_panel=OF_FORMAT,
+        ),
+    ] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write an artifact in a format that a runtime loads, and verify it there.
+
+    \b
+    mspc export --list                                     formats and runtimes
+    mspc export out/small dense --out out/small-hf         for every runtime
+    mspc export out/small sparse --out out/small-sparse    the small one
+    mspc export out/small onnx --weights qdq --out out/small-onnx
+
+    DIR appears when it is whole and verified; a mismatch is exit 1, and nothing
+    is kept. Nothing is rounded or chosen again: a format that cannot hold what
+    the artifact has is refused.
+    """
+    with reported(debug):
+        import exporters
+        from exporters.runtimes import RUNTIMES
+        from mspc.cli.tables import format_table
+        from mspc.progress import ConsoleReporter
+
+        if show_list:
+            print_table(format_table(exporters.FORMATS, RUNTIMES))
+            return
+        if artifact is None or format_name is None or out is None:
+            raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
+        reporter = ConsoleReporter()
+        asked = {
+            "checkpoint_format": checkpoint_format, "weights": weights, "accuracy_level": accuracy_level,
+            "sparse_initializers": sparse_initializers,
+        }  # fmt: skip
+        options = {name: value for name, value in asked.items() if value is not None}
+        exporters.export(
+            artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter
+        )
+        reporter.say(f"{out} written.")
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `mspc export` wrote.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="Compare with the artifact that DIR was made from.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Prove that an export holds and computes what its artifact does; exit 1 if it does not.
+
+    \b
+    mspc verify out/small-gptq                        by what was recorded
+    mspc verify out/small-gptq --against out/small    by the artifact itself
+
+    Every file is compared by its digest, every matrix is read back by code of
+    its own, and every runtime that is installed must give the same logits, within
+    its tolerance, and greedy tokens up to the first that is too close to call. The
+    result goes to DIR/verification.json.
+    """
+    with reported(debug):
+        import exporters
+        from mspc.cli.tables import verification_table
+        from mspc.progress import ConsoleReporter
+
+        result = exporters.verify(folder, against, ConsoleReporter())
+        wrong = exporters.failures(result)
+        if as_json:
+            print_json(result)
+        else:
+            print_table(verification_table(result))
+        if wrong:
+            fail(f"Error: {folder} is wrong: {exporters.in_short(wrong)}.", 1)

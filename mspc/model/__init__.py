@@ -1,0 +1,1 @@
+"""Checkpoints as models that are never whole in memory."""

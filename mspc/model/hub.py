@@ -1,0 +1,101 @@
+"""Folders and hub ids: where a model is, its config and tokenizer, and the device that it runs on."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from mspc.errors import InputError
+from mspc.storage.sparse_export import is_sparse_export
+
+FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(model: str) -> Path:
+    """The local folder of a path or hub id; downloads safetensors, configs and tokenizer of the latter."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"Model {model!r} is not a folder; give a Hugging Face checkpoint folder or a hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *FILES_BESIDE_WEIGHTS]))
+    except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
+        names = [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=1)
+        meant = f"; did you mean {path.with_name(close[0])}?" if close else ""
+        first, *_ = str(error).splitlines() or [""]
+        raise InputError(
+            f"Model {model!r} is no folder here ({path.absolute()}{meant}) and could not be fetched from the hub "
+            f"({first}); check the name, the network, and for gated models `hf auth login`."
+        ) from error
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
+        raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
+    if getattr(config, "quantization_config", None):
+        if not is_sparse_export(folder):
+            method = config.quantization_config["quant_method"]
+            raise InputError(
+                f"{folder} is quantized already (quant_method {method!r}), and is not read here. Checkpoints that are "
+                "not quantized are, mspc's artifacts, and exports of the formats dense and sparse."
+            )
+        del config.quantization_config  # its weights are read dense
+    return config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # missing files, unknown classes, damaged JSON
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model was made for, where its config says so."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        if isinstance(longest := getattr(text, name, None), int):
+            return longest
+    return None
+
+
+def choose_sequence_length(config: PreTrainedConfig, asked: int | None) -> int:
+    longest = longest_sequence(config)
+    if asked is None:
+        return min(2048, longest or 2048)
+    if longest is not None and asked > longest:
+        raise InputError(f"A sequence length of {asked} is longer than the model allows ({longest}); lower it.")
+    return asked
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"Device {name!r} cannot be used ({error}); choose cpu or leave it at auto.") from error
+    return torch.device(name)
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """No bar of transformers over the weights that it loads; afterwards there are bars again, if there were before."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

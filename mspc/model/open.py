@@ -1,0 +1,37 @@
+"""Opening a checkpoint folder, an artifact or a sparse export as a model, or as a source of tensors."""
+
+from pathlib import Path
+
+import torch
+
+from mspc.model.hub import load_config
+from mspc.model.streamed import StreamedModel
+from mspc.storage.artifact import ArtifactSource, is_artifact
+from mspc.storage.checkpoint import Checkpoint, TensorSource
+from mspc.storage.sparse_export import SparseSource, is_sparse_export
+
+
+def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager: bool = False) -> StreamedModel:
+    """A checkpoint folder, an artifact or a sparse export as a streamed model.
+
+    `eager` runs attention and experts as plain operations, which have second derivatives, instead of the fused kernels
+    that transformers chooses.
+    """
+    source = open_source(folder)
+    config = load_config(folder)
+    return StreamedModel(source, config, device, choose_dtype(dtype, source, device), eager)
+
+
+def open_source(folder: Path) -> TensorSource:
+    if is_artifact(folder):
+        return ArtifactSource(folder)
+    return SparseSource(folder) if is_sparse_export(folder) else Checkpoint(folder)
+
+
+def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU, where half precision is slow and coarse; the checkpoint's own elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return next(tensor.dtype for _, tensor in source.read(source.keys()) if tensor.is_floating_point())

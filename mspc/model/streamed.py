@@ -1,0 +1,292 @@
+"""Causal language models that are never whole in memory.
+
+The module tree is built on the meta device; weights are read from safetensors when a part is needed and dropped
+afterwards. This is the only file that knows how transformers names, converts, ties and calls things.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from mspc.errors import InputError
+from mspc.storage.checkpoint import TensorSource
+from mspc.types import Matrix
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get their parameters on meta but real buffers, so computed ones (rotary) are there."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from: its keys in the source, and the conversion if it is not simply one of them."""
+
+    keys: list[str]
+    converter: WeightConverter | None = None
+    patterns: tuple[str, ...] = ()
+
+
+class StreamedModel:
+    """A causal LM whose parts are loaded while they are used.
+
+    `blocks` are its decoder layers; everything else (embeddings, final norm, head) is the outer part.
+    """
+
+    def __init__(
+        self, source: TensorSource, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, eager: bool
+    ) -> None:
+        self.source, self.config, self.device, self.dtype = source, config, device, dtype
+        # Some versions of transformers run capped attention through kernels that leave the cap out.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        kernels = "eager" if eager or capped else None
+        with parameters_on_meta():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels
+            )
+        self.model.eval()
+        for buffered in self.model.modules():
+            for name, buffer in buffered.named_buffers(recurse=False):
+                setattr(buffered, name, buffer.to(device))
+        self.blocks_name, self.blocks = _find_blocks(self.model)
+        self.origins = _map_keys(self.model, source.keys())
+        _match_ties(self.model, self.origins)
+        self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
+        # A value that a block returns besides the hidden states makes it a tuple; learned when one is first run.
+        self.blocks_return_tuples = False
+
+    def block_name(self, index: int) -> str:
+        return f"{self.blocks_name}.{index}"
+
+    def name_in_block(self, index: int, matrix: Matrix) -> str:
+        """The parameter of a matrix as block `index` names it."""
+        return matrix.parameter.removeprefix(self.block_name(index) + ".")
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights; they are gone afterwards."""
+        block = self.blocks[index]
+        prefix = self.block_name(index) + "."
+        try:
+            self._load({prefix + name: name for name, _ in _named_tensors(block)}, block)
+            yield block
+        finally:
+            _drop(block, [name for name, _ in _named_tensors(block)])
+
+    @contextmanager
+    def loaded_outer(self) -> Iterator[PreTrainedModel]:
+        """The model with all weights but those of the blocks."""
+        inside = self.blocks_name + "."
+        names = [name for name, _ in _named_tensors(self.model) if not name.startswith(inside)]
+        try:
+            self._load({name: name for name in names}, self.model)
+            yield self.model
+        finally:
+            _drop(self.model, names)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model with all of its weights, for what cannot be done block by block."""
+        with ExitStack() as stack:
+            model = stack.enter_context(self.loaded_outer())
+            for index in range(len(self.blocks)):
+                stack.enter_context(self.loaded(index))
+            yield model
+
+    def _load(self, names: dict[str, str], module: nn.Module) -> None:
+        """Fill the tensors of `module`: full name -> name within it. Tied ones stay one tensor."""
+        by_identity: dict[int, list[str]] = defaultdict(list)
+        for full in names:
+            by_identity[id(_get(self.model, full))].append(full)
+        for aliases in by_identity.values():
+            name = aliases[0]
+            if name not in self.origins:
+                continue  # a buffer that older checkpoints do not store
+            tensor = self.read_parameter(name)
+            self.source_dtypes[name] = tensor.dtype
+            expected = _get(self.model, name)
+            if tensor.shape != expected.shape:
+                raise InputError(
+                    f"{name} has shape {tuple(tensor.shape)} in the checkpoint, but the config makes it "
+                    f"{tuple(expected.shape)}; config.json and the weights do not belong together."
+                )
+            if tensor.is_floating_point():
+                tensor = tensor.to(expected.dtype)
+            tensor = tensor.to(self.device)
+            if isinstance(expected, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            for full in aliases:
+                _assign(module, names[full], tensor)
+
+    def read_parameter(self, name: str) -> Tensor:
+        """One parameter or buffer from the source, in the source's dtype."""
+        origin = self.origins[name]
+        tensors = dict(self.source.read(origin.keys))
+        if origin.converter is None:
+            return tensors[origin.keys[0]]
+        converter = copy.deepcopy(origin.converter)
+        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
+            ready: Future[Tensor] = Future()
+            ready.set_result(tensors[key])
+            converter.add_tensor(name, key, pattern, ready)
+        converted = converter.convert(name, model=self.model, config=self.config)
+        tensor = converted[name]
+        return tensor[0] if isinstance(tensor, list) else tensor
+
+    def tensor_key(self, matrix: Matrix) -> str:
+        """The name under which the source stores the parameter of a matrix."""
+        return self.origins[matrix.parameter].keys[0]
+
+    def matrices(self, skip: Sequence[str]) -> list[list[Matrix]]:
+        """The weight matrices of every block that are to be compressed, in the order of the module tree.
+
+        Raises InputError when a block has weights that the walk cannot reach and `skip` does not name.
+        """
+        patterns = [re.compile(pattern) for pattern in skip]
+        found = [self._block_matrices(index, patterns) for index in range(len(self.blocks))]
+        if not any(found):
+            raise InputError("Nothing is left to compress: --skip matches every matrix of every block.")
+        first_name: dict[int, str] = {}
+        for matrix in (matrix for of_block in found for matrix in of_block):
+            first = first_name.setdefault(id(self.model.get_parameter(matrix.parameter)), matrix.name)
+            if first != matrix.name:
+                raise InputError(
+                    f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
+                    "yet; leave it dense with --skip REGEX."
+                )
+        return found
+
+    def _block_matrices(self, index: int, skip: Sequence[re.Pattern[str]]) -> list[Matrix]:
+        block, prefix = self.blocks[index], self.block_name(index) + "."
+        matrices, unreached = [], []
+        for name, parameter in block.named_parameters():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            full = prefix + name
+            is_matrix = isinstance(owner, nn.Linear | Conv1D) and name.endswith("weight")
+            is_router = "router" in type(owner).__name__.lower()  # of tokens to experts: small, and better left alone
+            if parameter.ndim < 2 or is_router or any(p.search(full.removesuffix(".weight")) for p in skip):
+                continue
+            if not is_matrix or self.origins[full].converter is not None:
+                unreached.append(f"{full} {tuple(parameter.shape)}")
+                continue
+            transposed = isinstance(owner, Conv1D)
+            num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
+            matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
+        if unreached:
+            raise InputError(
+                f"Block {index} has weights that mspc cannot compress yet: {', '.join(unreached)}. Leave them dense "
+                "with --skip REGEX (for fused experts: --skip experts)."
+            )
+        return matrices
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The ModuleList with the most parameters: the decoder layers of every causal LM."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(f"{type(model).__name__} has no list of decoder layers that mspc could walk through.")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Origin]:
+    """Parameter name -> where it comes from, by the renamings and conversions that transformers loads with."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    names = dict(_named_tensors(model))
+    rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=names)
+    plain: dict[str, Origin] = {}
+    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for key in sorted(keys, key=_natural):
+        name, pattern = rename(key, renamings, converters)
+        if name not in names and key in names:
+            name, pattern = key, None
+        if pattern is None:
+            plain[name] = Origin([key])
+        else:
+            parts[name].append((key, pattern))
+    converted = {
+        name: Origin([key for key, _ in found], converter_of[found[0][1]], tuple(pattern for _, pattern in found))
+        for name, found in parts.items()
+    }
+    return plain | converted
+
+
+def _match_ties(model: nn.Module, origins: dict[str, Origin]) -> None:
+    """Untie weights that the checkpoint holds one by one, as transformers does; give the other ties one origin.
+
+    Raises InputError for a parameter that the checkpoint does not hold under any of its names.
+    """
+    by_identity: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in _named_tensors(model):
+        by_identity[id(tensor)].append(name)
+    for aliases in by_identity.values():
+        known = [name for name in aliases if name in origins]
+        tensor = _get(model, aliases[0])
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        if not known:
+            raise InputError(f"The checkpoint holds no {aliases[0]}, which the model needs; it is incomplete.")
+        for name in known[1:]:
+            _assign(model, name, nn.Parameter(tensor, requires_grad=False))
+        for name in set(aliases) - set(known):
+            origins[name] = origins[known[0]]
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sort key that puts experts.10 after experts.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint may hold: parameters and persistent buffers; tied parameters under each of their names."""
+    yield from module.state_dict(keep_vars=True).items()
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    table[leaf] = tensor
+
+
+def _drop(module: nn.Module, names: Sequence[str]) -> None:
+    """Put parameters back on meta, tied ones still tied. Buffers stay: nothing could compute those again."""
+    on_meta: dict[int, nn.Parameter] = {}
+    for name in names:
+        tensor = _get(module, name)
+        if isinstance(tensor, nn.Parameter):
+            # Keyed by identity while the real tensor is alive in the dict of another alias or in `tensor` itself.
+            fresh = on_meta.setdefault(id(tensor), nn.Parameter(tensor.to("meta"), requires_grad=False))
+            _assign(module, name, fresh)

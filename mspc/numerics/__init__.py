@@ -1,0 +1,1 @@
+"""Linear algebra, masks, quantization and scores of one matrix."""

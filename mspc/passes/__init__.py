@@ -1,0 +1,1 @@
+"""Forward and backward passes, a block at a time."""

@@ -1,0 +1,167 @@
+"""Running a model block by block: the inputs of the blocks, one block on one batch, and the part after the last block.
+
+Activations live in host memory, or in files of a folder for models and texts that do not fit.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mspc.errors import ActivationError
+from mspc.model.streamed import StreamedModel
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passes to one block besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """Some sequences on their way through the blocks: `hidden` (B, T, D) is the input of the next one."""
+
+    ids: Tensor
+    hidden: Tensor
+    calls: list[Call]
+
+
+class _Captured(Exception):
+    """Raised to leave a forward pass when what it was run for is known."""
+
+
+def batches_of(
+    model: StreamedModel, ids: Tensor, spill: Path | None = None, batch_size: int | None = None
+) -> list[Batch]:
+    """Embed sequences (N, T) and record how the model calls each block.
+
+    `batch_size` sequences go together (None: as many as make about 4096 tokens). With `spill`, activations live in
+    unlinked files of that folder.
+    """
+    size = batch_size or max(1, TOKENS_PER_BATCH // ids.shape[1])
+    batches: list[Batch] = []
+    with torch.no_grad(), model.loaded_outer():
+        for part in ids.split(size):
+            hidden, calls = _capture(model, part)
+            if batches:
+                calls = [_shared(call, first) for call, first in zip(calls, batches[0].calls, strict=True)]
+            batches.append(Batch(part, stored(hidden, spill), calls))
+    return batches
+
+
+def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
+    """One forward pass in which every block hands its input through, up to the last."""
+    first: list[Tensor] = []
+    calls: list[Call] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not first:
+            first.append(hidden)
+        calls.append(Call(args, kwargs))
+        if len(calls) == len(model.blocks):
+            raise _Captured
+        return hidden
+
+    with replaced_forwards(model.blocks, record):
+        try:
+            model.model(input_ids=ids.to(model.device), use_cache=False)
+        except _Captured:
+            return first[0], calls
+    raise AssertionError("the model did not run all of its blocks")
+
+
+def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) -> Tensor:
+    """Hidden states (B, T, D) of a batch after block `index`, which is loaded."""
+    call = batch.calls[index]
+    output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
+    model.blocks_return_tuples = isinstance(output, tuple)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
+    """Move all batches through block `index`, with what `arrive` raises."""
+    with torch.no_grad():
+        for batch in batches:
+            arrive(model, index, batch, run_block(model, block, batch, index))
+
+
+def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
+    """Make the output of block `index` the hidden states of a batch. Raises ActivationError if it is not finite."""
+    if not bool(torch.stack(output.aminmax()).isfinite().all()):  # NaN is passed on; ten times as fast as isfinite
+        raise ActivationError(
+            f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model overflows in "
+            "this precision: try --dtype float32."
+        )
+    batch.hidden.copy_(output)
+
+
+def logits_after(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits (B, T, V) from the last block's hidden states, by the model's own final norm and head.
+
+    The outer part must be loaded.
+    """
+
+    def hand_through(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if model.blocks_return_tuples else hidden
+
+    with replaced_forwards(model.blocks, hand_through):
+        return model.model(input_ids=ids.to(model.device), use_cache=False).logits
+
+
+def token_losses(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Cross entropy (B, T - 1) float32 of every token given those before it."""
+    logits = logits_after(model, ids, hidden)[:, :-1].float()
+    targets = ids[:, 1:].to(logits.device)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+@contextmanager
+def replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call `forward(hidden, *args, **kwargs)` in place of every block; attributes the model reads on blocks stay."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        return forward(*args, **kwargs)
+
+    for block in blocks:
+        block.forward = called  # an instance attribute that hides the method of the class
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _shared(call: Call, first: Call) -> Call:
+    """The same call, its tensors replaced by equal ones of the first batch: masks and rotary tables exist once."""
+
+    def same(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            return other if value.shape == other.shape and torch.equal(value, other) else value
+        if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(same(a, b) for a, b in zip(value, other, strict=True))
+        return value
+
+    kwargs = {name: same(value, first.kwargs.get(name)) for name, value in call.kwargs.items()}
+    return Call(same(call.args, first.args), kwargs)
+
+
+def stored(hidden: Tensor, spill: Path | None) -> Tensor:
+    """A copy in host memory, or in a file that vanishes with the tensor."""
+    if spill is None:
+        return hidden.cpu().clone()
+    spill.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=spill, prefix="activations-") as file:
+        stored = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    return stored.copy_(hidden)

@@ -1,0 +1,1 @@
+"""A whole run of `compress` or `evaluate`."""

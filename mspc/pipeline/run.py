@@ -1,0 +1,326 @@
+"""`compress`, whole: measure, allocate, solve, write; and pick up where an earlier run was cut off."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError, unknown
+from mspc.formats.description import target_to_dict
+from mspc.model.hub import choose_device, choose_sequence_length, load_config, load_tokenizer, resolve
+from mspc.model.open import open_model
+from mspc.model.streamed import StreamedModel
+from mspc.numerics.saliency import CRITERIA
+from mspc.passes.blocks import batches_of
+from mspc.pipeline.reconstruct import batch_size, reconstruction_line
+from mspc.pipeline.solve_blocks import solve_blocks
+from mspc.planning.allocation import allocate, check_plan, half_width, planned_sparsity, wants_trial
+from mspc.planning.plan_file import read_plan, write_plan
+from mspc.planning.planner import Chosen, Planner, mixture_lines
+from mspc.planning.sensitivity import SENSITIVITIES
+from mspc.progress import Reporter
+from mspc.published.allocators import ALLOCATORS
+from mspc.recipe import AUTO, CURVES, SEARCH, Recipe
+from mspc.solvers import SOLVERS
+from mspc.solvers.obs import check_pattern
+from mspc.solvers.options import solver_options
+from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
+from mspc.storage.checkpoint import Checkpoint, read_file
+from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text
+from mspc.storage.journal import Journal
+from mspc.storage.output_folder import check_space, publish, working_folder
+from mspc.storage.sparse_export import is_sparse_export
+from mspc.text.tokens import Tokens, calibration_tokens
+from mspc.types import Matrix, PlannedMatrix
+from mspc.version import __version__
+
+PLAN = "plan.json"
+MEASUREMENTS = "measurements"
+RECIPE = "recipe.toml"
+HELD_OUT = 8
+"""One sequence to try plans on for so many calibration sequences."""
+CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # beside it, where it is an export
+
+
+@dataclass
+class Run:
+    """One call of `compress`, checked before anything is written."""
+
+    model_name: str
+    recipe: Recipe
+    out: Path
+    resume: bool
+    overwrite: bool
+    check_exports: Callable[[list[dict[str, Any]], dict[str, Any]], None]
+    """Raises InputError for rows of a plan, and a config.json, that an export which was asked for cannot hold."""
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        self.begin = time.monotonic()
+        _check_names(self.recipe)
+        self.source = resolve(self.model_name)
+        is_local = Path(self.model_name).expanduser().is_dir()
+        self.source_name = self.source.resolve().name if is_local else self.model_name
+        if is_artifact(self.source):
+            raise InputError(f"{self.source} is an mspc artifact already; compress the original checkpoint instead.")
+        if is_sparse_export(self.source):
+            raise InputError(f"{self.source} is a sparse export; compress the original checkpoint instead.")
+        config = load_config(self.source)
+        self.device = choose_device(self.recipe.device)
+        length = choose_sequence_length(config, self.recipe.sequence_length)
+        self.recipe = replace(self.recipe, sequence_length=length, alpha=half_width(self.recipe))
+        self.folder = working_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+
+    def compress(self, measurements: Path | None, spill: Path | None) -> None:
+        recipe, reporter = self.recipe, self.reporter
+        checkpoint = Checkpoint(self.source)
+        model = self.open_model()
+        matrices = model.matrices(recipe.skip)
+        self.checked(self.given_plan(matrices) or allocate(recipe, matrices, {}))  # mistakes, before the long part
+        tokens, held_out = self.tokens()
+        with reporter.stage("Checking weights", len(checkpoint.shards())) as step:
+            digests = {}
+            for file, digest in checkpoint.fingerprint():
+                digests[file] = digest
+                step(file)
+        header = self.header(digests, tokens)
+        planner = self.planner(checkpoint, tokens, held_out, matrices, header, measurements)
+        planner.check(model)
+        for note in planner.without_effect(model):
+            reporter.say(note)
+        if (self.folder / MANIFEST).is_file():
+            self.finished(header)
+            return
+        journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
+        if journal.blocks:
+            reporter.say(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
+        write_text(self.folder / RECIPE, recipe.to_toml())
+        fisher = planner.fisher(model)
+        plan = self.plan(planner, model, journal, fisher)
+        self.copy_rest(checkpoint, model, plan, matrices)
+        self.solve(model, tokens, matrices, plan, journal, spill, fisher)
+        self.write_manifest(header, plan, checkpoint, journal)
+        publish(self.folder, self.out)
+
+    def tokens(self) -> tuple[Tokens, Tensor | None]:
+        """Calibration tokens, and an eighth more to try plans on where they are to be tried and the text suffices."""
+        recipe, tokenizer = self.recipe, load_tokenizer(self.source)
+        draw = partial(
+            calibration_tokens, tokenizer, recipe.calibration, sequence_length=int(recipe.sequence_length or 0),
+            seed=recipe.seed,
+        )  # fmt: skip
+        wanted = recipe.num_sequences
+        if not wants_trial(recipe):
+            return draw(num_sequences=wanted), None
+        try:
+            more = draw(num_sequences=wanted + -(-wanted // HELD_OUT))
+        except InputError as error:
+            tokens = draw(num_sequences=wanted)
+            if recipe.allocator == SEARCH:
+                raise InputError(
+                    "No calibration text is left to judge plans on, which the allocator search needs: give more "
+                    "--calibration text, fewer or shorter sequences (--num-sequences, --sequence-length), or "
+                    "--allocator auto."
+                ) from error
+            self.reporter.say(
+                "Note: no calibration text is left to try plans on; the one of least predicted loss is used."
+            )
+            return tokens, None
+        return Tokens(more.ids[:wanted], more.source), more.ids[wanted:]
+
+    def planner(
+        self,
+        checkpoint: Checkpoint,
+        tokens: Tokens,
+        held_out: Tensor | None,
+        matrices: list[list[Matrix]],
+        header: dict[str, Any],
+        measurements: Path | None,
+    ) -> Planner:
+        """Measurements are kept in the unfinished folder, for --resume, if nowhere else."""
+        identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
+        kept = measurements or self.folder / MEASUREMENTS
+        return Planner(
+            self.recipe, checkpoint, self.open_model, tokens.ids, held_out, matrices, identity, kept, self.reporter
+        )  # fmt: skip
+
+    def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
+        """What identifies the run: another of the same identity ends with the same bytes."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "mspc_version": __version__,
+            "source": {"name": self.source_name, "sha256": digests},
+            "recipe": self.recipe.to_dict(),
+            "plan": sha256_of(Path(self.recipe.plan)) if self.recipe.plan is not None else None,
+            "calibration": {
+                "source": tokens.source,
+                "tokens": tokens.ids.numel(),
+                "sha256": tokens.sha256,
+            },
+        }
+
+    def finished(self, header: dict[str, Any]) -> None:
+        """What --resume does with a folder that is complete: nothing, if it is that of the same run."""
+        Journal.compare(self.folder, read_manifest(self.folder), header)
+        Journal.discard(self.folder)
+        publish(self.folder, self.out)
+        self.reporter.say(f"{self.out} is complete already.")
+
+    def plan(
+        self, planner: Planner, model: StreamedModel, journal: Journal, fisher: dict[str, Tensor]
+    ) -> list[PlannedMatrix]:
+        """The plan of the interrupted run, the user's, or a new one."""
+        file = self.folder / PLAN
+        if journal.entries:  # the plan is what is committed first
+            return read_plan(file, _flat(planner.matrices))
+        given = self.given_plan(planner.matrices)
+        chosen = Chosen(given) if given else planner.plan(model, fisher)
+        plan = chosen.plan
+        write_plan(file, self.checked(plan))
+        how = {"chosen": chosen.name, "tried": chosen.tried, **chosen.took}
+        journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
+        removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
+        if removed:
+            self.reporter.say(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
+        if all(matrix.target.pattern.sparsity == 0 and matrix.target.grid is None for matrix in plan):
+            self.reporter.say("Note: the plan prunes and rounds nothing; ask for a sparsity, bits, or a smaller size.")
+        if self.recipe.has_budget:
+            for line in mixture_lines(plan):
+                self.reporter.say(line)
+        return plan
+
+    def open_model(self, *, eager: bool = False) -> StreamedModel:
+        return open_model(self.source, device=self.device, dtype=self.recipe.dtype, eager=eager)
+
+    def given_plan(self, matrices: Sequence[Sequence[Matrix]]) -> list[PlannedMatrix] | None:
+        return read_plan(Path(self.recipe.plan), _flat(matrices)) if self.recipe.plan is not None else None
+
+    def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
+        """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
+        check_plan(plan)
+        for matrix in plan:
+            if self.recipe.reconstruct and matrix.target.grid:
+                raise InputError(
+                    f"{matrix.name}: the plan rounds it to {matrix.target.grid.bits} bits, and reconstruct tunes "
+                    "weights that are not rounded; set its bits to 16, or leave reconstruct out."
+                )
+            if self.recipe.solver == "obs" or (self.recipe.solver in ("admm", "kfac") and matrix.target.grid):
+                check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
+        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]
+        self.check_exports(rows, config)
+        return plan
+
+    def copy_rest(
+        self,
+        checkpoint: Checkpoint,
+        model: StreamedModel,
+        plan: Sequence[PlannedMatrix],
+        matrices: Sequence[Sequence[Matrix]],
+    ) -> None:
+        """Everything but the compressed matrices: configs, tokenizer, and the other weights shard by shard."""
+        check_space(self.folder, _estimated_bytes(checkpoint, plan))
+        for path in sorted(self.source.iterdir()):
+            is_config = path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json")
+            if path.is_file() and is_config and path.name not in NOT_OF_THE_MODEL:
+                write_atomically(self.folder / path.name, partial(shutil.copyfile, path))
+        compressed = {model.tensor_key(matrix) for matrix in _flat(matrices) if matrix.index is None}
+        with self.reporter.stage("Copying other weights", len(checkpoint.shards())) as step:
+            for shard, keys in checkpoint.shards().items():
+                rest = [key for key in keys if key not in compressed]
+                if rest and not (self.folder / UNCHANGED / shard).is_file():
+                    write_tensors(self.folder / UNCHANGED / shard, dict(read_file(self.source / shard, rest)))
+                step(shard)
+
+    def solve(
+        self,
+        model: StreamedModel,
+        tokens: Tokens,
+        matrices: Sequence[Sequence[Matrix]],
+        plan: Sequence[PlannedMatrix],
+        journal: Journal,
+        spill: Path | None,
+        fisher: dict[str, Tensor],
+    ) -> None:
+        left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
+        with self.reporter.stage("Compressing", left) as step:
+            recipe, size = self.recipe, batch_size(*tokens.ids.shape) if self.recipe.reconstruct else None
+            batches = batches_of(model, tokens.ids, spill, size)
+            beside = recipe.propagation or recipe.reconstruct
+            dense = batches_of(model, tokens.ids, spill, size) if beside else ()
+            solved = solve_blocks(
+                model, batches, matrices, plan, recipe, self.folder, journal, dense=dense, fisher=fisher, spill=spill
+            )
+            for name in solved:
+                step(name)
+        if recipe.reconstruct:
+            self.reporter.say(reconstruction_line(journal.blocks))
+
+    def write_manifest(
+        self, header: dict[str, Any], plan: Sequence[PlannedMatrix], checkpoint: Checkpoint, journal: Journal
+    ) -> None:
+        rows = [row for entry in journal.entries for row in entry["matrices"]]
+        numel = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        pruned = sum(row["pruned"] for row in rows)
+        files = {entry["file"]: entry["sha256"] for entry in journal.blocks}
+        for path in sorted((self.folder / UNCHANGED).glob("*.safetensors")):
+            files[f"{UNCHANGED}/{path.name}"] = sha256_of(path)
+        manifest = header | {
+            "source": header["source"] | {"shards": checkpoint.shards()},
+            "sparsity": {"requested": _requested_sparsity(self.recipe, plan), "achieved": pruned / numel},
+            "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
+            "allocation": journal.entries[0]["allocation"],
+            "seconds": time.monotonic() - self.begin,
+            "peak_memory_bytes": _peak_memory(),
+            "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+            "files": files,
+            "matrices": rows,
+        }
+        if self.recipe.reconstruct:
+            manifest["reconstruction"] = [part for entry in journal.blocks for part in entry["reconstruction"]]
+        shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
+        write_json(self.folder / MANIFEST, manifest)
+        Journal.discard(self.folder)
+
+
+def _check_names(recipe: Recipe) -> None:
+    for what, name, known in (
+        ("solver", recipe.solver, SOLVERS),
+        ("criterion", recipe.criterion, CRITERIA),
+        ("allocator", recipe.allocator, {*ALLOCATORS, AUTO, CURVES, SEARCH}),
+        ("sensitivity", recipe.sensitivity, SENSITIVITIES),
+    ):
+        if name not in known:
+            raise unknown(what, str(name), known)
+
+
+def _requested_sparsity(recipe: Recipe, plan: Sequence[PlannedMatrix]) -> float:
+    return planned_sparsity(plan) if recipe.plan is not None or recipe.has_budget else recipe.target_sparsity
+
+
+def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
+    """About what the output takes: the source, less what the plan saves on its matrices."""
+    source = sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards())
+    bits = [16 if m.target.grid is None else m.target.grid.bits for m in plan]
+    saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
+    return max(int(source - saved), 0)
+
+
+def _flat(matrices: Sequence[Sequence[Matrix]]) -> list[Matrix]:
+    return [matrix for of_block in matrices for matrix in of_block]
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of the process in bytes (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

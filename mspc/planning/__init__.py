@@ -1,0 +1,1 @@
+"""How sparse each matrix shall be, and of how many bits."""

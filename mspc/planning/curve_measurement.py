@@ -1,0 +1,109 @@
+"""Loss curves of a model: what every matrix would cost at a few sparsities, measured in the dense model."""
+
+from collections import defaultdict
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from mspc.passes.walk import DenseWalk
+from mspc.planning.curve import Curve
+from mspc.progress import Reporter
+from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
+from mspc.solvers import SOLVERS, SolverOptions
+from mspc.solvers.admm import error_path
+from mspc.solvers.obs import obs
+from mspc.solvers.quadratic import quadratic
+from mspc.types import NM, GramStats, Grid, Pattern, Target, Unstructured
+
+SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
+KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
+ROUNDED = (0, 1, 2, 4)
+"""Where rounding is measured under a budget: without pruning, and at these places of the path, counted from 1."""
+SWEPT_BITS = (4, 3, 2)
+SAMPLED = 2
+"""Blocks of outputs that the curve of a matrix is measured on, where its Fisher factor has more of them."""
+
+
+def patterns_of(recipe: Recipe) -> list[Pattern]:
+    if recipe.fixed_pattern is not None:
+        return [recipe.fixed_pattern]
+    if recipe.pattern == MIXED_PATTERN:
+        return [NM(keep, MIXED_OF) for keep in KEEPS]
+    return [Unstructured(sparsity) for sparsity in SPARSITIES]
+
+
+def measure_curves(
+    dense: DenseWalk,
+    fisher: dict[str, Tensor],
+    recipe: Recipe,
+    options: SolverOptions,
+    reporter: Reporter,
+) -> dict[str, Curve]:
+    """The curve of each matrix by name: 1/2 tr(S dW H dW^T) a token, with dW from a short run of the solver."""
+    curves = {}
+    with reporter.stage("Loss curves", sum(map(len, dense.matrices))) as step:
+        for visit in dense:
+            name, weight = visit.matrix.name, visit.weight.float()
+            stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
+            curves[name] = curve_of(weight, stats, recipe, options, name)
+            step(name)
+    return curves
+
+
+def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOptions, name: str) -> Curve:
+    """The curve of one matrix (O, I), with what rounding costs where the recipe leaves the bits open."""
+    patterns, mean_curvature = patterns_of(recipe), curvature(stats)
+    form = quadratic(weight, stats, stats.fisher, options.damp, name)
+    half_tokens = 1 / (2 * stats.num_tokens)
+    if stats.fisher is not None and not bool(stats.fisher.any()):
+        half_tokens = 0.0  # nothing depends on its outputs; the form would take them for equally important
+    elif stats.fisher is not None and len(stats.fisher) > SAMPLED:
+        some, of_some = _sampled(weight, stats)
+        part = quadratic(some, of_some, of_some.fisher, options.damp, name)
+        if (removed := part.loss(torch.zeros_like(some))) > 0:
+            half_tokens *= form.loss(torch.zeros_like(weight)) / removed
+            weight, stats, form = some, of_some, part
+    if recipe.solver in ("kfac", "admm"):
+        path = error_path(form, patterns)
+    else:
+        solve = SOLVERS[str(recipe.solver)]
+        solved = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
+        path = ((result, form.loss(result * form.scale)) for result in solved)
+    losses: list[float] = []
+    rounded: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for i, (pattern, (kept, loss)) in enumerate(
+        zip((Unstructured(0.0), *patterns), chain([(weight, 0.0)], path), strict=True)
+    ):
+        losses.append(max([loss, *losses]))  # a short run may not rise everywhere
+        if not recipe.has_budget or i not in ROUNDED:
+            continue
+        for bits in SWEPT_BITS:
+            grid = Grid(bits, recipe.group_size, not recipe.asymmetric)
+            swept = obs(kept, stats, Target(pattern, grid), options, name, kept != 0).weight
+            more = max(form.loss(swept * form.scale) - loss, 0.0) * half_tokens
+            rounded[bits].append((pattern.sparsity, more))
+            if bits == 4:  # sixteen times the levels, so a 256th of the error
+                rounded[8].append((pattern.sparsity, more / 256))
+    return Curve(
+        tuple(pattern.sparsity for pattern in patterns),
+        tuple(loss * half_tokens for loss in losses[1:]),
+        {bits: tuple(points) for bits, points in rounded.items()},
+        mean_curvature,
+    )
+
+
+def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
+    """Some blocks of outputs, in equal distances, where the Fisher factor has more of them."""
+    assert stats.fisher is not None
+    count = len(stats.fisher)
+    places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
+    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, fisher=stats.fisher[places])
+
+
+def curvature(stats: GramStats) -> float:
+    """Mean diagonal of the Kronecker product of the two factors, a token."""
+    assert stats.fisher is not None
+    outputs, inputs = stats.fisher.diagonal(dim1=-2, dim2=-1).mean(), stats.gram.diagonal().mean()
+    return float(outputs) * float(inputs) / stats.num_tokens

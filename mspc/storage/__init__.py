@@ -1,0 +1,1 @@
+"""Files: checkpoints, artifacts, and a run that is under way."""

@@ -1,0 +1,121 @@
+"""A folder of safetensors files, read tensor by tensor; and writing files so that none is ever half there."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.storage.files import sha256_of
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be read one at a time: a checkpoint, or an artifact that unpacks as it reads."""
+
+    def keys(self) -> list[str]: ...
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
+
+    def shards(self) -> dict[str, list[str]]:
+        """The weight files, each with the keys it holds, in the order of the source."""
+        ...
+
+
+class Checkpoint:
+    """The safetensors of one Hugging Face folder, single or sharded. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards = {name: _keys_of(folder / name) for name in _weight_files(folder)}
+        self._shard_of = {key: shard for shard, keys in self._shards.items() for key in keys}
+
+    def keys(self) -> list[str]:
+        return list(self._shard_of)
+
+    def shards(self) -> dict[str, list[str]]:
+        return self._shards
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """`(key, tensor)` for every key, each file opened once. Raises InputError for a tensor that cannot be read."""
+        by_shard = defaultdict(list)
+        for key in keys:
+            by_shard[self._shard_of[key]].append(key)
+        for shard, names in by_shard.items():
+            yield from read_file(self.folder / shard, names)
+
+    def fingerprint(self) -> Iterator[tuple[str, str]]:
+        """`(weight file, sha256)` for each. Raises InputError, naming the tensor, for NaN or infinity in weights."""
+        for shard, keys in self._shards.items():
+            for key, tensor in self.read(keys):
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise InputError(f"{self.folder / shard}: {key} contains NaN or infinity; the weights are damaged.")
+            yield shard, sha256_of(self.folder / shard)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """One file, or what the index names, in the order in which transformers looks for them; else all there are."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"{index} is not a valid safetensors index ({error}); download the model again."
+            ) from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise InputError(f"{index} points outside its folder, at {name!r}; do not use this checkpoint.")
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name} is missing, though {INDEX} names it; download the model again.")
+        return names
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        others = [path.name for path in folder.glob("*.bin")]
+        remedy = "give a Hugging Face checkpoint, an artifact, or an export of the formats dense or sparse."
+        if others:
+            remedy = "convert its .bin files first; mspc reads no pickle."
+        raise InputError(f"{folder} holds no .safetensors files; {remedy}")
+    return names
+
+
+def _keys_of(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, mapped: they are read from the disk when they are used."""
+    with _opened(path) as file:
+        try:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read ({error}); the file is damaged.") from error
+
+
+def read_file(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """`(key, tensor)` of one safetensors file, copied out of it so that no page of it stays mapped."""
+    with _opened(path) as file:
+        for key in keys:
+            try:
+                tensor = file.get_tensor(key).clone()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: cannot read {key} ({error}); the file is damaged.") from error
+            yield key, tensor
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors ({error}); it is truncated or damaged: get it again."
+        ) from error

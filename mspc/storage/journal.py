@@ -1,0 +1,99 @@
+"""The record of a run that is under way, so that nothing solved is lost: one JSON object a line, each flushed to disk.
+
+The first line says what the run is (recipe, source, calibration); every other line commits one file of solved matrices
+with its digest. A line that was torn by a crash, or whose file does not have the recorded bytes, is as if it never was.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mspc.errors import InputError, StorageError
+from mspc.storage.files import sha256_of, sync_folder, write_text
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """An open journal. `entries` are the commits that hold, in order."""
+
+    def __init__(self, folder: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+        self.path = folder / NAME
+        self.entries = entries
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in [header, *entries]))
+
+    @classmethod
+    def start(cls, folder: Path, header: dict[str, Any]) -> "Journal":
+        return cls(folder, header, [])
+
+    @classmethod
+    def resume(cls, folder: Path, header: dict[str, Any]) -> "Journal":
+        """Raises InputError, naming the differences, when the journal is that of another run."""
+        lines = _whole_lines(folder / NAME)
+        if not lines:
+            return cls.start(folder, header)
+        cls.compare(folder, lines[0], header)
+        entries: list[dict[str, Any]] = []
+        for entry in lines[1:]:
+            file = folder / entry["file"]
+            if not file.is_file() or sha256_of(file) != entry["sha256"]:
+                break
+            entries.append(entry)
+        return cls(folder, header, entries)
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The commits of solved blocks; the one before them is that of the plan."""
+        return [entry for entry in self.entries if "block" in entry]
+
+    def commit(self, entry: dict[str, Any]) -> None:
+        """Append one entry durably; its file must be on disk already."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"Cannot write {self.path} ({error}); what was finished is kept: --resume.") from error
+        self.entries.append(entry)
+
+    @staticmethod
+    def compare(folder: Path, before: dict[str, Any], header: dict[str, Any]) -> None:
+        """Raises InputError, naming the differences, when a folder's header (or manifest) is that of another run."""
+        now = json.loads(json.dumps(header))
+        differences = _differences({key: before.get(key) for key in now}, now)
+        if differences:
+            raise InputError(
+                f"{folder} holds a run that differs from this one: {'; '.join(differences)}. Give the same options to "
+                "--resume, or start anew with --overwrite."
+            )
+
+    @staticmethod
+    def discard(folder: Path) -> None:
+        (folder / NAME).unlink(missing_ok=True)
+        sync_folder(folder)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
+    """`recipe.sparsity was 0.5 and is 0.6`, for every leaf that differs."""
+    found = []
+    for key in sorted(now if at == "source." else before.keys() | now.keys()):  # a manifest knows more of its source
+        old, new, path = before.get(key), now.get(key), f"{at}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{path}.")
+        elif old != new:
+            found.append(f"{path} was {old!r} and is {new!r}")
+    return found

@@ -1,0 +1,103 @@
+"""The output folder of a run: where it may be written, and how an old one is replaced only by a whole one."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mspc.errors import InputError, StorageError
+from mspc.storage.artifact import MANIFEST, is_artifact
+from mspc.storage.files import sync_folder
+
+
+def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
+    """The folder to write in, made if need be. Raises InputError when `out` must not be touched.
+
+    A new output is written in place. One that replaces an older is written beside it, as `.NAME.new`, and takes its
+    place when it is whole (`publish`); --resume continues whichever of the two is there.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other: continue the old run, or replace it?")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; --out needs a folder.")
+    beside = sibling(out, "new")
+    if out.is_dir():
+        with held(out):
+            pass
+    recover(out)
+    # A run that was killed over its first file leaves nothing but the temporary name of that.
+    occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
+    if occupied and not is_artifact(out):
+        raise InputError(f"{out} is not empty and was not written by mspc; choose another --out.")
+    if occupied and not (resume or overwrite):
+        state = "a finished artifact" if (out / MANIFEST).is_file() else "an unfinished run"
+        raise InputError(f"{out} holds {state}; use --resume to continue it, --overwrite to replace it.")
+    if not resume:  # then what an earlier run left there is of no use
+        shutil.rmtree(beside, ignore_errors=True)
+    folder = beside if (occupied and overwrite) or beside.is_dir() else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"Cannot make {folder}: {error}.") from error
+    return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing in a folder. Raises InputError when one does already."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{folder} is being written by another mspc process; wait for it, or stop it.") from error
+    finally:
+        os.close(descriptor)
+
+
+def sibling(out: Path, ending: str) -> Path:
+    """`.NAME.ending` beside a folder, also where the folder was given as `.` or by a link."""
+    folder = out.resolve()
+    return folder.with_name(f".{folder.name}.{ending}")
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Put a finished folder where the user wants it; the older one there goes last."""
+    old = sibling(out, "old")
+    if folder != out:
+        place = out.resolve()
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            place.rename(old)
+        folder.rename(place)
+        sync_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Put the older folder back, or remove it, where a process was killed inside `publish`.
+
+    Raises InputError when one is at work beside `out`: between its renames things look the same.
+    """
+    beside, old, place = sibling(out, "new"), sibling(out, "old"), out.resolve()
+    if beside.is_dir():
+        with held(beside):
+            pass
+    if not old.is_dir():
+        return
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):  # nothing has taken its place yet
+        old.rename(place)
+    elif not beside.is_dir():  # what was there has
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises StorageError when the disk cannot hold what is to be written."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{folder} has {free / 1e9:.2f} GB free, and the output needs about {needed / 1e9:.2f} GB: free some space "
+            "or choose another --out."
+        )

@@ -1,0 +1,132 @@
+"""Reading the sparse export (docs/sparse-format.md): every compressed matrix of a folder, one at a time.
+
+Files come from anywhere, so everything is checked before it is used: an error is always an InputError, and nothing is
+allocated that the size of the files does not justify.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.formats import canonical
+from mspc.formats.description import StoredMatrix, check_types, target_from_dict, types_of
+from mspc.storage.checkpoint import Checkpoint
+from mspc.types import CompressedLinear
+
+QUANT_METHOD = "mspc"
+FORMAT_VERSION = 1
+DTYPES = ("float32", "bfloat16", "float16")
+KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric")
+
+
+def base_of(tensor: str) -> str:
+    """The name of a matrix, to which those of its tensors are appended, by the tensor of the source that it was."""
+    return tensor.removesuffix(".weight")
+
+
+def quantization_config(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the matrices that these rows of a manifest describe."""
+    matrices = {base_of(row["tensor"]): {key: row[key] for key in KEYS if key in row} for row in rows}
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "matrices": matrices}
+
+
+def read_sparse(folder: Path) -> Iterator[tuple[str, dict[str, Any], CompressedLinear]]:
+    """`(name, row, matrix)` for every matrix that the config describes, in its order."""
+    config = read_quantization_config(folder)
+    described = descriptions(config, folder / "config.json")
+    checkpoint = Checkpoint(folder)
+    for name, matrix in described.items():
+        stored = _read_stored(checkpoint, name, matrix)
+        yield name, config["matrices"][name], canonical.decode(stored, matrix, name)
+
+
+def is_sparse_export(folder: Path) -> bool:
+    """Whether this is a folder that `mspc export ARTIFACT sparse` wrote."""
+    try:
+        return read_quantization_config(folder).get("quant_method") == QUANT_METHOD
+    except InputError:
+        return False
+
+
+class SparseSource:
+    """A sparse export as a source of dense tensors: compressed matrices are decoded as they are read, under the names
+    that they have in the source of the export."""
+
+    def __init__(self, folder: Path) -> None:
+        described = descriptions(read_quantization_config(folder), folder / "config.json")
+        self._checkpoint = Checkpoint(folder)
+        self._matrices = {f"{name}.weight": (name, matrix) for name, matrix in described.items()}
+        self._name_of = {f"{name}.{part}": key for key, (name, m) in self._matrices.items() for part in m.tensors()}
+
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for keys in self.shards().values() for key in keys))
+
+    def shards(self) -> dict[str, list[str]]:
+        return {
+            shard: list(dict.fromkeys(self._name_of.get(key, key) for key in keys))
+            for shard, keys in self._checkpoint.shards().items()
+        }
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            if key not in self._matrices:
+                yield from self._checkpoint.read([key])
+                continue
+            name, matrix = self._matrices[key]
+            weight = canonical.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
+            yield key, weight.T.contiguous() if matrix.transposed else weight
+
+
+def _read_stored(checkpoint: Checkpoint, name: str, matrix: StoredMatrix) -> dict[str, Tensor]:
+    """The tensors of a matrix, of the types that its description says."""
+    keys = set(checkpoint.keys())
+    present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
+    stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
+    check_types(types_of(stored), matrix, name)
+    return stored
+
+
+def read_quantization_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["quantization_config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} does not describe a sparse export of mspc ({error!r}), as `mspc export ARTIFACT sparse` "
+            "writes; other checkpoints are loaded by transformers alone."
+        ) from error
+
+
+def descriptions(config: Mapping[str, Any], where: Path | str) -> dict[str, StoredMatrix]:
+    """What a `quantization_config` says of every matrix. Raises InputError for what cannot be meant."""
+    try:
+        method, version, rows = config["quant_method"], config["format_version"], dict(config["matrices"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} does not describe a sparse export of mspc ({error!r}).") from error
+    if method != QUANT_METHOD or type(version) is not int or version < 1:
+        raise InputError(f"{where}: quant_method {method!r}, format_version {version!r} is no sparse export of mspc.")
+    if version > FORMAT_VERSION:
+        raise InputError(f"{where} has sparse format {version}; this mspc reads up to {FORMAT_VERSION}: upgrade mspc.")
+    return {name: _description(row, f"{where}, {name}") for name, row in rows.items()}
+
+
+def _description(row: Any, where: str) -> StoredMatrix:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a matrix is described by an object, not by {row!r}.")
+    shape, dtype, transposed = row.get("shape"), row.get("dtype"), row.get("transposed", False)
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        raise InputError(f"{where}: shape must be two whole numbers above 0, not {shape!r}.")
+    if dtype not in DTYPES:
+        raise InputError(f"{where}: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if type(transposed) is not bool:
+        raise InputError(f"{where}: transposed must be true or false, not {transposed!r}.")
+    try:
+        target = target_from_dict(row)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return StoredMatrix((shape[0], shape[1]), target.pattern, target.grid, getattr(torch, dtype), transposed)

@@ -1,0 +1,209 @@
+"""Text to tokens: calibration sequences, and the windows that perplexity is measured on."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError
+from mspc.text import builtin as builtin_text
+from mspc.text.builtin import Split
+
+# Name -> hub id, configuration, and the split of each use. C4 is read up to so many documents of its first shard.
+HUB_TEXTS = {
+    "c4": ("allenai/c4", "en", {"calibration": "train", "heldout": "validation"}),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "heldout": "test"}),
+}
+MOST_HUB_DOCUMENTS = 20_000
+AT_ONCE = 8
+"""Documents that are tokenized together."""
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """`ids` (N, T) int64 and the source they came from."""
+
+    ids: Tensor
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+
+
+def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence_length: int, seed: int) -> Tokens:
+    """`num_sequences` windows of `sequence_length` tokens from the calibration split of a source.
+
+    Documents are visited in an order drawn by the seed. Each gives one window at a random place (or all of a shorter
+    document), then, when every document was visited, another that does not overlap the ones before; the pieces are
+    laid end to end and cut into sequences. So long documents give one window each, short ones are packed, and no text
+    is used twice. Raises InputError when the source holds too little text.
+    """
+    documents = load_documents(source, "calibration")
+    rng = random.Random(seed)
+    order = rng.sample(range(len(documents)), len(documents))
+    wanted = num_sequences * sequence_length
+    windows: list[list[list[int]]] = []  # of each visited document, those not used yet
+    stream: list[int] = []
+    for ids in _tokenized(tokenizer, (documents[i] for i in order)):
+        pieces = _windows(ids, sequence_length, rng)
+        stream += pieces.pop(0)
+        windows.append(pieces)
+        if len(stream) >= wanted:
+            break
+    while len(stream) < wanted and any(windows):
+        for pieces in windows:
+            stream += pieces.pop(0) if pieces else []
+    if len(stream) < wanted:
+        raise InputError(
+            f"Too little text in {source!r}: it has {len(stream):,} tokens, and {num_sequences} sequences of "
+            f"{sequence_length} need {wanted:,}; lower --num-sequences or --sequence-length, or give more text."
+        )
+    return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), source)
+
+
+def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of each document. Some are given to the tokenizer at once, which then works on all cores."""
+    left = iter(documents)
+    while texts := list(islice(left, AT_ONCE)):
+        yield from tokenizer(texts, verbose=False)["input_ids"]
+
+
+def _windows(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:
+    """A document cut into pieces of at most `length`, shuffled; a whole window always comes first."""
+    start = rng.randrange(max(len(ids) - length, 0) + 1) % length
+    pieces = [ids[i : i + length] for i in range(start, len(ids), length)]
+    rng.shuffle(pieces)
+    pieces.sort(key=lambda piece: len(piece) < length)
+    return [*pieces, ids[:start]] if start else pieces or [[]]
+
+
+def evaluation_tokens(tokenizer: Any, source: str, sequence_length: int, max_windows: int | None) -> Tokens:
+    """The held-out split as the field's protocol cuts it: one stream, non-overlapping windows, the rest dropped.
+
+    The documents are joined by blank lines and tokenized as one text, so there is a BOS at the very start at most.
+    """
+    text = "\n\n".join(load_documents(source, "heldout"))
+    most = None if max_windows is None else max_windows * sequence_length
+    ids = torch.tensor(_first_tokens(tokenizer, text, most))
+    windows = min(len(ids) // sequence_length, max_windows or len(ids))
+    if windows < 1:
+        raise InputError(
+            f"Too little text in {source!r}: {len(ids):,} tokens do not fill one window of {sequence_length}; lower "
+            "--sequence-length or give more text."
+        )
+    return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), source)
+
+
+def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
+    """The tokens of a text, or at least its first `most`, from a part cut so far behind them that it cannot matter."""
+    if most is None:
+        return list(tokenizer(text, verbose=False)["input_ids"])
+    characters = 16 * most
+    while True:
+        ids = list(tokenizer(text[:characters], verbose=False)["input_ids"])
+        if characters >= len(text) or len(ids) >= 2 * most:
+            return ids
+        characters *= 2
+
+
+def load_documents(source: str, split: Split) -> list[str]:
+    """The documents of `builtin`, `c4`, `wikitext2`, a local file or folder, or a dataset on the hub."""
+    if source == "builtin":
+        return builtin_text.documents(split)
+    path = Path(source)
+    if not source:
+        raise InputError("The name of the text is empty: give builtin, a file or folder, or a dataset id.")
+    if path.exists():
+        documents = [text for file in _text_files(path) for text in _read_file(file) if text.strip()]
+    elif source in HUB_TEXTS:
+        documents = _hub_documents(source, split)
+    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
+        raise InputError(f"Text {source!r} does not exist (looked for {path.absolute()}).")
+    else:
+        documents = _hub_documents(source, split)
+    if not documents:
+        raise InputError(f"Text {source!r} is empty.")
+    return documents
+
+
+def _text_files(path: Path) -> list[Path]:
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files:
+            raise InputError(f"Folder {path} holds no text: give {', '.join(SUFFIXES)} files.")
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise InputError(f"{file}: text must be one of {', '.join(SUFFIXES)}.")
+    return files
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        match path.suffix:
+            case ".txt":
+                return [path.read_text(encoding="utf-8")]
+            case ".jsonl":
+                return list(_read_jsonl(path))
+            case _:
+                return _read_parquet(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number}: expected a JSON object with a `text` field.") from error
+            if not isinstance(text, str):
+                raise InputError(f"{path}, line {number}: the `text` field is not a string.")
+            yield text
+
+
+def _read_parquet(path: Path) -> list[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"Reading {path} needs pyarrow: pip install 'mspc[parquet]'.") from error
+    try:
+        column = pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null()
+        return list(column.cast(pyarrow.string()).to_pylist())
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise InputError(f"{path} cannot be read as parquet with a `text` column: {error}.") from error
+
+
+def _hub_documents(source: str, split: Split) -> list[str]:
+    nothing_here = f"Text {source!r} is no file or folder here ({Path(source).absolute()})"
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{nothing_here}, and to load one from the hub needs: pip install 'mspc[datasets]'."
+        ) from error
+    name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "heldout": "test"}))
+    try:
+        rows: Sequence[Any] = datasets.load_dataset(name, configuration, split=splits[split], streaming=True)
+        texts = [row["text"] for row, _ in zip(rows, range(MOST_HUB_DOCUMENTS), strict=False)]
+    except KeyError as error:
+        raise InputError(f"Dataset {name!r} has no `text` column.") from error
+    except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
+        raise InputError(
+            f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}); check the name, or use "
+            "builtin or a file, which need no network."
+        ) from error
+    # Line-wise sets such as WikiText: their rows make one document.
+    return ["\n\n".join(texts)] if source == "wikitext2" else texts
