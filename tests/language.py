@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FIRST_WORDS = re.compile(r"(Of|What|That|Likewise|How|Whether|Where|Which|So|Told|Said)\b")
 """A docstring that begins like this is a fragment, whose subject is the name above it."""
 PHRASES = re.compile(
-    r"\b(beside|besides|likewise|of which|of these|is none|are none|makes? good|made good|foretold|unasked|"
+    r"\b(beside|besides|likewise|of which|of these|(?-i:is none|are none)|makes? good|made good|foretold|unasked|"
     r"said to be|so many|so much|to be told|is told|are told|one matrix a line|held[- ]?out|held back)\b",
     re.IGNORECASE,
 )
