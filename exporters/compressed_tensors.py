@@ -16,7 +16,7 @@ from exporters.packed import check_packed, model_names, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_quantized
 from mspc.progress import Step
-from mspc.recipe import ROW
+from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json
 

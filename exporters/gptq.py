@@ -19,7 +19,7 @@ from exporters.packed import block_prefix, check_packed, commonest, model_names,
 from mspc.errors import InputError
 from mspc.formats.gptq import V1, V2, pack_gptq
 from mspc.progress import Step
-from mspc.recipe import ROW
+from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json
 from mspc.version import __version__

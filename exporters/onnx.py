@@ -24,7 +24,7 @@ from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
 from mspc.progress import Step
-from mspc.recipe import ROW
+from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_atomically, write_json
 

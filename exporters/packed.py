@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.recipe import ROW
+from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 
 BITS = (2, 3, 4, 8)

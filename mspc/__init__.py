@@ -1,39 +1,58 @@
 """mspc: mixed-sparsity pruning and quantization of large language models in one call.
 
 import mspc
-artifact = mspc.compress("path-or-id", mspc.Recipe(sparsity=0.5, bits=4), out="out/")
-artifact.manifest; artifact.export("dense", "out/dense"); mspc.evaluate("out/", text="builtin")
-model = mspc.load("out/")
+artifact = mspc.compress("path-or-id", mspc.Recipe(bits_per_weight=3.25), out="small")
+artifact.export("dense", "small-hf")
+mspc.evaluate("small", text="builtin")
+model = mspc.load("small")
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mspc.version import __version__ as __version__
+from mspc.version import __version__
 
 if TYPE_CHECKING:
-    from mspc.api import Artifact, compress
-    from mspc.errors import MspcError
+    from mspc.api import Artifact, compress, evaluate, export, verify
+    from mspc.errors import (
+        ActivationError,
+        InputError,
+        MspcError,
+        SingularGramError,
+        Stopped,
+        StorageError,
+        VerificationError,
+    )
     from mspc.passes.perplexity import Perplexity
-    from mspc.pipeline.evaluation import evaluate
+    from mspc.progress import Event
     from mspc.recipe import Recipe
     from mspc.runtime.loading import load
 
-__all__ = ["Artifact", "MspcError", "Perplexity", "Recipe", "compress", "evaluate", "load"]
-
-# Loaded when first used: transformers takes seconds, and a Recipe needs none of it.
+# Imported when first used: transformers takes seconds, and a Recipe needs none of it.
 _HOME = {
-    "Artifact": "mspc.api",
-    "MspcError": "mspc.errors",
-    "Perplexity": "mspc.passes.perplexity",
-    "Recipe": "mspc.recipe",
-    "compress": "mspc.api",
-    "evaluate": "mspc.pipeline.evaluation",
-    "load": "mspc.runtime.loading",
-}
+    "mspc.api": ("Artifact", "compress", "evaluate", "export", "verify"),
+    "mspc.errors": (
+        "ActivationError", "InputError", "MspcError", "SingularGramError", "Stopped", "StorageError",
+        "VerificationError",
+    ),
+    "mspc.passes.perplexity": ("Perplexity",),
+    "mspc.progress": ("Event",),
+    "mspc.recipe": ("Recipe",),
+    "mspc.runtime.loading": ("load",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "ActivationError", "Artifact", "Event", "InputError", "MspcError", "Perplexity", "Recipe", "SingularGramError",
+    "Stopped", "StorageError", "VerificationError", "__version__", "compress", "evaluate", "export", "load", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'mspc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,85 +1,210 @@
-"""The public functions: compress a model, and export, verify, evaluate and load what comes of it."""
+"""The public functions: compress a model; export, verify, evaluate and load the result."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 import exporters
 import exporters.formats
-from mspc.errors import InputError
+from mspc.errors import InputError, VerificationError
+from mspc.passes.perplexity import Perplexity
+from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
 from mspc.pipeline.run import Run
-from mspc.progress import ConsoleReporter, Reporter
+from mspc.pipeline.summary import summary, to_html
+from mspc.progress import Event, Progress, as_progress
 from mspc.recipe import Recipe
+from mspc.runtime.loading import load
 from mspc.storage.artifact import read_manifest
-from mspc.storage.output_folder import held
+from mspc.storage.output_folder import held, sibling
 
 EXPORTS = "exports"
+
+ProgressLike = bool | Callable[[Event], object] | Progress
+"""True: a progress bar on stderr. A callable gets an `Event` after each step; one that returns False stops the run."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A handle on a folder that `compress` wrote."""
+    """A folder that `compress` wrote."""
 
     path: Path
 
-    @property
+    def __init__(self, path: str | Path) -> None:
+        object.__setattr__(self, "path", Path(path))
+
+    @cached_property
     def manifest(self) -> dict[str, Any]:
+        """The content of mspc.json, read once. Raises InputError if the folder is no artifact."""
         return read_manifest(self.path)
 
-    def export(
-        self,
-        format_name: str,
-        out: str | Path,
-        *,
-        overwrite: bool = False,
-        verified: bool = True,
-        reporter: Reporter | None = None,
-        **options: Any,
-    ) -> Path:
-        """Write the artifact in a format that a runtime loads, and verify it; see `exporters.FORMATS`."""
-        return exporters.export(
-            self.path, format_name, Path(out), overwrite=overwrite, verified=verified, options=options,
-            reporter=reporter or ConsoleReporter(),
-        )  # fmt: skip
+    def export(self, format_name: str, out: str | Path, **options: Any) -> Path:
+        """See `mspc.export`."""
+        return export(self, format_name, out, **options)
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """See `mspc.load`."""
+        return load(self.path, **options)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {summary(self.manifest)}"
+
+    def _repr_html_(self) -> str:
+        """The matrices as a table, for notebooks."""
+        return f"<p><code>{self.path}</code>: {summary(self.manifest)}</p>{to_html(self.manifest)}"
 
 
 def compress(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     recipe: Recipe | None = None,
     *,
     out: str | Path,
+    tokenizer: Any = None,
+    calibration: str | Path | Sequence[str] | Tensor | None = None,
+    progress: ProgressLike = True,
     measurements: str | Path | None = None,
     spill: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     exports: Sequence[str] = (),
-    reporter: Reporter | None = None,
 ) -> Artifact:
-    """Prune, and round, the matrices of a checkpoint folder or hub id by their sensitivity.
+    """Prune and quantize the matrices of a model, each according to its sensitivity.
 
-    `measurements` is a folder in which sensitivities are kept for other budgets; `spill` one for activations that do
-    not fit in memory. A run that was cut off goes on with `resume`; `overwrite` replaces an older artifact once the new
-    one is whole. `exports` names formats to write to `out/exports/` as well. Raises the errors of `mspc.errors`.
+    Args:
+        model: Checkpoint folder, hub id, or a transformers model in memory, which stays as it is. (It is saved next to
+            `out` meanwhile.)
+        recipe: What to make of it; `Recipe()` makes half of the weights zero.
+        out: Folder to write.
+        tokenizer: Tokenizer of the calibration text; None: the one in the model's folder.
+        calibration: Name of a text source, a list of documents, or token ids, an integer tensor (N, T) of N sequences.
+            None: what the recipe says.
+        progress: See `ProgressLike`. If a callable returns False, the run stops after the current block and raises
+            `Stopped`; `resume` continues it.
+        measurements: Folder that keeps gradients and loss curves for runs with another budget.
+        spill: Folder for activations that do not fit in memory.
+        resume: Continue a run that was cut off.
+        overwrite: Replace an older artifact once the new one is complete.
+        exports: Formats to write to `out/exports/` too.
+
+    Raises the errors of `mspc.errors`.
     """
-    reporter = reporter or ConsoleReporter()
+    shown, recipe, out = as_progress(progress), recipe or Recipe(), Path(out)
     for name in exports:
-        exporters.formats.load(name)  # a mistake is told before any work
+        exporters.formats.load(name)  # so that a mistake is found before any work
 
     def check_exports(rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
         for name in exports:
             exporters.check(name, rows, config)
 
-    run = Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, check_exports, reporter)
-    try:
-        with held(run.folder):
-            run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
-    except InputError:
-        with suppress(OSError):  # goes only if it is empty: nothing was begun
-            run.folder.rmdir()
-        raise
-    artifact = Artifact(Path(out))
+    with _source_of(model, tokenizer, out) as source:
+        run = Run(source, recipe, out, resume, overwrite, check_exports, shown, tokenizer, calibration)
+        try:
+            with held(run.folder):
+                run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
+        except InputError:
+            with suppress(OSError):  # removes the folder only if it is empty: nothing was begun
+                run.folder.rmdir()
+            raise
+    artifact = Artifact(out)
     for name in exports:
-        artifact.export(name, artifact.path / EXPORTS / name, overwrite=resume, reporter=reporter)
+        export(artifact, name, artifact.path / EXPORTS / name, overwrite=resume, progress=shown)
     return artifact
+
+
+@contextmanager
+def _source_of(model: str | Path | PreTrainedModel, tokenizer: Any, out: Path) -> Iterator[str]:
+    """The folder or hub id of a model. A model in memory is saved next to `out` for as long as the context lasts."""
+    if not isinstance(model, PreTrainedModel):
+        yield str(model)
+        return
+    folder = sibling(out, "source")
+    shutil.rmtree(folder, ignore_errors=True)
+    name = Path(model.config.name_or_path).name or type(model).__name__
+    try:
+        model.save_pretrained(folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+        yield str(folder / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def export(
+    artifact: Artifact | str | Path,
+    format_name: str,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: ProgressLike = True,
+    **options: Any,
+) -> Path:
+    """Write an artifact in a format that a runtime loads, and verify it there; returns `out`.
+
+    `format_name` is one of `exporters.FORMATS`, and `options` are those of the format. Raises InputError for what the
+    format cannot hold, and VerificationError if the export does not compute what the artifact does.
+    """
+    path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
+    return exporters.export(
+        path, format_name, Path(out), overwrite=overwrite, verified=verify, options=options,
+        reporter=as_progress(progress),
+    )  # fmt: skip
+
+
+def verify(
+    folder: str | Path, against: Artifact | str | Path | None = None, *, progress: ProgressLike = True
+) -> dict[str, Any]:
+    """Read an export back and run it in each runtime that is installed; returns what was compared.
+
+    `against` is the artifact that the export was made from; without it, the export's own record counts. Raises
+    VerificationError for a mismatch.
+    """
+    artifact = against.path if isinstance(against, Artifact) else against
+    result = exporters.verify(Path(folder), None if artifact is None else Path(artifact), as_progress(progress))
+    if wrong := exporters.failures(result):
+        raise VerificationError(f"{folder} is wrong: {exporters.in_short(wrong)}.")
+    return result
+
+
+def evaluate(
+    model: str | Path | Artifact | PreTrainedModel,
+    text: str | Path | Sequence[str] | Tensor = "builtin",
+    *,
+    tokenizer: Any = None,
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    against: str | Path | Artifact | PreTrainedModel | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: ProgressLike = True,
+) -> Perplexity:
+    """Perplexity on test text, cut into windows that do not overlap.
+
+    Args:
+        model: Checkpoint folder, hub id, artifact, dense or sparse export (a block at a time in memory), or a
+            transformers model in memory, such as `mspc.load` returns.
+        text: Name of a text source, a list of documents, or token ids, an integer tensor (N, T) of N windows.
+        tokenizer: Tokenizer of the text; None: the one in the model's folder.
+        sequence_length: Tokens per window; None: 2048, or the model's maximum if that is less.
+        max_windows: Measure only the first windows.
+        against: Another model, such as the one before compression: the KL divergence from its predictions is measured.
+        device: Device of a model that is not in memory yet.
+        dtype: Dtype of the forward passes of a model that is not in memory yet.
+        progress: See `ProgressLike`.
+    """
+    model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
+    text, shown = str(text) if isinstance(text, Path) else text, as_progress(progress)
+    if isinstance(model, PreTrainedModel) or isinstance(against, PreTrainedModel):
+        model, against = (
+            load(part, device, dtype) if isinstance(part, str | Path) else part for part in (model, against)
+        )
+        assert model is not None
+        return evaluate_module(model, text, tokenizer, sequence_length, max_windows, against, shown)
+    assert model is not None
+    return evaluate_folder(model, text, tokenizer, sequence_length, max_windows, device, dtype, against, shown)

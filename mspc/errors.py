@@ -6,6 +6,7 @@ MspcError                 1  something failed that the input cannot be blamed fo
 +-- ActivationError       1  NaN or infinity appeared in a forward pass
 +-- StorageError          1  the disk is full or a write failed
 +-- VerificationError     1  an export does not hold or compute what the artifact does
++-- Stopped               1  the progress callable returned False
 """
 
 import difflib
@@ -34,6 +35,12 @@ class StorageError(MspcError):
 
 class VerificationError(MspcError):
     pass
+
+
+class Stopped(MspcError):
+    @classmethod
+    def at(cls, stage: str) -> "Stopped":
+        return cls(f"Stopped at {stage!r}, as the progress callable asked. What is finished is kept: use resume.")
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:

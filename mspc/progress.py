@@ -1,64 +1,133 @@
-"""What a person sees while and after mspc works. Everything here goes to stderr; stdout is for results."""
+"""Progress of a run: stages that count their steps, shown on a console or handed to a callable as events.
 
+Messages go through `logging.getLogger("mspc")`; the command line attaches a handler that prints them to stderr.
+"""
+
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from mspc.errors import Stopped
 
 SECONDS_BETWEEN_LINES = 10.0
 
-Step = Callable[[str], None]
+log = logging.getLogger("mspc")
 
 
-class Reporter(Protocol):
-    """Told of stages of work. `stage` gives a function to call after each of `total` steps, with what it did."""
+@dataclass(frozen=True)
+class Event:
+    """One step of a stage, or its beginning (`done` is 0)."""
 
-    def stage(self, title: str, total: int) -> Any: ...
+    stage: str
+    done: int
+    total: int
+    matrix: str = ""
+    """Name of the matrix, file or tensor that the step has finished."""
+    row: Mapping[str, Any] | None = None
+    """While matrices are compressed: the entry of this one in the manifest."""
+
+
+class Step(Protocol):
+    """Counts one step of a stage."""
+
+    def __call__(self, matrix: str = "", row: Mapping[str, Any] | None = None) -> None: ...
+
+
+class Progress(Protocol):
+    """Shows stages of work. A stage gives a function to call after each of its `total` steps."""
+
+    stopped: bool
+    """True once the run was asked to stop."""
+
+    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> AbstractContextManager[Step]:
+        """A stage `in_blocks` is not left at a step: it looks at `stopped` after each block."""
 
     def say(self, line: str) -> None: ...
 
 
 class Silent:
-    """Reports nothing."""
+    """Shows nothing."""
+
+    stopped = False
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Step]:
-        yield lambda detail: None
+    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
+        yield lambda matrix="", row=None: None
 
     def say(self, line: str) -> None:
-        pass
+        log.info(line)
 
 
-class ConsoleReporter:
-    """A progress bar on a terminal; a line a stage, and one every ten seconds, in a log."""
+class Callback:
+    """Hands each step to a callable. One that returns False stops the run: `Stopped` is raised."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, on_event: Callable[[Event], object]) -> None:
+        self.on_event, self.stopped = on_event, False
 
     @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Step]:
+    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
+        done = 0
+
+        def step(matrix: str = "", row: Mapping[str, Any] | None = None) -> None:
+            nonlocal done
+            done += 1
+            self._tell(Event(title, done, total, matrix, row), in_blocks)
+
+        self._tell(Event(title, 0, total), in_blocks)
+        yield step
+
+    def _tell(self, event: Event, in_blocks: bool) -> None:
+        self.stopped = self.on_event(event) is False or self.stopped
+        if self.stopped and not in_blocks:
+            raise Stopped.at(event.stage)
+
+    def say(self, line: str) -> None:
+        log.info(line)
+
+
+class Console:
+    """A progress bar on a terminal. In a log: one line per stage, and one every ten seconds."""
+
+    stopped = False
+
+    def __init__(self, console: Any = None) -> None:
+        from rich.console import Console as RichConsole
+
+        self.console = console or RichConsole(stderr=True)
+
+    @contextmanager
+    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
         if self.console.is_terminal:
             with self._bar() as bar:
                 task = bar.add_task(title, total=total, detail="")
-                yield lambda detail: bar.update(task, advance=1, detail=detail)
+                yield lambda matrix="", row=None: bar.update(task, advance=1, detail=matrix)
             return
         begin = last = time.monotonic()
         done = 0
 
-        def step(detail: str) -> None:
+        def step(matrix: str = "", row: Mapping[str, Any] | None = None) -> None:
             nonlocal done, last
             done += 1
             if time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                self.say(f"{title}: {done}/{total} {detail}".rstrip())
+                self._print(f"{title}: {done}/{total} {matrix}".rstrip())
 
         yield step
-        self.say(f"{title}: done in {time.monotonic() - begin:.1f} s")
+        self._print(f"{title}: done in {time.monotonic() - begin:.1f} s")
 
-    def _bar(self) -> Progress:
+    def _bar(self) -> Any:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )  # fmt: skip
+
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -70,4 +139,20 @@ class ConsoleReporter:
         )
 
     def say(self, line: str) -> None:
+        log.info(line)
+
+    def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def as_progress(progress: "bool | Callable[[Event], object] | Progress") -> Progress:
+    """True: the console; False: nothing; a callable gets an `Event` after each step."""
+    if isinstance(progress, bool):
+        return Console() if progress else Silent()
+    if isinstance(progress, Console | Silent | Callback):
+        return progress
+    return Callback(progress)  # type: ignore[arg-type]
+
+
+Reporter: TypeAlias = Progress  # until all rooms say Progress
+ConsoleReporter = Console

@@ -1,6 +1,7 @@
 """The values that flow through mspc. Letters: O out features, I in features, G quantization groups of a row."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,12 @@ def parse_nm(text: str) -> NM:
     return NM(int(match[1]), int(match[2]))
 
 
+BITS = (8, 4, 3, 2)
+"""Bits that a code may have."""
+UNQUANTIZED_BITS = 16
+"""How recipes, plans and manifests write that weights are not quantized; in memory the grid is None."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """How kept weights are rounded: `bits`, one scale per `group_size` inputs (None: per row), symmetric or not."""
@@ -68,6 +75,11 @@ class Target:
 
     pattern: Pattern
     grid: Grid | None = None
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a code; None if weights are not quantized."""
+        return None if self.grid is None else self.grid.bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +157,14 @@ class Matrix:
         """The matrix (O, I), a view of its parameter."""
         view = parameter if self.index is None else parameter[self.index]
         return view.T if self.transposed else view
+
+
+MatricesByBlock = Sequence[Sequence[Matrix]]
+"""The matrices of each block, in the order of the module tree."""
+
+
+def flatten(matrices: MatricesByBlock) -> list[Matrix]:
+    return [matrix for block in matrices for matrix in block]
 
 
 @dataclass(frozen=True, slots=True)

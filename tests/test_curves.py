@@ -98,7 +98,7 @@ def test_equal_curves_share_equally_and_steep_ones_stay_dense():
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])
 def test_a_plan_by_curves_meets_the_budget(pattern, sparsity):
     curves = {name: curve(10.0**i) for i, name in enumerate(NAMES)}
-    recipe = Recipe(sparsity=sparsity, pattern=pattern, allocator="curves")
+    recipe = Recipe(sparsity=sparsity, pattern=pattern, allocator="curves").settings()
     plan = allocate(recipe, MODEL, {}, curves)
     total = sum(matrix.numel for matrix in plan)
     if pattern == "N:16":
@@ -118,7 +118,7 @@ def test_measured_curves_rise_and_predict_removal_exactly(solver, llama):
     """Oracle: 1/2 tr(S W H W^T) / tokens in float64, which removing a whole matrix costs, from the walk's Gram."""
     model, ids = open_model(llama, device=torch.device("cpu")), tiny.ids(4)
     matrices = model.matrices(())
-    recipe = Recipe(solver=solver)
+    recipe = Recipe(solver=solver).settings()
     fisher = fisher_factors(model, ids, matrices, recipe, {}, None, Silent())
     curves = measure_curves(DenseWalk(model, ids, matrices), fisher, recipe, solver_options(recipe), Silent())
     for visit in walk(model, batches_of(model, ids), matrices):
@@ -141,7 +141,7 @@ def test_curves_come_back_exactly_and_damage_is_an_error(tmp_path):
         "{",
         '{"a": 1}',
         '{"a": {"sparsities": [1]}}',
-        '{"a": {"sparsities": [1], "losses": [1], "rounding": 3}}',
+        '{"a": {"sparsities": [1], "losses": [1], "quantization": 3}}',
     ):
         file.write_text(damage)
         with pytest.raises(InputError, match="delete it to measure again"):
@@ -149,9 +149,8 @@ def test_curves_come_back_exactly_and_damage_is_an_error(tmp_path):
 
 
 def test_an_allocation_without_curves_is_uniform():
-    plan = allocate(Recipe(allocator="curves"), MODEL, {})
+    plan = allocate(Recipe(allocator="curves").settings(), MODEL, {})
     assert {m.target.pattern.sparsity for m in plan} == {0.5}
-    assert Recipe().allocator == "auto"
 
 
 BUDGETED = {
@@ -165,18 +164,16 @@ BUDGETED = {
 
 
 def predicted(plan: list[PlannedMatrix]) -> float:
-    return sum(
-        BUDGETED[m.name].at(m.target.pattern.sparsity, m.target.grid.bits if m.target.grid else 16) for m in plan
-    )
+    return sum(BUDGETED[m.name].at(m.target.pattern.sparsity, m.target.bits) for m in plan)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "N:16"])
 @pytest.mark.parametrize("bits", [3.0, 3.125, 4.0, 5.5, 17.0])
 def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be_better(pattern, bits):
     """Oracle: every uniform setting of pattern and bits, with its size as `canonical.pack` makes it."""
-    recipe = Recipe(pattern=pattern, bits_per_weight=bits, group_size=16)
+    recipe = Recipe(pattern=pattern, bits_per_weight=bits, group_size=16).settings()
     total = sum(math.prod(shape) for shape in NAMES.values())
-    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)["mixture"]
+    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)["mixed"]
     size = sum(num_bytes(m.shape, m.target, torch.bfloat16) for m in plan)
     assert size <= bits * total / 8
     patterns = {"unstructured": [Unstructured(k / 8) for k in range(8)], "2:4": [Unstructured(0), NM(2, 4)]}
@@ -197,7 +194,7 @@ def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be
 
 def test_a_budget_that_is_too_small_names_the_smallest():
     with pytest.raises(InputError, match=r"leaves 0\.625 bits .* pattern unstructured allows is 1\.500; ask for"):
-        check_bytes(Recipe(bits_per_weight=0.5, group_size=16), MODEL, 80, torch.bfloat16)
+        check_bytes(Recipe(bits_per_weight=0.5, group_size=16).settings(), MODEL, 80, torch.bfloat16)
 
 
 @pytest.mark.parametrize("budget", ["bits_per_weight", "target_size"])
@@ -206,7 +203,7 @@ def test_a_model_of_a_given_size(budget, llama, calibration, tmp_path):
     whole = (llama / "model.safetensors").stat().st_size
     asked = {"bits_per_weight": 4.5} if budget == "bits_per_weight" else {"target_size": f"{0.7 * whole / 1e3:.3f}kB"}
     recipe = Recipe(**asked, group_size=16, calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH)
-    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", reporter=Silent())
+    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False)
     rows = artifact.manifest["matrices"]
     assert artifact.manifest["sparsity"]["requested"] == pytest.approx(artifact.manifest["sparsity"]["achieved"])
     assert len({(row["bits"], row["sparsity"]) for row in rows}) > 1
@@ -214,7 +211,7 @@ def test_a_model_of_a_given_size(budget, llama, calibration, tmp_path):
     if budget == "bits_per_weight":
         assert 4.2 < artifact.manifest["bits_per_weight"] <= 4.5
     else:
-        sparse = artifact.export("sparse", tmp_path / "sparse", reporter=Silent())
+        sparse = artifact.export("sparse", tmp_path / "sparse", progress=False)
         assert 0.6 * whole < (sparse / "model.safetensors").stat().st_size <= 0.7 * whole
 
 
@@ -236,14 +233,14 @@ def test_costs_without_a_divisor_leave_no_room_for_a_better_option(monkeypatch):
 @pytest.mark.parametrize("allocator", ["curves", "auto", "uniform"])
 def test_more_zeros_than_n_of_16_has_are_the_nearest(allocator):
     curves = {name: curve(10.0**i) for i, name in enumerate(NAMES)}
-    recipe = Recipe(sparsity=0.96, pattern="N:16", allocator=allocator)
+    recipe = Recipe(sparsity=0.96, pattern="N:16", allocator=allocator).settings()
     assert {m.target.pattern for m in allocate(recipe, MODEL, {}, curves)} == {NM(1, 16)}
 
 
 @pytest.mark.parametrize("solver", ["kfac", "obs"])
 def test_inputs_that_never_were_cost_nothing(solver):
     """Oracle: the curve of the matrix without them; at sparsities that the dead ones alone can give it is zero."""
-    case, recipe = problem(0, 16, 32), Recipe(solver=solver, bits_per_weight=4.0, group_size=16)
+    case, recipe = problem(0, 16, 32), Recipe(solver=solver, bits_per_weight=4.0, group_size=16).settings()
     outputs = torch.eye(16)[None]
     gram = torch.zeros(64, 64)
     gram[::2, ::2] = case.stats.gram
@@ -254,18 +251,18 @@ def test_inputs_that_never_were_cost_nothing(solver):
     alone = curve_of(case.weight, replace(case.stats, fisher=outputs), recipe, solver_options(recipe), "fc2")
     assert found.at(0.45) < 1e-6 * alone.losses[-1]
     assert found.losses[-1] == pytest.approx(alone.losses[-1], rel=1e-3)
-    assert found.rounding[4][0][1] < 2 * alone.rounding[4][0][1]
+    assert found.quantization[4][0][1] < 2 * alone.quantization[4][0][1]
 
 
 def test_a_matrix_that_nothing_depends_on_costs_nothing():
-    case, recipe = problem(0, 16, 32), Recipe()
+    case, recipe = problem(0, 16, 32), Recipe().settings()
     stats = replace(case.stats, fisher=torch.zeros(1, 16, 16))
     assert set(curve_of(case.weight, stats, recipe, solver_options(recipe), "o_proj").losses) == {0.0}
 
 
 def test_where_the_sampled_outputs_do_not_matter_all_are_measured():
     """Oracle: the loss of removing the half that matters, from its own curve."""
-    recipe, fisher = Recipe(), torch.stack([torch.eye(8), torch.zeros(8, 8)] * 2)
+    recipe, fisher = Recipe().settings(), torch.stack([torch.eye(8), torch.zeros(8, 8)] * 2)
     case = problem(0, 32, 16)
     weight = case.weight.clone()
     weight[8:16] = weight[24:] = 0

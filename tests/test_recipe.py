@@ -1,86 +1,51 @@
 """Recipes: what is written is what is read, and what cannot be meant is refused with words that help."""
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
+import mspc.settings as NAMES
 from mspc.errors import InputError
+from mspc.numerics.saliency import CRITERIA
+from mspc.published.allocators import ALLOCATORS
 from mspc.recipe import Recipe
+from mspc.settings import EFFORTS, NEEDED_BY
+from mspc.solvers import SOLVERS
 from mspc.types import NM, Grid
 
-# Every field, with a value that is not its default.
-OTHER = {
-    "sparsity": 0.625,
-    "pattern": "N:16",
-    "bits": 3,
-    "group_size": 64,
-    "asymmetric": True,
-    "effort": "best",
-    "solver": "admm",
-    "iterations": 12,
-    "propagation": 0.25,
-    "criterion": "ria",
-    "allocator": "uniform",
-    "alpha": 0.25,
-    "search_minutes": 2.5,
-    "sensitivity": "fisher",
-    "sensitivity_sequences": 7,
-    "sensitivity_probes": 2,
-    "calibration": 'a "quoted" path\\with\nlines',
-    "num_sequences": 9,
-    "sequence_length": 33,
-    "seed": 5,
-    "skip": ("lm_head", r"layers\.[0-3]\."),
-    "plan": "plan.json",
-    "damp": 0.1,
-    "activation_order": True,
-    "device": "cuda:1",
-    "dtype": "bfloat16",
-}
+# Every field, with a value that is not its default, in recipes in which each has an effect.
+OTHER = (
+    {
+        "sparsity": 0.625, "pattern": "N:16", "bits": 3, "group_size": 64, "asymmetric": True, "effort": "best",
+        "solver": "obs", "propagation": 0.25, "criterion": "ria", "allocator": "trace-rank", "alpha": 0.25,
+        "sensitivity": "hutchinson", "sensitivity_sequences": 7, "sensitivity_probes": 2, "damp": 0.1,
+        "calibration": 'a "quoted" path\\with\nlines', "num_sequences": 9, "sequence_length": 33, "seed": 5,
+        "skip": ("lm_head", r"layers\.[0-3]\."), "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
+    },
+    {"allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
+    {"plan": "plan.json"},
+    {"bits_per_weight": 3.125},
+    {"target_size": "2.2GB"},
+    {"bits": 4, "group_size": "row"},
+    {"pattern": "2:4"},
+    {},
+)  # fmt: skip
 
 
-EXCLUDED = {"bits_per_weight", "target_size", "reconstruct"}  # by the sparsity or bits above
+def test_every_field_is_in_these():
+    assert set().union(*OTHER) == {field.name for field in dataclasses.fields(Recipe)}
 
 
-def written(recipe: Recipe, folder: Path) -> Recipe:
-    path = folder / "recipe.toml"
+@pytest.mark.parametrize("values", OTHER, ids=str)
+def test_toml_holds_what_was_asked_and_comes_back(values, tmp_path):
+    recipe, path = Recipe(**values), tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
-    return Recipe.from_toml(path)
-
-
-def test_every_field_has_another_value_here():
-    default = Recipe()
-    assert set(OTHER) | EXCLUDED == {field.name for field in dataclasses.fields(Recipe)}
-    assert all(getattr(default, name) != value for name, value in OTHER.items())
-
-
-def test_toml_round_trip_of_every_field(tmp_path):
-    recipe = Recipe(**OTHER)
-    assert written(recipe, tmp_path) == recipe
-    assert tomllib.loads(recipe.to_toml()) == {**OTHER, "skip": list(OTHER["skip"]), "reconstruct": 0}
-
-
-def test_reconstruct_survives_toml(tmp_path):
-    assert written(Recipe(sparsity=0.5, reconstruct=100), tmp_path) == Recipe(sparsity=0.5, reconstruct=100)
-
-
-def test_toml_of_the_defaults_says_what_they_stand_for(tmp_path):
-    """None is not TOML: an unset sparsity is written as what it means; unset length, plan and alpha are left out."""
-    values = tomllib.loads(Recipe().to_toml())
-    assert values["sparsity"] == 0.5
-    assert set(OTHER) - set(values) == {"sequence_length", "plan", "alpha"}
-    assert written(Recipe(), tmp_path) == Recipe(sparsity=0.5)
-
-
-@pytest.mark.parametrize("budget", [{"bits_per_weight": 3.125}, {"target_size": "2.2GB"}])
-@pytest.mark.parametrize("effort", ["fast", "default"])
-def test_a_budget_survives_toml_and_has_plans_tried(budget, effort, tmp_path):
-    recipe = Recipe(effort=effort, **budget)
-    assert recipe.allocator == "auto"
-    assert written(recipe, tmp_path) == recipe
-    assert "sparsity" not in recipe.to_dict()
+    assert Recipe.from_toml(path) == recipe
+    written = {name: list(value) if name == "skip" else value for name, value in values.items()}
+    assert tomllib.loads(recipe.to_toml()) == written
 
 
 @pytest.mark.parametrize(
@@ -88,38 +53,136 @@ def test_a_budget_survives_toml_and_has_plans_tried(budget, effort, tmp_path):
     [("2.2GB", 2_200_000_000), ("900 MB", 900_000_000), ("1.5k", 1500), ("77", 77), ("3TB", 3 * 10**12)],
 )
 def test_sizes(size, num_bytes):
-    assert Recipe(target_size=size).target_bytes == num_bytes
+    assert Recipe(target_size=size).settings().target_bytes == num_bytes
 
 
-def test_a_row_as_group_survives_toml(tmp_path):
-    assert tomllib.loads(Recipe(group_size=None).to_toml())["group_size"] == "row"
-    assert written(Recipe(group_size=None, sparsity=0.5), tmp_path).group_size is None
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"), [("2:4", 0.5), ("1:3", 1 - 1 / 3), ("5:16", 0.6875), ("1:256", 255 / 256)]
+)
+def test_a_fixed_pattern_implies_its_sparsity(pattern, sparsity):
+    assert Recipe(pattern=pattern).settings().target_sparsity == sparsity
+    assert Recipe(pattern=pattern, sparsity=sparsity).settings() == Recipe(pattern=pattern).settings()
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:3", 1 - 1 / 3), ("5:16", 0.6875), ("1:256", None)])
-def test_a_fixed_pattern_implies_its_sparsity_and_survives_toml(pattern, sparsity, tmp_path):
-    recipe = Recipe(pattern=pattern)
-    assert recipe.target_sparsity == (sparsity if sparsity is not None else 1 - 1 / 256)
-    assert written(recipe, tmp_path) == dataclasses.replace(recipe, sparsity=recipe.target_sparsity)
+def test_what_settings_mean():
+    assert Recipe().settings().target_sparsity == 0.5
+    assert Recipe(sparsity=0).settings().target_sparsity == 0
+    assert Recipe(pattern="2:4").settings().fixed_pattern == NM(2, 4)
+    assert Recipe(pattern="N:16").settings().fixed_pattern is None
+    assert Recipe(pattern="N:16", sparsity=0.7).settings().target_sparsity == 0.7
+    assert Recipe().settings().grid is None
+    assert Recipe(bits=4).settings().grid == Grid(4, 128, True)
+    assert Recipe(bits=3, group_size="row", asymmetric=True).settings().grid == Grid(3, None, False)
+    assert Recipe(bits_per_weight=3).settings().sparsity is None
 
 
-def test_what_a_recipe_means():
-    assert Recipe().target_sparsity == 0.5
-    assert Recipe(sparsity=0).target_sparsity == 0
-    assert Recipe(pattern="2:4").fixed_pattern == NM(2, 4)
-    assert Recipe(pattern="N:16").fixed_pattern is None
-    assert Recipe(pattern="N:16", sparsity=0.7).target_sparsity == 0.7
-    assert Recipe(asymmetric=True).grid is None  # 16 bits: nothing is rounded
-    assert Recipe(bits=4).grid == Grid(4, 128, True)
-    assert Recipe(bits=3, group_size=None, asymmetric=True).grid == Grid(3, None, False)
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_decides_what_was_not_asked(effort):
+    replaced = dataclasses.replace(Recipe(seed=3), effort=effort).settings()
+    assert all(getattr(replaced, name) == value for name, value in EFFORTS[effort].items())
+    assert replaced.seed == 3
+    assert Recipe(effort=effort, iterations=7).settings().iterations == 7
+    assert Recipe(effort=effort, bits_per_weight=3).settings().allocator == "auto"
 
 
 def test_whole_numbers_do_where_fractions_are_meant():
-    assert Recipe(sparsity=0, alpha=0, damp=1).damp == 1
+    assert Recipe(sparsity=0, allocator="uniform", damp=1).settings().damp == 1
 
 
 def test_lists_become_tuples():
     assert Recipe(skip=["a", "b"]).skip == ("a", "b")
+
+
+# Without effect
+
+
+EFFECTS = {
+    "sparsity": (0.6, {}, [{"plan": "p"}]),
+    "pattern": ("N:16", {}, [{"plan": "p"}]),
+    "bits": (4, {}, [{"plan": "p"}]),
+    "group_size": (64, {"bits": 4}, [{}, {"bits": 16}, {"plan": "p"}]),
+    "asymmetric": (True, {"bits_per_weight": 3.0}, [{}, {"sparsity": 0.6}, {"plan": "p"}]),
+    "iterations": (5, {"solver": "admm"}, [{"solver": "obs"}, {"solver": "mask"}]),
+    "propagation": (0.7, {"solver": "obs"}, [{"solver": "mask"}]),
+    "criterion": ("wanda", {"solver": "mask"}, [{}, {"effort": "fast"}, {"solver": "kfac"}, {"solver": "admm"}]),
+    "allocator": ("owl", {"pattern": "N:16"}, [{"pattern": "2:4"}, {"sparsity": 0.0}, {"plan": "p"}]),
+    "alpha": (0.2, {"allocator": "owl"}, [
+        {}, {"allocator": "uniform"}, {"allocator": "curves"}, {"effort": "fast"}, {"plan": "p"}, {"pattern": "2:4"},
+    ]),
+    "search_minutes": (3.0, {"allocator": "search"}, [{}, {"allocator": "owl"}, {"bits_per_weight": 3.0}]),
+    "sensitivity": ("fisher", {"allocator": "trace-rank"}, [{}, {"allocator": "owl"}, {"allocator": "curves"}]),
+    "sensitivity_probes": (2, {"allocator": "layer-trace-rank"}, [
+        {}, {"allocator": "trace-rank", "sensitivity": "gram"}, {"allocator": "alpha"},
+    ]),
+    "sensitivity_sequences": (9, {"effort": "fast", "allocator": "curves"}, [
+        {"effort": "fast"}, {"solver": "obs", "allocator": "owl"}, {"solver": "obs", "pattern": "2:4"},
+    ]),
+    "damp": (0.1, {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
+        {"solver": "mask", "criterion": "wanda", "allocator": "uniform"},
+    ]),
+    "activation_order": (True, {"bits": 4}, [{}, {"solver": "mask"}, {"effort": "fast"}]),
+}  # fmt: skip
+"""For each option: a value, options with which it has an effect, and others with which it has none."""
+
+
+def test_the_table_of_effects_is_whole():
+    """Every option is in it, but those that always count."""
+    always = {
+        "bits_per_weight", "target_size", "effort", "solver", "reconstruct", "calibration", "num_sequences",
+        "sequence_length", "seed", "skip", "plan", "device", "dtype",
+    }  # fmt: skip
+    assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_an_option_with_an_effect_is_accepted(name):
+    value, needed, _ = EFFECTS[name]
+    assert getattr(Recipe(**{name: value} | needed).settings(), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [(name, others) for name, (_, _, without) in EFFECTS.items() for others in without], ids=str
+)
+def test_an_option_without_effect_is_refused_and_both_are_named(name, others):
+    value = EFFECTS[name][0]
+    with pytest.raises(InputError, match=f"{name} {value} has no effect with ") as raised:
+        Recipe(**{name: value} | others)
+    given, settings = re.findall(r"\bwith (\w+) ([\w.:-]+)", str(raised.value))[0], Recipe(**others).settings()
+    assert f"{getattr(settings, given[0])}".startswith(given[1].rstrip("."))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pattern": "2:4", "allocator": "uniform"},
+        {"pattern": "2:4", "sparsity": 0.5},
+        {"solver": "mask", "propagation": 0.0},
+        {"sparsity": 0.0, "allocator": "uniform"},
+        {"asymmetric": False},
+        {"activation_order": False},
+        {"reconstruct": 0, "bits": 4},
+        {"bits": 16},
+        {"plan": "p", "seed": 3, "num_sequences": 5, "calibration": "c4"},
+    ],
+    ids=str,
+)
+def test_a_value_that_only_states_what_happens_is_accepted(values):
+    Recipe(**values)
+
+
+@pytest.mark.parametrize(
+    ("table", "names"), [(SOLVERS, set(NAMES.SOLVERS)), (CRITERIA, set(NAMES.CRITERIA))], ids=["solvers", "criteria"]
+)
+def test_settings_know_the_names_of_the_tables(table, names):
+    assert set(table) == names
+
+
+def test_settings_know_the_names_of_the_allocators():
+    assert set(ALLOCATORS) | {"auto", "curves", "search"} == set(NAMES.ALLOCATORS)
+    assert set(NAMES.SPREADS) == set(ALLOCATORS) - {"uniform"}
+
+
+# Values
 
 
 @pytest.mark.parametrize(
@@ -138,17 +201,14 @@ def test_lists_become_tuples():
         ({"pattern": "2:512"}, r"1 <= N <= M <= 256, not 2:512"),
         ({"pattern": "2-4"}, r"Unknown pattern '2-4': use unstructured, N:M"),
         ({"pattern": "N:8"}, r"Unknown pattern 'N:8'"),
-        ({"search_minutes": 0}, r"search_minutes must be a number above 0, not 0"),
-        ({"search_minutes": float("nan")}, r"search_minutes must be a number above 0, not nan"),
-        (
-            {"bits_per_weight": 3.0, "allocator": "search"},
-            r"need the allocator auto or curves, not search",
-        ),
-        ({"bits": 5}, r"bits must be 16 \(no rounding\), 8, 4, 3 or 2, not 5"),
-        ({"bits": 4.0}, r"bits must be of type int, not 4\.0"),
-        ({"bits": True}, r"bits must be of type int, not True"),
+        ({"allocator": "search", "search_minutes": 0}, r"search_minutes must be a number above 0, not 0"),
+        ({"allocator": "search", "search_minutes": float("nan")}, r"search_minutes must be a number above 0, not nan"),
+        ({"bits_per_weight": 3.0, "allocator": "search"}, r"needs the allocator auto or curves, not search"),
+        ({"bits": 5}, r"bits must be 16 \(not quantized\), 8, 4, 3 or 2, not 5"),
+        ({"bits": 4.0}, r"bits must be of type int \| None, not 4\.0"),
+        ({"bits": True}, r"bits must be of type int \| None, not True"),
         ({"group_size": 0}, r"group_size must be at least 1, not 0"),
-        ({"group_size": "wide"}, r"group_size must be of type int \| None, not 'wide'"),
+        ({"group_size": "wide"}, r"group_size must be a number or 'row', not 'wide'"),
         ({"num_sequences": 0}, r"num_sequences must be at least 1"),
         ({"sensitivity_sequences": -1}, r"sensitivity_sequences must be at least 1"),
         ({"sensitivity_probes": 0}, r"sensitivity_probes must be at least 1"),
@@ -161,7 +221,7 @@ def test_lists_become_tuples():
         ({"dtype": "float15"}, r"Unknown dtype 'float15': did you mean 'float1?[36]"),
         ({"skip": "lm_head"}, r"skip must be of type .*, not 'lm_head'"),
         ({"skip": ("(",)}, r"skip: '\(' is not a regular expression"),
-        ({"asymmetric": 1}, r"asymmetric must be of type bool, not 1"),
+        ({"asymmetric": 1}, r"asymmetric must be of type bool \| None, not 1"),
         ({"plan": Path("plan.json")}, r"plan must be of type str \| None"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mspc.api import evaluate
 from mspc.bench.decoder import Decoder, Outer, Pieces, add_norm, gated, rotate
 from mspc.bench.measure import measure_decode, measure_prefill
 from mspc.bench.models import (
@@ -24,7 +25,6 @@ from mspc.bench.models import (
 from mspc.bench.request import Candidate, Plan, Request, make_plan
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
 from mspc.errors import InputError, MspcError
-from mspc.pipeline.evaluation import evaluate
 from mspc.progress import ConsoleReporter, Reporter
 
 TEXT, MAX_WINDOWS = "builtin", 20
@@ -197,7 +197,7 @@ def perplexity_of(candidate: Candidate, plan: Plan, reporter: Reporter) -> float
     assert candidate.folder is not None
     try:
         measured = evaluate(
-            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), reporter=reporter
+            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), progress=reporter
         )  # fmt: skip
     except InputError as error:
         reporter.say(f"{candidate.name}: no perplexity. {error}")

@@ -1,6 +1,7 @@
 """What the verbs of the command line share: options, printing, and errors as exit codes."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mspc.errors import InputError, MspcError
-from mspc.recipe import EFFORTS, ROW, Recipe
+from mspc.errors import MspcError
+from mspc.recipe import Recipe
+from mspc.settings import EFFORTS
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
@@ -47,8 +49,13 @@ def print_json(value: dict[str, Any]) -> None:
 def reported(debug: bool, kept: str = "") -> Iterator[None]:
     """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback.
 
-    `kept` says what an interruption leaves.
+    Messages of mspc go to stderr meanwhile. `kept` says what an interruption leaves.
     """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("mspc")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     except KeyboardInterrupt:
@@ -57,6 +64,8 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
         if debug:
             raise
         fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
+    finally:
+        logger.removeHandler(handler)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -64,23 +73,26 @@ def fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def group_size_of(text: str | None) -> int | str | None:
-    if text is None or text == ROW:
-        return text
-    if not text.isdecimal():
-        raise InputError(f"--group-size must be a number or {ROW!r}, not {text!r}.")
-    return int(text)
+BUDGETS = {"bits_per_weight", "target_size"}
+BY_SOLVER = {"iterations", "criterion", "propagation", "activation_order"}
+BY_ALLOCATOR = {"alpha", "search_minutes", "sensitivity", "sensitivity_probes"}
+REPLACED_BY = {
+    "pattern": {"sparsity"},
+    "sparsity": BUDGETS,
+    "bits": BUDGETS,
+    "bits_per_weight": {"sparsity", "bits", "target_size"},
+    "target_size": {"sparsity", "bits", "bits_per_weight"},
+    "plan": {"sparsity", "pattern", "bits", "group_size", "asymmetric", "allocator", *BUDGETS, *BY_ALLOCATOR},
+    "effort": {*EFFORTS["default"], *BY_SOLVER, *BY_ALLOCATOR},
+    "solver": BY_SOLVER,
+    "allocator": BY_ALLOCATOR,
+}
+"""Options of a recipe file that an option of the command line excludes, or that only fit the one it replaces."""
 
 
 def recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The recipe file's values, without those that an option of the command line decides or excludes."""
+    """The values of a recipe file, without those that the options given on the command line replace."""
     if path is None:
         return {}
-    budgets = {"bits_per_weight", "target_size"}
-    excluded = {
-        "pattern": {"sparsity"}, "effort": {*EFFORTS["default"], "alpha"}, "allocator": {"alpha"},
-        "sparsity": budgets, "bits": budgets,
-        "bits_per_weight": {"sparsity", "bits", "target_size"}, "target_size": {"sparsity", "bits", "bits_per_weight"},
-    }  # fmt: skip
-    gone = set[str]().union(*(excluded.get(name, set()) for name in chosen))
+    gone = set[str]().union(*(REPLACED_BY.get(name, set()) for name in chosen))
     return {name: value for name, value in Recipe.from_toml(path).to_dict().items() if name not in gone}

@@ -2,12 +2,12 @@
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mspc.cli.bench_command import bench
+from mspc.cli.compress_command import compress
 from mspc.cli.console import (  # fmt: skip
     ArtifactArgument,
     DebugOption,
@@ -15,17 +15,11 @@ from mspc.cli.console import (  # fmt: skip
     DtypeOption,
     JsonOption,
     LengthOption,
-    ModelArgument,
-    OutOption,
-    group_size_of,
-    option,
     print_json,
     print_table,
-    recipe_values,
     reported,
 )
 from mspc.cli.export_commands import export, verify
-from mspc.recipe import Recipe
 from mspc.version import __version__
 
 app = typer.Typer(
@@ -38,218 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-WHAT, HOW, TEXT, RUN = "What to make", "How to make it", "Calibration", "Running"
-
-
-@app.command()
-def compress(
-    model: ModelArgument,
-    out: OutOption,
-    sparsity: Annotated[
-        float | None,
-        option("Share of zeros over all pruned weights, in 0 .. 1.", 0.5, rich_help_panel=WHAT),
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        option(
-            "unstructured; 2:4, 4:8, 8:16, ... the same in every matrix; or N:16, N chosen per matrix.",
-            "unstructured",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    bits: Annotated[
-        int | None, option("16 (no rounding), 8, 4, 3 or 2 bits for the kept weights.", 16, rich_help_panel=WHAT)
-    ] = None,
-    bits_per_weight: Annotated[
-        float | None,
-        option(
-            "Instead: sparsity and bits of each matrix for so many bits a weight, all included.",
-            "none",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    target_size: Annotated[
-        str | None,
-        option("The same for the weights of the sparse export, such as 2.2GB.", "none", rich_help_panel=WHAT),
-    ] = None,
-    group_size: Annotated[
-        str | None, option("Inputs that share a scale: 128, 64, 32 or row.", 128, rich_help_panel=WHAT)
-    ] = None,
-    asymmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--asymmetric/--symmetric",
-            help="Integer zero point per group. (default: symmetric)",
-            show_default=False,
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave matrices dense whose name this matches anywhere; repeatable.", rich_help_panel=WHAT),
-    ] = None,
-    effort: Annotated[
-        str | None,
-        option("fast, default or best: what the options marked * are by default.", "default", rich_help_panel=HOW),
-    ] = None,
-    solver: Annotated[
-        str | None,
-        option(
-            "kfac (searches for what to keep by the model's loss), admm (by the layer's error), obs (one sweep) or "
-            "mask (no update).",
-            "kfac*",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    iterations: Annotated[int | None, option("Of the search of kfac and admm.", "20*", rich_help_panel=HOW)] = None,
-    propagation: Annotated[
-        float | None,
-        option("How far a matrix makes good what those before it lost, in 0 .. 1.", "1*", rich_help_panel=HOW),
-    ] = None,
-    reconstruct: Annotated[
-        int | None, option("Steps that tune what attention and MLP keep; not with --bits.", 0, rich_help_panel=HOW)
-    ] = None,
-    criterion: Annotated[
-        str | None, option("Which weights go: isc, obs, wanda, ria, magnitude.", "isc", rich_help_panel=HOW)
-    ] = None,
-    allocator: Annotated[
-        str | None,
-        option(
-            "How sparsity is shared out: auto (tries several plans on held-out text), curves (least predicted loss), "
-            "search (goes on from there for minutes), uniform, trace-rank, layer-trace-rank, owl, alpha "
-            "(AlphaPruning), depth (linear).",
-            "auto*",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    alpha: Annotated[
-        float | None, option("Half-width of the allocator.", "0.1; owl 0.08, alpha 0.2", rich_help_panel=HOW)
-    ] = None,
-    search_minutes: Annotated[
-        float | None,
-        option(
-            "Of the allocator search. It stops by the clock: --plan OUT/plan.json makes the same again.",
-            10,
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    sensitivity: Annotated[
-        str | None,
-        option(
-            "What trace-rank ranks by: hutchinson (Hessian trace), fisher (squared gradient), gram (no gradient).",
-            "hutchinson",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    sensitivity_sequences: Annotated[
-        int | None, option("Most sequences that measure gradients, curves and sensitivity.", "24*", rich_help_panel=HOW)
-    ] = None,
-    sensitivity_probes: Annotated[
-        int | None, option("Random probes of each of those sequences.", 1, rich_help_panel=HOW)
-    ] = None,
-    damp: Annotated[
-        float | None, option("Share of its mean added to the diagonal of a Gram.", 0.01, rich_help_panel=HOW)
-    ] = None,
-    activation_order: Annotated[
-        bool | None,
-        typer.Option(
-            "--activation-order/--column-order",
-            help="Settle columns with the largest inputs first. (default: column order)",
-            show_default=False,
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        option(
-            "builtin (Python's own documentation), a .txt, .jsonl or .parquet file, a folder of them, c4, wikitext2, "
-            "or a dataset id.",
-            "builtin",
-            rich_help_panel=TEXT,
-        ),
-    ] = None,
-    num_sequences: Annotated[int | None, option("Calibration sequences.", 128, rich_help_panel=TEXT)] = None,
-    sequence_length: LengthOption = None,
-    seed: Annotated[int | None, option("Of the choice of text and the probes.", 0, rich_help_panel=TEXT)] = None,
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="Obey this plan (a plan.json, edited or not) instead of allocating.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.toml",
-            help="Take all of the above from a recipe.toml; options given here win.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    measurements: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep what was measured here for the next budget.", rich_help_panel=RUN),
-    ] = None,
-    spill: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep activations in files here, not in memory.", rich_help_panel=RUN),
-    ] = None,
-    export: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="Also export to OUT/exports/FORMAT; repeatable (see `mspc export --list`).",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was cut off.", rich_help_panel=RUN)
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an older artifact when the new one is whole.", rich_help_panel=RUN),
-    ] = False,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Prune, and round, a model by its sensitivity.
-
-    \b
-    mspc compress MODEL --out DIR                          half of the weights
-    mspc compress MODEL --out DIR --pattern 2:4 --bits 4   3.125 bits a weight
-    mspc compress MODEL --out DIR --sparsity 0 --bits 4    only rounding
-    mspc compress MODEL --out DIR --bits-per-weight 3.125  the best mixture
-    """
-    given = {
-        "sparsity": sparsity, "pattern": pattern, "bits": bits,
-        "bits_per_weight": bits_per_weight, "target_size": target_size, "asymmetric": asymmetric, "effort": effort,
-        "solver": solver, "iterations": iterations, "propagation": propagation, "reconstruct": reconstruct,
-        "criterion": criterion, "allocator": allocator, "alpha": alpha, "search_minutes": search_minutes,
-        "sensitivity": sensitivity, "sensitivity_sequences": sensitivity_sequences,
-        "sensitivity_probes": sensitivity_probes, "damp": damp, "activation_order": activation_order,
-        "calibration": calibration, "num_sequences": num_sequences, "sequence_length": sequence_length, "seed": seed,
-        "skip": skip or None, "plan": plan, "device": device, "dtype": dtype,
-    }  # fmt: skip
-    with reported(debug, "What was solved is kept: `mspc compress` goes on with --resume."):
-        given["group_size"] = group_size_of(group_size)
-        chosen = {name: value for name, value in given.items() if value is not None}
-        whole = Recipe.from_dict(recipe_values(recipe, chosen) | chosen)
-        import mspc
-        from mspc.cli.tables import summary
-        from mspc.progress import ConsoleReporter
-
-        artifact = mspc.compress(
-            model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
-            exports=export or (),
-        )  # fmt: skip
-        if as_json:
-            print_json(artifact.manifest)
-        else:
-            ConsoleReporter().say(f"{out}: {summary(artifact.manifest)}")
 
 
 @app.command(name="eval")
@@ -287,7 +69,7 @@ def eval_(
     perplexities of the same text, length and number of windows can be compared.
     """
     with reported(debug):
-        from mspc.pipeline.evaluation import evaluate
+        from mspc.api import evaluate
 
         result = evaluate(
             path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
@@ -307,7 +89,8 @@ def eval_(
 def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """What an artifact holds, matrix by matrix."""
     with reported(debug):
-        from mspc.cli.tables import matrix_table, summary
+        from mspc.cli.tables import matrix_table
+        from mspc.pipeline.summary import summary
         from mspc.storage.artifact import read_manifest
 
         manifest = read_manifest(artifact)
@@ -318,6 +101,7 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     print(summary(manifest))
 
 
+app.command()(compress)
 app.command()(export)
 app.command()(verify)
 app.command()(bench)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.numerics.masking import num_pruned
 from mspc.numerics.quant import groups_of
-from mspc.recipe import ROW
+from mspc.settings import ROW
 from mspc.types import NM, Grid, Pattern, Target, Unstructured, parse_nm
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]

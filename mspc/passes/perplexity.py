@@ -1,11 +1,12 @@
 """Perplexity by the field's protocol: one token stream, non-overlapping windows, every token after a window's first."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import Batch, advance, batches_of, logits_after, token_losses
@@ -46,6 +47,40 @@ def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None =
     nll = total / tokens
     divergence = None if reference is None else mean_divergences(reference, beside, model, [batches])[0]
     yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
+
+
+def measure_module(model: nn.Module, ids: Tensor, reference: nn.Module | None, step: Callable[[], None]) -> Perplexity:
+    """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
+    nll = divergence = 0.0
+    with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
+        for window in ids:
+            q = _predictions(model, window)
+            nll -= float(q[:-1].gather(1, window[1:, None].to(q.device)).sum(dtype=torch.float64))
+            if reference is not None:
+                p = _predictions(reference, window).to(q.device)
+                divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            step()
+    tokens = len(ids) * (ids.shape[1] - 1)
+    mean = None if reference is None else divergence / ids.numel()
+    return Perplexity(math.exp(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards it is in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _predictions(model: nn.Module, window: Tensor) -> Tensor:
+    """Log-probabilities (T, V) float32 of one window (T,)."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=window[None].to(device), use_cache=False).logits[0]
+    return torch.log_softmax(logits.float(), -1)
 
 
 def mean_divergences(

@@ -5,6 +5,7 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,23 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.errors import InputError, unknown
+from mspc.errors import InputError, Stopped
 from mspc.formats.description import target_to_dict
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, load_tokenizer, resolve
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
-from mspc.numerics.saliency import CRITERIA
 from mspc.passes.blocks import batches_of
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
-from mspc.planning.allocation import allocate, check_plan, half_width, planned_sparsity, wants_trial
+from mspc.planning.allocation import allocate, check_plan, planned_sparsity
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import Chosen, Planner, mixture_lines
-from mspc.planning.sensitivity import SENSITIVITIES
-from mspc.progress import Reporter
-from mspc.published.allocators import ALLOCATORS
-from mspc.recipe import AUTO, CURVES, SEARCH, Recipe
-from mspc.solvers import SOLVERS
+from mspc.progress import Progress, log
+from mspc.recipe import Recipe
+from mspc.settings import SEARCH, Settings
 from mspc.solvers.obs import check_pattern
 from mspc.solvers.options import solver_options
 from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
@@ -39,15 +37,15 @@ from mspc.storage.files import sha256_of, write_atomically, write_json, write_te
 from mspc.storage.journal import Journal
 from mspc.storage.output_folder import check_space, publish, working_folder
 from mspc.storage.sparse_export import is_sparse_export
-from mspc.text.tokens import Tokens, calibration_tokens
-from mspc.types import Matrix, PlannedMatrix
+from mspc.text.given import check_ids
+from mspc.text.tokens import Tokens, calibration_tokens, name_of
+from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
 from mspc.version import __version__
 
 PLAN = "plan.json"
 MEASUREMENTS = "measurements"
 RECIPE = "recipe.toml"
-HELD_OUT = 8
-"""One sequence to try plans on for so many calibration sequences."""
+CALIBRATION_PER_VALIDATION = 8
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # beside it, where it is an export
 
@@ -63,11 +61,13 @@ class Run:
     overwrite: bool
     check_exports: Callable[[list[dict[str, Any]], dict[str, Any]], None]
     """Raises InputError for rows of a plan, and a config.json, that an export which was asked for cannot hold."""
-    reporter: Reporter
+    progress: Progress
+    tokenizer: Any = None
+    calibration: str | Path | Sequence[str] | Tensor | None = None
+    """See `mspc.compress`."""
 
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
-        _check_names(self.recipe)
         self.source = resolve(self.model_name)
         is_local = Path(self.model_name).expanduser().is_dir()
         self.source_name = self.source.resolve().name if is_local else self.model_name
@@ -76,19 +76,27 @@ class Run:
         if is_sparse_export(self.source):
             raise InputError(f"{self.source} is a sparse export; compress the original checkpoint instead.")
         config = load_config(self.source)
-        self.device = choose_device(self.recipe.device)
-        length = choose_sequence_length(config, self.recipe.sequence_length)
-        self.recipe = replace(self.recipe, sequence_length=length, alpha=half_width(self.recipe))
+        if isinstance(self.calibration, str | Path):
+            self.recipe = replace(self.recipe, calibration=str(self.calibration))
+        settings = self.recipe.settings()
+        self.device = choose_device(settings.device)
+        if isinstance(self.calibration, Tensor):
+            self.calibration = check_ids(self.calibration, config.get_text_config().vocab_size)
+            settings = with_ids(settings, self.calibration, self.recipe.asked())
+        elif self.calibration is not None and not isinstance(self.calibration, str | Path):
+            settings = replace(settings, calibration=name_of(self.calibration))
+        length = choose_sequence_length(config, settings.sequence_length)
+        self.settings = replace(settings, sequence_length=length)
         self.folder = working_folder(self.out, resume=self.resume, overwrite=self.overwrite)
 
     def compress(self, measurements: Path | None, spill: Path | None) -> None:
-        recipe, reporter = self.recipe, self.reporter
+        settings, progress = self.settings, self.progress
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
-        matrices = model.matrices(recipe.skip)
-        self.checked(self.given_plan(matrices) or allocate(recipe, matrices, {}))  # mistakes, before the long part
+        matrices = model.matrices(settings.skip)
+        self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # mistakes, before the long part
         tokens, held_out = self.tokens()
-        with reporter.stage("Checking weights", len(checkpoint.shards())) as step:
+        with progress.stage("Checking weights", len(checkpoint.shards())) as step:
             digests = {}
             for file, digest in checkpoint.fingerprint():
                 digests[file] = digest
@@ -96,15 +104,15 @@ class Run:
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, held_out, matrices, header, measurements)
         planner.check(model)
-        for note in planner.without_effect(model):
-            reporter.say(note)
+        for note in planner.unmatched_skips(model):
+            log.info(note)
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
             return
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
         if journal.blocks:
-            reporter.say(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
-        write_text(self.folder / RECIPE, recipe.to_toml())
+            log.info(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
+        write_text(self.folder / RECIPE, self.recipe.to_toml())
         fisher = planner.fisher(model)
         plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
@@ -113,30 +121,37 @@ class Run:
         publish(self.folder, self.out)
 
     def tokens(self) -> tuple[Tokens, Tensor | None]:
-        """Calibration tokens, and an eighth more to try plans on where they are to be tried and the text suffices."""
-        recipe, tokenizer = self.recipe, load_tokenizer(self.source)
-        draw = partial(
-            calibration_tokens, tokenizer, recipe.calibration, sequence_length=int(recipe.sequence_length or 0),
-            seed=recipe.seed,
-        )  # fmt: skip
-        wanted = recipe.num_sequences
-        if not wants_trial(recipe):
-            return draw(num_sequences=wanted), None
-        try:
-            more = draw(num_sequences=wanted + -(-wanted // HELD_OUT))
-        except InputError as error:
-            tokens = draw(num_sequences=wanted)
-            if recipe.allocator == SEARCH:
-                raise InputError(
-                    "No calibration text is left to judge plans on, which the allocator search needs: give more "
-                    "--calibration text, fewer or shorter sequences (--num-sequences, --sequence-length), or "
-                    "--allocator auto."
-                ) from error
-            self.reporter.say(
-                "Note: no calibration text is left to try plans on; the one of least predicted loss is used."
+        """Calibration tokens, and validation tokens (N, T) if plans are to be compared and there is text left.
+
+        There is one validation sequence for every `CALIBRATION_PER_VALIDATION` calibration sequences.
+        """
+        settings = self.settings
+        wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
+        if isinstance(self.calibration, Tensor):
+            drawn, left = self.calibration, len(self.calibration) - wanted
+        else:
+            source = settings.calibration if isinstance(self.calibration, str | Path | None) else self.calibration
+            draw = partial(
+                calibration_tokens, self.tokenizer or load_tokenizer(self.source), source,
+                sequence_length=int(settings.sequence_length or 0), seed=settings.seed,
+            )  # fmt: skip
+            try:
+                drawn = draw(num_sequences=wanted + (more if settings.validates_plans else 0)).ids
+            except InputError:
+                if not settings.validates_plans:
+                    raise
+                drawn = draw(num_sequences=wanted).ids
+            left = len(drawn) - wanted
+        tokens = Tokens(drawn[:wanted], settings.calibration)
+        if not settings.validates_plans or left > 0:
+            return tokens, drawn[wanted : wanted + more] if settings.validates_plans else None
+        if settings.allocator == SEARCH:
+            raise InputError(
+                "The allocator search needs validation text, and none is left. Give more --calibration text, fewer or "
+                "shorter sequences (--num-sequences, --sequence-length), or --allocator auto."
             )
-            return tokens, None
-        return Tokens(more.ids[:wanted], more.source), more.ids[wanted:]
+        log.info("Note: too little text to validate plans; using the plan with the lowest predicted loss.")
+        return tokens, None
 
     def planner(
         self,
@@ -151,7 +166,7 @@ class Run:
         identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
-            self.recipe, checkpoint, self.open_model, tokens.ids, held_out, matrices, identity, kept, self.reporter
+            self.settings, checkpoint, self.open_model, tokens.ids, held_out, matrices, identity, kept, self.progress
         )  # fmt: skip
 
     def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
@@ -161,7 +176,8 @@ class Run:
             "mspc_version": __version__,
             "source": {"name": self.source_name, "sha256": digests},
             "recipe": self.recipe.to_dict(),
-            "plan": sha256_of(Path(self.recipe.plan)) if self.recipe.plan is not None else None,
+            "settings": self.settings.to_dict(),
+            "plan": sha256_of(Path(self.settings.plan)) if self.settings.plan is not None else None,
             "calibration": {
                 "source": tokens.source,
                 "tokens": tokens.ids.numel(),
@@ -174,7 +190,7 @@ class Run:
         Journal.compare(self.folder, read_manifest(self.folder), header)
         Journal.discard(self.folder)
         publish(self.folder, self.out)
-        self.reporter.say(f"{self.out} is complete already.")
+        log.info(f"{self.out} is complete already.")
 
     def plan(
         self, planner: Planner, model: StreamedModel, journal: Journal, fisher: dict[str, Tensor]
@@ -182,7 +198,7 @@ class Run:
         """The plan of the interrupted run, the user's, or a new one."""
         file = self.folder / PLAN
         if journal.entries:  # the plan is what is committed first
-            return read_plan(file, _flat(planner.matrices))
+            return read_plan(file, flatten(planner.matrices))
         given = self.given_plan(planner.matrices)
         chosen = Chosen(given) if given else planner.plan(model, fisher)
         plan = chosen.plan
@@ -191,31 +207,31 @@ class Run:
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
-            self.reporter.say(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
+            log.info(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
         if all(matrix.target.pattern.sparsity == 0 and matrix.target.grid is None for matrix in plan):
-            self.reporter.say("Note: the plan prunes and rounds nothing; ask for a sparsity, bits, or a smaller size.")
-        if self.recipe.has_budget:
+            log.info("Note: the plan prunes and rounds nothing; ask for a sparsity, bits, or a smaller size.")
+        if self.settings.has_budget:
             for line in mixture_lines(plan):
-                self.reporter.say(line)
+                log.info(line)
         return plan
 
     def open_model(self, *, eager: bool = False) -> StreamedModel:
-        return open_model(self.source, device=self.device, dtype=self.recipe.dtype, eager=eager)
+        return open_model(self.source, device=self.device, dtype=self.settings.dtype, eager=eager)
 
-    def given_plan(self, matrices: Sequence[Sequence[Matrix]]) -> list[PlannedMatrix] | None:
-        return read_plan(Path(self.recipe.plan), _flat(matrices)) if self.recipe.plan is not None else None
+    def given_plan(self, matrices: MatricesByBlock) -> list[PlannedMatrix] | None:
+        return read_plan(Path(self.settings.plan), flatten(matrices)) if self.settings.plan is not None else None
 
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
         """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
         check_plan(plan)
         for matrix in plan:
-            if self.recipe.reconstruct and matrix.target.grid:
+            if self.settings.reconstruct and matrix.target.grid:
                 raise InputError(
                     f"{matrix.name}: the plan rounds it to {matrix.target.grid.bits} bits, and reconstruct tunes "
                     "weights that are not rounded; set its bits to 16, or leave reconstruct out."
                 )
-            if self.recipe.solver == "obs" or (self.recipe.solver in ("admm", "kfac") and matrix.target.grid):
-                check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
+            if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
+                check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
         rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]
         self.check_exports(rows, config)
@@ -226,7 +242,7 @@ class Run:
         checkpoint: Checkpoint,
         model: StreamedModel,
         plan: Sequence[PlannedMatrix],
-        matrices: Sequence[Sequence[Matrix]],
+        matrices: MatricesByBlock,
     ) -> None:
         """Everything but the compressed matrices: configs, tokenizer, and the other weights shard by shard."""
         check_space(self.folder, _estimated_bytes(checkpoint, plan))
@@ -234,8 +250,8 @@ class Run:
             is_config = path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json")
             if path.is_file() and is_config and path.name not in NOT_OF_THE_MODEL:
                 write_atomically(self.folder / path.name, partial(shutil.copyfile, path))
-        compressed = {model.tensor_key(matrix) for matrix in _flat(matrices) if matrix.index is None}
-        with self.reporter.stage("Copying other weights", len(checkpoint.shards())) as step:
+        compressed = {model.tensor_key(matrix) for matrix in flatten(matrices) if matrix.index is None}
+        with self.progress.stage("Copying other weights", len(checkpoint.shards())) as step:
             for shard, keys in checkpoint.shards().items():
                 rest = [key for key in keys if key not in compressed]
                 if rest and not (self.folder / UNCHANGED / shard).is_file():
@@ -246,25 +262,32 @@ class Run:
         self,
         model: StreamedModel,
         tokens: Tokens,
-        matrices: Sequence[Sequence[Matrix]],
+        matrices: MatricesByBlock,
         plan: Sequence[PlannedMatrix],
         journal: Journal,
         spill: Path | None,
         fisher: dict[str, Tensor],
     ) -> None:
         left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
-        with self.reporter.stage("Compressing", left) as step:
-            recipe, size = self.recipe, batch_size(*tokens.ids.shape) if self.recipe.reconstruct else None
+        solved_of = Counter[int]()
+        block_of = {matrix.name: block for block, of_block in enumerate(matrices) for matrix in of_block}
+        with self.progress.stage("Compressing", left, in_blocks=True) as step:
+            settings, size = self.settings, batch_size(*tokens.ids.shape) if self.settings.reconstruct else None
             batches = batches_of(model, tokens.ids, spill, size)
-            beside = recipe.propagation or recipe.reconstruct
+            beside = settings.propagation or settings.reconstruct
             dense = batches_of(model, tokens.ids, spill, size) if beside else ()
             solved = solve_blocks(
-                model, batches, matrices, plan, recipe, self.folder, journal, dense=dense, fisher=fisher, spill=spill
+                model, batches, matrices, plan, settings, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
-            for name in solved:
-                step(name)
-        if recipe.reconstruct:
-            self.reporter.say(reconstruction_line(journal.blocks))
+            for row in solved:
+                step(row["name"], row)
+                block = block_of[row["name"]]
+                solved_of[block] += 1
+                if self.progress.stopped and solved_of[block] == len(matrices[block]):
+                    solved.close()
+                    raise Stopped.at("Compressing")
+        if settings.reconstruct:
+            log.info(reconstruction_line(journal.blocks))
 
     def write_manifest(
         self, header: dict[str, Any], plan: Sequence[PlannedMatrix], checkpoint: Checkpoint, journal: Journal
@@ -277,7 +300,7 @@ class Run:
             files[f"{UNCHANGED}/{path.name}"] = sha256_of(path)
         manifest = header | {
             "source": header["source"] | {"shards": checkpoint.shards()},
-            "sparsity": {"requested": _requested_sparsity(self.recipe, plan), "achieved": pruned / numel},
+            "sparsity": {"requested": _requested_sparsity(self.settings, plan), "achieved": pruned / numel},
             "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
             "allocation": journal.entries[0]["allocation"],
             "seconds": time.monotonic() - self.begin,
@@ -286,26 +309,15 @@ class Run:
             "files": files,
             "matrices": rows,
         }
-        if self.recipe.reconstruct:
+        if self.settings.reconstruct:
             manifest["reconstruction"] = [part for entry in journal.blocks for part in entry["reconstruction"]]
         shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
         Journal.discard(self.folder)
 
 
-def _check_names(recipe: Recipe) -> None:
-    for what, name, known in (
-        ("solver", recipe.solver, SOLVERS),
-        ("criterion", recipe.criterion, CRITERIA),
-        ("allocator", recipe.allocator, {*ALLOCATORS, AUTO, CURVES, SEARCH}),
-        ("sensitivity", recipe.sensitivity, SENSITIVITIES),
-    ):
-        if name not in known:
-            raise unknown(what, str(name), known)
-
-
-def _requested_sparsity(recipe: Recipe, plan: Sequence[PlannedMatrix]) -> float:
-    return planned_sparsity(plan) if recipe.plan is not None or recipe.has_budget else recipe.target_sparsity
+def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> float:
+    return planned_sparsity(plan) if settings.plan is not None or settings.has_budget else settings.target_sparsity
 
 
 def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
@@ -316,11 +328,20 @@ def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> i
     return max(int(source - saved), 0)
 
 
-def _flat(matrices: Sequence[Sequence[Matrix]]) -> list[Matrix]:
-    return [matrix for of_block in matrices for matrix in of_block]
-
-
 def _peak_memory() -> int:
     """Peak resident memory of the process in bytes (Linux counts in KiB, macOS in bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings:
+    """The settings for given token ids (N, T): all are used unless the recipe says less."""
+    num_sequences, length = ids.shape
+    if "num_sequences" not in asked:
+        share = num_sequences // (CALIBRATION_PER_VALIDATION + 1) if settings.validates_plans else 0
+        settings = replace(settings, num_sequences=num_sequences - share)
+    for name, value in (("num_sequences", settings.num_sequences), ("sequence_length", settings.sequence_length)):
+        there = num_sequences if name == "num_sequences" else length
+        if value is not None and (value > there or (name == "sequence_length" and value != there)):
+            raise InputError(f"{name} is {value}, but the token ids have the shape {tuple(ids.shape)}.")
+    return replace(settings, sequence_length=length, calibration="token ids")

@@ -1,7 +1,7 @@
 """Walk through a model, solve every matrix by the plan, and commit each block as soon as it is solved."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,36 +17,36 @@ from mspc.numerics.linalg import output_error
 from mspc.passes.blocks import Batch
 from mspc.passes.walk import Visit, install, matrix_of, walk
 from mspc.pipeline.reconstruct import reconstruct
-from mspc.recipe import Recipe
+from mspc.settings import Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.options import solver_options
 from mspc.solvers.propagation import propagated
 from mspc.storage.artifact import MATRICES, read_matrix
 from mspc.storage.files import sha256_of, write_tensors
 from mspc.storage.journal import Journal
-from mspc.types import CompressedLinear, Matrix, PlannedMatrix
+from mspc.types import CompressedLinear, MatricesByBlock, Matrix, PlannedMatrix
 
 
 def solve_blocks(
     model: StreamedModel,
     batches: Sequence[Batch],
-    matrices: Sequence[Sequence[Matrix]],
+    matrices: MatricesByBlock,
     plan: Sequence[PlannedMatrix],
-    recipe: Recipe,
+    settings: Settings,
     folder: Path,
     journal: Journal,
     *,
     dense: Sequence[Batch] = (),
     fisher: dict[str, Tensor] | None = None,
     spill: Path | None = None,
-) -> Iterator[str]:
-    """The name of each matrix when it is solved. Blocks that the journal holds are installed, not solved again.
+) -> Generator[dict[str, Any]]:
+    """The row of each matrix in the manifest, when it is solved. Blocks in the journal are installed, not solved again.
 
     `dense` are the batches once more, for propagation and reconstruction, which keeps activations in `spill`; `fisher`
     the Fisher factors by matrix name.
     """
     planned = {matrix.name: matrix for matrix in plan}
-    options = solver_options(recipe)
+    options = solver_options(settings)
     solved: dict[Matrix, Solved] = {}
 
     def commit(block: int, **more: Any) -> None:
@@ -64,7 +64,7 @@ def solve_blocks(
         begin, parts = time.monotonic(), []
         masks = {matrix: of.read().mask for matrix, of in solved.items()}
         for part in reconstruct(
-            model, index, (block, dense_block), (batches, dense), masks, recipe.reconstruct, recipe.seed, spill
+            model, index, (block, dense_block), (batches, dense), masks, settings.reconstruct, settings.seed, spill
         ):
             for matrix, weight in part.weights.items():
                 dense_weight = matrix_of(model, dense_block, index, matrix).float()
@@ -72,15 +72,15 @@ def solve_blocks(
             parts.append(part.to_dict())
         commit(index, reconstruction=parts, seconds=time.monotonic() - begin)
 
-    known, at_end = _committed(folder, journal.blocks), finish if recipe.reconstruct else None
+    known, at_end = _committed(folder, journal.blocks), finish if settings.reconstruct else None
     for visit in walk(model, batches, matrices, known, dense=dense, finish=at_end):
         matrix = visit.matrix
         factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
-        row, tensors = solve_one(model, visit, planned[matrix.name], recipe, options, factor)
-        solved[matrix] = Solved(row, tensors, visit.stats.gram if recipe.reconstruct else None)
-        if visit.is_last_of_block and not recipe.reconstruct:
+        row, tensors = solve_one(model, visit, planned[matrix.name], settings, options, factor)
+        solved[matrix] = Solved(row, tensors, visit.stats.gram if settings.reconstruct else None)
+        if visit.is_last_of_block and not settings.reconstruct:
             commit(visit.block)
-        yield matrix.name
+        yield row
 
 
 @dataclass
@@ -124,7 +124,7 @@ def solve_one(
     model: StreamedModel,
     visit: Visit,
     planned: PlannedMatrix,
-    recipe: Recipe,
+    settings: Settings,
     options: SolverOptions,
     fisher: Tensor | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -135,8 +135,8 @@ def solve_one(
     matrix, name = visit.matrix, visit.matrix.name
     weight = visit.weight.float().clone()
     stats = replace(visit.stats, fisher=fisher)
-    wanted, propagation_damp = propagated(weight, stats, recipe.propagation or 0.0, options.damp, name)
-    solution = SOLVERS[str(recipe.solver)](wanted, stats, planned.target, options, name)
+    wanted, propagation_damp = propagated(weight, stats, settings.propagation or 0.0, options.damp, name)
+    solution = SOLVERS[str(settings.solver)](wanted, stats, planned.target, options, name)
     dtype = model.source_dtypes[matrix.parameter]
     tensors = canonical.pack(solution, dtype)
     result = canonical.unpack(tensors, matrix.shape, planned.target, dtype)

@@ -14,20 +14,22 @@ from mspc.storage.files import write_json
 
 @dataclass(frozen=True)
 class Curve:
-    """Predicted increase of the loss (nats a token) of one matrix at some sparsities, ascending from above 0.
+    """Predicted increase of the loss (nats per token) of one matrix, at sparsities that ascend from above 0.
 
-    `rounding` says how much more rounding what is kept costs: for some bits, (sparsity, loss) ascending from 0.
-    `curvature` is the mean diagonal of the Gauss-Newton matrix of the weights, which trace rank ranks by.
+    `quantization` is the further increase when the kept weights are quantized: for each number of bits,
+    (sparsity, loss) pairs that ascend from sparsity 0.
     """
 
     sparsities: tuple[float, ...]
     losses: tuple[float, ...]
-    rounding: dict[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
-    curvature: float = 0.0
+    quantization: dict[int, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
-    def at(self, sparsity: float, bits: int = 16) -> float:
-        """Straight between the logarithms of the losses; below the first sparsity, the power law of the first two."""
-        more = 0.0 if bits == 16 else self._rounded(sparsity, bits)
+    def at(self, sparsity: float, bits: int | None = None) -> float:
+        """Predicted loss at any sparsity. Logarithms of losses are interpolated linearly.
+
+        Below the first sparsity, the power law through the first two points holds.
+        """
+        more = 0.0 if bits is None else self._quantized(sparsity, bits)
         if sparsity <= 0:
             return more
         logs = [_log(loss) for loss in self.losses]
@@ -37,14 +39,14 @@ class Curve:
             return more + math.exp(logs[0] + power * math.log(sparsity / first))
         return more + math.exp(float(numpy.interp(sparsity, self.sparsities, logs)))
 
-    def weighed(self, weight: float) -> "Curve":
-        """The curve with `weight` times the losses of rounding."""
-        rounding = {bits: tuple((s, weight * loss) for s, loss in points) for bits, points in self.rounding.items()}
-        return replace(self, rounding=rounding)
+    def weighted(self, weight: float) -> "Curve":
+        """The curve with the losses of quantization multiplied by `weight`."""
+        scaled = {bits: tuple((s, weight * loss) for s, loss in points) for bits, points in self.quantization.items()}
+        return replace(self, quantization=scaled)
 
-    def _rounded(self, sparsity: float, bits: int) -> float:
-        """Likewise; beyond the last sparsity that was measured it stays."""
-        sparsities, losses = zip(*self.rounding[bits], strict=True)
+    def _quantized(self, sparsity: float, bits: int) -> float:
+        """The loss of quantization, interpolated; constant beyond the last sparsity that was measured."""
+        sparsities, losses = zip(*self.quantization[bits], strict=True)
         return math.exp(float(numpy.interp(sparsity, sparsities, [_log(loss) for loss in losses])))
 
 
@@ -64,10 +66,8 @@ def read_curves(file: Path) -> dict[str, Curve]:
 
 
 def _curve_from(row: dict[str, Any]) -> Curve:
-    rounding = {
+    quantization = {
         int(bits): tuple((float(sparsity), float(loss)) for sparsity, loss in points)
-        for bits, points in row["rounding"].items()
+        for bits, points in row["quantization"].items()
     }
-    return Curve(
-        tuple(map(float, row["sparsities"])), tuple(map(float, row["losses"])), rounding, float(row["curvature"])
-    )
+    return Curve(tuple(map(float, row["sparsities"])), tuple(map(float, row["losses"])), quantization)

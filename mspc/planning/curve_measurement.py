@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve
-from mspc.progress import Reporter
-from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
+from mspc.progress import Progress
+from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import obs
@@ -26,10 +26,10 @@ SAMPLED = 2
 """Blocks of outputs that the curve of a matrix is measured on, where its Fisher factor has more of them."""
 
 
-def patterns_of(recipe: Recipe) -> list[Pattern]:
-    if recipe.fixed_pattern is not None:
-        return [recipe.fixed_pattern]
-    if recipe.pattern == MIXED_PATTERN:
+def patterns_of(settings: Settings) -> list[Pattern]:
+    if settings.fixed_pattern is not None:
+        return [settings.fixed_pattern]
+    if settings.pattern == MIXED_PATTERN:
         return [NM(keep, MIXED_OF) for keep in KEEPS]
     return [Unstructured(sparsity) for sparsity in SPARSITIES]
 
@@ -37,24 +37,24 @@ def patterns_of(recipe: Recipe) -> list[Pattern]:
 def measure_curves(
     dense: DenseWalk,
     fisher: dict[str, Tensor],
-    recipe: Recipe,
+    settings: Settings,
     options: SolverOptions,
-    reporter: Reporter,
+    progress: Progress,
 ) -> dict[str, Curve]:
     """The curve of each matrix by name: 1/2 tr(S dW H dW^T) a token, with dW from a short run of the solver."""
     curves = {}
-    with reporter.stage("Loss curves", sum(map(len, dense.matrices))) as step:
+    with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step:
         for visit in dense:
             name, weight = visit.matrix.name, visit.weight.float()
             stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
-            curves[name] = curve_of(weight, stats, recipe, options, name)
+            curves[name] = curve_of(weight, stats, settings, options, name)
             step(name)
     return curves
 
 
-def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOptions, name: str) -> Curve:
+def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:
     """The curve of one matrix (O, I), with what rounding costs where the recipe leaves the bits open."""
-    patterns, mean_curvature = patterns_of(recipe), curvature(stats)
+    patterns = patterns_of(settings)
     form = quadratic(weight, stats, stats.fisher, options.damp, name)
     half_tokens = 1 / (2 * stats.num_tokens)
     if stats.fisher is not None and not bool(stats.fisher.any()):
@@ -65,10 +65,10 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
         if (removed := part.loss(torch.zeros_like(some))) > 0:
             half_tokens *= form.loss(torch.zeros_like(weight)) / removed
             weight, stats, form = some, of_some, part
-    if recipe.solver in ("kfac", "admm"):
+    if settings.solver in ("kfac", "admm"):
         path = error_path(form, patterns)
     else:
-        solve = SOLVERS[str(recipe.solver)]
+        solve = SOLVERS[str(settings.solver)]
         solved = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
         path = ((result, form.loss(result * form.scale)) for result in solved)
     losses: list[float] = []
@@ -77,10 +77,10 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
         zip((Unstructured(0.0), *patterns), chain([(weight, 0.0)], path), strict=True)
     ):
         losses.append(max([loss, *losses]))  # a short run may not rise everywhere
-        if not recipe.has_budget or i not in ROUNDED:
+        if not settings.has_budget or i not in ROUNDED:
             continue
         for bits in SWEPT_BITS:
-            grid = Grid(bits, recipe.group_size, not recipe.asymmetric)
+            grid = Grid(bits, settings.group_size, not settings.asymmetric)
             swept = obs(kept, stats, Target(pattern, grid), options, name, kept != 0).weight
             more = max(form.loss(swept * form.scale) - loss, 0.0) * half_tokens
             rounded[bits].append((pattern.sparsity, more))
@@ -90,7 +90,6 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
         tuple(pattern.sparsity for pattern in patterns),
         tuple(loss * half_tokens for loss in losses[1:]),
         {bits: tuple(points) for bits, points in rounded.items()},
-        mean_curvature,
     )
 
 
@@ -100,10 +99,3 @@ def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
     count = len(stats.fisher)
     places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
     return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, fisher=stats.fisher[places])
-
-
-def curvature(stats: GramStats) -> float:
-    """Mean diagonal of the Kronecker product of the two factors, a token."""
-    assert stats.fisher is not None
-    outputs, inputs = stats.fisher.diagonal(dim1=-2, dim2=-1).mean(), stats.gram.diagonal().mean()
-    return float(outputs) * float(inputs) / stats.num_tokens

@@ -39,7 +39,7 @@ def mixture(curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, in
     Raises ValueError when not even the smallest fit.
     """
     priced = [
-        [(float(size), curve.at(t.pattern.sparsity, t.grid.bits if t.grid else 16)) for t, size in of_matrix]
+        [(float(size), curve.at(t.pattern.sparsity, t.bits)) for t, size in of_matrix]
         for curve, of_matrix in zip(curves, options, strict=True)
     ]
     return [of_matrix[i][0] for of_matrix, i in zip(options, cheapest(priced, budget), strict=True)]

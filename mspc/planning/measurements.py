@@ -5,7 +5,6 @@ A measurement is named by the hash of everything that it depends on, so a folder
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,34 @@ from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import measure_curves, patterns_of
 from mspc.planning.sensitivity import by_exponents, by_gradients, by_gram, by_outliers
-from mspc.progress import Reporter
+from mspc.progress import Progress, log
 from mspc.published.allocators import OWN_MEASURES
 from mspc.published.outliers import OUTLIER
-from mspc.recipe import Recipe
+from mspc.settings import Settings
 from mspc.solvers import SolverOptions
 from mspc.storage.files import write_json, write_tensors
-from mspc.types import Matrix
+from mspc.types import MatricesByBlock
 
 
-def measure_of(recipe: Recipe) -> str:
+def measure_of(settings: Settings) -> str:
     """What the allocator of a recipe goes by: its own measure, or the sensitivity asked for."""
-    return OWN_MEASURES.get(str(recipe.allocator), recipe.sensitivity)
+    return OWN_MEASURES.get(str(settings.allocator), settings.sensitivity)
 
 
 def sensitivities(
     model: StreamedModel,
     ids: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
-    recipe: Recipe,
+    matrices: MatricesByBlock,
+    settings: Settings,
     identity: dict[str, Any],
     folder: Path | None,
-    reporter: Reporter,
+    progress: Progress,
 ) -> dict[str, float]:
     """What the allocator goes by, by matrix name; read from `folder` if it was measured before, else kept there.
 
     `identity` says which model and text this is; `ids` (N, T) are the calibration sequences.
     """
-    measure = measure_of(recipe)
+    measure = settings.measure
     key = _key(model, matrices, identity) | {"sensitivity": measure}
     if measure == "exponents":
         key.pop("calibration")  # of the weights alone
@@ -56,22 +55,22 @@ def sensitivities(
         key["threshold"] = OUTLIER
     elif measure != "gram":
         key |= {
-            "sequences": recipe.sensitivity_sequences,
-            "probes": recipe.sensitivity_probes,
-            "seed": recipe.seed,
+            "sequences": settings.sensitivity_sequences,
+            "probes": settings.sensitivity_probes,
+            "seed": settings.seed,
         }
     file = folder / f"sensitivity-{_digest(key)}.json" if folder else None
     if file and file.is_file():
-        reporter.say(f"Sensitivity: taken from {file}.")
+        log.info(f"Sensitivity: taken from {file}.")
         return _read(file)
     if measure == "gram":
-        means = by_gram(model, ids, matrices, reporter)
+        means = by_gram(model, ids, matrices, progress)
     elif measure == "outliers":
-        means = by_outliers(model, ids, matrices, reporter)
+        means = by_outliers(model, ids, matrices, progress)
     elif measure == "exponents":
-        means = by_exponents(model, matrices, reporter)
+        means = by_exponents(model, matrices, progress)
     else:
-        means = by_gradients(model, ids[: recipe.sensitivity_sequences], matrices, recipe, reporter)
+        means = by_gradients(model, ids[: settings.sensitivity_sequences], matrices, settings, progress)
     if file:
         rows = {
             name: {"mean": m.mean, "standard_error": m.standard_error if m.count > 1 else None, "samples": m.count}
@@ -84,22 +83,22 @@ def sensitivities(
 def fisher_factors(
     model: StreamedModel,
     ids: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
-    recipe: Recipe,
+    matrices: MatricesByBlock,
+    settings: Settings,
     identity: dict[str, Any],
     folder: Path | None,
-    reporter: Reporter,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """The Fisher factor of every matrix by name (see `FisherFactor`), in host memory; kept in `folder` likewise."""
-    key = _key(model, matrices, identity) | {"sequences": recipe.sensitivity_sequences}
+    key = _key(model, matrices, identity) | {"sequences": settings.sensitivity_sequences}
     file = folder / f"fisher-{_digest(key)}.safetensors" if folder else None
     if file and file.is_file():
-        reporter.say(f"Gradients: taken from {file}.")
+        log.info(f"Gradients: taken from {file}.")
         return _read_tensors(file)
-    ids = ids[: recipe.sensitivity_sequences]
+    ids = ids[: settings.sensitivity_sequences]
     sums: dict[str, Tensor] = {}
     rounds = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
-    with reporter.stage("Gradients", len(rounds) * sum(map(len, matrices))) as step:
+    with progress.stage("Gradients", len(rounds) * sum(map(len, matrices))) as step:
         for part in rounds:
             for sample in reverse_walk(model, part, matrices, FisherFactor(model, matrices)):
                 name, value = sample.matrix.name, sample.value.cpu() * (len(part) / len(ids))
@@ -113,33 +112,33 @@ def fisher_factors(
 def loss_curves(
     dense: DenseWalk,
     fisher: dict[str, Tensor],
-    recipe: Recipe,
+    settings: Settings,
     options: SolverOptions,
     identity: dict[str, Any],
     folder: Path | None,
-    reporter: Reporter,
+    progress: Progress,
 ) -> dict[str, Curve]:
     """The loss curve of every matrix by name; kept in `folder` likewise."""
     method = {
-        "patterns": [str(pattern) + str(pattern.sparsity) for pattern in patterns_of(recipe)],
-        "solver": "admm" if recipe.solver in ("admm", "kfac") else [recipe.solver, recipe.criterion],
-        "damp": recipe.damp,
-        "activation_order": recipe.activation_order,
-        "sequences": recipe.sensitivity_sequences,
-        "rounding": [recipe.group_size, recipe.asymmetric] if recipe.has_budget else None,
+        "patterns": [str(pattern) + str(pattern.sparsity) for pattern in patterns_of(settings)],
+        "solver": "admm" if settings.solver in ("admm", "kfac") else [settings.solver, settings.criterion],
+        "damp": settings.damp,
+        "activation_order": settings.activation_order,
+        "sequences": settings.sensitivity_sequences,
+        "rounding": [settings.group_size, settings.asymmetric] if settings.has_budget else None,
     }
     key = _key(dense.model, dense.matrices, identity) | method
     file = folder / f"curves-{_digest(key)}.json" if folder else None
     if file and file.is_file():
-        reporter.say(f"Loss curves: taken from {file}.")
+        log.info(f"Loss curves: taken from {file}.")
         return read_curves(file)
-    curves = measure_curves(dense, fisher, recipe, options, reporter)
+    curves = measure_curves(dense, fisher, settings, options, progress)
     if file:
         write_curves(file, curves)
     return curves
 
 
-def _key(model: StreamedModel, matrices: Sequence[Sequence[Matrix]], identity: dict[str, Any]) -> dict[str, Any]:
+def _key(model: StreamedModel, matrices: MatricesByBlock, identity: dict[str, Any]) -> dict[str, Any]:
     names = [matrix.name for of_block in matrices for matrix in of_block]
     return identity | {
         "dtype": str(model.dtype),

@@ -24,12 +24,12 @@ from mspc.passes.blocks import batches_of
 from mspc.passes.walk import install, walk
 from mspc.planning.allocation import highest_level
 from mspc.planning.evolution import Judge, Levels, Space, evolve
-from mspc.progress import Reporter, Step
-from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
+from mspc.progress import Progress, Step, log
+from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS
 from mspc.solvers.options import solver_options
 from mspc.solvers.propagation import propagated
-from mspc.types import NM, Matrix, Target, Unstructured
+from mspc.types import NM, MatricesByBlock, Matrix, Target, Unstructured, flatten
 
 WINDOW = 2
 """Sixteenths that the level of a matrix may move within one walk."""
@@ -56,25 +56,29 @@ def search(
     model: StreamedModel,
     ids: Tensor,
     held_out: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
+    matrices: MatricesByBlock,
     fisher: Mapping[str, Tensor],
     start: Levels,
-    recipe: Recipe,
-    reporter: Reporter,
+    settings: Settings,
+    progress: Progress,
 ) -> Found:
     """Search for the minutes of the recipe. Weights are made on `ids` (N, T), and judged on `held_out` (N, T).
 
     `fisher` has the Fisher factors by matrix name.
     """
-    flat, begin, seconds = [m for of_block in matrices for m in of_block], time.monotonic(), 60 * recipe.search_minutes
+    flat, begin, seconds = (
+        flatten(matrices),
+        time.monotonic(),
+        60 * settings.search_minutes,
+    )
     sizes = [matrix.numel for matrix in flat]
-    budget = int(recipe.target_sparsity * MIXED_OF * sum(sizes))
-    rng, plan, tried, generations, late = random.Random(recipe.seed), start, dict[Levels, float](), 0, False
-    with torch.no_grad(), reporter.stage("Search (seconds)", round(seconds)) as step:
+    budget = int(settings.target_sparsity * MIXED_OF * sum(sizes))
+    rng, plan, tried, generations, late = random.Random(settings.seed), start, dict[Levels, float](), 0, False
+    with torch.no_grad(), progress.stage("Search (seconds)", round(seconds)) as step:
         tick, dense = _clock(begin, seconds, step), dense_predictions(model, held_out)
         while plan not in tried:
             walked, window = plan, 0 if late else WINDOW
-            weights = make_weights(model, ids, matrices, fisher, walked, window, recipe, tick)
+            weights = make_weights(model, ids, matrices, fisher, walked, window, settings, tick)
             space = Space(sizes, [range(min(of), max(of) + 1) for of in weights], budget)
             with model.whole():
                 judge = judge_of(model, held_out, dense, flat, weights)
@@ -84,12 +88,10 @@ def search(
                     late = tick(f"generation {generations}, KL {kl:.4f}")
                     if late or (count >= GENERATIONS and plan != walked):
                         break
-            reporter.say(f"Search: KL {tried[walked]:.4f} nats in walk {len(tried)}, {generations} generations so far.")
+            log.info(f"Search: KL {tried[walked]:.4f} nats in walk {len(tried)}, {generations} generations so far.")
     best = min(tried, key=lambda levels: tried[levels])
     if late and generations == 0:
-        reporter.say(
-            "Note: the first walk took all the time, so the plan is that of the curves; raise --search-minutes."
-        )
+        log.info("Note: the first walk took all the time, so the plan is that of the curves; raise --search-minutes.")
     return Found(best, tried[best], tried[start], generations, (time.monotonic() - begin) / 60)
 
 
@@ -111,34 +113,34 @@ def _clock(begin: float, seconds: float, step: Step) -> Tick:
 def make_weights(
     model: StreamedModel,
     ids: Tensor,
-    matrices: Sequence[Sequence[Matrix]],
+    matrices: MatricesByBlock,
     fisher: Mapping[str, Tensor],
     plan: Levels,
     window: int,
-    recipe: Recipe,
+    settings: Settings,
     tick: Tick,
 ) -> list[dict[int, Tensor]]:
     """The weights of every matrix at the levels about its own in `plan`, where all matrices before it have theirs."""
-    options, solve = solver_options(recipe), SOLVERS[str(recipe.solver)]
-    flat = [matrix for of_block in matrices for matrix in of_block]
+    options, solve = solver_options(settings), SOLVERS[str(settings.solver)]
+    flat = flatten(matrices)
     level_of, made = dict(zip(flat, plan, strict=True)), dict[Matrix, dict[int, Tensor]]()
-    dense = batches_of(model, ids) if recipe.propagation else ()
+    dense = batches_of(model, ids) if settings.propagation else ()
     for visit in walk(model, batches_of(model, ids), matrices, dense=dense):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
         stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
-        wanted, _ = propagated(weight, stats, recipe.propagation or 0.0, options.damp, name)
+        wanted, _ = propagated(weight, stats, settings.propagation or 0.0, options.damp, name)
         made[visit.matrix] = {
-            level: solve(wanted, stats, target_of(recipe, level), options, name).weight.to("cpu", model.dtype)
-            for level in range(max(own - window, 0), min(own + window, highest_level(recipe)) + 1)
+            level: solve(wanted, stats, target_of(settings, level), options, name).weight.to("cpu", model.dtype)
+            for level in range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)
         }
         install(visit.weight, made[visit.matrix][own])
         tick(name)
     return [made[matrix] for matrix in flat]
 
 
-def target_of(recipe: Recipe, level: int) -> Target:
-    mixed = recipe.pattern == MIXED_PATTERN
-    return Target(NM(MIXED_OF - level, MIXED_OF) if mixed else Unstructured(level / MIXED_OF), recipe.grid)
+def target_of(settings: Settings, level: int) -> Target:
+    mixed = settings.pattern == MIXED_PATTERN
+    return Target(NM(MIXED_OF - level, MIXED_OF) if mixed else Unstructured(level / MIXED_OF), settings.grid)
 
 
 def dense_predictions(model: StreamedModel, held_out: Tensor) -> list[Tensor]:
@@ -175,7 +177,7 @@ def judge_of(
     return judge
 
 
-def check_memory(model: StreamedModel, held_out: Tensor, matrices: Sequence[Sequence[Matrix]]) -> None:
+def check_memory(model: StreamedModel, held_out: Tensor, matrices: MatricesByBlock) -> None:
     """Raises InputError where what a search holds does not fit."""
     numel = sum(matrix.numel for of_block in matrices for matrix in of_block)
     host, levels = torch.device("cpu"), numel * (2 * WINDOW + 1) * model.dtype.itemsize

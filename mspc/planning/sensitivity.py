@@ -10,7 +10,7 @@ them have `outliers` (`outlier_share` of the block) or `exponents` (`tail_expone
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import median
 
 from torch import Tensor
@@ -20,11 +20,11 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of
 from mspc.passes.gradients import HessianTrace, SquaredGradient, reverse_walk
 from mspc.passes.walk import matrix_of, walk
-from mspc.progress import Reporter
+from mspc.progress import Progress
 from mspc.published.heavy_tail import spectrum, tail_exponent
 from mspc.published.outliers import outlier_share
-from mspc.recipe import Recipe
-from mspc.types import Matrix
+from mspc.settings import Settings
+from mspc.types import MatricesByBlock, Matrix
 
 SENSITIVITIES = ("fisher", "gram", "hutchinson")
 
@@ -60,11 +60,9 @@ def converged(means: Iterable[RunningMean], tolerance: float) -> bool:
     return median(m.standard_error / max(abs(m.mean), 1e-300) for m in means) <= tolerance
 
 
-def by_gram(
-    model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], reporter: Reporter
-) -> dict[str, RunningMean]:
+def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress) -> dict[str, RunningMean]:
     means: dict[str, RunningMean] = {}
-    with reporter.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
+    with progress.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
             means[visit.matrix.name] = _single(float(visit.stats.gram.diagonal().mean()) / visit.stats.num_tokens)
             step(visit.matrix.name)
@@ -72,12 +70,12 @@ def by_gram(
 
 
 def by_outliers(
-    model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], reporter: Reporter
+    model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress
 ) -> dict[str, RunningMean]:
     """Every matrix gets the share of its block."""
     means: dict[str, RunningMean] = {}
     of_block: list[tuple[Matrix, Tensor, Tensor]] = []
-    with reporter.stage("Sensitivity (outliers)", sum(map(len, matrices))) as step:
+    with progress.stage("Sensitivity (outliers)", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
             of_block.append((visit.matrix, visit.weight, visit.stats.gram.diagonal().clone()))
             if visit.is_last_of_block:
@@ -89,12 +87,10 @@ def by_outliers(
     return means
 
 
-def by_exponents(
-    model: StreamedModel, matrices: Sequence[Sequence[Matrix]], reporter: Reporter
-) -> dict[str, RunningMean]:
+def by_exponents(model: StreamedModel, matrices: MatricesByBlock, progress: Progress) -> dict[str, RunningMean]:
     """Raises InputError for a matrix whose spectrum has no exponent."""
     means: dict[str, RunningMean] = {}
-    with reporter.stage("Sensitivity (exponents)", sum(map(len, matrices))) as step:
+    with progress.stage("Sensitivity (exponents)", sum(map(len, matrices))) as step:
         for index, of_block in enumerate(matrices):
             with model.loaded(index) as block:
                 for matrix in of_block:
@@ -116,16 +112,16 @@ def _single(value: float) -> RunningMean:
 
 
 def by_gradients(
-    model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], recipe: Recipe, reporter: Reporter
+    model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, settings: Settings, progress: Progress
 ) -> dict[str, RunningMean]:
     """Samples by the reverse walk, some sequences a round, until their mean has converged or the text is used up."""
     means = {matrix.name: RunningMean() for of_block in matrices for matrix in of_block}
-    probes = recipe.sensitivity_probes if recipe.sensitivity == "hutchinson" else 1
-    with reporter.stage(f"Sensitivity ({recipe.sensitivity})", probes * len(ids) * len(means)) as step:
+    probes = settings.sensitivity_probes if settings.sensitivity == "hutchinson" else 1
+    with progress.stage(f"Sensitivity ({settings.sensitivity})", probes * len(ids) * len(means)) as step:
         for probe in range(probes):
             for first in range(0, len(ids), SEQUENCES_PER_ROUND):
                 part = ids[first : first + SEQUENCES_PER_ROUND]
-                kind = HessianTrace(recipe.seed) if recipe.sensitivity == "hutchinson" else SquaredGradient()
+                kind = HessianTrace(settings.seed) if settings.sensitivity == "hutchinson" else SquaredGradient()
                 for sample in reverse_walk(model, part, matrices, kind, probe * len(ids) + first):
                     means[sample.matrix.name].add(float(sample.value))
                     step(sample.matrix.name)

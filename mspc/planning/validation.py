@@ -15,7 +15,7 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import Batch, advance, batches_of
 from mspc.passes.perplexity import mean_divergences
 from mspc.passes.walk import DenseWalk, Visit, install, matrix_of
-from mspc.progress import Reporter
+from mspc.progress import Progress
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import obs
@@ -29,7 +29,7 @@ def try_plans(
     fisher: Mapping[str, Tensor],
     plans: Mapping[str, Sequence[PlannedMatrix]],
     options: SolverOptions,
-    reporter: Reporter,
+    progress: Progress,
 ) -> dict[str, float]:
     """KL divergence from the dense model on `held_out` (N, T), nats a token, by name of the plan.
 
@@ -42,7 +42,7 @@ def try_plans(
     streams = {name: batches_of(model, held_out) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
-    with reporter.stage("Trying plans", sum(map(len, visits.matrices))) as step:
+    with progress.stage("Trying plans", sum(map(len, visits.matrices))) as step:
         # The walk is at the next block when a group ends, so this one can be loaded again.
         for index, of_block in groupby(visits, key=lambda visit: visit.block):
             for visit in of_block:

@@ -13,8 +13,8 @@ from mspc.formats.canonical import with_offsets
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import cusparselt, fp8
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
-from mspc.recipe import DTYPES
 from mspc.runtime.linear import SparseLinear, prepare
+from mspc.settings import DTYPES
 from mspc.storage.artifact import MANIFEST, ArtifactSource, is_artifact
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.sparse_export import descriptions, quantization_config, read_quantization_config

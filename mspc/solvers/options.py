@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mspc.recipe import Recipe
+from mspc.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,8 +17,8 @@ class SolverOptions:
     """Of the search of the kfac and admm solvers."""
 
 
-def solver_options(recipe: Recipe) -> SolverOptions:
+def solver_options(settings: Settings) -> SolverOptions:
     return SolverOptions(
-        criterion=recipe.criterion, damp=recipe.damp, activation_order=recipe.activation_order,
-        iterations=recipe.iterations or 0,
+        criterion=settings.criterion, damp=settings.damp, activation_order=settings.activation_order,
+        iterations=settings.iterations or 0,
     )  # fmt: skip

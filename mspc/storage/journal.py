@@ -61,7 +61,7 @@ class Journal:
     @staticmethod
     def compare(folder: Path, before: dict[str, Any], header: dict[str, Any]) -> None:
         """Raises InputError, naming the differences, when a folder's header (or manifest) is that of another run."""
-        now = json.loads(json.dumps(header))
+        now = {key: value for key, value in json.loads(json.dumps(header)).items() if key != "recipe"}
         differences = _differences({key: before.get(key) for key in now}, now)
         if differences:
             raise InputError(

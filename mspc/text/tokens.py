@@ -39,7 +39,9 @@ class Tokens:
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
 
 
-def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence_length: int, seed: int) -> Tokens:
+def calibration_tokens(
+    tokenizer: Any, source: str | Sequence[str], num_sequences: int, sequence_length: int, seed: int
+) -> Tokens:
     """`num_sequences` windows of `sequence_length` tokens from the calibration split of a source.
 
     Documents are visited in an order drawn by the seed. Each gives one window at a random place (or all of a shorter
@@ -64,10 +66,10 @@ def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence
             stream += pieces.pop(0) if pieces else []
     if len(stream) < wanted:
         raise InputError(
-            f"Too little text in {source!r}: it has {len(stream):,} tokens, and {num_sequences} sequences of "
+            f"Too little text in {name_of(source)!r}: it has {len(stream):,} tokens, and {num_sequences} sequences of "
             f"{sequence_length} need {wanted:,}; lower --num-sequences or --sequence-length, or give more text."
         )
-    return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), source)
+    return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), name_of(source))
 
 
 def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
@@ -86,7 +88,9 @@ def _windows(ids: list[int], length: int, rng: random.Random) -> list[list[int]]
     return [*pieces, ids[:start]] if start else pieces or [[]]
 
 
-def evaluation_tokens(tokenizer: Any, source: str, sequence_length: int, max_windows: int | None) -> Tokens:
+def evaluation_tokens(
+    tokenizer: Any, source: str | Sequence[str], sequence_length: int, max_windows: int | None
+) -> Tokens:
     """The held-out split as the field's protocol cuts it: one stream, non-overlapping windows, the rest dropped.
 
     The documents are joined by blank lines and tokenized as one text, so there is a BOS at the very start at most.
@@ -97,10 +101,10 @@ def evaluation_tokens(tokenizer: Any, source: str, sequence_length: int, max_win
     windows = min(len(ids) // sequence_length, max_windows or len(ids))
     if windows < 1:
         raise InputError(
-            f"Too little text in {source!r}: {len(ids):,} tokens do not fill one window of {sequence_length}; lower "
-            "--sequence-length or give more text."
+            f"Too little text in {name_of(source)!r}: {len(ids):,} tokens do not fill one window of {sequence_length}; "
+            "lower --sequence-length or give more text."
         )
-    return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), source)
+    return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), name_of(source))
 
 
 def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
@@ -115,8 +119,10 @@ def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
         characters *= 2
 
 
-def load_documents(source: str, split: Split) -> list[str]:
-    """The documents of `builtin`, `c4`, `wikitext2`, a local file or folder, or a dataset on the hub."""
+def load_documents(source: str | Sequence[str], split: Split) -> list[str]:
+    """The documents of `builtin`, `c4`, `wikitext2`, a local file or folder, or a dataset on the hub; a list is one."""
+    if not isinstance(source, str):
+        return _given(source)
     if source == "builtin":
         return builtin_text.documents(split)
     path = Path(source)
@@ -133,6 +139,20 @@ def load_documents(source: str, split: Split) -> list[str]:
     if not documents:
         raise InputError(f"Text {source!r} is empty.")
     return documents
+
+
+def _given(documents: Sequence[str]) -> list[str]:
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise InputError(f"Document {number} of the text is a {type(document).__name__}. Give strings.")
+    if not any(document.strip() for document in documents):
+        raise InputError("The list of documents holds no text.")
+    return [document for document in documents if document.strip()]
+
+
+def name_of(source: str | Sequence[str]) -> str:
+    """How messages and manifests name a source."""
+    return source if isinstance(source, str) else f"a list of {len(source)} documents"
 
 
 def _text_files(path: Path) -> list[Path]:

@@ -1,0 +1,114 @@
+"""The verb `compress`. Its options are the fields of `mspc.recipe.Recipe`, followed by those of a run."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mspc.cli.console import DebugOption, JsonOption, ModelArgument, OutOption, print_json, recipe_values, reported
+from mspc.progress import log
+from mspc.recipe import Recipe, default_of
+
+ADVANCED = "Advanced"
+
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.toml", help="Take options from a recipe.toml; those given here win.", rich_help_panel=ADVANCED
+    ),
+]
+MeasurementsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Keep gradients and loss curves here for runs with another budget.",
+        rich_help_panel=ADVANCED,
+    ),
+]  # fmt: skip
+SpillOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep activations in files here, not in memory.", rich_help_panel=ADVANCED),
+]
+ExportOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FORMAT", help="Also export to OUT/exports/FORMAT (see `mspc export --list`). Repeatable.",
+    ),
+]  # fmt: skip
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an older artifact once the new one is complete.")
+]
+
+
+def compress(
+    model: ModelArgument,
+    out: OutOption,
+    recipe: RecipeOption = None,
+    measurements: MeasurementsOption = None,
+    spill: SpillOption = None,
+    export: ExportOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+    **options: Any,
+) -> None:
+    """Prune and quantize a model, each matrix according to its sensitivity.
+
+    \b
+    mspc compress MODEL --out DIR --bits-per-weight 3.25   a size budget
+    mspc compress MODEL --out DIR --sparsity 0.5           half of it zeros
+    mspc compress MODEL --out DIR --sparsity 0 --bits 4    only quantize
+    mspc compress MODEL --out DIR --pattern 2:4            sparse tensor cores
+    """
+    with reported(debug, "What was solved is kept: `mspc compress` goes on with --resume."):
+        asked = {name: value for name, value in options.items() if value is not None and value != []}
+        if str(asked.get("group_size", "")).isdecimal():
+            asked["group_size"] = int(asked["group_size"])
+        whole = Recipe.from_dict(recipe_values(recipe, asked) | asked)
+        import mspc
+        from mspc.pipeline.summary import summary
+
+        artifact = mspc.compress(
+            model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
+            exports=export or (),
+        )  # fmt: skip
+        if as_json:
+            print_json(artifact.manifest)
+        else:
+            log.info(f"{out}: {summary(artifact.manifest)}")
+
+
+def _option(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """The parameter that typer makes an option of. Its absence is None, so that a recipe file's value stands."""
+    settings, kind = field.metadata, field.type
+    if kind == tuple[str, ...]:
+        kind, shown = list[str] | None, ""
+    else:
+        shown = f" (default: {default_of(field)})"
+        kind = str | None if field.name == "group_size" else kind
+    flags = [settings["flags"]] if "flags" in settings else []
+    declared = typer.Option(
+        *flags,
+        help=settings["help"] + shown,
+        show_default=False,
+        metavar=settings.get("metavar"),
+        rich_help_panel=ADVANCED if settings["advanced"] else None,
+    )
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declared]
+    )
+
+
+def _signature() -> inspect.Signature:
+    """The parameters of `compress`, with those of the recipe after `out`."""
+    own = [parameter for parameter in inspect.signature(compress).parameters.values() if parameter.name != "options"]
+    options = [_option(field) for field in dataclasses.fields(Recipe)]
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own[2:]]
+    return inspect.Signature([*own[:2], *options, *keyword_only])
+
+
+compress.__signature__ = _signature()  # type: ignore[attr-defined]
+compress.__annotations__ = {name: p.annotation for name, p in compress.__signature__.parameters.items()}  # type: ignore[attr-defined]

@@ -1,0 +1,297 @@
+"""The settings of a run: every choice of a recipe with its value, and the check that each value given has an effect."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mspc.errors import InputError, unknown
+from mspc.types import NM, UNQUANTIZED_BITS, Grid, parse_nm
+
+MIXED_PATTERN = "N:16"
+"""The literal with which N is chosen per matrix."""
+MIXED_OF = 16
+ROW = "row"
+"""A group size of one scale per row, in JSON, in TOML and on the command line."""
+
+SOLVERS = ("kfac", "admm", "obs", "mask")
+CRITERIA = ("isc", "obs", "wanda", "ria", "magnitude")
+PUBLISHED_CRITERIA = ("wanda", "ria", "magnitude")
+"""Criteria that need no inverse of the Gram matrix."""
+CURVES, AUTO, SEARCH = "curves", "auto", "search"
+"""Allocators that need loss curves: the plan with the lowest predicted loss, the best of several plans on validation
+text, and the best plan that an evolutionary search finds there."""
+SPREADS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
+"""Default alpha of each allocator that has one. `owl` and `alpha` have their authors' values for SparseGPT on
+LLaMA-7B; for larger models the authors of `alpha` use 0.3."""
+ALLOCATORS = (AUTO, CURVES, SEARCH, "uniform", *sorted(SPREADS))
+SENSITIVITIES = ("hutchinson", "fisher", "gram")
+RANKING = ("trace-rank", "layer-trace-rank")
+"""Allocators that rank matrices by `sensitivity`."""
+OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
+"""Measure of each allocator that ignores `sensitivity`."""
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 24,
+    },
+    "default": {
+        "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 24,
+    },
+    "best": {
+        "solver": "kfac", "iterations": 60, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 128,
+    },
+}  # fmt: skip
+"""Values that each effort gives to options that were not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every choice that decides the bytes of an artifact, with its value; `mspc.recipe.Recipe` documents each."""
+
+    sparsity: float | None
+    """None under a size budget."""
+    pattern: str
+    bits: int
+    bits_per_weight: float | None
+    target_size: str | None
+    group_size: int | None
+    """None: one scale per row."""
+    asymmetric: bool
+    effort: str
+    solver: str
+    iterations: int
+    propagation: float
+    reconstruct: int
+    criterion: str
+    allocator: str
+    alpha: float | None
+    search_minutes: float
+    sensitivity: str
+    sensitivity_sequences: int
+    sensitivity_probes: int
+    calibration: str
+    num_sequences: int
+    sequence_length: int | None
+    """None until the model is known."""
+    seed: int
+    skip: tuple[str, ...]
+    plan: str | None
+    damp: float
+    activation_order: bool
+    device: str
+    dtype: str
+
+    @property
+    def has_budget(self) -> bool:
+        """True if sparsity and bits of every matrix are chosen to fit a size."""
+        return self.bits_per_weight is not None or self.target_size is not None
+
+    @property
+    def target_bytes(self) -> int:
+        """`target_size` in bytes."""
+        return bytes_of(self.target_size or "")
+
+    @property
+    def fixed_pattern(self) -> NM | None:
+        """The N:M pattern of every matrix, if one is fixed."""
+        return fixed_pattern(self.pattern)
+
+    @property
+    def target_sparsity(self) -> float:
+        return self.sparsity or 0.0
+
+    @property
+    def grid(self) -> Grid | None:
+        return None if self.bits == UNQUANTIZED_BITS else Grid(self.bits, self.group_size, not self.asymmetric)
+
+    @property
+    def allocates(self) -> bool:
+        """True if there is sparsity to allocate: no plan, no fixed pattern, and not 0."""
+        return self.plan is None and self.fixed_pattern is None and self.target_sparsity > 0
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        return self.allocates and self.allocator in SPREADS
+
+    @property
+    def measure(self) -> str:
+        """The measure that the allocator ranks by."""
+        return OWN_MEASURES.get(self.allocator, self.sensitivity)
+
+    @property
+    def needs_curves(self) -> bool:
+        return self.has_budget or (self.allocates and self.allocator in (CURVES, AUTO, SEARCH))
+
+    @property
+    def validates_plans(self) -> bool:
+        """True if plans are compared on validation text."""
+        return self.needs_curves and self.allocator in (AUTO, SEARCH)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the option names; what is None is left out, and a group size of None is `row`."""
+        values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
+    """The settings for options that were asked for; the effort and `defaults` give the others.
+
+    Raises InputError for an unknown name, for options that contradict each other, and for one without effect.
+    """
+    effort = asked.get("effort", defaults["effort"])
+    _check_name("effort", effort, EFFORTS)
+    values = {**defaults, **EFFORTS[effort], **asked}
+    if values["group_size"] == ROW:
+        values["group_size"] = None
+    if values["bits_per_weight"] is not None or values["target_size"] is not None:
+        values["allocator"] = asked.get("allocator", AUTO)
+        _check_budget(asked, values["allocator"])
+        values["sparsity"] = None
+    elif (pattern := fixed_pattern(values["pattern"])) is not None:
+        _check_fixed(pattern, asked)
+        values["sparsity"] = pattern.sparsity
+    if values["solver"] == "mask":
+        values["propagation"] = asked.get("propagation", 0.0)
+    values["alpha"] = asked.get("alpha", SPREADS.get(values["allocator"]))
+    settings = Settings(**values)
+    for what, name, known in (
+        ("solver", settings.solver, SOLVERS),
+        ("criterion", settings.criterion, CRITERIA),
+        ("allocator", settings.allocator, ALLOCATORS),
+        ("sensitivity", settings.sensitivity, SENSITIVITIES),
+        ("dtype", settings.dtype, DTYPES),
+    ):
+        _check_name(what, name, known)
+    _check_reconstruct(settings)
+    for name, value in asked.items():
+        if (reason := without_effect(name, value, settings)) is not None:
+            raise InputError(
+                f"{name} {value} has no effect with {reason}. Leave one of the two out, or choose another value."
+            )
+    return settings
+
+
+def without_effect(name: str, value: Any, settings: Settings) -> str | None:
+    """The other option, with its value, that leaves this one without effect; None if it has one.
+
+    A value that only states what happens anyway, such as propagation 0 with the solver mask, is let pass.
+    """
+    reason = NEEDED_BY[name](settings) if name in NEEDED_BY else None
+    states_it = not value or (name == "allocator" and value == "uniform" and settings.plan is None)
+    if name == "sparsity":  # `resolve` has refused one that the pattern contradicts
+        states_it = False
+    return None if states_it else reason
+
+
+def _plan(s: Settings) -> str | None:
+    return None if s.plan is None else f"plan {s.plan}, which decides this for every matrix"
+
+
+def _unquantized(s: Settings) -> str | None:
+    return None if s.grid or s.has_budget else f"bits {s.bits}, which quantizes nothing"
+
+
+def _nothing_to_allocate(s: Settings) -> str | None:
+    if s.has_budget or s.allocates:
+        return None
+    return f"pattern {s.pattern}, the same in every matrix" if s.fixed_pattern else f"sparsity {s.target_sparsity:g}"
+
+
+def _unless(fits: bool, reason: str) -> str | None:
+    return None if fits else reason
+
+
+def _solver(s: Settings, *names: str) -> str | None:
+    return _unless(s.solver in names, f"solver {s.solver} (only {' and '.join(names)} use it)")
+
+
+def _allocator(s: Settings, *names: str) -> str | None:
+    return _plan(s) or _nothing_to_allocate(s) or _unless(s.allocator in names, f"allocator {s.allocator}")
+
+
+def _sensitivity_sequences(s: Settings) -> str | None:
+    by_gradients = s.needs_sensitivity and s.measure in ("hutchinson", "fisher")
+    used = s.solver == "kfac" or s.needs_curves or by_gradients
+    return _unless(used, f"solver {s.solver} and allocator {s.allocator}, which compute no gradient")
+
+
+def _damp(s: Settings) -> str | None:
+    inverts = s.solver != "mask" or s.criterion not in PUBLISHED_CRITERIA or s.needs_curves
+    return _unless(inverts, f"solver mask and criterion {s.criterion}, which invert no Gram matrix")
+
+
+def _activation_order(s: Settings) -> str | None:
+    sweeps = s.solver == "obs" or s.has_budget or (s.solver != "mask" and (s.grid is not None or s.plan is not None))
+    return _unless(sweeps, f"solver {s.solver} and bits {s.bits}: no OBS sweep is run")
+
+
+NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
+    "sparsity": _plan,
+    "pattern": _plan,
+    "bits": _plan,
+    "group_size": lambda s: _plan(s) or _unquantized(s),
+    "asymmetric": lambda s: _plan(s) or _unquantized(s),
+    "iterations": lambda s: _solver(s, "kfac", "admm"),
+    "propagation": lambda s: _unless(s.solver != "mask", "solver mask, which updates no weight"),
+    "criterion": lambda s: _solver(s, "obs", "mask"),
+    "allocator": lambda s: _plan(s) or _nothing_to_allocate(s),
+    "alpha": lambda s: _allocator(s, *SPREADS),
+    "search_minutes": lambda s: _allocator(s, SEARCH),
+    "sensitivity": lambda s: _allocator(s, *RANKING),
+    "sensitivity_probes": lambda s: (
+        _allocator(s, *RANKING) or _unless(s.sensitivity == "hutchinson", f"sensitivity {s.sensitivity}")
+    ),
+    "sensitivity_sequences": _sensitivity_sequences,
+    "damp": _damp,
+    "activation_order": _activation_order,
+}
+"""For each option that others can leave without effect: which option does, in the words of the error, or None."""
+
+
+def _check_name(what: str, name: str, known: Mapping[str, Any] | tuple[str, ...]) -> None:
+    if name not in known:
+        raise unknown(what, name, known)
+
+
+def _check_fixed(pattern: NM, asked: Mapping[str, Any]) -> None:
+    sparsity = asked.get("sparsity")
+    if sparsity is not None and abs(sparsity - pattern.sparsity) > 5e-5:
+        raise InputError(
+            f"pattern {pattern} fixes the sparsity at {pattern.sparsity:g}, but sparsity {sparsity:g} was asked for. "
+            f"Leave one of the two out, or let N vary with the pattern {MIXED_PATTERN}."
+        )
+
+
+def _check_budget(asked: Mapping[str, Any], allocator: str) -> None:
+    budget = "bits_per_weight" if "bits_per_weight" in asked else "target_size"
+    for name in ("sparsity", "bits", "plan"):
+        if name in asked:
+            raise InputError(f"{budget} and {name} {asked[name]} exclude each other: the budget decides {name} itself.")
+    if "bits_per_weight" in asked and "target_size" in asked:
+        raise InputError("bits_per_weight and target_size are both a budget. Give one of them.")
+    if allocator in ALLOCATORS and allocator not in (AUTO, CURVES):
+        raise InputError(f"{budget} needs the allocator auto or curves, not {allocator}.")
+
+
+def _check_reconstruct(settings: Settings) -> None:
+    if settings.reconstruct and (settings.grid or settings.has_budget):
+        how = "a size budget chooses bits" if settings.has_budget else f"bits is {settings.bits}"
+        raise InputError(f"reconstruct tunes weights that are not quantized, and {how}. Leave one of the two out.")
+    if settings.reconstruct and settings.num_sequences < 2:
+        raise InputError("reconstruct needs num_sequences above 1: a part of them is validation text.")
+
+
+def fixed_pattern(pattern: str) -> NM | None:
+    """`"2:4"` -> NM(2, 4); None for a pattern that is not the same in every matrix."""
+    return None if pattern in ("unstructured", MIXED_PATTERN) else parse_nm(pattern)
+
+
+def bytes_of(size: str) -> int:
+    """`"2.2GB"` -> 2_200_000_000; the units k, M, G and T are powers of 1000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", size)
+    if not match:
+        raise InputError(f"target_size must be a number with a unit, such as 2.2GB, not {size!r}.")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
