@@ -102,6 +102,8 @@ def compress(
         for name in exports:
             exporters.check(name, rows, config)
 
+    if isinstance(model, PreTrainedModel) and tokenizer is None and not isinstance(calibration, Tensor):
+        raise InputError("A model in memory needs tokenizer=, or calibration= as token ids (N, T).")
     with _source_of(model, tokenizer, out) as source:
         run = Run(source, recipe, out, resume, overwrite, check_exports, shown, tokenizer, calibration)
         try:

@@ -60,7 +60,7 @@ def evaluate_module(
     """The perplexity of a model that is in memory."""
     config: Any = model.config
     name = config.name_or_path
-    if tokenizer is None and not isinstance(text, Tensor) and not Path(name).is_dir():
+    if tokenizer is None and not isinstance(text, Tensor) and not (name and Path(name).is_dir()):
         raise InputError("A model in memory needs tokenizer=, or text as token ids (N, T).")
     ids = test_ids(text, tokenizer, Path(name), config, sequence_length, max_windows)
     if against is not None:
