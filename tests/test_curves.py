@@ -26,9 +26,9 @@ from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import SPARSITIES, curve_of, measure_curves
 from mspc.planning.knapsack import by_curves, cheapest
 from mspc.planning.measurements import fisher_factors
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Silent
 from mspc.recipe import Recipe
-from mspc.solvers.options import solver_options
 from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}

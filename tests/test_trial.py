@@ -14,18 +14,18 @@ from mspc.formats.canonical import num_bytes
 from mspc.model.hub import load_tokenizer
 from mspc.model.open import open_model
 from mspc.passes.blocks import batches_of
-from mspc.passes.gradients import FisherFactor, SquaredGradient, reverse_walk
+from mspc.passes.gradients import OutputFisher, SquaredGradient, reverse_walk
 from mspc.passes.walk import DenseWalk, walk
 from mspc.planning import planner as planning
 from mspc.planning.allocation import HOPELESS, ROUNDED_BITS, allocate, allocate_bytes, candidates, planned_sparsity
 from mspc.planning.curve import Curve
 from mspc.planning.curve_measurement import SPARSITIES, curvature
 from mspc.planning.measurements import fisher_factors
+from mspc.planning.solver_options import solver_options
 from mspc.planning.validation import try_plans
 from mspc.progress import Silent
 from mspc.recipe import Recipe
 from mspc.solvers.admm import error_path
-from mspc.solvers.options import solver_options
 from mspc.solvers.quadratic import quadratic
 from mspc.text.tokens import calibration_tokens
 from mspc.types import GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
@@ -200,7 +200,7 @@ def test_the_curvature_is_near_the_squared_gradient(llama):
     squares: dict[str, list[float]] = {}
     for sample in reverse_walk(model, ids, matrices, SquaredGradient()):
         squares.setdefault(sample.matrix.name, []).append(float(sample.value) * (tiny.LENGTH - 1) ** 2 / tiny.LENGTH)
-    factors = {s.matrix.name: s.value for s in reverse_walk(model, ids, matrices, FisherFactor(model, matrices))}
+    factors = {s.matrix.name: s.value for s in reverse_walk(model, ids, matrices, OutputFisher())}
     for visit in walk(model, batches_of(model, ids), matrices):
         name = visit.matrix.name
         found = curvature(GramStats(visit.stats.gram, visit.stats.num_tokens, None, factors[name]))

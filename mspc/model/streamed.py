@@ -77,8 +77,6 @@ class StreamedModel:
         self.origins = _map_keys(self.model, source.keys())
         _match_ties(self.model, self.origins)
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
-        # A value that a block returns besides the hidden states makes it a tuple; learned when one is first run.
-        self.blocks_return_tuples = False
 
     def block_name(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"

@@ -19,7 +19,6 @@ from mspc.formats.description import target_to_dict
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, load_tokenizer, resolve
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
-from mspc.numerics.saliency import CRITERIA
 from mspc.passes.blocks import batches_of
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
@@ -27,12 +26,13 @@ from mspc.planning.allocation import allocate, check_plan, half_width, planned_s
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import Chosen, Planner, mixture_lines
 from mspc.planning.sensitivity import SENSITIVITIES
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Reporter
 from mspc.published.allocators import ALLOCATORS
+from mspc.published.criteria import CRITERIA
 from mspc.recipe import AUTO, CURVES, SEARCH, Recipe
 from mspc.solvers import SOLVERS
 from mspc.solvers.obs import check_pattern
-from mspc.solvers.options import solver_options
 from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text

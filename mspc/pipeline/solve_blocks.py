@@ -17,9 +17,9 @@ from mspc.numerics.linalg import output_error
 from mspc.passes.blocks import Batch
 from mspc.passes.walk import Visit, install, matrix_of, walk
 from mspc.pipeline.reconstruct import reconstruct
+from mspc.planning.solver_options import solver_options
 from mspc.recipe import Recipe
 from mspc.solvers import SOLVERS, SolverOptions
-from mspc.solvers.options import solver_options
 from mspc.solvers.propagation import propagated
 from mspc.storage.artifact import MATRICES, read_matrix
 from mspc.storage.files import sha256_of, write_tensors

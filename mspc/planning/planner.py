@@ -26,10 +26,10 @@ from mspc.planning.allocation import (
 from mspc.planning.curve import Curve
 from mspc.planning.measurements import fisher_factors, loss_curves, measure_of, sensitivities
 from mspc.planning.search import check_memory, search
+from mspc.planning.solver_options import solver_options
 from mspc.planning.validation import try_plans
 from mspc.progress import Reporter
 from mspc.recipe import CURVES, SEARCH, Recipe
-from mspc.solvers.options import solver_options
 from mspc.storage.checkpoint import Checkpoint
 from mspc.types import Matrix, PlannedMatrix
 

@@ -24,10 +24,10 @@ from mspc.passes.blocks import batches_of
 from mspc.passes.walk import install, walk
 from mspc.planning.allocation import highest_level
 from mspc.planning.evolution import Judge, Levels, Space, evolve
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Reporter, Step
 from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.solvers import SOLVERS
-from mspc.solvers.options import solver_options
 from mspc.solvers.propagation import propagated
 from mspc.types import NM, Matrix, Target, Unstructured
 

@@ -27,7 +27,6 @@ from mspc.numerics.masking import (
     spread,
 )
 from mspc.numerics.quant import dequantize, fit, fit_groups, groups_of
-from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target
 
@@ -96,7 +95,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         num_columns, num_rows = self.columns.shape
-        self.per_row = self.options.criterion in COMPARED_PER_ROW
+        self.per_row = self.options.criterion.per_row
         chosen = torch.ones_like(self.columns, dtype=torch.bool)
         self.mask = chosen if self.given is None else self.given.T.contiguous()
         self.loss = 0.0
@@ -118,8 +117,7 @@ class Sweep:
     def score(self, start: int, stop: int) -> Tensor:
         """Scores (O, stop - start) of columns not settled yet; dead inputs lie below everything."""
         denominator = self.factor.factor.diagonal()[start:stop].square()
-        criterion = CRITERIA[self.options.criterion]
-        score = criterion(self.columns[start:stop].T, self.factor.diagonal[start:stop], denominator)
+        score = self.options.criterion.score(self.columns[start:stop].T, self.factor.diagonal[start:stop], denominator)
         score[:, self.factor.dead[start:stop]] = -1.0
         return score
 
