@@ -68,8 +68,8 @@ class Recipe:
     """What decides which weights go: isc, obs, wanda, ria, magnitude."""
     allocator: str | None = None
     """How sparsity is shared out: auto (the best of several plans on text that was held out), curves (least predicted
-    loss), search (goes on from there on text that was held out), uniform, trace-rank, layer-trace-rank, owl, alpha,
-    depth."""
+    loss), search (goes on from there on text that was held out), uniform, trace-rank, layer-trace-rank, owl,
+    alpha."""
     alpha: float | None = None
     """Half-width of the other allocators but uniform: sparsities lie within about sparsity +- alpha, or sparsity
     (1 +- alpha) with the allocator alpha. None: the allocator's own."""

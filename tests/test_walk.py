@@ -275,12 +275,12 @@ def test_passes_that_are_run_again_give_the_same(memory, llama):
         results.append((stats, batches))
     for one, other in zip(results[0][0], results[1][0], strict=True):
         assert torch.equal(one.gram, other.gram)
-        assert torch.equal(one.drift, other.drift)
+        assert torch.equal(one.input_shift, other.input_shift)
     assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_drift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
+def test_input_shift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
     """Oracle: hooks on two transformers models, one of them compressed so far."""
     model, ids = opened(folder_of(family)), tiny.ids(3)
     dense, actual = tiny.reference(folder_of(family)), tiny.reference(folder_of(family))
@@ -289,7 +289,7 @@ def test_drift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
         name = visit.matrix.name
         was, now = (tiny.inputs_of(whole, ids, [name])[name].double() for whole in (dense, actual))
         expected = (was - now).T @ now
-        error = (visit.stats.drift.double() - expected).abs().max()
+        error = (visit.stats.input_shift.double() - expected).abs().max()
         assert float(error) < 1e-5 * float((now.T @ now).diagonal().max()), name
         install(visit.weight, visit.weight * 0.8)
         actual.get_submodule(name).weight.mul_(0.8)

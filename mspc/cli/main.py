@@ -118,7 +118,7 @@ def compress(
         option(
             "How sparsity is shared out: auto (tries several plans on held-out text), curves (least predicted loss), "
             "search (goes on from there for minutes), uniform, trace-rank, layer-trace-rank, owl, alpha "
-            "(AlphaPruning), depth (linear).",
+            "(AlphaPruning).",
             "auto*",
             rich_help_panel=HOW,
         ),

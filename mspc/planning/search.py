@@ -28,7 +28,7 @@ from mspc.planning.solver_options import solver_options
 from mspc.progress import Reporter, Step
 from mspc.recipe import MIXED_OF, MIXED_PATTERN, Recipe
 from mspc.solvers import SOLVERS
-from mspc.solvers.propagation import propagated
+from mspc.solvers.error_compensation import compensated
 from mspc.types import NM, Matrix, Target, Unstructured
 
 WINDOW = 2
@@ -125,8 +125,8 @@ def make_weights(
     dense = batches_of(model, ids) if recipe.propagation else ()
     for visit in walk(model, batches_of(model, ids), matrices, dense=dense):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
-        stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
-        wanted, _ = propagated(weight, stats, recipe.propagation or 0.0, options.damp, name)
+        stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
+        wanted, _ = compensated(weight, stats, recipe.propagation or 0.0, options.damp, name)
         made[visit.matrix] = {
             level: solve(wanted, stats, target_of(recipe, level), options, name).weight.to("cpu", model.dtype)
             for level in range(max(own - window, 0), min(own + window, highest_level(recipe)) + 1)

@@ -34,20 +34,42 @@ CG_STEPS = 5
 PATH_RHO, PATH_GROWTH, PATH_ITERATIONS, PATH_CG_STEPS = 0.3, 1.2, 4, 2
 
 
-def admm(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """(O, I) -> pruned (and rounded) weights on a support that is searched for over the whole matrix.
+def admm(
+    weight: Tensor,
+    stats: GramStats,
+    target: Target,
+    options: SolverOptions,
+    name: str,
+    output_fisher: Tensor | None = None,
+) -> CompressedLinear:
+    """(O, I) -> pruned (and quantized) weights on a support that is searched for over the whole matrix.
 
-    Raises InputError when the pattern or the group size does not divide I, ActivationError and SingularGramError for
-    a Gram that cannot be used.
+    The objective is the squared error of the layer, or with `output_fisher` (K, B, B) the loss of the model. Raises
+    InputError when the pattern or the group size does not divide I, and ActivationError or SingularGramError for a Gram
+    that cannot be used.
     """
-    return _solve(weight, stats, None, target, options, name)
+    check_divides(target.pattern, weight.shape[1], name)
+    weight = weight.float()
+    with precise_matmul():
+        form = quadratic(weight, stats, output_fisher, options.damp, name)
+        mask, values = _search(form, target.pattern, options.iterations)
+        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
+    kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
+    if bool(mask.all()):
+        kept = weight
+    if target.grid is None:
+        return CompressedLinear(kept, mask, target, None, options.damp)
+    # `kept` is the best on the support, so the total loss is its own plus that of its distance to the codes.
+    return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
 
 def kfac(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """`admm` for the loss of the model; `stats` must have its Fisher factor."""
-    if stats.fisher is None:
-        raise InputError(f"{name}: the kfac solver needs the Fisher factor of its outputs (GramStats.fisher).")
-    return _solve(weight, stats, stats.fisher, target, options, name)
+    """`admm` with the loss of the model as its objective. `stats` must have an output Fisher factor."""
+    if stats.output_fisher is None:
+        raise InputError(
+            f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
+        )
+    return admm(weight, stats, target, options, name, stats.output_fisher)
 
 
 def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[Tensor, float]]:
@@ -65,24 +87,6 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
                 rho *= PATH_GROWTH
             values = refine(form, support, sparse, PATH_CG_STEPS)
             yield form.weight(values), form.loss(values)
-
-
-def _solve(
-    weight: Tensor, stats: GramStats, outputs: Tensor | None, target: Target, options: SolverOptions, name: str
-) -> CompressedLinear:
-    check_divides(target.pattern, weight.shape[1], name)
-    weight = weight.float()
-    with precise_matmul():
-        form = quadratic(weight, stats, outputs, options.damp, name)
-        mask, values = _search(form, target.pattern, options.iterations)
-        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
-    kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
-    if bool(mask.all()):
-        kept = weight
-    if target.grid is None:
-        return CompressedLinear(kept, mask, target, None, options.damp)
-    # These are the best on the support, so the loss of rounding them adds to theirs, and what follows sees to it alone.
-    return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
 
 def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mspc.errors import SingularGramError
 from mspc.numerics.linalg import check_finite, regularized
@@ -106,14 +105,10 @@ class Quadratic:
         return values / self.scale
 
 
-_INPUTS = WeakIdKeyDictionary()
-"""By Gram and damp, as long as the Gram lives: matrices that read the same input share its eigendecomposition."""
-
-
 def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: float, name: str) -> Quadratic:
     """The form at `weight` (O, I) float32. Raises ActivationError and SingularGramError for statistics of no use."""
     check_finite(stats, name)
-    by_damp = _INPUTS.setdefault(stats.gram, {})
+    by_damp = stats.scaled_by_damp
     if damp not in by_damp:
         gram, dead = regularized(stats.gram, damp)
         scale = gram.diagonal().sqrt()
