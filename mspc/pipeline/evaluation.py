@@ -8,7 +8,7 @@ from mspc.model.open import open_model
 from mspc.passes import perplexity
 from mspc.progress import ConsoleReporter, Reporter
 from mspc.recipe import DTYPES
-from mspc.text.tokens import evaluation_tokens
+from mspc.text.tokens import windows_of_test_text
 
 
 def evaluate(
@@ -22,7 +22,7 @@ def evaluate(
     against: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> perplexity.Perplexity:
-    """Perplexity of a checkpoint folder, hub id or artifact on the held-out split of a text.
+    """Perplexity of a checkpoint folder, hub id or artifact on the test split of a text.
 
     With `against`, such as the model before compression, also how far the predictions are from those.
     """
@@ -34,7 +34,7 @@ def evaluate(
         raise unknown("dtype", dtype, DTYPES)
     folder = resolve(str(path))
     length = choose_sequence_length(load_config(folder), sequence_length)
-    tokens = evaluation_tokens(load_tokenizer(folder), text, length, max_windows)
+    tokens = windows_of_test_text(load_tokenizer(folder), text, length, max_windows)
     model = open_model(folder, device=choose_device(device), dtype=dtype)
     reference = None
     if against is not None:

@@ -96,7 +96,8 @@ def curve_of(weight: Tensor, stats: GramStats, recipe: Recipe, options: SolverOp
 
 def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
     """Some blocks of outputs, in equal distances, where the Fisher factor has more of them."""
-    assert (fisher := stats.output_fisher) is not None
+    fisher = stats.output_fisher
+    assert fisher is not None
     count = len(fisher)
     places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
     return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, output_fisher=fisher[places])
