@@ -60,8 +60,10 @@ class BlockRun:
 
 
 class Measure:
-    """What the reverse walk keeps of each matrix. The state of a batch is its hidden states, the cotangent their
-    gradient; a subclass may carry other tensors in their place."""
+    """A quantity of each matrix that the reverse walk averages over samples.
+
+    The state of a batch is its hidden states, and the cotangent their gradient; a subclass may carry other tensors.
+    """
 
     batch_size: int | None = 1
     """Sequences of a batch (None: as many as make about 4096 tokens)."""

@@ -172,7 +172,7 @@ class _Block:
 
     @contextmanager
     def forwards(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[PausedForward]]:
-        """One paused forward pass per batch, the first `num_kept` of which stay suspended at pauses."""
+        """One paused forward pass per batch. The first `num_kept` stay suspended at pauses."""
         names = {matrix: self.model.name_in_block(self.index, matrix).rpartition(".")[0] for matrix in self.matrices}
         forwards = [
             PausedForward(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1))
