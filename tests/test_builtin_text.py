@@ -109,7 +109,7 @@ def test_a_tenth_of_the_names_is_test_text():
 
 
 def in_a_fresh_interpreter(*options: str) -> dict:
-    """What another process imports for its documents (the import machinery aside), and their digests."""
+    """Modules that another process imports for its documents, without the import machinery, and their digests."""
     code = """
 import hashlib, inspect, json, sys, sysconfig
 import pydoc_data.topics

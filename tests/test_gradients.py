@@ -155,7 +155,7 @@ def test_hessian_sample_equals_double_backward(family, folder_of):
 
 
 def mean_diagonals(case: Case, sequence: Tensor) -> list[float]:
-    """Of the Hessian with respect to each matrix: a backward pass through the gradient for every weight."""
+    """Mean Hessian diagonals of each matrix, by a backward pass through the gradient for every weight."""
     gradients = torch.autograd.grad(tiny.losses(case.whole, sequence[None]).mean(), case.weights, create_graph=True)
     means = []
     for gradient, weight in zip(gradients, case.weights, strict=True):
@@ -165,7 +165,7 @@ def mean_diagonals(case: Case, sequence: Tensor) -> list[float]:
 
 
 def assert_means(case: Case, sequence: Tensor, exact: list[float]) -> list[float]:
-    """That samples with many signs agree with the exact means within 4 standard errors, which are returned."""
+    """Compare samples with many signs to the exact means, within 4 standard errors, which are returned."""
     samples = case.samples(sequence.expand(DRAWS, -1), HessianTrace(seed=0))
     errors = []
     for matrix, expected in zip(case.flat, exact, strict=True):

@@ -36,7 +36,7 @@ NUMBERS = numbers_tokenizer()
 
 
 def corpus(folder: Path, lengths: list[int]) -> str:
-    """Documents of so many words, numbered on from one to the next, as lines of a .jsonl."""
+    """Documents of these lengths in words, numbered on from one to the next, as lines of a .jsonl."""
     path = folder / "corpus.jsonl"
     first, lines = 0, []
     for length in lengths:

@@ -73,12 +73,16 @@ def walk(
 class DenseWalk:
     """The visits of a walk that changes nothing; it can be iterated several times.
 
-    The statistics of the first full iteration are kept if they fit in a quarter of the free memory. Otherwise every
-    iteration passes the model again. Solvers add a normalized Gram and its eigenvectors to each kept Gram.
+    The statistics of the first full iteration are kept if they fit in `memory` bytes (None: a quarter of the free
+    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram and its eigenvectors to
+    each kept Gram, hence the factor 3.
     """
 
-    def __init__(self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]]) -> None:
+    def __init__(
+        self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], memory: int | None = None
+    ) -> None:
         self.model, self.ids, self.matrices = model, ids, matrices
+        self.memory = free_memory(model.device) // 4 if memory is None else memory
         self.kept: list[list[tuple[Matrix, GramStats]]] = []
 
     def __iter__(self) -> Iterator[Visit]:
@@ -88,7 +92,7 @@ class DenseWalk:
         # An upper bound: some matrices share their Gram.
         grams = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
-        keep = 3 * grams <= free_memory(self.model.device) // 4
+        keep = 3 * grams <= self.memory
         for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))
