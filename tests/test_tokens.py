@@ -36,7 +36,7 @@ NUMBERS = numbers_tokenizer()
 
 
 def corpus(folder: Path, lengths: list[int]) -> str:
-    """Documents of these lengths in words, numbered on from one to the next, as lines of a .jsonl."""
+    """One document per length, of numbered words, as lines of a .jsonl; the numbers go on from one to the next."""
     path = folder / "corpus.jsonl"
     first, lines = 0, []
     for length in lengths:

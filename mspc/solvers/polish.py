@@ -21,17 +21,17 @@ STRIP = 2**24
 """Elements of the linear systems for the scales that are in memory at once."""
 
 
-def polish(wanted: Tensor, rounded: CompressedLinear, stats: GramStats, damp: float) -> CompressedLinear:
-    """A solution on the same mask and grid that is closer to `wanted` (O, I) than `rounded` is."""
-    assert rounded.codes is not None
-    assert rounded.target.grid is not None
-    levels = 2**rounded.target.grid.bits - 1
+def polish(wanted: Tensor, quantized: CompressedLinear, stats: GramStats, damp: float) -> CompressedLinear:
+    """A solution on the same mask and grid that is closer to `wanted` (O, I) than `quantized` is."""
+    assert quantized.codes is not None
+    assert quantized.target.grid is not None
+    levels = 2**quantized.target.grid.bits - 1
     with precise_matmul():
         gram, _ = regularized(stats.gram, damp)
-        codes = _better(wanted, gram, rounded.codes, refit_scales(wanted, gram, rounded.codes))
-        codes = _better(wanted, gram, codes, descend(wanted, gram, codes, rounded.mask, levels))
+        codes = _better(wanted, gram, quantized.codes, refit_scales(wanted, gram, quantized.codes))
+        codes = _better(wanted, gram, codes, descend(wanted, gram, codes, quantized.mask, levels))
         codes = _better(wanted, gram, codes, refit_scales(wanted, gram, codes))
-    return replace(rounded, weight=dequantize(codes), codes=codes)
+    return replace(quantized, weight=dequantize(codes), codes=codes)
 
 
 def refit_scales(wanted: Tensor, gram: Tensor, codes: Codes) -> Codes:
