@@ -257,6 +257,6 @@ def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypa
     case = opened(llama)
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: OldStyle.apply(forward(self, x)))
-    with pytest.raises(InputError, match=r"model\.layers\.\d: its derivatives .* use --sensitivity gram"):
+    with pytest.raises(InputError, match=r"model\.layers\.\d: its derivatives .* Use --sensitivity gram"):
         case.samples(tiny.ids(1), measure)
     assert tiny.parts_in_memory(case.model) == []

@@ -74,8 +74,8 @@ class StreamedModel:
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
-        self.origins = _map_keys(self.model, source.keys())
-        _match_ties(self.model, self.origins)
+        self.source_tensors = _map_keys(self.model, source.keys())
+        _match_ties(self.model, self.source_tensors)
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
 
     def block_name(self, index: int) -> str:
@@ -123,7 +123,7 @@ class StreamedModel:
             by_identity[id(_get(self.model, full))].append(full)
         for aliases in by_identity.values():
             name = aliases[0]
-            if name not in self.origins:
+            if name not in self.source_tensors:
                 continue  # a buffer that older checkpoints do not store
             tensor = self.read_parameter(name)
             self.source_dtypes[name] = tensor.dtype
@@ -143,7 +143,7 @@ class StreamedModel:
 
     def read_parameter(self, name: str) -> Tensor:
         """One parameter or buffer from the source, in the source's dtype."""
-        origin = self.origins[name]
+        origin = self.source_tensors[name]
         tensors = dict(self.source.read(origin.keys))
         if origin.converter is None:
             return tensors[origin.keys[0]]
@@ -158,7 +158,7 @@ class StreamedModel:
 
     def tensor_key(self, matrix: Matrix) -> str:
         """The name under which the source stores the parameter of a matrix."""
-        return self.origins[matrix.parameter].keys[0]
+        return self.source_tensors[matrix.parameter].keys[0]
 
     def matrices(self, skip: Sequence[str]) -> list[list[Matrix]]:
         """The weight matrices of every block to compress, in the order of the module tree.
@@ -189,7 +189,7 @@ class StreamedModel:
             is_router = "router" in type(owner).__name__.lower()  # sends tokens to experts; it is small and sensitive
             if parameter.ndim < 2 or is_router or any(p.search(full.removesuffix(".weight")) for p in skip):
                 continue
-            if not is_matrix or self.origins[full].converter is not None:
+            if not is_matrix or self.source_tensors[full].converter is not None:
                 unreached.append(f"{full} {tuple(parameter.shape)}")
                 continue
             transposed = isinstance(owner, Conv1D)
@@ -240,7 +240,7 @@ def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, SourceTe
     return plain | converted
 
 
-def _match_ties(model: nn.Module, origins: dict[str, SourceTensors]) -> None:
+def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> None:
     """Untie weights that the checkpoint stores separately, as transformers does. The other ties share one entry.
 
     Raises InputError for a parameter that the checkpoint does not hold under any of its names.
@@ -249,7 +249,7 @@ def _match_ties(model: nn.Module, origins: dict[str, SourceTensors]) -> None:
     for name, tensor in _named_tensors(model):
         by_identity[id(tensor)].append(name)
     for aliases in by_identity.values():
-        known = [name for name in aliases if name in origins]
+        known = [name for name in aliases if name in source_tensors]
         tensor = _get(model, aliases[0])
         if not isinstance(tensor, nn.Parameter):
             continue
@@ -260,7 +260,7 @@ def _match_ties(model: nn.Module, origins: dict[str, SourceTensors]) -> None:
         for name in known[1:]:
             _assign(model, name, nn.Parameter(tensor, requires_grad=False))
         for name in set(aliases) - set(known):
-            origins[name] = origins[known[0]]
+            source_tensors[name] = source_tensors[known[0]]
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

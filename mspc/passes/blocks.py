@@ -111,7 +111,7 @@ def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> No
     if not bool(torch.stack(output.aminmax()).isfinite().all()):  # NaN is passed on; ten times as fast as isfinite
         raise ActivationError(
             f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model overflows in "
-            "this precision: try --dtype float32."
+            "this precision. Try --dtype float32."
         )
     batch.hidden.copy_(output)
 

@@ -190,7 +190,7 @@ def _differentiating(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # an operation without a derivative, or with one that torch.func cannot use
-        raise InputError(f"{name}: its derivatives cannot be computed ({error}); use --sensitivity gram.") from error
+        raise InputError(f"{name}: its derivatives cannot be computed ({error}). Use --sensitivity gram.") from error
 
 
 def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def _second_moment(gradients: Tensor) -> Tensor:
 def _checked(matrix: Matrix, value: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise ActivationError(
-            f"{matrix.name}: its gradient contains NaN or infinity; try --dtype float32, or --sensitivity gram."
+            f"{matrix.name}: its gradient contains NaN or infinity. Try --dtype float32, or --sensitivity gram."
         )
     return value
 

@@ -93,7 +93,7 @@ class Quadratic:
 
     def _singular(self, what: str) -> SingularGramError:
         return SingularGramError(
-            f"{self.name}: a matrix of its statistics ({len(self.inputs.gram)} inputs) {what}; calibrate on more text "
+            f"{self.name}: a matrix of its statistics ({len(self.inputs.gram)} inputs) {what}. Calibrate on more text "
             "(--num-sequences, --sequence-length) or raise --damp."
         )
 

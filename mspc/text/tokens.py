@@ -66,7 +66,7 @@ def calibration_tokens(tokenizer: Any, source: str, num_sequences: int, sequence
     if len(stream) < wanted:
         raise InputError(
             f"Too little text in {source!r}: it has {len(stream):,} tokens, and {num_sequences} sequences of "
-            f"{sequence_length} need {wanted:,}; lower --num-sequences or --sequence-length, or give more text."
+            f"{sequence_length} need {wanted:,}. Lower --num-sequences or --sequence-length, or give more text."
         )
     return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), source)
 
@@ -98,7 +98,7 @@ def windows_of_test_text(tokenizer: Any, source: str, sequence_length: int, max_
     windows = min(len(ids) // sequence_length, max_windows or len(ids))
     if windows < 1:
         raise InputError(
-            f"Too little text in {source!r}: {len(ids):,} tokens do not fill one window of {sequence_length}; lower "
+            f"Too little text in {source!r}: {len(ids):,} tokens do not fill one window of {sequence_length}. Lower "
             "--sequence-length or give more text."
         )
     return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), source)
@@ -203,7 +203,7 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         raise InputError(f"Dataset {name!r} has no `text` column.") from error
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         raise InputError(
-            f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}); check the name, or use "
+            f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}). Check the name, or use "
             "builtin or a file, which need no network."
         ) from error
     # WikiText has a row per line, and all rows are one document.
