@@ -53,7 +53,7 @@ def parse_nm(text: str) -> NM:
     """`"2:4"` -> NM(2, 4)."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match:
-        raise InputError(f"Unknown pattern {text!r}. Use unstructured, N:M such as 2:4 or 8:16, or the literal N:16.")
+        raise InputError(f"Unknown pattern {text!r}: use unstructured, N:M such as 2:4 or 8:16, or the literal N:16.")
     return NM(int(match[1]), int(match[2]))
 
 

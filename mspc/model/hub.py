@@ -33,7 +33,7 @@ def resolve(model: str) -> Path:
         meant = f"; did you mean {path.with_name(close[0])}?" if close else ""
         first, *_ = str(error).splitlines() or [""]
         raise InputError(
-            f"Model {model!r} is not a folder here ({path.absolute()}{meant}) and could not be fetched from the hub "
+            f"Model {model!r} is no folder here ({path.absolute()}{meant}) and could not be fetched from the hub "
             f"({first}). Check the name, the network, and for gated models `hf auth login`."
         ) from error
 
@@ -75,7 +75,7 @@ def choose_sequence_length(config: PreTrainedConfig, asked: int | None) -> int:
     if asked is None:
         return min(2048, longest or 2048)
     if longest is not None and asked > longest:
-        raise InputError(f"A sequence length of {asked} is longer than the model allows ({longest}). Lower it.")
+        raise InputError(f"A sequence length of {asked} is longer than the model allows ({longest}); lower it.")
     return asked
 
 
