@@ -57,7 +57,6 @@ METHODS: dict[str, dict[str, object]] = {
     "obs fisher-rank": sweep("obs", "trace-rank", sensitivity="fisher"),
     "obs owl": sweep("obs", "owl"),
     "obs alpha": sweep("obs", "alpha"),
-    "obs depth": sweep("obs", "depth"),
     "obs curves": sweep("obs", "curves"),
     "admm uniform": {"solver": "admm", "allocator": "uniform", "propagation": 0.0},
     "admm curves": {"solver": "admm", "allocator": "curves", "propagation": 0.0},

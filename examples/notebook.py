@@ -34,7 +34,7 @@ def keep_errors(event: mspc.Event) -> None:
 
 recipe = mspc.Recipe(bits_per_weight=3.25, group_size=64, num_sequences=16, sequence_length=256)
 artifact = mspc.compress(model, recipe, tokenizer=tokenizer, out=OUT / "small", progress=keep_errors, overwrite=True)
-artifact  # in a notebook: a table with a row for each matrix
+artifact  # noqa: B018  in a notebook: a table with a row for each matrix
 
 # %% [markdown]
 # What did it cost? Perplexity of both models on the same windows of test text.

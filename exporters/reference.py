@@ -11,7 +11,7 @@ from mspc.errors import InputError
 from mspc.model.hub import load_config, load_tokenizer, longest_sequence
 from mspc.model.streamed import StreamedModel
 from mspc.storage.artifact import ArtifactSource
-from mspc.text.tokens import evaluation_tokens
+from mspc.text.tokens import windows_of_test_text
 
 NAME = "verification.npz"
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 16, 8, 16
@@ -56,7 +56,7 @@ def compute_reference(artifact: Path) -> Reference:
     model = exact_model(artifact, torch.float32)
     config = model.config
     length = min(LENGTH, (longest_sequence(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
-    ids = evaluation_tokens(load_tokenizer(artifact), "builtin", length, SEQUENCES).ids
+    ids = windows_of_test_text(load_tokenizer(artifact), "builtin", length, SEQUENCES).ids
     with model.whole() as loaded, torch.no_grad():
         logits = loaded(input_ids=ids, use_cache=False).logits.float()
         sequence, tokens, margins = ids[:1, :PROMPT], [], []

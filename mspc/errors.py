@@ -1,6 +1,6 @@
-"""Every error that mspc raises on purpose, and the exit code it becomes on the command line.
+"""The errors that mspc raises on purpose, and their exit codes on the command line.
 
-MspcError                 1  something failed that the input cannot be blamed for
+MspcError                 1  a failure that is not the fault of the input
 +-- InputError            2  wrong usage or input: options, paths, corrupt files, NaN weights
 +-- SingularGramError     1  a Gram matrix stayed singular after the whole damping ladder
 +-- ActivationError       1  NaN or infinity appeared in a forward pass
@@ -44,7 +44,7 @@ class Stopped(MspcError):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not in a table: what was meant, or else what there is."""
+    """The error for a name that is not in a table, with the closest name, or else all names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(names)}."

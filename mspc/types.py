@@ -1,8 +1,9 @@
-"""The values that flow through mspc. Letters: O out features, I in features, G quantization groups of a row."""
+"""The values that flow through mspc. Letters: O out features, I in features, G quantization groups per row."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,10 @@ class Unstructured:
 
 @dataclass(frozen=True, slots=True)
 class NM:
-    """At most `keep` of every `of` consecutive weights of a row are nonzero: 2:4 is NM(2, 4). A place is one byte."""
+    """At most `keep` of every `of` consecutive weights of a row are nonzero: 2:4 is NM(2, 4).
+
+    An index within a group is one byte, so M is at most 256.
+    """
 
     keep: int
     of: int
@@ -62,7 +66,7 @@ UNQUANTIZED_BITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How kept weights are rounded: `bits`, one scale per `group_size` inputs (None: per row), symmetric or not."""
+    """The codes of quantized weights: `bits` each, one scale per `group_size` inputs (None: per row)."""
 
     bits: int
     group_size: int | None = 128
@@ -71,7 +75,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the solver must deliver for one matrix."""
+    """The pattern and the grid of one matrix; without a grid, kept weights are not quantized."""
 
     pattern: Pattern
     grid: Grid | None = None
@@ -84,26 +88,24 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class GramStats:
-    """Statistics of one input: `gram` (I, I) float32 is the *sum* of x x^T over `num_tokens` tokens. They add.
+    """Statistics of the input of a matrix. `gram` (I, I) float32 is the *sum* of x x^T over `num_tokens` tokens.
 
-    `drift` (I, I), where it is known, is the sum of (z - x) x^T, with z the input in the dense model. `fisher`
-    (K, B, B), of one matrix that reads the input, is a mean of g g^T over tokens, with g the gradient of a sequence's
-    summed loss at K groups of B outputs.
+    `input_shift` (I, I) is the sum of (z - x) x^T, with z the input in the dense model, or None if it is not known.
+    `output_fisher` (K, B, B) is the mean of g g^T over tokens, with g the gradient of a sequence's summed loss at K
+    groups of B outputs of the matrix.
     """
 
     gram: Tensor
     num_tokens: int
-    drift: Tensor | None = None
-    fisher: Tensor | None = None
-
-    def __add__(self, other: "GramStats") -> "GramStats":
-        drift = None if self.drift is None or other.drift is None else self.drift + other.drift
-        return GramStats(self.gram + other.gram, self.num_tokens + other.num_tokens, drift, self.fisher)
+    input_shift: Tensor | None = None
+    output_fisher: Tensor | None = None
+    scaled_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The scaled Grams of `solvers.quadratic`: matrices with the same input share their eigendecomposition."""
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A rounded matrix: weight = (values - zeros) * scales, group by group.
+    """A quantized matrix: weight = (values - zeros) * scales, group by group.
 
     `values` (O, I) uint8 in 0..2^bits - 1; `scales` (O, G) float16; `zeros` (O, G) uint8, integers on the same range
     (2^(bits-1) everywhere when the grid is symmetric), so that 0.0 has a code in every group.
@@ -116,11 +118,11 @@ class Codes:
 
 @dataclass(frozen=True, slots=True)
 class CompressedLinear:
-    """The canonical, unpacked result of a solver.
+    """The unpacked result of a solver.
 
-    `weight` (O, I) float32 with exact zeros, `mask` (O, I) bool (True = kept), `codes` when the target has a grid (the
-    weight is then exactly their product), the `damp` (share of the mean diagonal) and `precision` that the inverse
-    needed.
+    `weight` (O, I) is float32 with exact zeros; `mask` (O, I) is bool, True = kept. `codes` is set when the target has
+    a grid, and the weight is then exactly their product. `damp` (share of the mean diagonal) and `precision` are those
+    of the inverse.
     """
 
     weight: Tensor
@@ -169,7 +171,7 @@ def flatten(matrices: MatricesByBlock) -> list[Matrix]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedMatrix:
-    """One line of a plan: a matrix, its target, and the sensitivity that the target was chosen by (if any)."""
+    """One matrix of a plan: its target, and the sensitivity by which the target was chosen (if any)."""
 
     name: str
     shape: tuple[int, int]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from mspc.published.criteria import CRITERIA
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, Codes, CompressedLinear, GramStats, Pattern, Target, Unstructured
@@ -150,9 +151,9 @@ def code_product(codes: Codes) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def run_obs(case: Problem, target: Target | Pattern, **options) -> CompressedLinear:
+def run_obs(case: Problem, target: Target | Pattern, criterion: str = "isc", **options) -> CompressedLinear:
     target = target if isinstance(target, Target) else Target(target)
-    return obs(case.weight, case.stats, target, SolverOptions(**options), "q_proj")
+    return obs(case.weight, case.stats, target, SolverOptions(criterion=CRITERIA[criterion], **options), "q_proj")
 
 
 def divides(pattern: Pattern, num_columns: int) -> bool:

@@ -7,6 +7,7 @@ import torch
 from oracles import code_product, damped, least_squares, loss, problem, row_losses
 
 from mspc.errors import ActivationError, InputError, SingularGramError
+from mspc.numerics.saliency import OBS
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import admm
 from mspc.types import NM, GramStats, Grid, Target, Unstructured
@@ -31,7 +32,7 @@ def test_weights_are_nearly_the_best_on_their_support(pattern):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_support_is_better_than_that_of_the_sweep(pattern, seed):
     case = problem(seed, 24, 64)
-    swept = SOLVERS["obs"](case.weight, case.stats, Target(pattern), SolverOptions(criterion="obs"), "q_proj")
+    swept = SOLVERS["obs"](case.weight, case.stats, Target(pattern), SolverOptions(criterion=OBS), "q_proj")
     found = solve(case, Target(pattern))
     gram = damped(case.stats.gram, 0.01)
     assert loss(case.weight - found.weight, gram) < 0.9 * loss(case.weight - swept.weight, gram)
@@ -89,7 +90,7 @@ def test_rounding_obeys_the_support(pattern, group_size):
     assert not found.weight[~found.mask].any()
     assert torch.equal(found.weight.double(), code_product(found.codes))
     gram = damped(case.stats.gram, 0.01)
-    swept = SOLVERS["obs"](case.weight, case.stats, Target(pattern, grid), SolverOptions(criterion="obs"), "q_proj")
+    swept = SOLVERS["obs"](case.weight, case.stats, Target(pattern, grid), SolverOptions(criterion=OBS), "q_proj")
     assert loss(case.weight - found.weight, gram) < loss(case.weight - swept.weight, gram)
 
 

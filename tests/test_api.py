@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mspc
-from mspc.text.tokens import calibration_tokens, evaluation_tokens
+from mspc.text.tokens import calibration_tokens, windows_of_test_text
 
 QUICK = {"effort": "fast", "num_sequences": 4, "sequence_length": 32}
 
@@ -232,7 +232,7 @@ def test_a_model_in_memory_has_the_perplexity_of_its_folder(artifact, model, lla
 
 
 def test_given_ids_are_evaluated(artifact, llama, heldout):
-    ids = evaluation_tokens(AutoTokenizer.from_pretrained(llama), str(heldout), 32, None).ids
+    ids = windows_of_test_text(AutoTokenizer.from_pretrained(llama), str(heldout), 32, None).ids
     expected = mspc.evaluate(artifact, heldout, sequence_length=32, max_windows=3, progress=False)
     assert mspc.evaluate(artifact, ids, max_windows=3, progress=False) == expected
     with pytest.raises(mspc.InputError, match="sequence_length is 16"):

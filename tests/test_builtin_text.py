@@ -55,7 +55,7 @@ def expected(split: str) -> list[str]:
     return sorted(text for name, text in named.items() if split_of(name) == split)
 
 
-@pytest.mark.parametrize("split", ["calibration", "heldout"])
+@pytest.mark.parametrize("split", ["calibration", "test"])
 def test_documents_are_the_files_and_topics_of_their_split(split):
     """Oracle: the folders of the library on disk, each file in the split of its name."""
     assert sorted(texts(split)) == expected(split)
@@ -63,13 +63,13 @@ def test_documents_are_the_files_and_topics_of_their_split(split):
 
 def test_splits_share_no_document():
     """By comparing texts; a few short package files are the same everywhere."""
-    calibration, heldout = ({text for text in texts(split) if len(text) > 500} for split in ("calibration", "heldout"))
-    assert not calibration & heldout
+    calibration, test = ({text for text in texts(split) if len(text) > 500} for split in ("calibration", "test"))
+    assert not calibration & test
 
 
 def test_excluded_packages_are_left_out():
     """Oracle: their files on disk, where they are installed."""
-    everything = set(texts("calibration")) | set(texts("heldout"))
+    everything = set(texts("calibration")) | set(texts("test"))
     own = {text for name, text in files().items() if included(name)}
     excluded = {name: text for name, text in files().items() if not included(name) and text and text not in own}
     assert any(name.startswith("encodings.") for name in excluded)
@@ -81,7 +81,7 @@ def test_statement_topics_and_library_sources_are_there():
     assert topics["with"] in texts(split_of("pydoc_data.topics.with"))
     assert files()["json.decoder"] in texts(split_of("json.decoder"))
     assert sum(map(len, texts("calibration"))) > 5_000_000
-    assert sum(map(len, texts("heldout"))) > 500_000
+    assert sum(map(len, texts("test"))) > 500_000
 
 
 @pytest.mark.parametrize(
@@ -90,33 +90,33 @@ def test_statement_topics_and_library_sources_are_there():
         ("json.decoder", "calibration"),
         ("pydoc_data.topics.with", "calibration"),
         ("argparse", "calibration"),
-        ("json.encoder", "heldout"),
-        ("pydoc_data.topics.calls", "heldout"),
-        ("typing", "heldout"),
+        ("json.encoder", "test"),
+        ("pydoc_data.topics.calls", "test"),
+        ("typing", "test"),
     ],
 )
 def test_split_of_a_name_never_changes(name, split):
-    """Pinned: a name that is held out today is held out in every version of Python and of mspc."""
+    """Pinned: a name that is test text today is test text in every version of Python and of mspc."""
     assert split_of(name) == split
 
 
-def test_a_tenth_of_the_names_is_held_out():
+def test_a_tenth_of_the_names_is_test_text():
     """Oracle: the last byte of SHA-256 below 26, on made-up names."""
     names = [f"package.module_{i}" for i in range(5000)]
     for name in names:
-        assert (split_of(name) == "heldout") == (hashlib.sha256(name.encode()).digest()[-1] < 26)
-    assert 0.08 < sum(split_of(name) == "heldout" for name in names) / 5000 < 0.12
+        assert (split_of(name) == "test") == (hashlib.sha256(name.encode()).digest()[-1] < 26)
+    assert 0.08 < sum(split_of(name) == "test" for name in names) / 5000 < 0.12
 
 
 def in_a_fresh_interpreter(*options: str) -> dict:
-    """What another process imports for its documents (the import machinery aside), and their digests."""
+    """Modules that another process imports for its documents, without the import machinery, and their digests."""
     code = """
 import hashlib, inspect, json, sys, sysconfig
 import pydoc_data.topics
 from mspc.text.builtin import documents
 sysconfig.get_path("stdlib")
 before = set(sys.modules)
-digests = [hashlib.sha256(repr(documents(split)).encode()).hexdigest() for split in ("calibration", "heldout")]
+digests = [hashlib.sha256(repr(documents(split)).encode()).hexdigest() for split in ("calibration", "test")]
 print(json.dumps({"imported": sorted(set(sys.modules) - before), "digests": digests}))
 """
     command = [sys.executable, *options, "-c", code]
@@ -125,7 +125,7 @@ print(json.dumps({"imported": sorted(set(sys.modules) - before), "digests": dige
 
 
 def digests() -> list[str]:
-    return [hashlib.sha256(repr(list(texts(split))).encode()).hexdigest() for split in ("calibration", "heldout")]
+    return [hashlib.sha256(repr(list(texts(split))).encode()).hexdigest() for split in ("calibration", "test")]
 
 
 def test_nothing_is_imported_and_another_process_agrees():
@@ -145,7 +145,7 @@ def test_files_of_the_same_name_elsewhere_do_not_count(tmp_path, monkeypatch):
     (tmp_path / "ftplib.py").write_text("stray = 'not the library'")
     monkeypatch.syspath_prepend(tmp_path)
     assert documents("calibration") == list(texts("calibration"))
-    assert documents("heldout") == list(texts("heldout"))
+    assert documents("test") == list(texts("test"))
 
 
 def test_order_mixes_topics_and_modules():

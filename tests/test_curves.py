@@ -26,9 +26,9 @@ from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import SPARSITIES, curve_of, measure_curves
 from mspc.planning.knapsack import by_curves, cheapest
 from mspc.planning.measurements import fisher_factors
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Silent
 from mspc.recipe import Recipe
-from mspc.solvers.options import solver_options
 from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
@@ -246,9 +246,9 @@ def test_inputs_that_never_were_cost_nothing(solver):
     gram[::2, ::2] = case.stats.gram
     weight = torch.ones(16, 64)
     weight[:, ::2] = case.weight
-    stats = GramStats(gram, case.stats.num_tokens, fisher=outputs)
+    stats = GramStats(gram, case.stats.num_tokens, output_fisher=outputs)
     found = curve_of(weight, stats, recipe, solver_options(recipe), "fc2")
-    alone = curve_of(case.weight, replace(case.stats, fisher=outputs), recipe, solver_options(recipe), "fc2")
+    alone = curve_of(case.weight, replace(case.stats, output_fisher=outputs), recipe, solver_options(recipe), "fc2")
     assert found.at(0.45) < 1e-6 * alone.losses[-1]
     assert found.losses[-1] == pytest.approx(alone.losses[-1], rel=1e-3)
     assert found.quantization[4][0][1] < 2 * alone.quantization[4][0][1]
@@ -256,7 +256,7 @@ def test_inputs_that_never_were_cost_nothing(solver):
 
 def test_a_matrix_that_nothing_depends_on_costs_nothing():
     case, recipe = problem(0, 16, 32), Recipe().settings()
-    stats = replace(case.stats, fisher=torch.zeros(1, 16, 16))
+    stats = replace(case.stats, output_fisher=torch.zeros(1, 16, 16))
     assert set(curve_of(case.weight, stats, recipe, solver_options(recipe), "o_proj").losses) == {0.0}
 
 
@@ -267,5 +267,5 @@ def test_where_the_sampled_outputs_do_not_matter_all_are_measured():
     weight = case.weight.clone()
     weight[8:16] = weight[24:] = 0
     options = solver_options(recipe)
-    found = curve_of(weight, replace(case.stats, fisher=fisher), recipe, options, "q")
+    found = curve_of(weight, replace(case.stats, output_fisher=fisher), recipe, options, "q")
     assert found.losses[-1] > 0

@@ -24,7 +24,7 @@ from mspc.kernels.timings import Row
 from mspc.model.hub import load_tokenizer
 from mspc.progress import Silent
 from mspc.runtime.linear import SparseLinear
-from mspc.text.tokens import evaluation_tokens
+from mspc.text.tokens import windows_of_test_text
 from mspc.types import NM, Grid
 
 VALUES = Case("sparse24", NM(2, 4), None, (64, 256), BF16)
@@ -272,7 +272,7 @@ def test_what_it_costs_the_bundled_model(tmp_path):
         pattern="2:4", solver="obs", allocator="uniform", sensitivity="gram", num_sequences=8, sequence_length=128
     )
     path = mspc.compress(source, recipe, out=tmp_path / "artifact", reporter=Silent()).path
-    ids = evaluation_tokens(load_tokenizer(source), "builtin", 256, 8).ids
+    ids = windows_of_test_text(load_tokenizer(source), "builtin", 256, 8).ids
     model = mspc.load(path, device="cpu")
     found = []
     for asked in (False, True):

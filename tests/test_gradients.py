@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from mspc.errors import ActivationError, InputError
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
-from mspc.passes.gradients import FisherFactor, HessianTrace, SquaredGradient, fisher_block, reverse_walk
+from mspc.passes.gradients import Measure, OutputFisher, SquaredGradient, fisher_block_size, reverse_walk
+from mspc.published.hutchinson import HessianTrace
 from mspc.types import Matrix
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ class Case:
     def flat(self) -> list[Matrix]:
         return [matrix for of_block in self.matrices for matrix in of_block]
 
-    def samples(self, ids: Tensor, measure: SquaredGradient | HessianTrace, first: int = 0) -> dict[str, list[float]]:
+    def samples(self, ids: Tensor, measure: Measure, first: int = 0) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {matrix.name: [] for matrix in self.flat}
         for sample in reverse_walk(self.model, ids, self.matrices, measure, first):
             found[sample.matrix.name].append(float(sample.value))
@@ -65,12 +66,12 @@ def test_fisher_factor_equals_autograd(family, folder_of):
     for handle in handles:
         handle.remove()
     gradients = torch.autograd.grad(loss, [outputs[matrix.name] for matrix in case.flat])
-    measure = FisherFactor(case.model, case.matrices)
+    measure = OutputFisher()
     found = {sample.matrix.name: sample.value for sample in reverse_walk(case.model, ids, case.matrices, measure)}
     for matrix, gradient in zip(case.flat, gradients, strict=True):
         g = gradient.flatten(0, -2).double()
         expected = g.T @ g / ids.numel()
-        size, blocks = fisher_block(matrix.shape[0]), found[matrix.name]
+        size, blocks = fisher_block_size(matrix.shape[0]), found[matrix.name]
         assert blocks.shape == (matrix.shape[0] // size, size, size)
         for k, block in enumerate(blocks):
             part = slice(k * size, (k + 1) * size)
@@ -85,7 +86,7 @@ def test_fisher_factors_do_not_vanish_in_float16(llama):
     for dtype in ("float16", "float32"):
         model = open_model(llama, device=torch.device("cpu"), dtype=dtype)
         matrices = model.matrices(())
-        for sample in reverse_walk(model, ids, matrices, FisherFactor(model, matrices)):
+        for sample in reverse_walk(model, ids, matrices, OutputFisher()):
             found.setdefault(sample.matrix.name, []).append(float(sample.value.diagonal(dim1=-2, dim2=-1).sum()))
     for half, full in found.values():
         assert half == pytest.approx(full, rel=0.03)
@@ -93,7 +94,7 @@ def test_fisher_factors_do_not_vanish_in_float16(llama):
 
 @pytest.mark.parametrize(("outputs", "size"), [(1, 1), (256, 256), (896, 224), (257, 1), (14336, 256), (48, 48)])
 def test_fisher_blocks_divide_the_outputs(outputs, size):
-    assert fisher_block(outputs) == size
+    assert fisher_block_size(outputs) == size
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "mixtral"])
@@ -116,14 +117,14 @@ def hessian_products(case: Case, sequence: Tensor, directions: list[Tensor]) -> 
 
 
 class Recording(HessianTrace):
-    """Notes the signs that it draws: one tensor a matrix, in the order in which they are first asked for."""
+    """Notes the signs that it draws: one tensor per matrix, in the order of the calls."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.drawn: list[dict[str, Tensor]] = []
 
-    def _signs(self, *args):
-        signs = super()._signs(*args)
+    def signs(self, run):
+        signs = super().signs(run)
         self.drawn.append(signs)
         return signs
 
@@ -154,7 +155,7 @@ def test_hessian_sample_equals_double_backward(family, folder_of):
 
 
 def mean_diagonals(case: Case, sequence: Tensor) -> list[float]:
-    """Of the Hessian with respect to each matrix: a backward pass through the gradient for every weight."""
+    """Mean Hessian diagonals of each matrix, by a backward pass through the gradient for every weight."""
     gradients = torch.autograd.grad(tiny.losses(case.whole, sequence[None]).mean(), case.weights, create_graph=True)
     means = []
     for gradient, weight in zip(gradients, case.weights, strict=True):
@@ -164,7 +165,7 @@ def mean_diagonals(case: Case, sequence: Tensor) -> list[float]:
 
 
 def assert_means(case: Case, sequence: Tensor, exact: list[float]) -> list[float]:
-    """That samples with many signs agree with the exact means within 4 standard errors, which are returned."""
+    """Compare samples with many signs to the exact means, within 4 standard errors, which are returned."""
     samples = case.samples(sequence.expand(DRAWS, -1), HessianTrace(seed=0))
     errors = []
     for matrix, expected in zip(case.flat, exact, strict=True):
@@ -256,6 +257,6 @@ def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypa
     case = opened(llama)
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: OldStyle.apply(forward(self, x)))
-    with pytest.raises(InputError, match=r"model\.layers\.\d: its derivatives .* use --sensitivity gram"):
+    with pytest.raises(InputError, match=r"model\.layers\.\d: its derivatives .* Use --sensitivity gram"):
         case.samples(tiny.ids(1), measure)
     assert tiny.parts_in_memory(case.model) == []

@@ -5,15 +5,15 @@ from itertools import combinations
 
 import pytest
 import torch
-from oracles import code_product, damped, loss, problem
+from oracles import Problem, code_product, damped, loss, problem
 from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import admm, error_path, kfac
-from mspc.solvers.propagation import propagated
+from mspc.solvers.error_compensation import compensated
 from mspc.solvers.quadratic import OUTPUT_DAMP, quadratic
-from mspc.types import NM, GramStats, Grid, Target, Unstructured
+from mspc.types import NM, CompressedLinear, GramStats, Grid, Pattern, Target, Unstructured
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.8), NM(2, 4), NM(5, 16)]
 
@@ -31,6 +31,10 @@ def whole(blocks: Tensor) -> Tensor:
     """The damped output factor (O, O) in float64, as the docstrings say it."""
     factor = torch.block_diag(*blocks.double())
     return factor + OUTPUT_DAMP * factor.diagonal().mean() * torch.eye(len(factor), dtype=torch.float64)
+
+
+def solve(case: Problem, output_fisher: Tensor, pattern: Pattern) -> CompressedLinear:
+    return kfac(case.weight, replace(case.stats, output_fisher=output_fisher), Target(pattern), SolverOptions(), "q")
 
 
 def model_loss(difference: Tensor, outputs: Tensor, gram: Tensor) -> float:
@@ -62,7 +66,7 @@ def test_the_form_is_the_kronecker_product(num_blocks):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_loss_of_the_model_is_less_than_with_alps(pattern, seed):
     case, blocks = problem(seed, 32, 64), fisher(seed, 2, 16)
-    stats, target = replace(case.stats, fisher=blocks), Target(pattern)
+    stats, target = replace(case.stats, output_fisher=blocks), Target(pattern)
     found = kfac(case.weight, stats, target, SolverOptions(), "q")
     plain = admm(case.weight, case.stats, target, SolverOptions(), "q")
     outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
@@ -77,7 +81,7 @@ def test_the_loss_of_the_model_is_less_than_with_alps(pattern, seed):
 def test_weights_are_nearly_the_best_on_their_support(pattern):
     """Oracle: the normal equations of the dense Kronecker product."""
     case, blocks = problem(3, 8, 16), fisher(4, 2, 4)
-    found = kfac(case.weight, replace(case.stats, fisher=blocks), Target(pattern), SolverOptions(), "q")
+    found = solve(case, blocks, pattern)
     dense = torch.kron(whole(blocks), damped(case.stats.gram, 0.01))
     kept, weight = found.mask.flatten(), case.weight.double().flatten()
     best = torch.zeros_like(weight)
@@ -104,7 +108,9 @@ def test_near_the_best_of_all_supports():
             cross = dense[gone][:, places]
             rest = dense[gone][:, gone] - cross @ torch.linalg.solve(inside, cross.T)
             losses.append(float(weight[gone] @ rest @ weight[gone]))
-        found = kfac(case.weight, replace(case.stats, fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q")
+        found = kfac(
+            case.weight, replace(case.stats, output_fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q"
+        )
         error = found.weight.double().flatten() - weight
         ranks.append(sum(other * 1.02 < float(error @ dense @ error) for other in losses))
     assert sorted(ranks)[3] <= 5
@@ -114,7 +120,7 @@ def test_near_the_best_of_all_supports():
 def test_equal_and_independent_outputs_are_alps():
     """Oracle: `admm`, which has S = 1."""
     case = problem(5, 16, 32)
-    stats = replace(case.stats, fisher=torch.eye(8).expand(2, 8, 8))
+    stats = replace(case.stats, output_fisher=torch.eye(8).expand(2, 8, 8))
     for pattern in PATTERNS:
         found = kfac(case.weight, stats, Target(pattern), SolverOptions(), "q")
         plain = admm(case.weight, case.stats, Target(pattern), SolverOptions(), "q")
@@ -125,7 +131,9 @@ def test_equal_and_independent_outputs_are_alps():
 
 def test_a_matrix_that_nothing_depends_on():
     case = problem(6, 16, 32)
-    found = kfac(case.weight, replace(case.stats, fisher=torch.zeros(2, 8, 8)), Target(NM(2, 4)), SolverOptions(), "q")
+    found = kfac(
+        case.weight, replace(case.stats, output_fisher=torch.zeros(2, 8, 8)), Target(NM(2, 4)), SolverOptions(), "q"
+    )
     assert bool(found.weight.isfinite().all())
     assert (found.mask.view(16, 8, 4).sum(-1) == 2).all()
 
@@ -133,14 +141,16 @@ def test_a_matrix_that_nothing_depends_on():
 def test_outputs_that_do_not_matter_go_first():
     case, blocks = problem(7, 16, 32), torch.eye(16)[None].clone()
     blocks[0, :8] *= 1e-8
-    found = kfac(case.weight, replace(case.stats, fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q")
+    found = kfac(
+        case.weight, replace(case.stats, output_fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q"
+    )
     pruned = (~found.mask).sum(1)
     assert int(pruned[:8].sum()) > 1.5 * int(pruned[8:].sum())
 
 
 def test_rounding_obeys_the_support():
     case = problem(8, 16, 64)
-    stats, target = replace(case.stats, fisher=fisher(8, 1, 16)), Target(Unstructured(0.5), Grid(4, 32))
+    stats, target = replace(case.stats, output_fisher=fisher(8, 1, 16)), Target(Unstructured(0.5), Grid(4, 32))
     found = kfac(case.weight, stats, target, SolverOptions(), "q")
     assert torch.equal(found.mask, kfac(case.weight, stats, Target(target.pattern), SolverOptions(), "q").mask)
     assert torch.equal(found.weight.double(), code_product(found.codes))
@@ -159,7 +169,7 @@ def test_the_path_gives_its_own_losses_and_they_rise(kind):
     patterns = (
         [Unstructured(s) for s in (0.2, 0.5, 0.8, 1.0)] if kind == "unstructured" else [NM(k, 16) for k in (12, 8, 3)]
     )
-    stats = replace(case.stats, fisher=blocks)
+    stats = replace(case.stats, output_fisher=blocks)
     outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
     losses, form = [], quadratic(case.weight, stats, blocks, 0.01, "q")
     for pattern, (weight, of_path) in zip(patterns, error_path(form, patterns), strict=True):
@@ -172,17 +182,17 @@ def test_the_path_gives_its_own_losses_and_they_rise(kind):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_propagation_is_the_least_squares_answer_to_the_dense_outputs(share):
+def test_compensation_is_the_least_squares_answer_to_the_dense_outputs(share):
     """Oracle: float64 least squares of W Z on X, with the damping on the difference."""
     case = problem(11, 12, 24)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(case.inputs.shape, generator=generator) * case.inputs.std(1, keepdim=True)
     dense_inputs = case.inputs + 0.3 * noise
-    drift = (dense_inputs - case.inputs) @ case.inputs.T
-    stats = GramStats(case.stats.gram, case.stats.num_tokens, drift)
+    shift = (dense_inputs - case.inputs) @ case.inputs.T
+    stats = GramStats(case.stats.gram, case.stats.num_tokens, shift)
     x, z, w = case.inputs.double(), dense_inputs.double(), case.weight.double()
     step = w @ (z - x) @ x.T @ torch.linalg.inv(damped(case.stats.gram, 1e-6))
-    found, damp = propagated(case.weight, stats, share, 1e-6, "q")
+    found, damp = compensated(case.weight, stats, share, 1e-6, "q")
     assert damp == 1e-6
     torch.testing.assert_close(found.double(), w + share * step, rtol=1e-2, atol=1e-3)
     if share == 1:
@@ -192,17 +202,17 @@ def test_propagation_is_the_least_squares_answer_to_the_dense_outputs(share):
         assert float(reached) < 0.9 * float((w @ z - w @ x).square().sum())
 
 
-def test_without_drift_nothing_is_corrected():
+def test_without_an_input_shift_nothing_is_corrected():
     case = problem(12, 8, 16)
-    assert propagated(case.weight, case.stats, 1.0, 0.01, "q")[0] is case.weight
+    assert compensated(case.weight, case.stats, 1.0, 0.01, "q")[0] is case.weight
 
 
-def test_the_damp_that_propagation_took_is_told():
+def test_the_damp_of_the_compensation_is_returned():
     """Fewer tokens than inputs: the first rung of the ladder fails."""
     case = problem(13, 8, 16)
     gram = torch.ones(16, 16)
-    stats = GramStats(gram, 1, drift=gram)
-    assert propagated(case.weight, stats, 1.0, 1e-8, "q")[1] > 1e-8
+    stats = GramStats(gram, 1, input_shift=gram)
+    assert compensated(case.weight, stats, 1.0, 1e-8, "q")[1] > 1e-8
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(5, 16), Unstructured(0.5)], ids=repr)
@@ -210,7 +220,7 @@ def test_a_weight_that_is_stored_transposed_is_solved_alike(pattern):
     """Oracle: the same weight in rows; GPT-2 stores (I, O)."""
     case = problem(14, 16, 32)
     view = case.weight.T.contiguous().T
-    stats = replace(case.stats, fisher=fisher(0, 1, 16))
+    stats = replace(case.stats, output_fisher=fisher(0, 1, 16))
     options = SolverOptions()
     found, expected = (kfac(w, stats, Target(pattern), options, "c_fc") for w in (view, case.weight))
     assert torch.equal(found.mask, expected.mask)

@@ -1,7 +1,5 @@
 """The inverse factor against float64 inverses, the damping ladder rung by rung, the output error against its inputs."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given
@@ -141,18 +139,3 @@ def test_precise_matmul_restores_the_setting_even_after_an_exception(setting):
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@few
-@given(st.integers(0, 99), st.lists(st.integers(0, 64), max_size=5), st.randoms(use_true_random=False))
-def test_statistics_of_any_split_in_any_order_add_to_the_same_sum(seed, cuts, random):
-    """Oracle: the Gram of all tokens at once, in float64."""
-    inputs = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed))
-    edges = [0, *sorted(cuts), 64]
-    parts = [inputs[:, a:b] for a, b in pairwise(edges)]
-    random.shuffle(parts)
-    total = GramStats(torch.zeros(6, 6), 0)
-    for part in parts:
-        total = total + GramStats(part @ part.T, part.shape[1])
-    assert total.num_tokens == 64
-    torch.testing.assert_close(total.gram.double(), inputs.double() @ inputs.double().T, rtol=1e-4, atol=1e-4)

@@ -4,15 +4,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import best_n_of_m, code_product, damped, drop_lowest, few, problem, score_of
+from oracles import Problem, best_n_of_m, code_product, damped, drop_lowest, few, problem, score_of
 
 from mspc.errors import ActivationError, InputError, SingularGramError
-from mspc.numerics.saliency import CRITERIA
+from mspc.published.criteria import CRITERIA
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.options import SolverOptions
-from mspc.types import NM, GramStats, Grid, Target, Unstructured
+from mspc.types import NM, CompressedLinear, GramStats, Grid, Target, Unstructured
 
 ALL = sorted(CRITERIA)
+
+
+def masked(case: Problem, target: Target, criterion: str = "isc") -> CompressedLinear:
+    return mask_only(case.weight, case.stats, target, SolverOptions(criterion=CRITERIA[criterion]), "q_proj")
 
 
 def hessian_of(criterion: str, gram: torch.Tensor) -> torch.Tensor:
@@ -24,7 +28,9 @@ def hessian_of(criterion: str, gram: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.95, 1.0])
 def test_mask_over_the_matrix_equals_sorting_float64_scores(criterion, sparsity):
     case = problem(1, 16, 33)
-    result = mask_only(case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=criterion), "q")
+    result = mask_only(
+        case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=CRITERIA[criterion]), "q"
+    )
     gram = hessian_of(criterion, case.stats.gram)
     score = score_of(criterion, case.weight.double(), gram.diagonal(), torch.linalg.inv(gram).diagonal())
     assert torch.equal(result.mask, drop_lowest(score, round(16 * 33 * sparsity)))
@@ -37,7 +43,9 @@ def test_mask_over_the_matrix_equals_sorting_float64_scores(criterion, sparsity)
 def test_mask_per_row_equals_sorting_each_row(criterion, sparsity):
     """Oracle: float64 scores; every row loses its share of the exact count, rounded down or up."""
     case = problem(2, 16, 33)
-    result = mask_only(case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=criterion), "q")
+    result = mask_only(
+        case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=CRITERIA[criterion]), "q"
+    )
     score = score_of(criterion, case.weight.double(), case.stats.gram.double().diagonal(), torch.ones(33))
     counts = (~result.mask).sum(1).tolist()
     assert sum(counts) == round(16 * 33 * sparsity)
@@ -51,7 +59,7 @@ def test_mask_per_row_equals_sorting_each_row(criterion, sparsity):
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(4, 8), NM(4, 4)], ids=repr)
 def test_n_of_m_mask_equals_the_best_of_all_subsets(criterion, pattern):
     case = problem(3, 8, 32)
-    result = mask_only(case.weight, case.stats, Target(pattern), SolverOptions(criterion=criterion), "q_proj")
+    result = masked(case, Target(pattern), criterion)
     gram = hessian_of(criterion, case.stats.gram)
     score = score_of(criterion, case.weight.double(), gram.diagonal(), torch.linalg.inv(gram).diagonal())
     assert torch.equal(result.mask, best_n_of_m(score, pattern))
@@ -71,7 +79,9 @@ def test_counts_are_exact_and_dead_inputs_go_first(criterion, num_rows, num_colu
     """By counting: while a dead weight is kept, no live one is pruned (row by row for wanda and ria)."""
     dead = sorted(j for j in dead if j < num_columns)
     case = problem(seed, num_rows, num_columns, dead)
-    result = mask_only(case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=criterion), "q")
+    result = mask_only(
+        case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=CRITERIA[criterion]), "q"
+    )
     assert int((~result.mask).sum()) == round(num_rows * num_columns * sparsity)
     is_dead = torch.zeros(num_columns, dtype=torch.bool)
     is_dead[dead] = True
@@ -86,7 +96,9 @@ def test_dead_inputs_go_first_in_n_of_m_groups():
     """By hand: columns 1 and 2 of every four are dead, so 2:4 keeps 0 and 3."""
     case = problem(4, 8, 16, dead=[j for j in range(16) if j % 4 in (1, 2)])
     for criterion in ALL:
-        result = mask_only(case.weight, case.stats, Target(NM(2, 4)), SolverOptions(criterion=criterion), "q_proj")
+        result = mask_only(
+            case.weight, case.stats, Target(NM(2, 4)), SolverOptions(criterion=CRITERIA[criterion]), "q_proj"
+        )
         assert torch.equal(result.mask, torch.tensor([True, False, False, True]).repeat(8, 4))
 
 
@@ -95,8 +107,8 @@ def test_dead_inputs_go_first_in_n_of_m_groups():
 def test_grid_rounds_the_kept_weights(pattern, grid):
     """Oracles: the mask without grid, Python arithmetic on the codes, and half a scale of error inside the range."""
     case = problem(5, 16, 32)
-    result = mask_only(case.weight, case.stats, Target(pattern, grid), SolverOptions(), "q_proj")
-    assert torch.equal(result.mask, mask_only(case.weight, case.stats, Target(pattern), SolverOptions(), "q_proj").mask)
+    result = masked(case, Target(pattern, grid))
+    assert torch.equal(result.mask, masked(case, Target(pattern)).mask)
     assert result.codes is not None
     assert torch.equal(result.weight.double(), code_product(result.codes))
     assert bool((result.weight[~result.mask] == 0).all())
@@ -120,7 +132,7 @@ def test_inputs_are_not_changed(target):
     case = problem(7, dead=[3])
     copies = case.weight.clone(), case.stats.gram.clone()
     for criterion in ALL:
-        mask_only(case.weight, case.stats, target, SolverOptions(criterion=criterion), "q_proj")
+        masked(case, target, criterion)
     assert torch.equal(case.weight, copies[0])
     assert torch.equal(case.stats.gram, copies[1])
 
@@ -139,14 +151,14 @@ def test_errors_name_the_matrix():
 def test_gram_that_is_not_finite_is_refused_whatever_the_criterion(criterion):
     """By the docstring of the solver: it raises what the inverse raises. (Scales need the Gram, even for magnitude.)"""
     stats = GramStats(torch.full((4, 4), float("nan")), 3)
-    target, options = Target(Unstructured(0.5), Grid(4, 4)), SolverOptions(criterion=criterion)
+    target, options = Target(Unstructured(0.5), Grid(4, 4)), SolverOptions(criterion=CRITERIA[criterion])
     with pytest.raises(ActivationError, match=r"layers\.1\.q_proj"):
         mask_only(torch.ones(2, 4), stats, target, options, "layers.1.q_proj")
 
 
 def test_damp_of_the_inverse_is_reported_and_zero_where_none_was_needed():
     case, target = problem(9), Target(Unstructured(0.5))
-    damps = {c: mask_only(case.weight, case.stats, target, SolverOptions(criterion=c), "q").damp for c in ALL}
+    damps = {c: masked(case, target, c).damp for c in ALL}
     assert damps == {"isc": 0.01, "magnitude": 0.0, "obs": 0.01, "ria": 0.0, "wanda": 0.0}
 
 
@@ -154,5 +166,5 @@ def test_damp_of_the_inverse_is_reported_and_zero_where_none_was_needed():
 def test_pruned_weights_are_zero_without_a_sign(target):
     """By the bits: a weight of -0.0 would not survive packing by mask."""
     case = problem(10)
-    result = mask_only(case.weight, case.stats, target, SolverOptions(), "q_proj")
+    result = masked(case, target)
     assert not bool(result.weight[~result.mask].signbit().any())

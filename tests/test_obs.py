@@ -20,7 +20,7 @@ from oracles import (
 )
 
 from mspc.errors import ActivationError, InputError, SingularGramError
-from mspc.numerics.saliency import CRITERIA
+from mspc.published.criteria import CRITERIA
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.obs import obs, sweep
 from mspc.solvers.options import SolverOptions
@@ -50,7 +50,7 @@ GRIDS = [
     ("target", "options"),
     [
         (Target(Unstructured(0.5)), {}),
-        (Target(Unstructured(0.9)), {"criterion": "wanda", "damp": 0.1}),
+        (Target(Unstructured(0.9)), {"criterion": CRITERIA["wanda"], "damp": 0.1}),
         (Target(Unstructured(1.0)), {}),
         (Target(NM(2, 4)), {}),
         (Target(NM(4, 8), Grid(4, 64)), {}),

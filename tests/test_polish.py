@@ -1,4 +1,4 @@
-"""Polishing rounded weights: float64 least squares for the scales, all single changes of a code by brute force."""
+"""Polishing quantized weights: float64 least squares for the scales, all single changes of a code by brute force."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def rounded(grid, sparsity=0.3, seed=0):
 
 
 def errors(wanted, codes, gram):
-    """Of each row, in float64."""
+    """The error of each row, in float64."""
     difference = (wanted - dequantize(codes)).double()
     return ((difference @ gram.double()) * difference).sum(1)
 

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import damped, few, least_squares, loss, problem
 
-from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
+from mspc.published.criteria import CRITERIA
 
 
 def score(criterion: str, case, gram: torch.Tensor) -> torch.Tensor:
     """The criterion in float64, so that only its formula is tested."""
-    return CRITERIA[criterion](case.weight.double(), gram.diagonal(), torch.linalg.inv(gram).diagonal())
+    return CRITERIA[criterion].score(case.weight.double(), gram.diagonal(), torch.linalg.inv(gram).diagonal())
 
 
 @few
@@ -84,7 +84,7 @@ def test_magnitude_knows_no_inputs():
     """Definition: |w|, whatever the inputs."""
     case = problem(5)
     nothing = torch.zeros(64)
-    assert torch.equal(CRITERIA["magnitude"](case.weight, nothing, nothing), case.weight.abs())
+    assert torch.equal(CRITERIA["magnitude"].score(case.weight, nothing, nothing), case.weight.abs())
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
@@ -92,7 +92,7 @@ def test_zero_weights_score_zero_and_nothing_is_nan(criterion):
     """By every definition a weight that is zero already costs nothing to remove."""
     case = problem(6, 8, 16)
     case.weight[2], case.weight[:, 5] = 0, 0
-    got = CRITERIA[criterion](case.weight, case.stats.gram.diagonal(), torch.ones(16))
+    got = CRITERIA[criterion].score(case.weight, case.stats.gram.diagonal(), torch.ones(16))
     assert bool(got.isfinite().all())
     assert torch.equal(got == 0, case.weight == 0)
     assert bool((got >= 0).all())
@@ -100,7 +100,7 @@ def test_zero_weights_score_zero_and_nothing_is_nan(criterion):
 
 def test_only_the_criteria_defined_per_row_are_compared_per_row():
     """Wanda and RIA are, by their papers."""
-    assert sorted(COMPARED_PER_ROW) == ["ria", "wanda"]
+    assert sorted(name for name, criterion in CRITERIA.items() if criterion.per_row) == ["ria", "wanda"]
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
@@ -108,6 +108,6 @@ def test_inputs_are_not_changed(criterion):
     case = problem(7)
     copies = case.weight.clone(), case.stats.gram.clone()
     diagonal = case.stats.gram.diagonal()
-    CRITERIA[criterion](case.weight, diagonal, 1 / diagonal)
+    CRITERIA[criterion].score(case.weight, diagonal, 1 / diagonal)
     assert torch.equal(case.weight, copies[0])
     assert torch.equal(case.stats.gram, copies[1])

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mspc.errors import InputError
 from mspc.text import builtin as builtin_text
-from mspc.text.tokens import AT_ONCE, calibration_tokens, evaluation_tokens, load_documents
+from mspc.text.tokens import AT_ONCE, calibration_tokens, load_documents, windows_of_test_text
 
 BOS = 9999
 
@@ -36,7 +36,7 @@ NUMBERS = numbers_tokenizer()
 
 
 def corpus(folder: Path, lengths: list[int]) -> str:
-    """Documents of so many words, numbered on from one to the next, as lines of a .jsonl."""
+    """One document per length, of numbered words, as lines of a .jsonl; the numbers go on from one to the next."""
     path = folder / "corpus.jsonl"
     first, lines = 0, []
     for length in lengths:
@@ -111,7 +111,7 @@ def test_every_document_begins_with_the_bos_of_its_tokenizer(tmp_path):
 
 def test_evaluation_windows_are_slices_of_one_tokenization(tmp_path):
     source = corpus(tmp_path, [50, 3, 200, 1, 77])
-    ids = evaluation_tokens(NUMBERS, source, 32, None).ids
+    ids = windows_of_test_text(NUMBERS, source, 32, None).ids
     assert ids.flatten().tolist() == list(range(331 // 32 * 32))  # in order, the remainder dropped
     assert ids.shape == (10, 32)
 
@@ -120,12 +120,12 @@ def test_documents_are_joined_by_blank_lines_and_tokenized_as_one_text(tmp_path,
     tokenizer = tiny.byte_tokenizer()
     (tmp_path / "b.txt").write_text("second é\n")
     (tmp_path / "a.txt").write_text("first " * 20)
-    ids = evaluation_tokens(tokenizer, str(tmp_path), 7, None).ids.flatten().tolist()
+    ids = windows_of_test_text(tokenizer, str(tmp_path), 7, None).ids.flatten().tolist()
     assert tokenizer.decode(ids) == ("first " * 20 + "\n\nsecond é\n").encode()[: len(ids)].decode(errors="replace")
 
 
 def test_there_is_one_bos_at_the_very_start(tmp_path):
-    ids = evaluation_tokens(numbers_tokenizer(bos=True), corpus(tmp_path, [50, 30, 60]), 20, None).ids
+    ids = windows_of_test_text(numbers_tokenizer(bos=True), corpus(tmp_path, [50, 30, 60]), 20, None).ids
     assert ids.flatten().tolist() == [BOS, *range(139)]
 
 
@@ -136,9 +136,9 @@ def words(lengths: list[int]) -> str:
 @pytest.mark.parametrize("max_windows", [1, 2, 5, 19, 20, 1000])
 def test_max_windows_are_the_first_of_all(max_windows, heldout):
     tokenizer = tiny.byte_tokenizer()
-    everything = evaluation_tokens(tokenizer, str(heldout), 32, None).ids
+    everything = windows_of_test_text(tokenizer, str(heldout), 32, None).ids
     assert len(everything) == 20
-    assert torch.equal(evaluation_tokens(tokenizer, str(heldout), 32, max_windows).ids, everything[:max_windows])
+    assert torch.equal(windows_of_test_text(tokenizer, str(heldout), 32, max_windows).ids, everything[:max_windows])
 
 
 @pytest.mark.parametrize("characters", [1, 4, 10, 11, 12, 13, 16, 33, 400])
@@ -150,29 +150,29 @@ def test_max_windows_are_the_first_of_all_however_long_a_token_is(max_windows, c
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     (tmp_path / "a.txt").write_text(words([characters + i % 7 for i in range(90)]))
-    everything = evaluation_tokens(fast, str(tmp_path), 16, None).ids
+    everything = windows_of_test_text(fast, str(tmp_path), 16, None).ids
     assert len(everything) == 5
-    assert torch.equal(evaluation_tokens(fast, str(tmp_path), 16, max_windows).ids, everything[:max_windows])
+    assert torch.equal(windows_of_test_text(fast, str(tmp_path), 16, max_windows).ids, everything[:max_windows])
 
 
 def test_the_prefix_changes_no_token_of_a_trained_tokenizer():
     """BPE merges of a real vocabulary, on the built-in text, at every small number of windows."""
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "examples" / "tiny_llama")
-    everything = evaluation_tokens(tokenizer, "builtin", 64, 400).ids
+    everything = windows_of_test_text(tokenizer, "builtin", 64, 400).ids
     for max_windows in (1, 2, 3, 10, 57):
-        assert torch.equal(evaluation_tokens(tokenizer, "builtin", 64, max_windows).ids, everything[:max_windows])
+        assert torch.equal(windows_of_test_text(tokenizer, "builtin", 64, max_windows).ids, everything[:max_windows])
 
 
 def test_builtin_splits_are_used_where_they_belong():
     assert load_documents("builtin", "calibration") == builtin_text.documents("calibration")
-    assert load_documents("builtin", "heldout") == builtin_text.documents("heldout")
+    assert load_documents("builtin", "test") == builtin_text.documents("test")
 
 
 def test_too_little_text_for_one_window(tmp_path):
     source = corpus(tmp_path, [31])
     with pytest.raises(InputError, match=r"Too little text.*31 tokens do not fill one window of 32.*--sequence-length"):
-        evaluation_tokens(NUMBERS, source, 32, None)
-    assert evaluation_tokens(NUMBERS, source, 31, None).ids.shape == (1, 31)
+        windows_of_test_text(NUMBERS, source, 32, None)
+    assert windows_of_test_text(NUMBERS, source, 31, None).ids.shape == (1, 31)
 
 
 def parquet(path: Path, **columns: list[object]) -> Path:
@@ -191,7 +191,7 @@ def test_every_kind_of_file_and_a_folder_of_them(tmp_path):
     expected = {"a.txt": ["one\n\nstill one"], "b.jsonl": ["two", "three"], "c.parquet": ["four", "five"]}
     for name, texts in expected.items():
         assert load_documents(str(tmp_path / name), "calibration") == texts
-        assert load_documents(str(tmp_path / name), "heldout") == texts
+        assert load_documents(str(tmp_path / name), "test") == texts
     assert load_documents(str(tmp_path), "calibration") == [*expected["a.txt"], "two", "three", "four", "five", "six"]
 
 
@@ -252,10 +252,10 @@ def test_unknown_texts_are_refused_at_once_offline(source):
     ("source", "split", "asked", "expected"),
     [
         ("c4", "calibration", ("allenai/c4", "en", "train"), ["a", "", "b"]),
-        ("c4", "heldout", ("allenai/c4", "en", "validation"), ["a", "", "b"]),
+        ("c4", "test", ("allenai/c4", "en", "validation"), ["a", "", "b"]),
         ("wikitext2", "calibration", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"), ["a\n\n\n\nb"]),
-        ("wikitext2", "heldout", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), ["a\n\n\n\nb"]),
-        ("some/text", "heldout", ("some/text", None, "test"), ["a", "", "b"]),
+        ("wikitext2", "test", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), ["a\n\n\n\nb"]),
+        ("some/text", "test", ("some/text", None, "test"), ["a", "", "b"]),
     ],
 )
 def test_which_split_of_a_hub_text_is_read(source, split, asked, expected, monkeypatch):

@@ -19,11 +19,11 @@ from mspc.planning.allocation import allocate, allocate_bytes, candidates, plann
 from mspc.planning.curve import Curve
 from mspc.planning.curve_measurement import SPARSITIES
 from mspc.planning.measurements import fisher_factors
+from mspc.planning.solver_options import solver_options
 from mspc.planning.validation import try_plans
 from mspc.progress import Silent
 from mspc.recipe import Recipe
 from mspc.solvers.admm import error_path
-from mspc.solvers.options import solver_options
 from mspc.solvers.quadratic import quadratic
 from mspc.text.tokens import calibration_tokens
 from mspc.types import BITS, Grid, Matrix, PlannedMatrix, Target, Unstructured

@@ -80,28 +80,27 @@ def test_walking_changes_nothing_and_visits_every_matrix_once(family, folder_of)
     torch.testing.assert_close(batches[0].hidden.flatten(0, -2), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("free", [2**40, 0])
-def test_a_dense_walk_is_the_same_each_time_and_the_model_is_passed_once_if_memory_allows(free, folder_of, monkeypatch):
-    """Oracle: `walk`."""
-    model, ids = opened(folder_of("llama")), tiny.ids(3)
-    matrices, passes = model.matrices(()), []
+@pytest.mark.parametrize("memory", [2**40, 0])
+def test_a_dense_walk_is_the_same_each_time_and_keeps_statistics_if_memory_allows(memory, llama):
+    """Oracle: `walk`. A second pass through the model would make new statistics."""
+    model, ids = opened(llama), tiny.ids(3)
+    matrices, seen = model.matrices(()), []
     expected = [
         (v.matrix, v.weight.clone(), v.stats.gram, v.block, v.is_last_of_block)
         for v in walk(model, batches_of(model, ids), matrices)
     ]
-    monkeypatch.setattr("mspc.passes.walk.free_memory", lambda device: free)
-    monkeypatch.setattr("mspc.passes.walk.batches_of", lambda *args: passes.append(1) or batches_of(*args))
-    dense = DenseWalk(model, ids, matrices)
+    dense = DenseWalk(model, ids, matrices, memory)
     for _ in range(2):
         for visit, (matrix, weight, gram, block, is_last) in zip(dense, expected, strict=True):
             assert (visit.matrix, visit.block, visit.is_last_of_block) == (matrix, block, is_last)
             assert torch.equal(visit.weight, weight)
             assert torch.equal(visit.stats.gram, gram)
-    assert len(passes) == (1 if free else 2)
+            seen.append(visit.stats)
+    assert all((first is second) == bool(memory) for first, second in zip(seen, seen[len(expected) :], strict=False))
 
 
 def _final_norm(model: StreamedModel) -> str:
-    """The norm after the last block stands beside the list of blocks."""
+    """The norm after the last block, a sibling of the list of blocks."""
     owner = model.blocks_name.rpartition(".")[0]
     (name,) = (
         name for name, _ in model.model.get_submodule(owner).named_children() if "norm" in name or name == "ln_f"
@@ -275,12 +274,12 @@ def test_passes_that_are_run_again_give_the_same(memory, llama):
         results.append((stats, batches))
     for one, other in zip(results[0][0], results[1][0], strict=True):
         assert torch.equal(one.gram, other.gram)
-        assert torch.equal(one.drift, other.drift)
+        assert torch.equal(one.input_shift, other.input_shift)
     assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_drift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
+def test_input_shift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
     """Oracle: hooks on two transformers models, one of them compressed so far."""
     model, ids = opened(folder_of(family)), tiny.ids(3)
     dense, actual = tiny.reference(folder_of(family)), tiny.reference(folder_of(family))
@@ -289,7 +288,7 @@ def test_drift_is_the_difference_of_dense_and_actual_inputs(family, folder_of):
         name = visit.matrix.name
         was, now = (tiny.inputs_of(whole, ids, [name])[name].double() for whole in (dense, actual))
         expected = (was - now).T @ now
-        error = (visit.stats.drift.double() - expected).abs().max()
+        error = (visit.stats.input_shift.double() - expected).abs().max()
         assert float(error) < 1e-5 * float((now.T @ now).diagonal().max()), name
         install(visit.weight, visit.weight * 0.8)
         actual.get_submodule(name).weight.mul_(0.8)

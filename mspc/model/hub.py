@@ -1,4 +1,4 @@
-"""Folders and hub ids: where a model is, its config and tokenizer, and the device that it runs on."""
+"""Folders and hub ids of models, their configs and tokenizers, and the device to run on."""
 
 import difflib
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(model: str) -> Path:
-    """The local folder of a path or hub id; downloads safetensors, configs and tokenizer of the latter."""
+    """The local folder of a path or hub id. Downloads safetensors, configs and tokenizer of a hub id."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputError(f"Model {model!r} is not a folder; give a Hugging Face checkpoint folder or a hub id.")
+        raise InputError(f"Model {model!r} is not a folder. Give a Hugging Face checkpoint folder or a hub id.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -34,7 +34,7 @@ def resolve(model: str) -> Path:
         first, *_ = str(error).splitlines() or [""]
         raise InputError(
             f"Model {model!r} is no folder here ({path.absolute()}{meant}) and could not be fetched from the hub "
-            f"({first}); check the name, the network, and for gated models `hf auth login`."
+            f"({first}). Check the name, the network, and for gated models `hf auth login`."
         ) from error
 
 
@@ -47,8 +47,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         if not is_sparse_export(folder):
             method = config.quantization_config["quant_method"]
             raise InputError(
-                f"{folder} is quantized already (quant_method {method!r}), and is not read here. Checkpoints that are "
-                "not quantized are, mspc's artifacts, and exports of the formats dense and sparse."
+                f"{folder} is quantized already (quant_method {method!r}). Give a checkpoint that is not quantized, an "
+                "mspc artifact, or an export of the formats dense or sparse."
             )
         del config.quantization_config  # its weights are read dense
     return config
@@ -62,7 +62,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model was made for, where its config says so."""
+    """Maximum sequence length in tokens by the config, or None."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         if isinstance(longest := getattr(text, name, None), int):
@@ -85,13 +85,13 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"Device {name!r} cannot be used ({error}); choose cpu or leave it at auto.") from error
+        raise InputError(f"Device {name!r} cannot be used ({error}). Choose cpu, or leave it at auto.") from error
     return torch.device(name)
 
 
 @contextmanager
 def without_progress() -> Iterator[None]:
-    """No bar of transformers over the weights that it loads; afterwards there are bars again, if there were before."""
+    """Hide the progress bars of transformers inside; the setting is restored on exit."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Opening a checkpoint folder, an artifact or a sparse export as a model, or as a source of tensors."""
+"""Open a checkpoint folder, an artifact or a sparse export as a model, or as a source of tensors."""
 
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from mspc.storage.sparse_export import SparseSource, is_sparse_export
 def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager: bool = False) -> StreamedModel:
     """A checkpoint folder, an artifact or a sparse export as a streamed model.
 
-    `eager` runs attention and experts as plain operations, which have second derivatives, instead of the fused kernels
-    that transformers chooses.
+    With `eager`, attention and experts are plain operations, which have second derivatives, and not fused kernels.
     """
     source = open_source(folder)
     config = load_config(folder)
@@ -29,7 +28,7 @@ def open_source(folder: Path) -> TensorSource:
 
 
 def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch.dtype:
-    """auto: float32 on a CPU, where half precision is slow and coarse; the checkpoint's own elsewhere."""
+    """A dtype by name. `auto` is float32 on a CPU, where half precision is slow, else the checkpoint's own."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":

@@ -1,7 +1,7 @@
 """Causal language models that are never whole in memory.
 
-The module tree is built on the meta device; weights are read from safetensors when a part is needed and dropped
-afterwards. This is the only file that knows how transformers names, converts, ties and calls things.
+The module tree is built on the meta device. Weights are read from safetensors when a part is needed, and dropped
+afterwards. Only this file knows how transformers names, converts and ties weights.
 """
 
 import copy
@@ -28,7 +28,7 @@ from mspc.types import Matrix
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get their parameters on meta but real buffers, so computed ones (rotary) are there."""
+    """Inside, new modules get parameters on meta but real buffers, because some buffers (rotary) are computed."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -44,8 +44,8 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a parameter comes from: its keys in the source, and the conversion if it is not simply one of them."""
+class SourceTensors:
+    """The keys of a parameter in the source, and the conversion, unless it is simply the one tensor."""
 
     keys: list[str]
     converter: WeightConverter | None = None
@@ -62,7 +62,7 @@ class StreamedModel:
         self, source: TensorSource, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, eager: bool
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
-        # Some versions of transformers run capped attention through kernels that leave the cap out.
+        # Some versions of transformers run capped attention through kernels that ignore the cap.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         kernels = "eager" if eager or capped else None
         with parameters_on_meta():
@@ -74,11 +74,9 @@ class StreamedModel:
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
-        self.origins = _map_keys(self.model, source.keys())
-        _match_ties(self.model, self.origins)
+        self.source_tensors = _map_keys(self.model, source.keys())
+        _match_ties(self.model, self.source_tensors)
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
-        # A value that a block returns besides the hidden states makes it a tuple; learned when one is first run.
-        self.blocks_return_tuples = False
 
     def block_name(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
@@ -89,7 +87,7 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights; they are gone afterwards."""
+        """Block `index` with its weights, which are dropped on exit."""
         block = self.blocks[index]
         prefix = self.block_name(index) + "."
         try:
@@ -100,7 +98,7 @@ class StreamedModel:
 
     @contextmanager
     def loaded_outer(self) -> Iterator[PreTrainedModel]:
-        """The model with all weights but those of the blocks."""
+        """The model with all weights except those of the blocks."""
         inside = self.blocks_name + "."
         names = [name for name, _ in _named_tensors(self.model) if not name.startswith(inside)]
         try:
@@ -111,7 +109,7 @@ class StreamedModel:
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """The model with all of its weights, for what cannot be done block by block."""
+        """The model with all of its weights."""
         with ExitStack() as stack:
             model = stack.enter_context(self.loaded_outer())
             for index in range(len(self.blocks)):
@@ -119,21 +117,21 @@ class StreamedModel:
             yield model
 
     def _load(self, names: dict[str, str], module: nn.Module) -> None:
-        """Fill the tensors of `module`: full name -> name within it. Tied ones stay one tensor."""
+        """Fill the tensors of `module`, given as full name -> name within it. Tied ones stay one tensor."""
         by_identity: dict[int, list[str]] = defaultdict(list)
         for full in names:
             by_identity[id(_get(self.model, full))].append(full)
         for aliases in by_identity.values():
             name = aliases[0]
-            if name not in self.origins:
+            if name not in self.source_tensors:
                 continue  # a buffer that older checkpoints do not store
             tensor = self.read_parameter(name)
             self.source_dtypes[name] = tensor.dtype
             expected = _get(self.model, name)
             if tensor.shape != expected.shape:
                 raise InputError(
-                    f"{name} has shape {tuple(tensor.shape)} in the checkpoint, but the config makes it "
-                    f"{tuple(expected.shape)}; config.json and the weights do not belong together."
+                    f"{name} has shape {tuple(tensor.shape)} in the checkpoint, but {tuple(expected.shape)} by the "
+                    "config. Give the config.json that belongs to the weights."
                 )
             if tensor.is_floating_point():
                 tensor = tensor.to(expected.dtype)
@@ -145,7 +143,7 @@ class StreamedModel:
 
     def read_parameter(self, name: str) -> Tensor:
         """One parameter or buffer from the source, in the source's dtype."""
-        origin = self.origins[name]
+        origin = self.source_tensors[name]
         tensors = dict(self.source.read(origin.keys))
         if origin.converter is None:
             return tensors[origin.keys[0]]
@@ -160,24 +158,24 @@ class StreamedModel:
 
     def tensor_key(self, matrix: Matrix) -> str:
         """The name under which the source stores the parameter of a matrix."""
-        return self.origins[matrix.parameter].keys[0]
+        return self.source_tensors[matrix.parameter].keys[0]
 
     def matrices(self, skip: Sequence[str]) -> list[list[Matrix]]:
-        """The weight matrices of every block that are to be compressed, in the order of the module tree.
+        """The weight matrices of every block to compress, in the order of the module tree.
 
         Raises InputError when a block has weights that the walk cannot reach and `skip` does not name.
         """
         patterns = [re.compile(pattern) for pattern in skip]
         found = [self._block_matrices(index, patterns) for index in range(len(self.blocks))]
         if not any(found):
-            raise InputError("Nothing is left to compress: --skip matches every matrix of every block.")
+            raise InputError("Nothing is left to compress: --skip matches every matrix of every block. Skip fewer.")
         first_name: dict[int, str] = {}
         for matrix in (matrix for of_block in found for matrix in of_block):
             first = first_name.setdefault(id(self.model.get_parameter(matrix.parameter)), matrix.name)
             if first != matrix.name:
                 raise InputError(
                     f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
-                    "yet; leave it dense with --skip REGEX."
+                    "yet. Leave it dense with --skip REGEX."
                 )
         return found
 
@@ -188,10 +186,10 @@ class StreamedModel:
             owner = block.get_submodule(name.rpartition(".")[0])
             full = prefix + name
             is_matrix = isinstance(owner, nn.Linear | Conv1D) and name.endswith("weight")
-            is_router = "router" in type(owner).__name__.lower()  # of tokens to experts: small, and better left alone
+            is_router = "router" in type(owner).__name__.lower()  # sends tokens to experts; it is small and sensitive
             if parameter.ndim < 2 or is_router or any(p.search(full.removesuffix(".weight")) for p in skip):
                 continue
-            if not is_matrix or self.origins[full].converter is not None:
+            if not is_matrix or self.source_tensors[full].converter is not None:
                 unreached.append(f"{full} {tuple(parameter.shape)}")
                 continue
             transposed = isinstance(owner, Conv1D)
@@ -209,37 +207,41 @@ def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The ModuleList with the most parameters: the decoder layers of every causal LM."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise InputError(f"{type(model).__name__} has no list of decoder layers that mspc could walk through.")
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder layers. Give a causal language model with one."
+        )
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Origin]:
-    """Parameter name -> where it comes from, by the renamings and conversions that transformers loads with."""
+def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, SourceTensors]:
+    """Parameter name -> its tensors in the source, by the renamings and conversions of transformers."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     names = dict(_named_tensors(model))
     rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=names)
-    plain: dict[str, Origin] = {}
+    plain: dict[str, SourceTensors] = {}
     parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for key in sorted(keys, key=_natural):
         name, pattern = rename(key, renamings, converters)
         if name not in names and key in names:
             name, pattern = key, None
         if pattern is None:
-            plain[name] = Origin([key])
+            plain[name] = SourceTensors([key])
         else:
             parts[name].append((key, pattern))
     converted = {
-        name: Origin([key for key, _ in found], converter_of[found[0][1]], tuple(pattern for _, pattern in found))
+        name: SourceTensors(
+            [key for key, _ in found], converter_of[found[0][1]], tuple(pattern for _, pattern in found)
+        )
         for name, found in parts.items()
     }
     return plain | converted
 
 
-def _match_ties(model: nn.Module, origins: dict[str, Origin]) -> None:
-    """Untie weights that the checkpoint holds one by one, as transformers does; give the other ties one origin.
+def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> None:
+    """Untie weights that the checkpoint stores separately, as transformers does. The other ties share one entry.
 
     Raises InputError for a parameter that the checkpoint does not hold under any of its names.
     """
@@ -247,16 +249,18 @@ def _match_ties(model: nn.Module, origins: dict[str, Origin]) -> None:
     for name, tensor in _named_tensors(model):
         by_identity[id(tensor)].append(name)
     for aliases in by_identity.values():
-        known = [name for name in aliases if name in origins]
+        known = [name for name in aliases if name in source_tensors]
         tensor = _get(model, aliases[0])
         if not isinstance(tensor, nn.Parameter):
             continue
         if not known:
-            raise InputError(f"The checkpoint holds no {aliases[0]}, which the model needs; it is incomplete.")
+            raise InputError(
+                f"The checkpoint holds no {aliases[0]}, which the model needs. It is incomplete: get it again."
+            )
         for name in known[1:]:
             _assign(model, name, nn.Parameter(tensor, requires_grad=False))
         for name in set(aliases) - set(known):
-            origins[name] = origins[known[0]]
+            source_tensors[name] = source_tensors[known[0]]
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
@@ -265,7 +269,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint may hold: parameters and persistent buffers; tied parameters under each of their names."""
+    """Parameters and persistent buffers, as a checkpoint may hold them; tied ones under each of their names."""
     yield from module.state_dict(keep_vars=True).items()
 
 
@@ -282,7 +286,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _drop(module: nn.Module, names: Sequence[str]) -> None:
-    """Put parameters back on meta, tied ones still tied. Buffers stay: nothing could compute those again."""
+    """Put parameters back on meta, tied ones still tied. Buffers stay, as they cannot be computed again."""
     on_meta: dict[int, nn.Parameter] = {}
     for name in names:
         tensor = _get(module, name)

@@ -1,4 +1,4 @@
-"""The linear algebra that everything rests on: the inverse factor of a Gram matrix and the output error."""
+"""Linear algebra of Gram matrices: sums, inverse factors, and the output error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from mspc.errors import ActivationError, SingularGramError
 from mspc.types import GramStats
 
 GRAM_STRIP = 256
-"""Columns of a Gram that are computed at once; the part above its diagonal is left out, up to a strip."""
+"""Rows of a Gram that are computed at once, each only up to the end of its diagonal block."""
 
 
 @contextmanager
 def precise_matmul() -> Iterator[None]:
-    """Full float32 products inside (TF32 corrupts Gram matrices); the caller's setting is restored on exit."""
+    """Compute products in full float32 inside, as TF32 corrupts Gram matrices. The setting is restored on exit."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -26,14 +26,14 @@ def precise_matmul() -> Iterator[None]:
 
 
 def add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add x^T x of `inputs` (T, I) to the lower triangle of `gram` (I, I), and some of the upper: see `symmetrize`."""
+    """Add x^T x of `inputs` (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
     for start in range(0, len(gram), GRAM_STRIP):
         strip = slice(start, start + GRAM_STRIP)
         gram[strip, : strip.stop].addmm_(inputs[:, strip].T, inputs[:, : strip.stop])
 
 
 def symmetrize(gram: Tensor) -> Tensor:
-    """The whole symmetric matrix of its lower triangle."""
+    """The symmetric matrix with this lower triangle."""
     lower = gram.tril()
     return lower + lower.tril(-1).T
 
@@ -58,8 +58,10 @@ class InverseFactor:
 
 
 def regularized(gram: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """A copy of `gram` that can be inverted, and the dead inputs: damp x the mean live diagonal is added to the
-    diagonal, and an input that never was nonzero gets the mean, so it is independent of all others."""
+    """A copy of `gram` that can be inverted, and the dead inputs, which were always zero.
+
+    damp * (mean live diagonal) is added to the diagonal. A dead input gets that mean, independent of all others.
+    """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     live = diagonal[~dead]
@@ -73,8 +75,8 @@ def regularized(gram: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 def upper_inverse_factor(matrix: Tensor) -> Tensor | None:
     """Upper U with U^T U = matrix^-1, or None if the matrix is not numerically positive definite.
 
-    With J the exchange matrix, the Cholesky factor L of J A J gives A = R R^T for the upper R = J L J, so U = R^-1: one
-    factorization where inverting and factoring again takes three.
+    With J the exchange matrix, the Cholesky factor L of J A J gives A = R R^T for the upper R = J L J, so U = R^-1.
+    That is one factorization; inverting and factoring again takes three.
     """
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info):
@@ -90,14 +92,15 @@ def check_finite(stats: GramStats, name: str) -> None:
     if not bool(stats.gram.isfinite().all()):
         raise ActivationError(
             f"{name}: its inputs contain NaN or infinity (Gram of {stats.num_tokens} tokens); the model overflows in "
-            "this precision: try --dtype float32, and check that the model itself evaluates to a finite perplexity."
+            "this precision. Try --dtype float32, and check that the model itself has a finite perplexity."
         )
 
 
 def inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
-    """The inverse factor by a damping ladder: damp, 10 damp, then 10 damp in float64. The rung is in the result.
+    """The inverse factor with the first damping that works: damp, 10 damp, then 10 damp in float64.
 
-    Raises ActivationError for a Gram that is not finite and SingularGramError when the ladder ends.
+    The result holds the damp and the precision. Raises ActivationError for a Gram that is not finite, and
+    SingularGramError if none works.
     """
     gram = stats.gram
     check_finite(stats, name)
@@ -108,13 +111,13 @@ def inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
             return InverseFactor(factor.float(), damped.diagonal().float(), dead, rung_damp, precision)
     raise SingularGramError(
         f"{name}: the Gram matrix of {len(gram)} inputs over {stats.num_tokens} tokens is not positive definite, even "
-        f"with damp {10 * damp:g} in float64; calibrate on more text (--num-sequences, --sequence-length) or raise "
+        f"with damp {10 * damp:g} in float64. Calibrate on more text (--num-sequences, --sequence-length) or raise "
         "--damp."
     )
 
 
 def output_error(weight: Tensor, compressed: Tensor, gram: Tensor) -> float:
-    """|| (W - W^) X ||^2 / || W X ||^2 in float64, from the Gram X X^T. 0 is exact, 1 is as bad as a zero matrix."""
+    """|| (W - W^) X ||^2 / || W X ||^2 in float64, from the Gram X X^T. 0 is exact; a matrix of zeros has 1."""
     gram = gram.double()
     difference = (weight - compressed).double()
     reference = weight.double()

@@ -1,4 +1,4 @@
-"""Scores to masks with exact counts. True = kept. Ties go to the lower column; the only place that rounds a count."""
+"""Scores to masks with exact counts. True = kept. Of equal scores, the one in the lower column is kept."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from mspc.types import NM, Pattern
 
 
 def num_pruned(numel: int, sparsity: float) -> int:
-    """How many of `numel` weights a sparsity means."""
+    """Number of zeros among `numel` weights at a sparsity. Counts are rounded here only."""
     return round(numel * sparsity)
 
 
 def prune_lowest(score: Tensor, count: int) -> Tensor:
-    """Mask (O, I) that drops exactly `count` weights of lowest score, compared over the whole matrix."""
+    """Mask (O, I) that drops exactly `count` weights, those of lowest score in the whole matrix."""
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
     flat = score.flatten()
@@ -29,13 +29,13 @@ def prune_lowest(score: Tensor, count: int) -> Tensor:
 
 def kth_lowest(values: Tensor, k: int) -> Tensor:
     """The k-th smallest (from 1) of all values, as a scalar on their device; in linear time."""
-    if values.device.type == "cpu":  # torch takes eight times as long there
+    if values.device.type == "cpu":  # torch takes eight times as long on the CPU
         return torch.from_numpy(numpy.partition(values.detach().flatten().numpy(), k - 1)[k - 1 : k])[0]
     return values.flatten().kthvalue(k).values
 
 
 def prune_lowest_per_row(score: Tensor, count: int) -> Tensor:
-    """Mask (O, I) that drops exactly `count` weights, every row its lowest; row counts differ by at most one."""
+    """Mask (O, I) that drops exactly `count` weights, the lowest of each row. Row counts differ by at most one."""
     num_rows, num_columns = score.shape
     edges = torch.arange(num_rows + 1, device=score.device) * count // num_rows
     kept_per_row = num_columns - edges.diff()
@@ -53,7 +53,7 @@ def prune_n_of_m(score: Tensor, pattern: NM) -> Tensor:
 
 
 def select(score: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
-    """The mask (O, I) that a pattern makes of scores compared over the whole matrix, or within each row."""
+    """The mask (O, I) of a pattern, by scores compared over the whole matrix, or `per_row`."""
     if isinstance(pattern, NM):
         return prune_n_of_m(score, pattern)
     count = num_pruned(score.numel(), pattern.sparsity)
@@ -63,13 +63,13 @@ def select(score: Tensor, pattern: Pattern, *, per_row: bool) -> Tensor:
 def check_divides(pattern: Pattern, num_columns: int, what: str) -> None:
     if isinstance(pattern, NM) and num_columns % pattern.of:
         raise InputError(
-            f"{what}: the pattern {pattern} needs in features divisible by {pattern.of}, got {num_columns}; choose "
-            "another pattern or leave the matrix out with --skip."
+            f"{what}: the pattern {pattern} needs in features divisible by {pattern.of}, got {num_columns}. Choose "
+            "another pattern, or leave the matrix dense with --skip."
         )
 
 
 def spread(count: int, capacities: Sequence[int]) -> list[int]:
-    """Split `count` over parts in proportion to their capacities: exact sum, no part over its capacity.
+    """Split `count` over parts in proportion to their capacities. The sum is exact, and no part exceeds its capacity.
 
     spread(5, [4, 4, 2]) -> [2, 2, 1].
     """

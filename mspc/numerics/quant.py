@@ -1,7 +1,7 @@
-"""Rounding to a grid: fit scales on the kept weights, weights to codes, codes to weights.
+"""Quantization to a grid: fit scales on the kept weights, weights to codes, codes to weights.
 
-The codes are unsigned with an integer zero point, weight = (code - zero) * scale, which is what every packed format of
-this field stores; a symmetric grid has zero = 2^(bits-1). 0.0 is on every grid, so pruned weights have a code.
+Codes are unsigned with an integer zero point, weight = (code - zero) * scale, as in the packed formats of the field. A
+symmetric grid has zero = 2^(bits-1). 0.0 is on every grid, so pruned weights have a code.
 """
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.types import Codes, Grid
 
-# Ranges tried, as shares of the full one: clipping the largest weight a little buys resolution for all others.
 SHRINK_STEPS = tuple(1 - 0.02 * i for i in range(26))
+"""Ranges tried, as shares of the full range. Clipping the largest weight gives all others more resolution."""
 SMALLEST_SCALE = 2.0**-24  # of float16
 LARGEST_SCALE = 65504.0
 
 
 def groups_of(num_columns: int, grid: Grid, name: str = "the matrix") -> int:
-    """Inputs that share a scale: the group size, or the whole row."""
+    """Number of inputs that share a scale: the group size, or all inputs. Raises InputError if it does not fit."""
     size = grid.group_size or num_columns
     if num_columns % size:
         raise InputError(
-            f"{name}: group size {size} does not divide its {num_columns} in features; choose --group-size "
-            f"{_largest_divisor(num_columns)} or 'row', or leave the matrix out with --skip."
+            f"{name}: group size {size} does not divide its {num_columns} in features. Choose --group-size "
+            f"{_largest_divisor(num_columns)} or 'row', or leave the matrix dense with --skip."
         )
     return size
 
@@ -32,10 +32,10 @@ def _largest_divisor(num_columns: int) -> int:
 
 
 def fit(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale (O,) float16 and zero point (O,) uint8 of one group of every row; weight and mask (O, S), importance (S,).
+    """Scales (O,) float16 and zero points (O,) uint8 of one group of every row, for weight and mask (O, S).
 
-    Least squared error over the kept weights, each column weighted by `importance` (the energy of its input),
-    searched over shrunken ranges.
+    Of all `SHRINK_STEPS`, the range with the least squared error of kept weights is used. `importance` (S,) weighs the
+    columns by the energy of their input.
     """
     kept = weight * mask
     levels, middle = 2**grid.bits - 1, 2 ** (grid.bits - 1)
@@ -86,7 +86,7 @@ def fit_groups(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid, nam
 
 
 def round_to_nearest(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid, name: str) -> Codes:
-    """Codes of a matrix without error feedback; pruned weights get their group's zero point."""
+    """The nearest codes of a matrix, without error feedback. Pruned weights get their group's zero point."""
     scales, zeros = fit_groups(weight, mask, importance, grid, name)
     size = groups_of(weight.shape[1], grid, name)
     per_column = [t.float().repeat_interleave(size, 1) for t in (scales, zeros)]

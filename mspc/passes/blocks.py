@@ -1,4 +1,4 @@
-"""Running a model block by block: the inputs of the blocks, one block on one batch, and the part after the last block.
+"""Run a model block by block: embed a text, pass it through one block, and read logits after the last block.
 
 Activations live in host memory, or in files of a folder for models and texts that do not fit.
 """
@@ -21,7 +21,7 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passes to one block besides the hidden states."""
+    """The arguments that the model passes to one block after the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,10 +34,17 @@ class Batch:
     ids: Tensor
     hidden: Tensor
     calls: list[Call]
+    returns_tuples: bool = False
+    """Blocks return a tuple whose first value is the hidden states. Known after the first block."""
+
+    def sequences(self) -> Iterator["Batch"]:
+        """Each sequence as a batch of its own."""
+        for ids, hidden in zip(self.ids, self.hidden, strict=True):
+            yield Batch(ids[None], hidden[None], self.calls, self.returns_tuples)
 
 
-class _Captured(Exception):
-    """Raised to leave a forward pass when what it was run for is known."""
+class EarlyExit(Exception):
+    """Raised to leave a forward pass as soon as the wanted values are known."""
 
 
 def batches_of(
@@ -45,7 +52,7 @@ def batches_of(
 ) -> list[Batch]:
     """Embed sequences (N, T) and record how the model calls each block.
 
-    `batch_size` sequences go together (None: as many as make about 4096 tokens). With `spill`, activations live in
+    A batch has `batch_size` sequences (None: as many as make about 4096 tokens). With `spill`, activations live in
     unlinked files of that folder.
     """
     size = batch_size or max(1, TOKENS_PER_BATCH // ids.shape[1])
@@ -60,7 +67,7 @@ def batches_of(
 
 
 def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
-    """One forward pass in which every block hands its input through, up to the last."""
+    """The first block's input and the calls of all blocks, from a forward pass in which blocks return their input."""
     first: list[Tensor] = []
     calls: list[Call] = []
 
@@ -69,13 +76,13 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
             first.append(hidden)
         calls.append(Call(args, kwargs))
         if len(calls) == len(model.blocks):
-            raise _Captured
+            raise EarlyExit
         return hidden
 
     with replaced_forwards(model.blocks, record):
         try:
             model.model(input_ids=ids.to(model.device), use_cache=False)
-        except _Captured:
+        except EarlyExit:
             return first[0], calls
     raise AssertionError("the model did not run all of its blocks")
 
@@ -83,13 +90,17 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
 def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) -> Tensor:
     """Hidden states (B, T, D) of a batch after block `index`, which is loaded."""
     call = batch.calls[index]
-    output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
-    model.blocks_return_tuples = isinstance(output, tuple)
+    return hidden_of(batch, block(batch.hidden.to(model.device), *call.args, **call.kwargs))
+
+
+def hidden_of(batch: Batch, output: Any) -> Tensor:
+    """The hidden states in what a block returned for a batch."""
+    batch.returns_tuples = isinstance(output, tuple)
     return output[0] if isinstance(output, tuple) else output
 
 
 def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
-    """Move all batches through block `index`, with what `arrive` raises."""
+    """Move all batches through block `index`. Raises ActivationError if an output is not finite."""
     with torch.no_grad():
         for batch in batches:
             arrive(model, index, batch, run_block(model, block, batch, index))
@@ -100,34 +111,35 @@ def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> No
     if not bool(torch.stack(output.aminmax()).isfinite().all()):  # NaN is passed on; ten times as fast as isfinite
         raise ActivationError(
             f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model overflows in "
-            "this precision: try --dtype float32."
+            "this precision. Try --dtype float32."
         )
     batch.hidden.copy_(output)
 
 
-def logits_after(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Logits (B, T, V) from the last block's hidden states, by the model's own final norm and head.
+def logits_after(model: StreamedModel, batch: Batch) -> Tensor:
+    """Logits (B, T, V) of a batch that has passed all blocks, by the model's own final norm and head.
 
     The outer part must be loaded.
     """
+    hidden = batch.hidden.to(model.device)
 
     def hand_through(_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if model.blocks_return_tuples else hidden
+        return (hidden,) if batch.returns_tuples else hidden
 
     with replaced_forwards(model.blocks, hand_through):
-        return model.model(input_ids=ids.to(model.device), use_cache=False).logits
+        return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
 
 
-def token_losses(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Cross entropy (B, T - 1) float32 of every token given those before it."""
-    logits = logits_after(model, ids, hidden)[:, :-1].float()
-    targets = ids[:, 1:].to(logits.device)
+def token_losses(model: StreamedModel, batch: Batch) -> Tensor:
+    """Cross entropy (B, T - 1) float32 of every token given those before it. The batch has passed all blocks."""
+    logits = logits_after(model, batch)[:, :-1].float()
+    targets = batch.ids[:, 1:].to(logits.device)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 @contextmanager
 def replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call `forward(hidden, *args, **kwargs)` in place of every block; attributes the model reads on blocks stay."""
+    """Call `forward(hidden, *args, **kwargs)` in place of every block, whose attributes stay."""
 
     def called(*args: Any, **kwargs: Any) -> Any:
         if not args:
@@ -144,7 +156,7 @@ def replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Ite
 
 
 def _shared(call: Call, first: Call) -> Call:
-    """The same call, its tensors replaced by equal ones of the first batch: masks and rotary tables exist once."""
+    """The same call with the first batch's tensors in place of equal ones: masks and rotary tables exist once."""
 
     def same(value: Any, other: Any) -> Any:
         if isinstance(value, Tensor) and isinstance(other, Tensor):
@@ -158,7 +170,7 @@ def _shared(call: Call, first: Call) -> Call:
 
 
 def stored(hidden: Tensor, spill: Path | None) -> Tensor:
-    """A copy in host memory, or in a file that vanishes with the tensor."""
+    """A copy in host memory, or in an unlinked file of the folder `spill`."""
     if spill is None:
         return hidden.cpu().clone()
     spill.mkdir(parents=True, exist_ok=True)

@@ -1,96 +1,122 @@
-"""The reverse walk: gradients and Hessian products of the loss, with the weights of one block in memory at a time.
+"""The reverse walk: gradients of the loss, with the weights of one block in memory at a time.
 
-Forward, the input of every block is kept in host memory, one sequence at a time; backward, each block is loaded again,
-run again, and passes the gradient of its input to the block before. Hessian products are the same pass on dual
-numbers: every value travels with its derivative along a direction z of the weights, so the backward pass carries H z
-beside the gradient, and no second-order graph of the whole model is ever built.
+Forward, the input of every block is kept in host memory. Backward, each block is loaded again, run again, and passes
+the gradient of its input to the block before. A `Measure` says what is kept of the gradients of each matrix. It may
+carry more than the hidden states and their gradients through the blocks, as `mspc.published.hutchinson` does.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import functional_call, grad, vjp
 
 from mspc.errors import ActivationError, InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.blocks import Batch, batches_of, token_losses
+from mspc.passes.blocks import Batch, batches_of, hidden_of, token_losses
 from mspc.types import Matrix
 
 Weights = dict[str, Tensor]  # by name within the block
-Run = Callable[[Tensor, Weights], Tensor]
-State = tuple[Tensor, ...]  # a value, and in the dual pass its derivative along z
-Place = tuple[int, int]  # a sequence and a block
 
-LARGEST_BLOCK = 256
-"""Of a Fisher factor: the whole of it gained nothing over blocks of this size, which always fit in memory."""
+LARGEST_FISHER_BLOCK = 256
+"""Largest B of an output Fisher factor. Blocks of this size fit in memory, and larger ones gained nothing."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one sequence says about one matrix, or a batch its Fisher factor (K, B, B). The mean over samples counts."""
+    """The value of one matrix for one sequence, or its output Fisher factor (K, B, B) for one batch.
+
+    The result for a text is the mean over its samples.
+    """
 
     matrix: Matrix
     value: Tensor
 
 
-class SquaredGradient:
+@dataclass(frozen=True)
+class BlockRun:
+    """A loaded block on one batch, as a function of its input and of the `weights` of its matrices."""
+
+    block: nn.Module
+    batch: Batch
+    index: int
+    number: int
+    """Number of the batch in the whole text: that of its sequence, where a batch has one sequence."""
+    weights: Weights
+
+    def __call__(self, hidden: Tensor, weights: Weights) -> Tensor:
+        call = self.batch.calls[self.index]
+        output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
+        return hidden_of(self.batch, output)
+
+    def gradients(self, hidden: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
+        """Gradients of the block's input and of its weights."""
+        return vjp(self, hidden, weights)[1](cotangent)
+
+
+class Measure:
+    """A quantity of each matrix that the reverse walk averages over samples.
+
+    The state of a batch is its hidden states, and the cotangent their gradient; a subclass may carry other tensors.
+    """
+
+    batch_size: int | None = 1
+    """Sequences of a batch (None: as many as make about 4096 tokens)."""
+
+    def start(self, hidden: Tensor) -> Tensor:
+        """The state of a batch before the first block."""
+        return hidden
+
+    def forward(self, run: BlockRun, state: Tensor) -> Tensor:
+        """The state after a block."""
+        return run(state, run.weights)
+
+    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        """The cotangent of the state after the last block; `loss` is the mean over tokens."""
+        return grad(loss)(state)
+
+    def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
+        """The cotangent before a block, and what is kept of each weight, by parameter name."""
+        raise NotImplementedError
+
+    def value(self, matrix: Matrix, kept: Tensor) -> Tensor:
+        """The value of a sample: here the mean over the weights of the matrix."""
+        return matrix.read(kept).double().mean()
+
+
+class SquaredGradient(Measure):
     """The mean squared gradient of each matrix: the diagonal of the empirical Fisher information, averaged."""
 
-    batch_size = 1
-
-    def start(self, hidden: Tensor) -> State:
-        return (hidden,)
-
-    def forward(self, run: Run, weights: Weights, state: State, place: Place) -> State:
-        return (run(state[0], weights),)
-
-    def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
-        return (grad(loss)(state[0]),)
-
-    def backward(
-        self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
-    ) -> tuple[State, Weights]:
-        gradient, of_weights = _backward(run, state[0], weights, cotangent[0])
-        return (gradient,), {name: g.float().square() for name, g in of_weights.items()}
+    def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
+        gradient, of_weights = run.gradients(state, run.weights, cotangent)
+        return gradient, {name: g.float().square() for name, g in of_weights.items()}
 
 
-class FisherFactor:
+class OutputFisher(Measure):
     """The mean over tokens of g g^T, with g the gradient of a sequence's summed loss at the outputs of a matrix.
 
     With the Gram of the inputs it is the Kronecker-factored Fisher information of the matrix (Martens and Grosse,
     arXiv:1503.05671). Only blocks of B outputs on its diagonal are kept, (K, B, B). No weight's gradient is computed.
+    All batches must have the same size.
     """
 
-    batch_size = None  # as many sequences as go through a block at once: the gradients of tokens do not mix
+    batch_size = None  # the gradients of tokens do not mix
 
-    def __init__(self, model: StreamedModel, matrices: Sequence[Sequence[Matrix]]) -> None:
-        self.model, self.matrices = model, matrices
-
-    def start(self, hidden: Tensor) -> State:
-        return (hidden,)
-
-    def forward(self, run: Run, weights: Weights, state: State, place: Place) -> State:
-        return (run(state[0], weights),)
-
-    def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
-        predicted = state[0].shape[0] * (state[0].shape[1] - 1)  # the loss is a mean over them
+    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        predicted = state.shape[0] * (state.shape[1] - 1)  # the loss is a mean over them
 
         def summed(hidden: Tensor) -> Tensor:
-            return predicted * loss(hidden)  # so that nothing vanishes in float16
+            return predicted * loss(hidden)  # small gradients would vanish in float16
 
-        return (grad(summed)(state[0]),)
+        return grad(summed)(state)
 
-    def backward(
-        self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
-    ) -> tuple[State, Weights]:
-        block, outputs = self.model.blocks[place[1]], dict[str, Tensor]()
-        names = [self.model.name_in_block(place[1], matrix) for matrix in self.matrices[place[1]]]
+    def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
+        outputs = dict[str, Tensor]()
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -98,61 +124,21 @@ class FisherFactor:
 
             return hook
 
-        handles = [block.get_submodule(n.rpartition(".")[0]).register_forward_hook(keep(n)) for n in names]
+        modules = {name: run.block.get_submodule(name.rpartition(".")[0]) for name in run.weights}
+        handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
         try:
             with torch.enable_grad():
-                hidden = state[0].detach().requires_grad_()
-                result = run(hidden, weights)
-                wanted = [outputs[name] for name in names]
-                gradient, *of_outputs = torch.autograd.grad(result, [hidden, *wanted], cotangent[0])
+                hidden = state.detach().requires_grad_()
+                result = run(hidden, run.weights)
+                wanted = [outputs[name] for name in modules]
+                gradient, *of_outputs = torch.autograd.grad(result, [hidden, *wanted], cotangent)
         finally:
             for handle in handles:
                 handle.remove()
-        return (gradient,), {name: _moment(g.flatten(0, -2)) for name, g in zip(names, of_outputs, strict=True)}
+        return gradient, {name: _second_moment(g.flatten(0, -2)) for name, g in zip(modules, of_outputs, strict=True)}
 
-
-class HessianTrace:
-    """One Hutchinson sample z * (H z) of each matrix, averaged over its weights, with signs z drawn per sequence.
-
-    z covers all matrices at once; the terms between different matrices have mean zero. The model must have second
-    derivatives (`open_model(..., eager=True)`).
-    """
-
-    batch_size = 1
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def start(self, hidden: Tensor) -> State:
-        return hidden, torch.zeros_like(hidden)
-
-    def forward(self, run: Run, weights: Weights, state: State, place: Place) -> State:
-        hidden, along = state
-        return jvp(run, (hidden, weights), (along, self._signs(weights, place)))
-
-    def head(self, loss: Callable[[Tensor], Tensor], state: State) -> State:
-        return jvp(grad(loss), (state[0],), (state[1],))
-
-    def backward(
-        self, run: Run, weights: Weights, state: State, cotangent: State, place: Place
-    ) -> tuple[State, Weights]:
-        signs = self._signs(weights, place)
-        primals, tangents = (state[0], weights, cotangent[0]), (state[1], signs, cotangent[1])
-        result = jvp(partial(_backward, run), primals, tangents)
-        (gradient, _), (gradient_along, products) = result[0], result[1]
-        return (gradient, gradient_along), {name: product * signs[name] for name, product in products.items()}
-
-    def _signs(self, weights: Weights, place: Place) -> Weights:
-        """Random signs of every weight of a block; the same when the backward pass asks again."""
-        signs = {}
-        for name, weight in weights.items():
-            generator = torch.Generator().manual_seed(seed_of(self.seed, place, name))
-            bits = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
-            signs[name] = (2 * bits - 1).to(weight)
-        return signs
-
-
-Measure = SquaredGradient | FisherFactor | HessianTrace
+    def value(self, matrix: Matrix, kept: Tensor) -> Tensor:
+        return kept
 
 
 def reverse_walk(
@@ -162,37 +148,39 @@ def reverse_walk(
     measure: Measure,
     first_sequence: int = 0,
 ) -> Iterator[Sample]:
-    """Samples of every matrix from `ids` (N, T), last block first: of every sequence, or of batches of equal size.
+    """Samples of every matrix from `ids` (N, T), last block first.
 
-    Raises ActivationError when a gradient is not finite.
+    `first_sequence` is the number of the first one in the whole text. Raises ActivationError when a gradient is not
+    finite, and InputError for a block without derivatives.
     """
     batches = batches_of(model, ids, batch_size=measure.batch_size)
-    kept = [[measure.start(batch.hidden)] for batch in batches]  # the inputs of the blocks, then of the head
+    kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
+
+    def runs(index: int, block: nn.Module) -> Iterator[tuple[int, BlockRun]]:
+        names = sorted({model.name_in_block(index, matrix) for matrix in matrices[index]})
+        weights = {name: block.get_parameter(name).data for name in names}
+        for i, batch in enumerate(batches):
+            yield i, BlockRun(block, batch, index, first_sequence + i, weights)
+
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
-            weights = _weights(model, index, block, matrices[index])
-            for i, (batch, states) in enumerate(zip(batches, kept, strict=True)):
-                run = partial(_run, model, block, batch, index)
-                place = (first_sequence + i, index)
+            for i, run in runs(index, block):
                 with _differentiating(model.block_name(index)):
-                    state = measure.forward(run, weights, _on(model.device, states[-1]), place)
-                states.append(_on("cpu", state))
+                    state = measure.forward(run, kept[i][-1].to(model.device))
+                kept[i].append(state.to("cpu"))
     cotangents = []
     with model.loaded_outer():
         for batch, states in zip(batches, kept, strict=True):
-            loss = partial(_mean_loss, model, batch)
-            cotangents.append(measure.head(loss, _on(model.device, states.pop())))
+            cotangents.append(measure.head(partial(_mean_loss, model, batch), states.pop().to(model.device)))
     for index in reversed(range(len(model.blocks))):
         with model.loaded(index) as block:
-            weights = _weights(model, index, block, matrices[index])
-            for i, (batch, states) in enumerate(zip(batches, kept, strict=True)):
-                run = partial(_run, model, block, batch, index)
-                place = (first_sequence + i, index)
-                state = _on(model.device, states.pop())
+            for i, run in runs(index, block):
+                state = kept[i].pop().to(model.device)
                 with _differentiating(model.block_name(index)):
-                    cotangents[i], values = measure.backward(run, weights, state, cotangents[i], place)
+                    cotangents[i], values = measure.backward(run, state, cotangents[i])
                 for matrix in matrices[index]:
-                    yield Sample(matrix, _value(matrix, values[model.name_in_block(index, matrix)], measure))
+                    value = measure.value(matrix, values[model.name_in_block(index, matrix)])
+                    yield Sample(matrix, _checked(matrix, value))
 
 
 @contextmanager
@@ -202,56 +190,32 @@ def _differentiating(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # an operation without a derivative, or with one that torch.func cannot use
-        raise InputError(f"{name}: its derivatives cannot be computed ({error}); use --sensitivity gram.") from error
-
-
-def _run(model: StreamedModel, block: nn.Module, batch: Batch, index: int, hidden: Tensor, weights: Weights) -> Tensor:
-    call = batch.calls[index]
-    output = functional_call(block, weights, (hidden, *call.args), call.kwargs)
-    model.blocks_return_tuples = isinstance(output, tuple)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _backward(run: Run, hidden: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
-    """Gradients of the block's input and of its weights."""
-    pull_back = vjp(run, hidden, weights)[1]
-    return pull_back(cotangent)
+        raise InputError(f"{name}: its derivatives cannot be computed ({error}). Use --sensitivity gram.") from error
 
 
 def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
-    return token_losses(model, batch.ids, hidden).mean()
+    return token_losses(model, replace(batch, hidden=hidden)).mean()
 
 
-def fisher_block(num_outputs: int) -> int:
-    """B of a Fisher factor: the largest number up to 256 that divides the outputs."""
-    return next(size for size in range(min(num_outputs, LARGEST_BLOCK), 0, -1) if num_outputs % size == 0)
+def fisher_block_size(num_outputs: int) -> int:
+    """B of an output Fisher factor: the largest number up to 256 that divides the outputs."""
+    return next(size for size in range(min(num_outputs, LARGEST_FISHER_BLOCK), 0, -1) if num_outputs % size == 0)
 
 
-def _moment(gradients: Tensor) -> Tensor:
+def _second_moment(gradients: Tensor) -> Tensor:
     """(T, O) -> the blocks (K, B, B) of the mean of g g^T."""
     num_tokens, num_outputs = gradients.shape
-    blocks = gradients.float().view(num_tokens, -1, fisher_block(num_outputs)).transpose(0, 1)
+    blocks = gradients.float().view(num_tokens, -1, fisher_block_size(num_outputs)).transpose(0, 1)
     with precise_matmul():
         return blocks.mT @ blocks / num_tokens
 
 
-def _value(matrix: Matrix, values: Tensor, measure: Measure) -> Tensor:
-    """A Fisher factor as it is; what is given for each weight is averaged over the weights."""
-    value = values if isinstance(measure, FisherFactor) else matrix.read(values).double().mean()
+def _checked(matrix: Matrix, value: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise ActivationError(
-            f"{matrix.name}: its gradient contains NaN or infinity; try --dtype float32, or --sensitivity gram."
+            f"{matrix.name}: its gradient contains NaN or infinity. Try --dtype float32, or --sensitivity gram."
         )
     return value
-
-
-def _weights(model: StreamedModel, index: int, block: nn.Module, matrices: Sequence[Matrix]) -> Weights:
-    names = {model.name_in_block(index, matrix) for matrix in matrices}
-    return {name: block.get_parameter(name).data for name in sorted(names)}
-
-
-def _on(device: torch.device | str, state: State) -> State:
-    return tuple(part.to(device) for part in state)
 
 
 def seed_of(*parts: object) -> int:

@@ -1,8 +1,8 @@
-"""The passage of one batch through one block: it stops before every matrix and hands out what the matrix reads.
+"""A forward pass of one batch through one block that pauses before every matrix and hands out the input of that matrix.
 
-The forward pass of the block is suspended in a greenlet meanwhile, so whatever is installed at a stop is used when it
-goes on, and nothing is computed twice. Where suspended passes would not fit in memory, a passage forgets everything at
-a stop and begins again for the next, with the same result.
+Between pauses the forward pass is suspended in a greenlet. A weight that is installed at a pause is used when the pass
+goes on, and nothing is computed twice. Where suspended passes would not fit in memory, a pass is discarded after each
+pause and run again for the next one, with the same result.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,31 +14,32 @@ from torch import Tensor, nn
 
 from mspc.types import Matrix
 
-Stop = tuple[Matrix, Tensor]
+Pause = tuple[Matrix, Tensor]
+"""A matrix and its input."""
 
 
-class Passage:
-    """One run of `forward`, the block on one batch; `kept` says whether it is suspended at stops or run again."""
+class PausedForward:
+    """One run of `forward`, a block on one batch. `kept` suspends it at pauses; otherwise it is run again for each."""
 
     def __init__(self, forward: Callable[[], Tensor], kept: bool) -> None:
         self.forward, self.kept = forward, kept
         self.running: greenlet | None = None
-        self.reached: list[Stop | Tensor] = []
+        self.reached: list[Pause | Tensor] = []
         self.count = 0
 
-    def stop(self, number: int) -> Stop | Tensor:
-        """Stop `number` from 0, not before the last one: a matrix and its input; or the block's output, after all."""
+    def run_to(self, number: int) -> Pause | Tensor:
+        """Pause `number`, counted from 0, or the block's output after the last one. Numbers must not decrease."""
         if self.running is None:
             self.running, self.count = greenlet(self.forward), 0
-        with torch.no_grad():  # set here: what is set inside would stay set while it is suspended
+        with torch.no_grad():  # not inside the greenlet: the mode would stay set while that is suspended
             while self.count <= number and not self.running.dead:
-                self.reached.clear()  # so that a suspended pass alone decides what stays in memory
+                self.reached.clear()  # the suspended pass alone decides what stays in memory
                 self.reached.append(self.running.switch())
                 self.count += 1
         return self.reached[0]
 
-    def rest(self) -> None:
-        """Forget the run if it is not to be kept."""
+    def discard(self) -> None:
+        """Forget the run unless it is kept."""
         if not self.kept:
             self.close()
 
@@ -50,16 +51,16 @@ class Passage:
 
 
 @contextmanager
-def stops(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
-    """Inside, passages stop before these modules."""
+def pauses_before(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
+    """Inside, a `PausedForward` pauses before these modules."""
 
-    def stop_at(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def pause_at(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             getcurrent().parent.switch((matrix, args[0]))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(stop_at(matrix)) for matrix, module in modules.items()]
+    handles = [module.register_forward_pre_hook(pause_at(matrix)) for matrix, module in modules.items()]
     try:
         yield
     finally:

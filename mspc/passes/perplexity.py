@@ -16,7 +16,7 @@ from mspc.passes.blocks import Batch, advance, batches_of, logits_after, token_l
 class Perplexity:
     """`nll` is the mean cross entropy in nats over the `tokens` that were predicted; `perplexity` is exp(nll).
 
-    `divergence` is the mean KL(reference || model) of a prediction, in nats, where there was a reference.
+    `divergence` is the mean KL(reference || model) of a prediction in nats, or None without a reference.
     """
 
     perplexity: float
@@ -28,24 +28,24 @@ class Perplexity:
 
 
 def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None = None) -> Iterator[Perplexity | None]:
-    """Windows (N, T) -> their perplexity, last; None after each block before, for whoever shows progress."""
+    """Yield None after each block, for progress, and at last the perplexity of windows (N, T)."""
     batches = batches_of(model, ids)
-    beside = [] if reference is None else batches_of(reference, ids)
+    reference_batches = [] if reference is None else batches_of(reference, ids)
     for index in range(len(model.blocks)):
-        for one, of_one in ((model, batches), (reference, beside)):
+        for one, its_batches in ((model, batches), (reference, reference_batches)):
             if one is not None:
                 with one.loaded(index) as block:
-                    advance(one, index, block, of_one)
+                    advance(one, index, block, its_batches)
         yield None
     total = 0.0
     with torch.no_grad(), model.loaded_outer():
         for batch in batches:
-            for one, hidden in zip(batch.ids, batch.hidden, strict=True):
-                total += float(token_losses(model, one[None], hidden[None].to(model.device)).double().sum())
+            for sequence in batch.sequences():
+                total += float(token_losses(model, sequence).double().sum())
     num_windows, length = ids.shape
     tokens = num_windows * (length - 1)
     nll = total / tokens
-    divergence = None if reference is None else mean_divergences(reference, beside, model, [batches])[0]
+    divergence = None if reference is None else mean_divergences(reference, reference_batches, model, [batches])[0]
     yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
 
 
@@ -84,22 +84,27 @@ def _predictions(model: nn.Module, window: Tensor) -> Tensor:
 
 
 def mean_divergences(
-    reference: StreamedModel, beside: Sequence[Batch], model: StreamedModel, streams: Sequence[Sequence[Batch]]
+    reference: StreamedModel,
+    reference_batches: Sequence[Batch],
+    model: StreamedModel,
+    streams: Sequence[Sequence[Batch]],
 ) -> list[float]:
-    """Mean KL(reference || model) over all tokens, in nats, from what the last blocks of both put out: of every stream
-    of batches through the model, beside that through the reference."""
+    """Mean KL(reference || model) over all tokens, in nats, of every stream of batches through the model.
+
+    All batches have passed the last block.
+    """
     totals, tokens = [0.0] * len(streams), 0
     with torch.no_grad(), reference.loaded_outer(), model.loaded_outer():
-        for one, *others in zip(beside, *streams, strict=True):
-            for row, ids in enumerate(one.ids):
-                p = _log_probabilities(reference, ids, one.hidden[row])
+        for batches in zip(reference_batches, *streams, strict=True):
+            for expected, *others in zip(*(batch.sequences() for batch in batches), strict=True):
+                p = _log_probabilities(reference, expected)
                 for i, other in enumerate(others):
-                    q = _log_probabilities(model, ids, other.hidden[row])
+                    q = _log_probabilities(model, other)
                     totals[i] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                tokens += len(ids)
+                tokens += expected.ids.numel()
     return [total / tokens for total in totals]
 
 
-def _log_probabilities(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """(1, T, V) float32 of one sequence, from the last block's hidden states (T, D)."""
-    return torch.log_softmax(logits_after(model, ids[None], hidden[None].to(model.device)).float(), -1)
+def _log_probabilities(model: StreamedModel, batch: Batch) -> Tensor:
+    """Log-probabilities (B, T, V) float32 of a batch that has passed all blocks."""
+    return torch.log_softmax(logits_after(model, batch).float(), -1)

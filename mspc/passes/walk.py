@@ -1,16 +1,15 @@
-"""The walk: every matrix of a model in execution order, with the statistics of its input. The only loop over blocks
-that compresses.
+"""The walk: every matrix of a model in execution order, with the statistics of its input.
 
-A caller that installs a new weight before it resumes makes every later matrix see compressed activations; one that
-does not, measures the dense model. With a second stream of batches, the dense model walks beside it, and the statistics
-also say how far the inputs have drifted from the dense ones.
+It is the only loop over blocks that compresses. A caller that installs a new weight at a visit makes every later matrix
+see compressed activations; a caller that installs nothing measures the dense model. With a second stream of batches,
+the dense model walks along, and the statistics include the difference between dense and actual inputs.
 
-Every batch passes a block once: it stops where a matrix reads its input, and goes on when the caller does.
+Every batch passes a block once: it pauses before each matrix, and goes on when the caller asks for the next visit.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,11 +21,11 @@ from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, check_finite, precise_matmul, symmetrize
 from mspc.passes.blocks import Batch, advance, arrive, batches_of, run_block
-from mspc.passes.paused import Passage, Stop, stops
+from mspc.passes.paused import Pause, PausedForward, pauses_before
 from mspc.types import GramStats, Matrix
 
 BUFFERS_HELD = 3
-"""A suspended pass holds at most about so many activations of the width of the widest input."""
+"""Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,12 @@ def walk(
     memory: int | None = None,
     finish: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> Iterator[Visit]:
-    """Visit the matrices of every block; `batches` end as the outputs of the last block.
+    """Visit the matrices of every block. Afterwards `batches` hold the outputs of the last block.
 
-    `known(i)` may give the weights of block i by matrix name, if they were solved before: they are installed and the
-    block is passed without a visit. `dense` are the same batches on their way through the dense model. Passes are
-    suspended in up to `memory` bytes (None: half of what is free). `finish(i, block, dense_block)` is called after the
-    visits of block i, before any batch leaves it, and may change its weights.
+    `known(i)` returns the weights of block i by matrix name if they were solved before, else None. Known weights are
+    installed, and their block is passed without a visit. `dense` are the same batches for the dense model. Suspended
+    passes take up to `memory` bytes (None: half of the free memory). `finish(i, block, dense_block)` is called after
+    the visits of block i, before any batch leaves it, and may change its weights.
     """
     for index, of_block in enumerate(matrices):
         with model.loaded(index) as block:
@@ -72,25 +71,28 @@ def walk(
 
 
 class DenseWalk:
-    """The visits of a walk on which nothing is changed, as often as they are wanted.
+    """The visits of a walk that changes nothing; it can be iterated several times.
 
-    The model is passed once if all statistics fit in a quarter of the free memory, where they are kept; else each time.
-    A solver keeps a normalized Gram and its eigenvectors beside each.
+    The statistics of the first full iteration are kept if they fit in `memory` bytes (None: a quarter of the free
+    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram and its eigenvectors to
+    each kept Gram, hence the factor 3.
     """
 
-    def __init__(self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]]) -> None:
+    def __init__(
+        self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], memory: int | None = None
+    ) -> None:
         self.model, self.ids, self.matrices = model, ids, matrices
+        self.memory = free_memory(model.device) // 4 if memory is None else memory
         self.kept: list[list[tuple[Matrix, GramStats]]] = []
 
     def __iter__(self) -> Iterator[Visit]:
         return self._again() if self.kept else self._pass()
 
     def _pass(self) -> Iterator[Visit]:
-        grams = 4 * sum(
-            matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block
-        )  # or less: some share
+        # An upper bound: some matrices share their Gram.
+        grams = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
-        keep = 3 * grams <= free_memory(self.model.device) // 4
+        keep = 3 * grams <= self.memory
         for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))
@@ -117,7 +119,7 @@ def matrix_of(model: StreamedModel, block: nn.Module, index: int, matrix: Matrix
 
 
 def _num_kept(model: StreamedModel, batches: Sequence[Batch], matrices: Sequence[Matrix], memory: int | None) -> int:
-    """How many batches can be suspended in a block at once, by the widest thing that a suspended pass holds."""
+    """Number of batches that can be suspended in a block at once, estimated from the widest input."""
     if memory is None:
         memory = free_memory(model.device) // 2
     width = max((matrix.shape[1] for matrix in matrices), default=0)
@@ -127,7 +129,7 @@ def _num_kept(model: StreamedModel, batches: Sequence[Batch], matrices: Sequence
 
 @dataclass(frozen=True)
 class _Block:
-    """A loaded block on its way; `dense_block` is a copy that stays as it was."""
+    """A loaded block during its visits. `dense_block` is a copy with the original weights."""
 
     model: StreamedModel
     index: int
@@ -138,104 +140,106 @@ class _Block:
 
     def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
         seen: list[Matrix] = []
-        with ExitStack() as stack:
-            passages = stack.enter_context(self.passages(self.block, batches, num_kept))
-            beside = stack.enter_context(self.passages(self.dense_block, dense, num_kept)) if dense else []
-            read, stats = torch.empty(0), GramStats(torch.empty(0), 0)
-            while isinstance(stop := passages[0].stop(len(seen)), tuple):
-                matrix, inputs = stop
+        finish = self.finish if self.matrices else None
+        with (
+            self.forwards(self.block, batches, num_kept) as forwards,
+            self.forwards(self.dense_block, dense, num_kept) as dense_forwards,
+        ):
+            previous, stats = torch.empty(0), GramStats(torch.empty(0), 0)
+            while isinstance(pause := forwards[0].run_to(len(seen)), tuple):
+                matrix, inputs = pause
                 self.check_new(matrix, seen)
-                if not _same(inputs, read):
-                    stats = self.collect(matrix, len(seen), passages, beside)
-                read = inputs  # kept alive, so that no address is used twice
+                if not _is_same(inputs, previous):
+                    stats = self.collect(matrix, len(seen), forwards, dense_forwards)
+                previous = inputs  # kept alive, so that no address is used twice
                 seen.append(matrix)
                 weight = matrix_of(self.model, self.block, self.index, matrix)
                 yield Visit(matrix, weight, stats, self.index, len(seen) == len(self.matrices))
             self.check_all(seen)
-            if self.finish is None or not self.matrices:
-                self.arrive(batches, passages, dense, beside)
-                return
-        # The suspended passes are gone: what they hold was computed with weights that may change now.
-        self.finish(self.index, self.block, self.dense_block)
-        advance(self.model, self.index, self.block, batches)
-        advance(self.model, self.index, self.dense_block, dense)
+            if finish is None:
+                self.complete(batches, forwards)
+                self.complete(dense, dense_forwards)
+        # The suspended passes are closed here: they were computed with weights that `finish` may change.
+        if finish is not None:
+            finish(self.index, self.block, self.dense_block)
+            advance(self.model, self.index, self.block, batches)
+            advance(self.model, self.index, self.dense_block, dense)
 
-    def arrive(
-        self, batches: Sequence[Batch], passages: Sequence[Passage], dense: Sequence[Batch], beside: Sequence[Passage]
-    ) -> None:
-        """Let all suspended passes go on to the end of the block."""
-        for batch, passage in (*zip(batches, passages, strict=True), *zip(dense, beside, strict=True)):
-            output = passage.stop(len(self.matrices))
+    def complete(self, batches: Sequence[Batch], forwards: Sequence[PausedForward]) -> None:
+        """Run all suspended passes to the end of the block."""
+        for batch, forward in zip(batches, forwards, strict=True):
+            output = forward.run_to(len(self.matrices))
             if isinstance(output, tuple):
                 raise self.other_order(output[0])
             arrive(self.model, self.index, batch, output)
-            passage.close()
+            forward.close()
 
     @contextmanager
-    def passages(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[Passage]]:
-        modules = {
-            matrix: block.get_submodule(self.model.name_in_block(self.index, matrix).rpartition(".")[0])
-            for matrix in self.matrices
-        }
-        passages = [
-            Passage(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1))
+    def forwards(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[PausedForward]]:
+        """One paused forward pass per batch. The first `num_kept` stay suspended at pauses."""
+        names = {matrix: self.model.name_in_block(self.index, matrix).rpartition(".")[0] for matrix in self.matrices}
+        forwards = [
+            PausedForward(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1))
             for i, batch in enumerate(batches)
         ]
-        with stops(modules):
+        # Without batches, `block` may be the one that other passes run through.
+        with pauses_before({matrix: block.get_submodule(name) for matrix, name in names.items()} if batches else {}):
             try:
-                yield passages
+                yield forwards
             finally:
-                for passage in passages:
-                    passage.close()
+                for forward in forwards:
+                    forward.close()
 
-    def collect(self, matrix: Matrix, number: int, passages: Sequence[Passage], beside: Sequence[Passage]) -> GramStats:
-        """The Gram of what a matrix reads over all batches, in float32 with full-precision products, and its drift."""
+    def collect(
+        self, matrix: Matrix, number: int, forwards: Sequence[PausedForward], dense_forwards: Sequence[PausedForward]
+    ) -> GramStats:
+        """The Gram of a matrix's input over all batches, in float32 with full-precision products, and its shift."""
         size = matrix.shape[1]
         gram = torch.zeros(size, size, device=self.model.device)
-        drift = torch.zeros_like(gram) if beside else None
+        shift = torch.zeros_like(gram) if dense_forwards else None
         tokens = 0
         with precise_matmul():
-            for i, passage in enumerate(passages):
-                inputs = self.inputs(matrix, passage.stop(number))
-                passage.rest()
+            for i, forward in enumerate(forwards):
+                inputs = self.inputs(matrix, forward.run_to(number))
+                forward.discard()
                 add_gram(gram, inputs)
                 tokens += len(inputs)
-                if drift is not None:
-                    drift.addmm_((self.inputs(matrix, beside[i].stop(number)) - inputs).T, inputs)
-                    beside[i].rest()
-        stats = GramStats(symmetrize(gram), tokens, drift)
+                if shift is not None:
+                    shift.addmm_((self.inputs(matrix, dense_forwards[i].run_to(number)) - inputs).T, inputs)
+                    dense_forwards[i].discard()
+        stats = GramStats(symmetrize(gram), tokens, shift)
         check_finite(stats, matrix.name)
         return stats
 
-    def inputs(self, matrix: Matrix, stop: Stop | Tensor) -> Tensor:
-        """What a matrix reads at a stop, as float32 tokens (T, I)."""
-        if isinstance(stop, Tensor) or stop[0] != matrix:
+    def inputs(self, matrix: Matrix, pause: Pause | Tensor) -> Tensor:
+        """The input of a matrix at a pause, as float32 tokens (T, I)."""
+        if isinstance(pause, Tensor) or pause[0] != matrix:
             raise self.other_order(matrix)
-        return stop[1].detach().reshape(-1, matrix.shape[1]).float()
+        return pause[1].detach().reshape(-1, matrix.shape[1]).float()
 
     def other_order(self, matrix: Matrix) -> InputError:
         return InputError(
-            f"{matrix.name}: its block runs its matrices in another order for other text; leave those that are not "
-            "always used dense with --skip REGEX."
+            f"{matrix.name}: the order in which its block runs its matrices depends on the text. Leave matrices that "
+            "are not always used dense with --skip REGEX."
         )
 
     def check_new(self, matrix: Matrix, seen: Sequence[Matrix]) -> None:
         if matrix in seen:
             raise InputError(
-                f"{matrix.name}: used more than once in its block, so it has no one input; leave it dense with --skip "
-                "REGEX."
+                f"{matrix.name}: used more than once in its block, and mspc needs one input per matrix. Leave it dense "
+                "with --skip REGEX."
             )
 
     def check_all(self, seen: Sequence[Matrix]) -> None:
         missed = [matrix.name for matrix in self.matrices if matrix not in seen]
         if missed:
             raise InputError(
-                f"{', '.join(missed)}: never called in a forward pass, so nothing is known of the input; leave such "
-                "matrices dense with --skip REGEX."
+                f"{', '.join(missed)}: never called in a forward pass, so the input is unknown. Leave such matrices "
+                "dense with --skip REGEX."
             )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _is_same(one: Tensor, other: Tensor) -> bool:
     return (one.data_ptr(), one.shape, one.stride(), one._version) == (
         other.data_ptr(), other.shape, other.stride(), other._version,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from mspc.passes import perplexity
 from mspc.progress import Progress
 from mspc.settings import DTYPES
 from mspc.text.given import check_ids
-from mspc.text.tokens import evaluation_tokens
+from mspc.text.tokens import windows_of_test_text
 
 Text = str | Sequence[str] | Tensor
 
@@ -86,4 +86,4 @@ def test_ids(
         choose_sequence_length(config, ids.shape[1])
         return ids[:max_windows]
     length = choose_sequence_length(config, sequence_length)
-    return evaluation_tokens(tokenizer or load_tokenizer(folder), text, length, max_windows).ids
+    return windows_of_test_text(tokenizer or load_tokenizer(folder), text, length, max_windows).ids

@@ -26,11 +26,11 @@ from mspc.pipeline.solve_blocks import solve_blocks
 from mspc.planning.allocation import allocate, check_plan, planned_sparsity
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import Chosen, Planner, mixture_lines
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
 from mspc.settings import SEARCH, Settings
 from mspc.solvers.obs import check_pattern
-from mspc.solvers.options import solver_options
 from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text

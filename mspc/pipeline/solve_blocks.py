@@ -17,10 +17,10 @@ from mspc.numerics.linalg import output_error
 from mspc.passes.blocks import Batch
 from mspc.passes.walk import Visit, install, matrix_of, walk
 from mspc.pipeline.reconstruct import reconstruct
+from mspc.planning.solver_options import solver_options
 from mspc.settings import Settings
 from mspc.solvers import SOLVERS, SolverOptions
-from mspc.solvers.options import solver_options
-from mspc.solvers.propagation import propagated
+from mspc.solvers.error_compensation import compensated
 from mspc.storage.artifact import MATRICES, read_matrix
 from mspc.storage.files import sha256_of, write_tensors
 from mspc.storage.journal import Journal
@@ -134,8 +134,8 @@ def solve_one(
     """
     matrix, name = visit.matrix, visit.matrix.name
     weight = visit.weight.float().clone()
-    stats = replace(visit.stats, fisher=fisher)
-    wanted, propagation_damp = propagated(weight, stats, settings.propagation or 0.0, options.damp, name)
+    stats = replace(visit.stats, output_fisher=fisher)
+    wanted, propagation_damp = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
     solution = SOLVERS[str(settings.solver)](wanted, stats, planned.target, options, name)
     dtype = model.source_dtypes[matrix.parameter]
     tensors = canonical.pack(solution, dtype)

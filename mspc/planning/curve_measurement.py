@@ -46,7 +46,7 @@ def measure_curves(
     with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step:
         for visit in dense:
             name, weight = visit.matrix.name, visit.weight.float()
-            stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
+            stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
             curves[name] = curve_of(weight, stats, settings, options, name)
             step(name)
     return curves
@@ -55,13 +55,13 @@ def measure_curves(
 def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:
     """The curve of one matrix (O, I), with what rounding costs where the recipe leaves the bits open."""
     patterns = patterns_of(settings)
-    form = quadratic(weight, stats, stats.fisher, options.damp, name)
+    form = quadratic(weight, stats, stats.output_fisher, options.damp, name)
     half_tokens = 1 / (2 * stats.num_tokens)
-    if stats.fisher is not None and not bool(stats.fisher.any()):
+    if stats.output_fisher is not None and not bool(stats.output_fisher.any()):
         half_tokens = 0.0  # nothing depends on its outputs; the form would take them for equally important
-    elif stats.fisher is not None and len(stats.fisher) > SAMPLED:
+    elif stats.output_fisher is not None and len(stats.output_fisher) > SAMPLED:
         some, of_some = _sampled(weight, stats)
-        part = quadratic(some, of_some, of_some.fisher, options.damp, name)
+        part = quadratic(some, of_some, of_some.output_fisher, options.damp, name)
         if (removed := part.loss(torch.zeros_like(some))) > 0:
             half_tokens *= form.loss(torch.zeros_like(weight)) / removed
             weight, stats, form = some, of_some, part
@@ -95,7 +95,10 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
 
 def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
     """Some blocks of outputs, in equal distances, where the Fisher factor has more of them."""
-    assert stats.fisher is not None
-    count = len(stats.fisher)
+    fisher = stats.output_fisher
+    assert fisher is not None
+    count = len(fisher)
     places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
-    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, fisher=stats.fisher[places])
+    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(
+        stats, output_fisher=stats.output_fisher[places]
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import TOKENS_PER_BATCH
-from mspc.passes.gradients import FisherFactor, reverse_walk
+from mspc.passes.gradients import OutputFisher, reverse_walk
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import measure_curves, patterns_of
@@ -89,7 +89,7 @@ def fisher_factors(
     folder: Path | None,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """The Fisher factor of every matrix by name (see `FisherFactor`), in host memory; kept in `folder` likewise."""
+    """The Fisher factor of every matrix by name (see `OutputFisher`), in host memory; kept in `folder` likewise."""
     key = _key(model, matrices, identity) | {"sequences": settings.sensitivity_sequences}
     file = folder / f"fisher-{_digest(key)}.safetensors" if folder else None
     if file and file.is_file():
@@ -100,7 +100,7 @@ def fisher_factors(
     rounds = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
     with progress.stage("Gradients", len(rounds) * sum(map(len, matrices))) as step:
         for part in rounds:
-            for sample in reverse_walk(model, part, matrices, FisherFactor(model, matrices)):
+            for sample in reverse_walk(model, part, matrices, OutputFisher()):
                 name, value = sample.matrix.name, sample.value.cpu() * (len(part) / len(ids))
                 sums[name] = sums[name].add_(value) if name in sums else value
                 step(name)

@@ -23,10 +23,10 @@ from mspc.planning.allocation import (
 from mspc.planning.curve import Curve
 from mspc.planning.measurements import fisher_factors, loss_curves, sensitivities
 from mspc.planning.search import check_memory, search
+from mspc.planning.solver_options import solver_options
 from mspc.planning.validation import try_plans
 from mspc.progress import Progress, log
 from mspc.settings import CURVES, SEARCH, Settings
-from mspc.solvers.options import solver_options
 from mspc.storage.checkpoint import Checkpoint
 from mspc.types import MatricesByBlock, PlannedMatrix, flatten
 

@@ -24,11 +24,11 @@ from mspc.passes.blocks import batches_of
 from mspc.passes.walk import install, walk
 from mspc.planning.allocation import highest_level
 from mspc.planning.evolution import Judge, Levels, Space, evolve
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, Step, log
 from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS
-from mspc.solvers.options import solver_options
-from mspc.solvers.propagation import propagated
+from mspc.solvers.error_compensation import compensated
 from mspc.types import NM, MatricesByBlock, Matrix, Target, Unstructured, flatten
 
 WINDOW = 2
@@ -127,8 +127,8 @@ def make_weights(
     dense = batches_of(model, ids) if settings.propagation else ()
     for visit in walk(model, batches_of(model, ids), matrices, dense=dense):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
-        stats = replace(visit.stats, fisher=fisher[name].to(weight.device))
-        wanted, _ = propagated(weight, stats, settings.propagation or 0.0, options.damp, name)
+        stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
+        wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
         made[visit.matrix] = {
             level: solve(wanted, stats, target_of(settings, level), options, name).weight.to("cpu", model.dtype)
             for level in range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)

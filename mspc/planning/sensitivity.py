@@ -18,10 +18,11 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of
-from mspc.passes.gradients import HessianTrace, SquaredGradient, reverse_walk
+from mspc.passes.gradients import SquaredGradient, reverse_walk
 from mspc.passes.walk import matrix_of, walk
 from mspc.progress import Progress
 from mspc.published.heavy_tail import spectrum, tail_exponent
+from mspc.published.hutchinson import HessianTrace
 from mspc.published.outliers import outlier_share
 from mspc.settings import Settings
 from mspc.types import MatricesByBlock, Matrix

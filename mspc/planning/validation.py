@@ -75,7 +75,7 @@ def _stand_in(visit: Visit, form: Quadratic, target: Target, options: SolverOpti
     kept, _ = next(error_path(form, [target.pattern]))
     if target.grid is None:
         return kept
-    return obs(kept, replace(visit.stats, fisher=None), target, options, visit.matrix.name, kept != 0).weight
+    return obs(kept, replace(visit.stats, output_fisher=None), target, options, visit.matrix.name, kept != 0).weight
 
 
 def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:

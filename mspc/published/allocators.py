@@ -1,27 +1,22 @@
 """Published allocators: sensitivities -> a sparsity for every matrix. Python numbers in, Python numbers out.
 
-An allocator only says which matrix should be sparser than which; `planning.budget` then makes the parameter-weighted
-total exact in whole weights (or whole N of N:M).
+An allocator only orders the matrices from dense to sparse. `planning.budget` then makes the parameter-weighted total
+exact in whole weights (or whole N of N:M). Here p is the sparsity of the whole and w is `alpha`.
 
-Trace rank: The paper's allocation by rank of sensitivity (arXiv:2310.09499, Algorithm 1), read as sparsity.
+    trace-rank         The seed paper's allocation by rank of sensitivity (arXiv:2310.09499, Algorithm 1):
+                       sparsity_i = p + w - 2 w rank_i / (n - 1), with rank 0 = least sensitive
+    layer-trace-rank   The same with layers ranked by the sum over their matrices; a layer has one sparsity
+    owl                Outlier weighed layerwise sparsity (arXiv:2310.05175), one sparsity per decoder block:
+                       density = 2 w x + a constant, with x in [0, 1] linear in the share of outliers of the block
+    alpha              AlphaPruning (arXiv:2410.10912), one sparsity per decoder block: proportional to 1 - w + 2 w x,
+                       with x in [0, 1] linear in the mean power-law exponent of the block's spectra
+    uniform            p for every matrix
 
-    sparsity_i = p + alpha - 2 alpha rank_i / (n - 1),   rank 0 = least sensitive
+Algorithm 1 as printed assigns its values to "sparsity" but builds them from 1 - p, so they are densities. In this
+reading the most sensitive matrix stays densest. Its sensitivity is per weight (mean trace).
 
-Printed, the algorithm assigns its values to "sparsity" while building them from 1 - p; they are densities, so this is
-the reading in which the most sensitive matrix stays densest. The mean over matrices is p; the weighted mean over
-parameters is not, which is what `budget` corrects. Sensitivity is per weight (mean trace) in both variants.
-
-By block: Published allocators that give all matrices of a decoder block one sparsity. With w = alpha and x from 0 to 1:
-
-    owl     outlier weighed layerwise sparsity (arXiv:2310.05175): density 2 w x + a constant, x linear in the share of
-            outliers of a block
-    alpha   AlphaPruning (arXiv:2410.10912): sparsity proportional to 1 - w + 2 w x, x linear in the mean of the
-            power-law exponents of a block's spectra: the lighter the tail, the sparser
-    depth   arXiv:2502.14770, with common difference 2 w / (number of blocks - 1): sparsity 2 w x + a constant, x linear
-            in the number of the block
-
-The mean over blocks is the sparsity asked for; where blocks differ in size, `budget` shifts all of them. The authors of
-owl weigh all blocks alike, those of alpha by size, with a factor in place of a shift.
+The mean over matrices (trace-rank) or blocks (the others) is p. Where their sizes differ, `budget` shifts all of
+them. The authors of owl weigh all blocks equally; those of alpha weigh them by size, with a factor instead of a shift.
 """
 
 from collections import defaultdict
@@ -30,7 +25,7 @@ from statistics import fmean
 
 
 def trace_rank(sensitivities: Sequence[float], blocks: Sequence[int], sparsity: float, alpha: float) -> list[float]:
-    """Every matrix by its own rank."""
+    """Each matrix by its own rank."""
     ranks = _ranks(sensitivities)
     last = max(len(ranks) - 1, 1)
     return [sparsity + alpha - 2 * alpha * rank / last if len(ranks) > 1 else sparsity for rank in ranks]
@@ -59,18 +54,14 @@ def _ranks(values: Sequence[float]) -> list[int]:
 
 def owl(outlier_shares: Sequence[float], blocks: Sequence[int], sparsity: float, alpha: float) -> list[float]:
     offsets = {block: -2 * alpha * x for block, x in _positions(_means(outlier_shares, blocks)).items()}
-    return _about(offsets, blocks, sparsity)
+    mean = fmean(offsets.values())
+    return [sparsity + offsets[block] - mean for block in blocks]
 
 
 def alpha_pruning(exponents: Sequence[float], blocks: Sequence[int], sparsity: float, alpha: float) -> list[float]:
     factors = {block: 1 - alpha + 2 * alpha * x for block, x in _positions(_means(exponents, blocks)).items()}
-    mean = fmean(factors.values()) or 1.0  # all are 0 where alpha is 1 and no block differs
+    mean = fmean(factors.values()) or 1.0  # the mean is 0 if alpha is 1 and no block differs
     return [sparsity * factors[block] / mean for block in blocks]
-
-
-def depth(sensitivities: Sequence[float], blocks: Sequence[int], sparsity: float, alpha: float) -> list[float]:
-    offsets = {block: 2 * alpha * x for block, x in _positions({block: float(block) for block in blocks}).items()}
-    return _about(offsets, blocks, sparsity)
 
 
 def _means(values: Sequence[float], blocks: Sequence[int]) -> dict[int, float]:
@@ -81,14 +72,9 @@ def _means(values: Sequence[float], blocks: Sequence[int]) -> dict[int, float]:
 
 
 def _positions(values: dict[int, float]) -> dict[int, float]:
-    """From 0 for the least to 1 for the greatest; all in the middle where they are equal."""
+    """Linear positions, 0 for the least value and 1 for the greatest; 0.5 for all if they are equal."""
     low, high = min(values.values()), max(values.values())
     return {block: (value - low) / (high - low) if high > low else 0.5 for block, value in values.items()}
-
-
-def _about(offsets: dict[int, float], blocks: Sequence[int], sparsity: float) -> list[float]:
-    mean = fmean(offsets.values())
-    return [sparsity + offsets[block] - mean for block in blocks]
 
 
 def uniform(sensitivities: Sequence[float], blocks: Sequence[int], sparsity: float, alpha: float) -> list[float]:
@@ -99,16 +85,13 @@ Allocator = Callable[[Sequence[float], Sequence[int], float, float], list[float]
 
 ALLOCATORS: dict[str, Allocator] = {
     "alpha": alpha_pruning,
-    "depth": depth,
     "layer-trace-rank": layer_trace_rank,
     "owl": owl,
     "trace-rank": trace_rank,
     "uniform": uniform,
 }
-HALF_WIDTHS = {"alpha": 0.2, "depth": 0.1, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
-"""The alpha of each where none is given. Of owl and alpha, their authors' with SparseGPT on LLaMA-7B (for larger models
-alpha has 0.3 there). In arXiv:2502.14770 that of depth is tuned for every model: a common difference of 0.0065 over 32
-blocks, as here, lies among those that came out at 70%."""
-NEEDS_SENSITIVITY = frozenset({"alpha", "layer-trace-rank", "owl", "trace-rank"})
+HALF_WIDTHS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
+"""Default `alpha` of each allocator. Those of owl and alpha are their authors' with SparseGPT on LLaMA-7B."""
+NEEDS_SENSITIVITY = frozenset(HALF_WIDTHS)
 OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
-"""Of the allocators that say themselves what is measured for them."""
+"""Measures of the allocators that ignore `--sensitivity`."""

@@ -1,5 +1,6 @@
-"""How heavy the tail of a matrix's spectrum is: the power-law exponent that AlphaPruning calls alpha
-(arXiv:2410.10912). A well trained matrix has a heavy tail, and so a small exponent.
+"""The power-law exponent of a matrix's spectrum, which AlphaPruning calls alpha (arXiv:2410.10912).
+
+A well trained matrix has a heavy tail, and so a small exponent.
 """
 
 import math
@@ -9,7 +10,7 @@ from torch import Tensor
 
 BINS = 100
 LEAST = torch.finfo(torch.float32).eps ** 2
-"""Eigenvalues are above this share of the greatest; what is below is the rounding of zeros in float32."""
+"""Smallest eigenvalue as a share of the greatest. Values below are zeros, rounded in float32."""
 
 
 def spectrum(weight: Tensor) -> Tensor:
@@ -21,9 +22,9 @@ def spectrum(weight: Tensor) -> Tensor:
 def tail_exponent(spectrum: Tensor) -> float:
     """Hill's estimate, 1 + n / sum(log(l_i / l_min)) over the n eigenvalues from l_min on, with the best l_min.
 
-    As in the authors' code, l_min is an eigenvalue near the peak of the histogram of log10 l: of those between
-    log10(0.95 peak), a logarithm though the eigenvalues it is compared with are none, and 1.5 peak, it is that with the
-    least Kolmogorov-Smirnov distance between tail and power law. Not finite where there is no such eigenvalue.
+    As in the authors' code, l_min is an eigenvalue near the peak of the histogram of log10 l. Candidates lie between
+    log10(0.95 peak) and 1.5 peak; the lower bound is a logarithm there although eigenvalues are compared with it. The
+    best one has the least Kolmogorov-Smirnov distance between tail and power law. The result is NaN without candidates.
     """
     if len(spectrum) < 2 or spectrum[0] == spectrum[-1]:
         return math.nan

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 OUTLIER = 5.0
-"""Times the mean: M of the paper."""
+"""Threshold as a multiple of the mean score, M in the paper."""
 
 
 def outlier_share(weights: Sequence[Tensor], diagonals: Sequence[Tensor], threshold: float = OUTLIER) -> float:
     """Share of the weights of several matrices (O, I) whose |w_ij| sqrt(H_jj) exceeds `threshold` times the mean.
 
-    `diagonals` (I,) are those of the matrices' Grams over the same tokens. The mean is one, over the weights of all.
+    `diagonals` (I,) are those of the matrices' Grams over the same tokens. The mean is over all weights.
     """
     numel = sum(weight.numel() for weight in weights)
     pairs = list(zip(weights, diagonals, strict=True))
@@ -21,5 +21,5 @@ def outlier_share(weights: Sequence[Tensor], diagonals: Sequence[Tensor], thresh
 
 
 def _scores(weight: Tensor, diagonal: Tensor) -> Tensor:
-    """Made anew when they are needed: those of a whole block would take twice the memory of its weights."""
+    """Scores (O, I). They are computed twice, because those of a block take twice the memory of its weights."""
     return weight.float().abs() * diagonal.sqrt()

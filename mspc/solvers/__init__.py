@@ -1,8 +1,4 @@
-"""Solvers: weight + statistics of its input + target -> CompressedLinear. They obey the target and know no model.
-
-Every solver has the signature of `Solver` and is a plain function in the table; pass your own function instead of a
-name where the Python interface asks for one.
-"""
+"""Solvers: weight + statistics of its input + target -> CompressedLinear. They obey the target and know no model."""
 
 from collections.abc import Callable
 
@@ -17,5 +13,6 @@ from mspc.types import CompressedLinear, GramStats, Target
 __all__ = ["SOLVERS", "Solver", "SolverOptions"]
 
 Solver = Callable[[Tensor, GramStats, Target, SolverOptions, str], CompressedLinear]
+"""A function of the weight (O, I), the statistics, the target, the options, and the matrix name for errors."""
 
 SOLVERS: dict[str, Solver] = {"admm": admm, "kfac": kfac, "mask": mask_only, "obs": obs}

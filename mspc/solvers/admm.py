@@ -1,14 +1,13 @@
-"""Supports found by ADMM, then exact weights on them by conjugate gradients.
+"""A support (which weights are kept) by ADMM, then the weights on it by conjugate gradients.
 
-The method of ALPS (Meng et al., arXiv:2406.07831) on the quadratic form of `quadratic`: with B0 the target, the
-multiplier V and the sparse copy Z of B, one iteration is
+This is the method of ALPS (Meng et al., arXiv:2406.07831) on the quadratic form of `quadratic`. With B0 the target, V
+the multiplier and Z the sparse copy of B, one iteration is
 
     S B G + rho B = S B0 G - V + rho Z, solved for B;   Z = the largest of B + V / rho;   V = V + rho (B - Z)
 
-and rho grows until the support stays. One eigendecomposition of each factor serves every rho. `admm` is ALPS, which
-minimizes the squared error of the layer; `kfac` minimizes the loss of the model, so errors at outputs that hardly
-matter, or that cancel in what reads them, cost little. Where kept weights are rounded, the OBS sweep does that on the
-support found here.
+and rho grows until the support does not change. One eigendecomposition of each factor serves every rho. `admm` is
+ALPS, which minimizes the squared error of the layer. `kfac` minimizes the loss of the model, where errors at outputs of
+little influence cost little. If the target has a grid, the OBS sweep quantizes the weights on the support found here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,31 +26,53 @@ from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
 FIRST_RHO = 0.1
 ROUND = 2
-"""Iterations with one rho."""
+"""Iterations with the same rho."""
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""rho's factor where more than this share of the support changed in a round."""
+"""Pairs (share, factor): rho grows by the first factor whose share of the support is below the share that changed."""
 CG_STEPS = 5
 PATH_RHO, PATH_GROWTH, PATH_ITERATIONS, PATH_CG_STEPS = 0.3, 1.2, 4, 2
 
 
-def admm(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """(O, I) -> pruned (and rounded) weights on a support that is searched for over the whole matrix.
+def admm(
+    weight: Tensor,
+    stats: GramStats,
+    target: Target,
+    options: SolverOptions,
+    name: str,
+    output_fisher: Tensor | None = None,
+) -> CompressedLinear:
+    """(O, I) -> pruned (and quantized) weights on a support that is searched for over the whole matrix.
 
-    Raises InputError when the pattern or the group size does not divide I, ActivationError and SingularGramError for
-    a Gram that cannot be used.
+    The objective is the squared error of the layer, or with `output_fisher` (K, B, B) the loss of the model. Raises
+    InputError when the pattern or the group size does not divide I, and ActivationError or SingularGramError for a Gram
+    that cannot be used.
     """
-    return _solve(weight, stats, None, target, options, name)
+    check_divides(target.pattern, weight.shape[1], name)
+    weight = weight.float()
+    with precise_matmul():
+        form = quadratic(weight, stats, output_fisher, options.damp, name)
+        mask, values = _search(form, target.pattern, options.iterations)
+        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
+    kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
+    if bool(mask.all()):
+        kept = weight
+    if target.grid is None:
+        return CompressedLinear(kept, mask, target, None, options.damp)
+    # `kept` is the best on the support, so the total loss is its own plus that of its distance to the codes.
+    return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
 
 def kfac(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """`admm` for the loss of the model; `stats` must have its Fisher factor."""
-    if stats.fisher is None:
-        raise InputError(f"{name}: the kfac solver needs the Fisher factor of its outputs (GramStats.fisher).")
-    return _solve(weight, stats, stats.fisher, target, options, name)
+    """`admm` with the loss of the model as its objective. `stats` must have an output Fisher factor."""
+    if stats.output_fisher is None:
+        raise InputError(
+            f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
+        )
+    return admm(weight, stats, target, options, name, stats.output_fisher)
 
 
 def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[Tensor, float]]:
-    """For patterns of growing sparsity: weights (O, I) after a few iterations from those before, and their loss."""
+    """Weights (O, I) and their loss for patterns of growing sparsity, a few iterations after the one before."""
     with precise_matmul():
         wanted, multiplier, sparse = form.apply(form.target), torch.zeros_like(form.target), form.target
         for pattern in patterns:
@@ -67,26 +88,8 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
             yield form.weight(values), form.loss(values)
 
 
-def _solve(
-    weight: Tensor, stats: GramStats, outputs: Tensor | None, target: Target, options: SolverOptions, name: str
-) -> CompressedLinear:
-    check_divides(target.pattern, weight.shape[1], name)
-    weight = weight.float()
-    with precise_matmul():
-        form = quadratic(weight, stats, outputs, options.damp, name)
-        mask, values = _search(form, target.pattern, options.iterations)
-        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
-    kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
-    if bool(mask.all()):
-        kept = weight
-    if target.grid is None:
-        return CompressedLinear(kept, mask, target, None, options.damp)
-    # These are the best on the support, so the loss of rounding them adds to theirs, and what follows sees to it alone.
-    return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
-
-
 def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:
-    """Mask and weights (O, I), scaled, after so many iterations, or when a round did not change the support."""
+    """Mask and scaled weights (O, I), after `iterations`, or after a round that did not change the support."""
     wanted, multiplier = form.apply(form.target), torch.zeros_like(form.target)
     settled = _largest(form.target, pattern)
     sparse, shifted, rho = form.target * settled, form.target, FIRST_RHO
@@ -117,7 +120,7 @@ def _iterate(
 
 
 def _largest(values: Tensor, pattern: Pattern) -> Tensor:
-    """Where the largest magnitudes lie, bool (O, I). Among ties it is not the pattern that decides; see `select`."""
+    """The positions of the largest magnitudes, bool (O, I). Ties may break the exact count, unlike in `select`."""
     magnitudes = values.abs()
     if isinstance(pattern, NM):
         groups = magnitudes.view(-1, pattern.of)

@@ -1,4 +1,4 @@
-"""Score and zero, no update of the kept weights; with a grid they are rounded to nearest."""
+"""Zero the weights of lowest score and update none. With a grid, kept weights go to their nearest code."""
 
 import torch
 from torch import Tensor
@@ -6,22 +6,19 @@ from torch import Tensor
 from mspc.numerics.linalg import check_finite, inverse_factor, regularized
 from mspc.numerics.masking import check_divides, select
 from mspc.numerics.quant import dequantize, round_to_nearest
-from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
 from mspc.solvers.options import SolverOptions
 from mspc.types import CompressedLinear, GramStats, Target
-
-NEEDS_INVERSE = frozenset({"isc", "obs"})
 
 
 def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
     """(O, I) -> the same weights with the lowest-scored ones zero.
 
-    Raises InputError when the pattern or the group size does not divide I, and what `inverse_factor` raises.
+    Raises InputError when the pattern or the group size does not divide I, and every error of `inverse_factor`.
     """
     check_divides(target.pattern, weight.shape[1], name)
-    weight = weight.float()
+    weight, criterion = weight.float(), options.criterion
     damp, precision = 0.0, torch.float32
-    if options.criterion in NEEDS_INVERSE:
+    if criterion.needs_inverse:
         factor = inverse_factor(stats, options.damp, name)
         diagonal, inverse_diagonal, dead = factor.diagonal, factor.inverse_diagonal, factor.dead
         damp, precision = factor.damp, factor.precision
@@ -30,9 +27,9 @@ def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverO
         regular, dead = regularized(stats.gram, 0.0)
         diagonal = regular.diagonal()
         inverse_diagonal = 1 / diagonal
-    score = CRITERIA[options.criterion](weight, diagonal, inverse_diagonal)
+    score = criterion.score(weight, diagonal, inverse_diagonal)
     score[:, dead] = -1.0
-    mask = select(score, target.pattern, per_row=options.criterion in COMPARED_PER_ROW)
+    mask = select(score, target.pattern, per_row=criterion.per_row)
     codes = None
     kept = torch.where(mask, weight, 0.0)
     if target.grid is not None:

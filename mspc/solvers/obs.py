@@ -1,13 +1,13 @@
-"""Blocked OBS sweep: prune, and round in the same pass, column by column with error feedback.
+"""Blocked OBS sweep: prune, and quantize in the same pass, column by column with error feedback.
 
-The algorithm of SparseGPT (Frantar and Alistarh, arXiv:2301.00774) and GPTQ (arXiv:2210.17323): with U^T U = H^-1, a
-weight settled at column j to q_j moves the error (w_j - q_j) / U_jj along row j of U into the columns after it, which
-is the optimal brain surgeon update restricted to them. The loss || (W - W^) X ||^2 is then exactly the sum of the
-squared errors. The mask of a block of 128 columns is chosen when the sweep reaches it (N:M groups: when it reaches the
-group), from weights that already carry the corrections of everything before.
+This is the algorithm of SparseGPT (Frantar and Alistarh, arXiv:2301.00774) and GPTQ (arXiv:2210.17323). With U^T U =
+H^-1, setting the weight of column j to q_j moves the error (w_j - q_j) / U_jj along row j of U into the columns after
+it. That is the optimal brain surgeon update restricted to those columns, and || (W - W^) X ||^2 is exactly the sum of
+the squared errors. The mask of a block of 128 columns (N:M: of a group) is chosen when the sweep reaches it, from
+weights that already carry all earlier corrections.
 
-Counts are exact, inputs that are always zero are pruned first, and the weights of dead inputs that the budget leaves
-are kept as they are. Tensors inside are transposed, (I, O): a column of the weight is then contiguous.
+Counts are exact. Weights of dead inputs, which are always zero, are pruned first; those that the budget leaves keep
+their values. Tensors inside are transposed, (I, O), so that a column of the weight is contiguous.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from mspc.numerics.masking import (
     spread,
 )
 from mspc.numerics.quant import dequantize, fit, fit_groups, groups_of
-from mspc.numerics.saliency import COMPARED_PER_ROW, CRITERIA
 from mspc.solvers.options import SolverOptions
 from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target
 
@@ -37,9 +36,9 @@ BLOCK = 128
 def obs(
     weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
 ) -> CompressedLinear:
-    """(O, I) -> pruned (and rounded) weights, kept ones corrected for the removed ones; a given `mask` is obeyed.
+    """(O, I) -> pruned (and quantized) weights, kept ones corrected for the removed ones. A given `mask` is obeyed.
 
-    Raises InputError when the pattern or the group size does not fit, and what `inverse_factor` raises.
+    Raises InputError when the pattern or the group size does not fit, and every error of `inverse_factor`.
     """
     with precise_matmul():
         return sweep(weight, stats, target, options, name, mask)[0]
@@ -48,9 +47,9 @@ def obs(
 def sweep(
     weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
 ) -> tuple[CompressedLinear, float]:
-    """`obs`, with the loss the sweep itself adds up: the sum of ((w_j - q_j) / U_jj)^2 at the time of settling.
+    """The result of `obs` and the loss that the sweep adds up: the sum of ((w_j - q_j) / U_jj)^2 at settling.
 
-    With `mask` (O, I) that one is obeyed, and the target's pattern decides nothing.
+    With `mask` (O, I), that mask is obeyed and the target's pattern is ignored.
     """
     check_pattern(target.pattern, weight.shape[1], options, name)
     order = column_order(stats, options)
@@ -67,11 +66,13 @@ def sweep(
 def check_pattern(pattern: Pattern, num_columns: int, options: SolverOptions, name: str) -> None:
     check_divides(pattern, num_columns, name)
     if isinstance(pattern, NM) and BLOCK % pattern.of:
-        raise InputError(f"{name}: the obs solver needs N:M groups that divide {BLOCK}, not {pattern}.")
+        raise InputError(
+            f"{name}: the obs solver needs N:M groups that divide {BLOCK}, not {pattern}. Choose another pattern."
+        )
     if isinstance(pattern, NM) and options.activation_order:
         raise InputError(
-            f"{name}: activation order reorders columns and so breaks the groups of {pattern}; use it with "
-            "unstructured sparsity, or leave it out."
+            f"{name}: activation order reorders columns, which breaks the groups of {pattern}. Use unstructured "
+            "sparsity, or leave activation order out."
         )
 
 
@@ -92,11 +93,11 @@ class Sweep:
     order: Tensor
     name: str
     given: Tensor | None = None
-    """A mask (O, I), in the order of the sweep, that is obeyed; without it the sweep chooses."""
+    """A mask (O, I) to obey, in the order of the sweep. None: the sweep chooses."""
 
     def __post_init__(self) -> None:
         num_columns, num_rows = self.columns.shape
-        self.per_row = self.options.criterion in COMPARED_PER_ROW
+        self.per_row = self.options.criterion.per_row
         chosen = torch.ones_like(self.columns, dtype=torch.bool)
         self.mask = chosen if self.given is None else self.given.T.contiguous()
         self.loss = 0.0
@@ -105,7 +106,7 @@ class Sweep:
             return
         size = groups_of(num_columns, self.grid, self.name)
         self.codes = torch.empty_like(self.columns, dtype=torch.uint8)
-        # In column order; a group is fitted when the sweep reaches it, unless its columns do not lie in one block.
+        # In column order. A group is fitted when the sweep reaches it, if its columns lie in one block.
         pattern = self.target.pattern
         straddles = BLOCK % size != 0 or (isinstance(pattern, NM) and size % pattern.of != 0)
         self.static = self.options.activation_order or straddles
@@ -116,15 +117,14 @@ class Sweep:
             self.fit_static(self.grid)
 
     def score(self, start: int, stop: int) -> Tensor:
-        """Scores (O, stop - start) of columns not settled yet; dead inputs lie below everything."""
+        """Scores (O, stop - start) of columns that are not settled yet. Dead inputs have the lowest score."""
         denominator = self.factor.factor.diagonal()[start:stop].square()
-        criterion = CRITERIA[self.options.criterion]
-        score = criterion(self.columns[start:stop].T, self.factor.diagonal[start:stop], denominator)
+        score = self.options.criterion.score(self.columns[start:stop].T, self.factor.diagonal[start:stop], denominator)
         score[:, self.factor.dead[start:stop]] = -1.0
         return score
 
     def fit_static(self, grid: Grid) -> None:
-        """All scales before the sweep, on the weights that a first scoring of the whole matrix would keep."""
+        """Fit all scales before the sweep, on the weights of `first_mask`."""
         original = torch.argsort(self.order)
         mask = self.first_mask()[:, original]
         weight, importance = self.columns.T[:, original], self.factor.diagonal[original]
@@ -132,13 +132,13 @@ class Sweep:
         self.scales, self.zeros = scales.T.contiguous(), zeros.T.contiguous()
 
     def first_mask(self) -> Tensor:
-        """The given mask, or what a scoring of the whole matrix before the sweep would keep."""
+        """The given mask, or the mask by scores of the whole matrix before the sweep."""
         if self.given is not None:
             return self.given
         return select(self.score(0, len(self.columns)), self.target.pattern, per_row=self.per_row)
 
     def block_counts(self) -> list[int]:
-        """How many weights each block prunes: exact in total, in proportion to its live weights, dead ones first."""
+        """Weights to prune in each block: exact in total, dead ones first, then in proportion to live ones."""
         num_rows = self.columns.shape[1]
         blocks = self.factor.dead.split(BLOCK)
         if isinstance(self.target.pattern, NM) or self.given is not None:
@@ -174,7 +174,7 @@ class Sweep:
         self.loss += float(errors.double().square().sum())
 
     def settle_column(self, column: int) -> Tensor:
-        """The final values (O,) of one column: pruned weights zero, kept ones as they are or on the grid."""
+        """The final values (O,) of one column: zero for pruned weights, else the value or its nearest on the grid."""
         weight, kept = self.columns[column], self.mask[column]
         if self.grid is None:
             return torch.where(kept, weight, 0.0)

@@ -1,24 +1,17 @@
-"""What every solver may be told besides the target."""
+"""The settings that all solvers take."""
 
 from dataclasses import dataclass
 
-from mspc.settings import Settings
+from mspc.numerics.saliency import ISC, Criterion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverOptions:
-    criterion: str = "isc"
-    """Name in `mspc.numerics.saliency.CRITERIA`."""
+    criterion: Criterion = ISC
+    """Score by which the solvers obs and mask choose weights."""
     damp: float = 0.01
     """First rung of the damping ladder, as a share of the mean diagonal of the Gram."""
     activation_order: bool = False
-    """Settle the columns with the largest inputs first (grids then have static groups)."""
+    """Settle the columns with the largest inputs first. Grids then have static groups (solver obs)."""
     iterations: int = 20
-    """Of the search of the kfac and admm solvers."""
-
-
-def solver_options(settings: Settings) -> SolverOptions:
-    return SolverOptions(
-        criterion=settings.criterion, damp=settings.damp, activation_order=settings.activation_order,
-        iterations=settings.iterations or 0,
-    )  # fmt: skip
+    """Iterations of the search (solvers admm and kfac)."""

@@ -1,9 +1,9 @@
-"""Rounded weights made better where they stand: scales by least squares, then codes one at a time.
+"""Improvement of quantized weights on a fixed mask: scales by least squares, then codes one column at a time.
 
-The sweep settles each column once, before it knows how those after it are rounded. Here the squared error of the layer,
-tr(E H E^T), is lowered further from its result: the best scales for given codes solve a small linear system per row,
-and the best code of a column for given other columns is the nearest to w_j + (E H)_j / H_jj, as in QuantEase
-(Behdin et al., arXiv:2309.01885). No row ends worse than it began.
+The sweep settles each column once, before later columns are quantized. Here the squared error of the layer,
+tr(E H E^T), is lowered further. The best scales for given codes solve a small linear system per row. The best code of a
+column for given other columns is the nearest to w_j + (E H)_j / H_jj, as in QuantEase (Behdin et al.,
+arXiv:2309.01885). The error of no row grows.
 """
 
 from dataclasses import replace
@@ -18,26 +18,26 @@ from mspc.types import Codes, CompressedLinear, GramStats
 BLOCK = 128
 RIDGE = 1e-6
 STRIP = 2**24
-"""Numbers in the systems for the scales that are solved at once."""
+"""Elements of the linear systems for the scales that are in memory at once."""
 
 
-def polish(wanted: Tensor, rounded: CompressedLinear, stats: GramStats, damp: float) -> CompressedLinear:
-    """A solution on a grid -> one on the same mask and grid that is closer to `wanted` (O, I)."""
-    assert rounded.codes is not None
-    assert rounded.target.grid is not None
-    levels = 2**rounded.target.grid.bits - 1
+def polish(wanted: Tensor, quantized: CompressedLinear, stats: GramStats, damp: float) -> CompressedLinear:
+    """A solution on the same mask and grid that is closer to `wanted` (O, I) than `quantized` is."""
+    assert quantized.codes is not None
+    assert quantized.target.grid is not None
+    levels = 2**quantized.target.grid.bits - 1
     with precise_matmul():
         gram, _ = regularized(stats.gram, damp)
-        codes = _better(wanted, gram, rounded.codes, refit_scales(wanted, gram, rounded.codes))
-        codes = _better(wanted, gram, codes, descend(wanted, gram, codes, rounded.mask, levels))
+        codes = _better(wanted, gram, quantized.codes, refit_scales(wanted, gram, quantized.codes))
+        codes = _better(wanted, gram, codes, descend(wanted, gram, codes, quantized.mask, levels))
         codes = _better(wanted, gram, codes, refit_scales(wanted, gram, codes))
-    return replace(rounded, weight=dequantize(codes), codes=codes)
+    return replace(quantized, weight=dequantize(codes), codes=codes)
 
 
 def refit_scales(wanted: Tensor, gram: Tensor, codes: Codes) -> Codes:
-    """The scales (O, G) of least error for these codes, as far as float16 has them; groups without weights keep theirs.
+    """The codes with the scales (O, G) of least error. Groups without weights, or beyond float16, keep their scale.
 
-    With c_g the codes of group g of a row, less its zero point, they solve sum_h (c_g^T H_gh c_h) s_h = c_g^T H_g w.
+    With c_g the codes of group g of a row, minus its zero point, they solve sum_h (c_g^T H_gh c_h) s_h = c_g^T H_g w.
     """
     rows = max(STRIP // codes.scales.shape[1] ** 2, 1)
     parts = (part.split(rows) for part in (wanted, codes.values, codes.scales, codes.zeros))
@@ -63,14 +63,14 @@ def _refit(wanted: Tensor, gram: Tensor, codes: Codes) -> Tensor:
 
 
 def descend(wanted: Tensor, gram: Tensor, codes: Codes, mask: Tensor, levels: int) -> Codes:
-    """One pass over the columns, each code set to the best for all others as they are by then."""
+    """One pass over the columns that sets each code to the best one for the current other codes."""
     size = mask.shape[1] // codes.scales.shape[1]
     # Transposed, (I, O), so that a column of the weight is contiguous.
     scales = codes.scales.float().T.repeat_interleave(size, 0)
     zeros = codes.zeros.float().T.repeat_interleave(size, 0)
     values, kept = codes.values.float().T.contiguous(), mask.T.contiguous()
     weight = (values - zeros) * scales
-    image = gram @ (wanted.T - weight)  # H E^T, as of the last block
+    image = gram @ (wanted.T - weight)  # H E^T, updated after each block
     for start in range(0, len(gram), BLOCK):
         block = slice(start, min(start + BLOCK, len(gram)))
         near, within = image[block].clone(), gram[block, block]
@@ -87,7 +87,7 @@ def descend(wanted: Tensor, gram: Tensor, codes: Codes, mask: Tensor, levels: in
 
 
 def _better(wanted: Tensor, gram: Tensor, old: Codes, new: Codes) -> Codes:
-    """Row by row, that of less error."""
+    """For each row, the codes of lower error."""
     worse = (_row_errors(wanted, gram, new) > _row_errors(wanted, gram, old))[:, None]
     return Codes(torch.where(worse, old.values, new.values), torch.where(worse, old.scales, new.scales), old.zeros)
 

@@ -1,13 +1,14 @@
-"""The loss of changing a matrix, as a quadratic form, scaled so that every weight alone is worth its square.
+"""The loss of changing a matrix, as a quadratic form, scaled so that removing one weight costs its square.
 
     loss(W^) = tr(S (W^ - W) H (W^ - W)^T)
 
-H (I, I) is the Gram of the inputs. S (O, O), the second moment of the gradients at the outputs, makes H and S the
-Kronecker-factored Fisher information of the matrix (Martens and Grosse, arXiv:1503.05671), so that the loss is that of
-the model and not the squared error of the layer, S = 1. S is block-diagonal, (K, B, B) with O = K B.
+H (I, I) is the Gram of the inputs. S (O, O) is 1 for the squared error of the layer, or the output Fisher factor, the
+second moment of the gradients at the outputs. With it, H and S are the Kronecker-factored Fisher information of the
+matrix (Martens and Grosse, arXiv:1503.05671), and the loss is that of the model. S is block-diagonal, (K, B, B) with
+O = K B.
 
-Both factors are divided by their diagonals: G = D^-1 H D^-1, and the same for S; the target becomes B = T W D, with T
-the square root of the diagonal of S.
+With D and T the square roots of the diagonals of H and S, the scaled factors are D^-1 H D^-1 and T^-1 S T^-1, and the
+target is B = T W D.
 """
 
 from dataclasses import dataclass, field
@@ -15,19 +16,18 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mspc.errors import SingularGramError
 from mspc.numerics.linalg import check_finite, regularized
 from mspc.types import GramStats
 
 OUTPUT_DAMP = 0.05
-"""Added to the diagonal of S, as a share of its mean: a few dozen sequences estimate it."""
+"""Damping of S as a share of its mean diagonal. It is large because few sequences estimate S."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """H divided by its diagonal, `gram` (I, I); the square root of that, `scale` (I,); and the dead inputs (I,)."""
+    """The scaled H, `gram` (I, I); the square root of its diagonal, `scale` (I,); and the dead inputs (I,)."""
 
     gram: Tensor
     scale: Tensor
@@ -48,9 +48,9 @@ class Quadratic:
     inputs: Inputs
     outputs: Tensor | None
     scale: Tensor
-    """(O, I) or what broadcasts to it: scaled weights are weights times this."""
+    """A tensor that broadcasts to (O, I): scaled weights = weights * scale."""
     inverses: dict[float, Tensor] = field(default_factory=dict)
-    """(G + rho)^-1 of the latest rho, where S = 1."""
+    """(G + rho)^-1 by rho, for the latest rho only. Used if S = 1."""
 
     @cached_property
     def spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,13 +67,13 @@ class Quadratic:
         return self.between(self.outputs, values @ self.inputs.gram)
 
     def between(self, factor: Tensor | None, values: Tensor) -> Tensor:
-        """Multiply the outputs by a block-diagonal factor (K, B, B)."""
+        """Multiply the outputs of `values` (O, I) by a block-diagonal factor (K, B, B)."""
         if factor is None:
             return values
         return (factor @ values.view(len(factor), -1, values.shape[1])).view_as(values)
 
     def solve(self, values: Tensor, rho: float) -> Tensor:
-        """X of S X H + rho X = values."""
+        """Solve S X H + rho X = values for X (O, I)."""
         if self.outputs is None:
             return values @ self.inverse(rho)
         eigenvalues, vectors, of_outputs, output_vectors = self.spectra
@@ -93,12 +93,12 @@ class Quadratic:
 
     def _singular(self, what: str) -> SingularGramError:
         return SingularGramError(
-            f"{self.name}: a matrix of its statistics ({len(self.inputs.gram)} inputs) {what}; calibrate on more text "
+            f"{self.name}: a matrix of its statistics ({len(self.inputs.gram)} inputs) {what}. Calibrate on more text "
             "(--num-sequences, --sequence-length) or raise --damp."
         )
 
     def loss(self, values: Tensor) -> float:
-        """tr(S E H E^T) of scaled weights, with E their distance from the target; what dead inputs read is worth 0."""
+        """tr(S E H E^T) of scaled weights, with E their distance from the target. Weights of dead inputs cost 0."""
         error = torch.where(self.inputs.dead, 0.0, values - self.target)
         return float((self.apply(error) * error).sum(dtype=torch.float64))
 
@@ -106,14 +106,10 @@ class Quadratic:
         return values / self.scale
 
 
-_INPUTS = WeakIdKeyDictionary()
-"""By Gram and damp, as long as the Gram lives: matrices that read the same input share its eigendecomposition."""
-
-
 def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: float, name: str) -> Quadratic:
-    """The form at `weight` (O, I) float32. Raises ActivationError and SingularGramError for statistics of no use."""
+    """The form at `weight` (O, I) float32. Raises ActivationError for a Gram that is not finite."""
     check_finite(stats, name)
-    by_damp = _INPUTS.setdefault(stats.gram, {})
+    by_damp = stats.scaled_by_damp
     if damp not in by_damp:
         gram, dead = regularized(stats.gram, damp)
         scale = gram.diagonal().sqrt()
@@ -122,20 +118,20 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     scales = inputs.scale[None, :]
     if outputs is not None:
         diagonal = outputs.diagonal(dim1=-2, dim2=-1)
-        mean = float(diagonal.mean())  # 0 where nothing depends on the matrix
+        mean = float(diagonal.mean())  # 0 if nothing depends on the matrix
         outputs = outputs + torch.diag_embed(torch.full_like(diagonal, OUTPUT_DAMP * mean or 1.0))
         output_scale = outputs.diagonal(dim1=-2, dim2=-1).sqrt()
         outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :]
         scales = output_scale.flatten()[:, None] * scales
-    # Weights of dead inputs are worth nothing. A weight stored transposed would stay a view.
+    # Weights of dead inputs cost nothing. `contiguous`, as a weight that is stored transposed is a view.
     target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()
     return Quadratic(name, target, inputs, outputs, scales)
 
 
 def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
-    """Conjugate gradients for S B G = S B0 G on the support; what is independent has steps of its own.
+    """Solve S B G = S B0 G on the support, from `values` on, by conjugate gradients. The diagonal is 1 already.
 
-    Without an output factor that is every row, with one every block of it. The diagonal is 1 already.
+    Independent parts have their own step sizes: rows without an output factor, else its blocks.
     """
     tiny = torch.finfo(values.dtype).tiny
     num_parts = len(values) if form.outputs is None else len(form.outputs)

@@ -1,8 +1,8 @@
 """Text that every Python carries: its language reference topics and its library source.
 
-It is the `builtin` text source, so that calibration and evaluation work with no download. The documents depend on the
-Python version only (parts that distributions split off, such as `test` and `tkinter`, are left out). A hash of the
-document's name decides its split, so a module that is held out in one Python version is held out in all of them.
+It is the text source `builtin`, so calibration and `eval` need no download. The documents depend on the Python version
+only; packages that distributions split off, such as `tkinter`, are left out. A hash of the document's name decides its
+split, so a module that is test text in one Python version is test text in all of them.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Literal
 
-Split = Literal["calibration", "heldout"]
+Split = Literal["calibration", "test"]
 
 # Often packaged apart from the interpreter, removed in some version, or tables rather than text.
 # fmt: off
@@ -22,18 +22,18 @@ EXCLUDED_PACKAGES = frozenset((
     "tkinter", "turtledemo", "venv",
 ))
 # fmt: on
-HELDOUT_SHARE = 0.1
+TEST_SHARE = 0.1
 
 
 def documents(split: Split) -> list[str]:
-    """The documents of one split, in an order that mixes topics and modules and is the same for a Python version."""
+    """The documents of one split. Their order mixes topics and modules, and is fixed for a Python version."""
     named = sorted(_named_documents(), key=lambda item: _digest(item[0]))
     return [text for name, text in named if split_of(name) == split]
 
 
 def split_of(name: str) -> Split:
     """The split that a document's name (`json.decoder`, `pydoc_data.topics.with`) belongs to."""
-    return "heldout" if _digest(name)[-1] < 256 * HELDOUT_SHARE else "calibration"
+    return "test" if _digest(name)[-1] < 256 * TEST_SHARE else "calibration"
 
 
 def _digest(name: str) -> bytes:
@@ -51,7 +51,7 @@ def _named_documents() -> Iterator[tuple[str, str]]:
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """The module of the standard library, whatever else of its name is on the path, and even if it is frozen."""
+    """The module of the standard library, even if it is frozen or another of its name is on the path."""
     return PathFinder.find_spec(name, [sysconfig.get_path("stdlib")])
 
 
@@ -64,7 +64,7 @@ def _source(name: str, spec: ModuleSpec) -> str | None:
 
 
 def module_sources(name: str, spec: ModuleSpec | None) -> Iterator[tuple[str, str]]:
-    """`(dotted name, source)` of a module and all below it, test packages left out; nothing is imported."""
+    """`(dotted name, source)` of a module and all its submodules except test packages. Nothing is imported."""
     if spec is None:
         return
     source = _source(name, spec)

@@ -1,4 +1,4 @@
-"""Text to tokens: calibration sequences, and the windows that perplexity is measured on."""
+"""Text to tokens: calibration sequences, and windows of the test text for perplexity."""
 
 import hashlib
 import json
@@ -16,14 +16,15 @@ from mspc.errors import InputError
 from mspc.text import builtin as builtin_text
 from mspc.text.builtin import Split
 
-# Name -> hub id, configuration, and the split of each use. C4 is read up to so many documents of its first shard.
 HUB_TEXTS = {
-    "c4": ("allenai/c4", "en", {"calibration": "train", "heldout": "validation"}),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "heldout": "test"}),
+    "c4": ("allenai/c4", "en", {"calibration": "train", "test": "validation"}),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "test": "test"}),
 }
+"""Name -> dataset id on the hub, configuration, and the dataset's split for each of ours."""
 MOST_HUB_DOCUMENTS = 20_000
+"""Documents read from the start of a hub dataset, at most."""
 AT_ONCE = 8
-"""Documents that are tokenized together."""
+"""Number of documents that are tokenized together."""
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -44,16 +45,16 @@ def calibration_tokens(
 ) -> Tokens:
     """`num_sequences` windows of `sequence_length` tokens from the calibration split of a source.
 
-    Documents are visited in an order drawn by the seed. Each gives one window at a random place (or all of a shorter
-    document), then, when every document was visited, another that does not overlap the ones before; the pieces are
-    laid end to end and cut into sequences. So long documents give one window each, short ones are packed, and no text
-    is used twice. Raises InputError when the source holds too little text.
+    Documents are visited in a random order that depends on the seed. Each visit takes one window at a random position,
+    or all of a shorter document. When every document was visited, further rounds take windows that do not overlap the
+    earlier ones. The pieces are concatenated and cut into sequences. So long documents give one window each, short ones
+    are packed, and no text is used twice. Raises InputError when the source holds too little text.
     """
     documents = load_documents(source, "calibration")
     rng = random.Random(seed)
     order = rng.sample(range(len(documents)), len(documents))
     wanted = num_sequences * sequence_length
-    windows: list[list[list[int]]] = []  # of each visited document, those not used yet
+    windows: list[list[list[int]]] = []  # for each visited document, the ones not used yet
     stream: list[int] = []
     for ids in _tokenized(tokenizer, (documents[i] for i in order)):
         pieces = _windows(ids, sequence_length, rng)
@@ -67,13 +68,13 @@ def calibration_tokens(
     if len(stream) < wanted:
         raise InputError(
             f"Too little text in {name_of(source)!r}: it has {len(stream):,} tokens, and {num_sequences} sequences of "
-            f"{sequence_length} need {wanted:,}; lower --num-sequences or --sequence-length, or give more text."
+            f"{sequence_length} need {wanted:,}. Lower --num-sequences or --sequence-length, or give more text."
         )
     return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), name_of(source))
 
 
 def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
-    """The tokens of each document. Some are given to the tokenizer at once, which then works on all cores."""
+    """The tokens of each document. The tokenizer gets several documents at once, to work on all cores."""
     left = iter(documents)
     while texts := list(islice(left, AT_ONCE)):
         yield from tokenizer(texts, verbose=False)["input_ids"]
@@ -88,27 +89,27 @@ def _windows(ids: list[int], length: int, rng: random.Random) -> list[list[int]]
     return [*pieces, ids[:start]] if start else pieces or [[]]
 
 
-def evaluation_tokens(
+def windows_of_test_text(
     tokenizer: Any, source: str | Sequence[str], sequence_length: int, max_windows: int | None
 ) -> Tokens:
-    """The held-out split as the field's protocol cuts it: one stream, non-overlapping windows, the rest dropped.
+    """The test split of a source as non-overlapping windows (N, T) of one stream; the rest is dropped.
 
-    The documents are joined by blank lines and tokenized as one text, so there is a BOS at the very start at most.
+    The documents are joined by blank lines and tokenized as one text, so a BOS can be at the very start only.
     """
-    text = "\n\n".join(load_documents(source, "heldout"))
+    text = "\n\n".join(load_documents(source, "test"))
     most = None if max_windows is None else max_windows * sequence_length
     ids = torch.tensor(_first_tokens(tokenizer, text, most))
     windows = min(len(ids) // sequence_length, max_windows or len(ids))
     if windows < 1:
         raise InputError(
-            f"Too little text in {name_of(source)!r}: {len(ids):,} tokens do not fill one window of {sequence_length}; "
-            "lower --sequence-length or give more text."
+            f"Too little text in {name_of(source)!r}: {len(ids):,} tokens do not fill one window of {sequence_length}. "
+            "Lower --sequence-length or give more text."
         )
     return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), name_of(source))
 
 
 def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
-    """The tokens of a text, or at least its first `most`, from a part cut so far behind them that it cannot matter."""
+    """The tokens of a text, or at least its first `most`, which are read from a prefix with about twice as many."""
     if most is None:
         return list(tokenizer(text, verbose=False)["input_ids"])
     characters = 16 * most
@@ -127,7 +128,7 @@ def load_documents(source: str | Sequence[str], split: Split) -> list[str]:
         return builtin_text.documents(split)
     path = Path(source)
     if not source:
-        raise InputError("The name of the text is empty: give builtin, a file or folder, or a dataset id.")
+        raise InputError("The name of the text is empty. Give builtin, a file or folder, or a dataset id.")
     if path.exists():
         documents = [text for file in _text_files(path) for text in _read_file(file) if text.strip()]
     elif source in HUB_TEXTS:
@@ -207,14 +208,14 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def _hub_documents(source: str, split: Split) -> list[str]:
-    nothing_here = f"Text {source!r} is no file or folder here ({Path(source).absolute()})"
+    nothing_here = f"Text {source!r} is not a file or folder here ({Path(source).absolute()})"
     try:
         import datasets
     except ImportError as error:
         raise InputError(
             f"{nothing_here}, and to load one from the hub needs: pip install 'mspc[datasets]'."
         ) from error
-    name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "heldout": "test"}))
+    name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "test": "test"}))
     try:
         rows: Sequence[Any] = datasets.load_dataset(name, configuration, split=splits[split], streaming=True)
         texts = [row["text"] for row, _ in zip(rows, range(MOST_HUB_DOCUMENTS), strict=False)]
@@ -222,8 +223,8 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         raise InputError(f"Dataset {name!r} has no `text` column.") from error
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         raise InputError(
-            f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}); check the name, or use "
+            f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}). Check the name, or use "
             "builtin or a file, which need no network."
         ) from error
-    # Line-wise sets such as WikiText: their rows make one document.
+    # WikiText has a row per line, and all rows are one document.
     return ["\n\n".join(texts)] if source == "wikitext2" else texts

@@ -27,7 +27,6 @@ from mspc.published.allocators import (
     NEEDS_SENSITIVITY,
     OWN_MEASURES,
     alpha_pruning,
-    depth,
     owl,
 )
 from mspc.published.heavy_tail import spectrum, tail_exponent
@@ -36,7 +35,7 @@ from mspc.recipe import Recipe
 from mspc.text.tokens import calibration_tokens
 from mspc.types import Matrix
 
-BY_BLOCK = {"alpha": alpha_pruning, "depth": depth, "owl": owl}
+BY_BLOCK = {"alpha": alpha_pruning, "owl": owl}
 BLOCKS = [0, 0, 1, 1, 2, 2, 3, 3]
 VALUES = [3.0, 5.0, 1.0, 1.0, 9.0, 0.5, 2.0, 8.0]  # means 4, 1, 4.75, 5
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -64,32 +63,16 @@ def test_alpha_pruning_is_affine_in_the_exponents_and_scaled(half, sparsity):
     )
 
 
-@pytest.mark.parametrize(("sparsity", "difference"), [(0.5, 0.002), (0.7, 0.006), (0.7, 0.0)])
-def test_depth_is_the_arithmetic_progression(sparsity, difference):
-    """Closed form of arXiv:2502.14770: s_i = S - b (L - 1) / 2 + b (i - 1) for i = 1 .. L; b is 2 half / (L - 1)."""
-    length = 32
-    expected = [sparsity - difference * (length - 1) / 2 + difference * (i - 1) for i in range(1, length + 1)]
-    got = depth([0.0] * length, range(length), sparsity, difference * (length - 1) / 2)
-    assert got == pytest.approx(expected, abs=1e-12)
-
-
-def test_more_outliers_and_heavier_tails_are_denser_and_the_end_is_sparser():
+def test_more_outliers_and_heavier_tails_are_denser():
     assert owl([0.01, 0.03], [0, 1], 0.5, 0.08) == pytest.approx([0.58, 0.42])
     assert alpha_pruning([2.0, 4.0], [0, 1], 0.5, 0.2) == pytest.approx([0.4, 0.6])
-    assert depth([7.0, 7.0], [0, 1], 0.5, 0.1) == pytest.approx([0.4, 0.6])
 
 
 @pytest.mark.parametrize("name", BY_BLOCK)
 def test_blocks_that_do_not_differ_get_the_budget(name):
-    """One block; and, but for depth, equal values: of no measure, all 0."""
+    """One block, and blocks with equal values."""
     assert BY_BLOCK[name]([0.0, 0.0], [4, 4], 0.37, HALF_WIDTHS[name]) == pytest.approx([0.37, 0.37])
-    if name != "depth":
-        assert BY_BLOCK[name]([2.0, 2.0, 2.0], [0, 1, 1], 0.37, HALF_WIDTHS[name]) == pytest.approx([0.37] * 3)
-
-
-def test_a_block_that_is_skipped_leaves_its_place_in_the_progression():
-    """Closed form on blocks 0 .. 4 without block 2, whose sparsity is the mean."""
-    assert depth([0.0] * 4, [0, 1, 3, 4], 0.5, 0.1) == pytest.approx([0.4, 0.45, 0.55, 0.6])
+    assert BY_BLOCK[name]([2.0, 2.0, 2.0], [0, 1, 1], 0.37, HALF_WIDTHS[name]) == pytest.approx([0.37] * 3)
 
 
 @few
@@ -141,7 +124,6 @@ def test_the_allocator_decides_what_is_measured():
     assert measure_of(Recipe(allocator="trace-rank", sensitivity="fisher")) == "fisher"
     assert wants_sensitivity(Recipe(allocator="owl"))
     assert wants_sensitivity(Recipe(allocator="alpha", pattern="N:16"))
-    assert not wants_sensitivity(Recipe(allocator="depth"))
     assert not wants_sensitivity(Recipe(allocator="owl", pattern="2:4"))
 
 
@@ -293,17 +275,6 @@ def test_alpha_pruning_on_a_model(uneven, calibration, tmp_path):
     assert tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())["alpha"] == 0.2
     mspc.compress(uneven, replace(asked, seed=1), out=tmp_path / "b", measurements=kept, reporter=Silent())
     assert len(list(kept.iterdir())) == 1
-
-
-def test_depth_on_a_model_measures_nothing(llama, calibration, tmp_path):
-    asked = recipe(calibration, allocator="depth", alpha=0.06)
-    kept = tmp_path / "kept"
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", measurements=kept, reporter=Silent())
-    sparsities = [row["sparsity"] for row in artifact.manifest["matrices"]]
-    assert sparsities == pytest.approx([0.44] * 7 + [0.56] * 7, abs=2e-3)
-    assert artifact.manifest["sparsity"]["achieved"] == 0.5
-    assert not kept.exists() or not list(kept.iterdir())
-    assert tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())["alpha"] == 0.06
 
 
 def test_a_matrix_without_a_tail_is_named(calibration, tmp_path):

@@ -1,0 +1,12 @@
+"""The solver options of a run."""
+
+from mspc.published.criteria import CRITERIA
+from mspc.settings import Settings
+from mspc.solvers.options import SolverOptions
+
+
+def solver_options(settings: Settings) -> SolverOptions:
+    return SolverOptions(
+        criterion=CRITERIA[settings.criterion], damp=settings.damp, activation_order=settings.activation_order,
+        iterations=settings.iterations,
+    )  # fmt: skip
