@@ -9,8 +9,8 @@ import pytest
 
 import mspc.settings as NAMES
 from mspc.errors import InputError
-from mspc.numerics.saliency import CRITERIA
 from mspc.published.allocators import ALLOCATORS
+from mspc.published.criteria import CRITERIA
 from mspc.recipe import Recipe
 from mspc.settings import EFFORTS, NEEDED_BY
 from mspc.solvers import SOLVERS

@@ -99,6 +99,4 @@ def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
     assert fisher is not None
     count = len(fisher)
     places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
-    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(
-        stats, output_fisher=stats.output_fisher[places]
-    )
+    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, output_fisher=fisher[places])
