@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
+# Two processes, each with the files of tests that it is given: they share models and exports within a file.
+WORKERS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-slow lint verify-all verify-autogptq clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

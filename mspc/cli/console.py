@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: options, printing, and errors as exit codes."""
+"""Parts that the verbs of the command line share: options, printing, and errors as exit codes."""
 
 import json
 import logging
@@ -21,18 +21,21 @@ ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Fold
 OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Device to compute on: auto, cpu, cuda, cuda:1, ... (default: auto)")
+]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(help="Of the forward passes: auto, float32, bfloat16, float16. (default: auto)"),
+    typer.Option(help="Dtype of the forward passes: auto, float32, bfloat16 or float16. (default: auto)"),
 ]
 LengthOption = Annotated[
-    int | None, typer.Option(help="Tokens of a sequence. (default: 2048, or what the model allows)")
+    int | None,
+    typer.Option(help="Number of tokens per window. (default: 2048, or the model's maximum if that is less)"),
 ]
 
 
 def option(text: str, default: object, *names: str, **settings: Any) -> Any:
-    """An option whose absence is None, so that a recipe file's value is not overwritten by a default."""
+    """An option that is None if it is not given; the help shows the default that then holds."""
     return typer.Option(*names, help=f"{text} (default: {default})", show_default=False, **settings)
 
 
@@ -45,15 +48,20 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))
 
 
+class ToStderr(logging.Handler):
+    """Prints messages. The stream is looked up each time, so that rich can print above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
 @contextmanager
 def reported(debug: bool, kept: str = "") -> Iterator[None]:
     """Turn errors into one paragraph on stderr and an exit code; with --debug they keep their traceback.
 
-    Messages of mspc go to stderr meanwhile. `kept` says what an interruption leaves.
+    Messages of mspc are printed to stderr meanwhile. `kept` is the message about what an interruption leaves.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("mspc")
+    handler, logger = ToStderr(), logging.getLogger("mspc")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -24,14 +24,15 @@ from mspc.version import __version__
 
 app = typer.Typer(
     name="mspc",
-    help="Make a large language model smaller and faster in one call: prune each weight matrix as far as its "
-    "sensitivity allows, round what is left in the same pass, and prove the result.",
+    help="Prune and quantize a large language model in one call, each weight matrix according to its sensitivity; "
+    "export the result, verify it, and measure it.",
     epilog="Exit codes: 0 done, 1 failed (disk, device, numerics), 2 wrong usage or input, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(compress)
 
 
 @app.command(name="eval")
@@ -42,31 +43,34 @@ def eval_(
     text: Annotated[
         str,
         typer.Option(
-            help="The held-out part of builtin (Python's own documentation), c4, wikitext2 or a dataset id; or a .txt, "
-            ".jsonl or .parquet file, or a folder of them, whole."
+            help="Test text: builtin (Python's own documentation), c4, wikitext2 or a dataset id, of which the test "
+            "split is used; or a .txt, .jsonl or .parquet file, or a folder of them."
         ),
     ] = "builtin",
     sequence_length: LengthOption = None,
-    max_windows: Annotated[int | None, typer.Option(help="Measure the first so many windows. (default: all)")] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(help="Number of windows to measure, from the first. (default: all)")
+    ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also the KL divergence from this model's predictions; 0 is none."),
+        typer.Option(metavar="MODEL", help="Also measure the KL divergence from the predictions of this model."),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """How well a model predicts text that it was not calibrated on: perplexity, of which less is better.
+    """Measure the perplexity of a model on test text; lower is better.
 
     \b
     mspc eval MODEL                         the original
-    mspc eval out/small                     what compress wrote
-    mspc eval out/small --against MODEL     and how far apart they are
+    mspc eval out/small                     the compressed model
+    mspc eval out/small --against MODEL     and its distance from MODEL
     mspc eval out/small --text t.txt --max-windows 100
 
-    The text is one stream of tokens, cut into windows that do not overlap. Only
-    perplexities of the same text, length and number of windows can be compared.
+    The text is one stream of tokens, cut into windows that do not overlap.
+    Compare only perplexities of the same text, window length and number of
+    windows.
     """
     with reported(debug):
         from mspc.api import evaluate
@@ -81,13 +85,13 @@ def eval_(
         print(
             f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
             f"{result.sequence_length}"
-            + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats a token")
+            + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token")
         )
 
 
 @app.command()
 def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
-    """What an artifact holds, matrix by matrix."""
+    """Show the matrices of an artifact: pattern, sparsity, bits, error."""
     with reported(debug):
         from mspc.cli.tables import matrix_table
         from mspc.pipeline.summary import summary
@@ -101,7 +105,6 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     print(summary(manifest))
 
 
-app.command()(compress)
 app.command()(export)
 app.command()(verify)
 app.command()(bench)
@@ -115,7 +118,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    # What these say when they are imported is not about anything that the user did.
+    # These libraries log on import, about nothing that the user did.
     for name in ("torchao", "torch.utils._pytree", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     app()

@@ -1,4 +1,4 @@
-"""`compress`, whole: measure, allocate, solve, write; and pick up where an earlier run was cut off."""
+"""One run of `compress`: measure, plan, solve and write; or continue an earlier run that was cut off."""
 
 import json
 import resource
@@ -21,6 +21,7 @@ from mspc.model.hub import choose_device, choose_sequence_length, load_config, l
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of
+from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
 from mspc.planning.allocation import allocate, check_plan, planned_sparsity
@@ -29,7 +30,7 @@ from mspc.planning.planner import Chosen, Planner, mixture_lines
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
-from mspc.settings import SEARCH, Settings
+from mspc.settings import Settings
 from mspc.solvers.obs import check_pattern
 from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
 from mspc.storage.checkpoint import Checkpoint, read_file
@@ -38,16 +39,15 @@ from mspc.storage.journal import Journal
 from mspc.storage.output_folder import check_space, publish, working_folder
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
-from mspc.text.tokens import Tokens, calibration_tokens, name_of
-from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
+from mspc.text.tokens import Tokens, name_of
+from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, Matrix, PlannedMatrix, flatten
 from mspc.version import __version__
 
 PLAN = "plan.json"
 MEASUREMENTS = "measurements"
 RECIPE = "recipe.toml"
-CALIBRATION_PER_VALIDATION = 8
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
-NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # beside it, where it is an export
+NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # files of mspc in a folder that is an export
 
 
 @dataclass
@@ -60,11 +60,10 @@ class Run:
     resume: bool
     overwrite: bool
     check_exports: Callable[[list[dict[str, Any]], dict[str, Any]], None]
-    """Raises InputError for rows of a plan, and a config.json, that an export which was asked for cannot hold."""
+    """Raises InputError if an export that was asked for cannot hold these rows of a plan with this config.json."""
     progress: Progress
     tokenizer: Any = None
-    calibration: str | Path | Sequence[str] | Tensor | None = None
-    """See `mspc.compress`."""
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
@@ -72,9 +71,9 @@ class Run:
         is_local = Path(self.model_name).expanduser().is_dir()
         self.source_name = self.source.resolve().name if is_local else self.model_name
         if is_artifact(self.source):
-            raise InputError(f"{self.source} is an mspc artifact already; compress the original checkpoint instead.")
+            raise InputError(f"{self.source} is an mspc artifact already. Compress the original checkpoint instead.")
         if is_sparse_export(self.source):
-            raise InputError(f"{self.source} is a sparse export; compress the original checkpoint instead.")
+            raise InputError(f"{self.source} is a sparse export. Compress the original checkpoint instead.")
         config = load_config(self.source)
         if isinstance(self.calibration, str | Path):
             self.recipe = replace(self.recipe, calibration=str(self.calibration))
@@ -94,15 +93,15 @@ class Run:
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
         matrices = model.matrices(settings.skip)
-        self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # mistakes, before the long part
-        tokens, held_out = self.tokens()
+        self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
+        tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
         with progress.stage("Checking weights", len(checkpoint.shards())) as step:
             digests = {}
             for file, digest in checkpoint.fingerprint():
                 digests[file] = digest
                 step(file)
         header = self.header(digests, tokens)
-        planner = self.planner(checkpoint, tokens, held_out, matrices, header, measurements)
+        planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
         for note in planner.unmatched_skips(model):
             log.info(note)
@@ -120,57 +119,24 @@ class Run:
         self.write_manifest(header, plan, checkpoint, journal)
         publish(self.folder, self.out)
 
-    def tokens(self) -> tuple[Tokens, Tensor | None]:
-        """Calibration tokens, and validation tokens (N, T) if plans are to be compared and there is text left.
-
-        There is one validation sequence for every `CALIBRATION_PER_VALIDATION` calibration sequences.
-        """
-        settings = self.settings
-        wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
-        if isinstance(self.calibration, Tensor):
-            drawn, left = self.calibration, len(self.calibration) - wanted
-        else:
-            source = settings.calibration if isinstance(self.calibration, str | Path | None) else self.calibration
-            draw = partial(
-                calibration_tokens, self.tokenizer or load_tokenizer(self.source), source,
-                sequence_length=int(settings.sequence_length or 0), seed=settings.seed,
-            )  # fmt: skip
-            try:
-                drawn = draw(num_sequences=wanted + (more if settings.validates_plans else 0)).ids
-            except InputError:
-                if not settings.validates_plans:
-                    raise
-                drawn = draw(num_sequences=wanted).ids
-            left = len(drawn) - wanted
-        tokens = Tokens(drawn[:wanted], settings.calibration)
-        if not settings.validates_plans or left > 0:
-            return tokens, drawn[wanted : wanted + more] if settings.validates_plans else None
-        if settings.allocator == SEARCH:
-            raise InputError(
-                "The allocator search needs validation text, and none is left. Give more --calibration text, fewer or "
-                "shorter sequences (--num-sequences, --sequence-length), or --allocator auto."
-            )
-        log.info("Note: too little text to validate plans; using the plan with the lowest predicted loss.")
-        return tokens, None
-
     def planner(
         self,
         checkpoint: Checkpoint,
         tokens: Tokens,
-        held_out: Tensor | None,
+        validation: Tensor | None,
         matrices: list[list[Matrix]],
         header: dict[str, Any],
         measurements: Path | None,
     ) -> Planner:
-        """Measurements are kept in the unfinished folder, for --resume, if nowhere else."""
+        """The planner of this run. Without a folder for measurements they are kept in the unfinished output."""
         identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
-            self.settings, checkpoint, self.open_model, tokens.ids, held_out, matrices, identity, kept, self.progress
+            self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress
         )  # fmt: skip
 
     def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
-        """What identifies the run: another of the same identity ends with the same bytes."""
+        """The identity of the run: two runs with equal headers end with the same bytes."""
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
@@ -186,7 +152,7 @@ class Run:
         }
 
     def finished(self, header: dict[str, Any]) -> None:
-        """What --resume does with a folder that is complete: nothing, if it is that of the same run."""
+        """Resume a folder that is complete. Raises InputError if it is that of another run."""
         Journal.compare(self.folder, read_manifest(self.folder), header)
         Journal.discard(self.folder)
         publish(self.folder, self.out)
@@ -197,7 +163,7 @@ class Run:
     ) -> list[PlannedMatrix]:
         """The plan of the interrupted run, the user's, or a new one."""
         file = self.folder / PLAN
-        if journal.entries:  # the plan is what is committed first
+        if journal.entries:  # the plan is committed first
             return read_plan(file, flatten(planner.matrices))
         given = self.given_plan(planner.matrices)
         chosen = Chosen(given) if given else planner.plan(model, fisher)
@@ -207,13 +173,16 @@ class Run:
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
-            log.info(f"Note: the plan removes {len(removed)} matrices whole, such as {removed[0]}.")
+            log.info(f"Note: the plan removes {len(removed)} whole matrices, such as {removed[0]}.")
         if all(matrix.target.pattern.sparsity == 0 and matrix.target.grid is None for matrix in plan):
-            log.info("Note: the plan prunes and rounds nothing; ask for a sparsity, bits, or a smaller size.")
+            log.info("Note: the plan prunes and quantizes nothing. Ask for a sparsity, bits, or a smaller size.")
         if self.settings.has_budget:
             for line in mixture_lines(plan):
                 log.info(line)
         return plan
+
+    def load_tokenizer(self) -> Any:
+        return self.tokenizer or load_tokenizer(self.source)
 
     def open_model(self, *, eager: bool = False) -> StreamedModel:
         return open_model(self.source, device=self.device, dtype=self.settings.dtype, eager=eager)
@@ -222,13 +191,13 @@ class Run:
         return read_plan(Path(self.settings.plan), flatten(matrices)) if self.settings.plan is not None else None
 
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
-        """The plan, if every matrix can have what it asks for. Raises InputError, naming the matrix, if not."""
+        """The plan, checked. Raises InputError, naming the matrix, for a target that the matrix cannot have."""
         check_plan(plan)
         for matrix in plan:
             if self.settings.reconstruct and matrix.target.grid:
                 raise InputError(
-                    f"{matrix.name}: the plan rounds it to {matrix.target.grid.bits} bits, and reconstruct tunes "
-                    "weights that are not rounded; set its bits to 16, or leave reconstruct out."
+                    f"{matrix.name}: the plan quantizes it to {matrix.target.grid.bits} bits, but reconstruct tunes "
+                    f"weights that are not quantized. Set its bits to {UNQUANTIZED_BITS}, or leave reconstruct out."
                 )
             if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
@@ -244,7 +213,7 @@ class Run:
         plan: Sequence[PlannedMatrix],
         matrices: MatricesByBlock,
     ) -> None:
-        """Everything but the compressed matrices: configs, tokenizer, and the other weights shard by shard."""
+        """Copy configs, tokenizer and, shard by shard, the weights that are not compressed."""
         check_space(self.folder, _estimated_bytes(checkpoint, plan))
         for path in sorted(self.source.iterdir()):
             is_config = path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json")
@@ -274,8 +243,8 @@ class Run:
         with self.progress.stage("Compressing", left, in_blocks=True) as step:
             settings, size = self.settings, batch_size(*tokens.ids.shape) if self.settings.reconstruct else None
             batches = batches_of(model, tokens.ids, spill, size)
-            beside = settings.propagation or settings.reconstruct
-            dense = batches_of(model, tokens.ids, spill, size) if beside else ()
+            needs_dense = settings.propagation or settings.reconstruct
+            dense = batches_of(model, tokens.ids, spill, size) if needs_dense else ()
             solved = solve_blocks(
                 model, batches, matrices, plan, settings, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
@@ -321,9 +290,9 @@ def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> fl
 
 
 def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
-    """About what the output takes: the source, less what the plan saves on its matrices."""
+    """Approximate size of the output: that of the source, minus the savings of the plan."""
     source = sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards())
-    bits = [16 if m.target.grid is None else m.target.grid.bits for m in plan]
+    bits = [m.target.bits or UNQUANTIZED_BITS for m in plan]
     saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
     return max(int(source - saved), 0)
 
@@ -332,16 +301,3 @@ def _peak_memory() -> int:
     """Peak resident memory of the process in bytes (Linux counts in KiB, macOS in bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings:
-    """The settings for given token ids (N, T): all are used unless the recipe says less."""
-    num_sequences, length = ids.shape
-    if "num_sequences" not in asked:
-        share = num_sequences // (CALIBRATION_PER_VALIDATION + 1) if settings.validates_plans else 0
-        settings = replace(settings, num_sequences=num_sequences - share)
-    for name, value in (("num_sequences", settings.num_sequences), ("sequence_length", settings.sequence_length)):
-        there = num_sequences if name == "num_sequences" else length
-        if value is not None and (value > there or (name == "sequence_length" and value != there)):
-            raise InputError(f"{name} is {value}, but the token ids have the shape {tuple(ids.shape)}.")
-    return replace(settings, sequence_length=length, calibration="token ids")
