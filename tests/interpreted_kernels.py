@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, against float64; run by test_kernels.py in a process of its own.
+"""The Triton kernels in Triton's interpreter, compared with float64. test_kernels.py runs this in its own process.
 
 TRITON_INTERPRET has to be set before a kernel is defined, and changes how Triton behaves in the whole process.
 """
@@ -33,7 +33,7 @@ WITH_ASSEMBLY = [case for case in CASES if case.kernel_name != "nm"][::3]
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_product(case):
     repacked = case.repacked()
-    for num_tokens in (1, 8):
+    for num_tokens in (1, 8) if case.kernel_name == "nm" else (5,):  # the others pad to 8
         x = inputs(case, num_tokens)
         assert_product(case.product(x, repacked), x, case)
 
@@ -163,7 +163,7 @@ def test_every_code_with_every_zero_point(dtype, triton_dtype, assembly):
 
 @triton.jit
 def dequantize_all_bytes(words_ptr, zeros_ptr, out_ptr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    i = tl.arange(0, 65536)
     word, zero = tl.load(words_ptr + i), tl.load(zeros_ptr + i)
     low = dequantize(word & 0x0F0F0F0F, zero & 15, DTYPE, PTX)
     high = dequantize((word >> 4) & 0x0F0F0F0F, zero >> 4, DTYPE, PTX)
@@ -180,7 +180,7 @@ def test_every_byte_with_every_zero_point(dtype, triton_dtype, assembly):
     turned = (code[:, None] + 64 * torch.arange(4)) % 256
     words = sum(turned[:, 2 * p + c] << (8 * p + 16 * c) for p in range(2) for c in range(2)).to(torch.int32)
     out = torch.empty(2**16, 2, dtype=torch.int32)
-    dequantize_all_bytes[(256,)](words, zero.int(), out, DTYPE=triton_dtype, PTX=assembly)
+    dequantize_all_bytes[(1,)](words, zero.int(), out, DTYPE=triton_dtype, PTX=assembly)
     assert torch.equal(out.view(dtype), (turned - zero[:, None]).to(dtype))
 
 

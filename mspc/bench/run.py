@@ -153,8 +153,8 @@ def measure(
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     del decoder
-    gc.collect()  # graphs and what they hold
     if device.type == "cuda":
+        gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
     if candidate.folder is not None:
         row["perplexity"] = perplexity_of(candidate, plan, reporter)
