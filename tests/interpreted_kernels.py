@@ -76,7 +76,7 @@ def test_operators_are_as_they_are_declared(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
-def test_a_model_that_is_cast_after_it_was_arranged_stays_on_its_device(kernel, monkeypatch):
+def test_a_model_that_is_cast_after_it_was_prepared_stays_on_its_device(kernel, monkeypatch):
     """Oracle: the layer before; `unrepack` is what goes through the CPU."""
     for case in [case for case in CASES if case.kernel is kernel][:2]:
         layer = SparseLinear.of(case.stored(), case.matrix)
@@ -154,7 +154,7 @@ def dequantize_all(words_ptr, zeros_ptr, out_ptr, DTYPE: tl.constexpr, PTX: tl.c
 def test_every_code_with_every_zero_point(dtype, triton_dtype, assembly):
     """Oracle: the subtraction."""
     code, zero = torch.arange(256) // 16, torch.arange(256) % 16
-    turned = (code[:, None] + torch.arange(8)) % 16  # every code at every place of a word
+    turned = (code[:, None] + torch.arange(8)) % 16  # every code at every index of a word
     words = sum(turned[:, 2 * p + c] << (4 * p + 16 * c) for p in range(4) for c in range(2)).to(torch.int32)
     out = torch.empty(256, 4, dtype=torch.int32)
     dequantize_all[(1,)](words, zero.int(), out, DTYPE=triton_dtype, PTX=assembly)

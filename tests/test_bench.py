@@ -160,7 +160,7 @@ def test_compressed_models_run_as_they_are_stored(family, settings, name, is_joi
         assert decoder.weight_bytes()["linears"] in (linears, linears - biases)
 
 
-def test_pieces_can_be_traced_whole():
+def test_operations_can_be_traced_whole():
     """Oracle: the same functions, not compiled."""
     x, w = torch.randn(2, 1, 64), torch.rand(64)
     qkv, cos, sin = torch.randn(2, 3, 64), torch.rand(3, 8), torch.rand(3, 8)
@@ -177,7 +177,7 @@ def test_pieces_can_be_traced_whole():
 @pytest.mark.parametrize(
     ("error", "told"), [(RuntimeError("no gcc\nhere"), "no gcc"), (AssertionError(), "AssertionError")]
 )
-def test_pieces_that_are_not_compiled_are_plain_and_said_to_be(error, told, monkeypatch):
+def test_operations_that_do_not_compile_are_plain_and_reported(error, told, monkeypatch):
     """The compiler raises; tensors for CUDA are made on the CPU."""
 
     def fails(*args):
@@ -276,7 +276,7 @@ def test_bytes_of_a_step_are_those_of_the_tensors(name):
 
 
 def test_bytes_of_formats_in_closed_form():
-    """Bits per weight of docs/sparse-format.md, in the shapes of Llama-3.1-8B, of which nothing is made."""
+    """Bits per weight of docs/sparse-format.md, in the shapes of Llama-3.1-8B, without making the model."""
     weights = SHAPES["8b"].block_weights * SHAPES["8b"].blocks
     assert weights == 6_979_321_856
     bits = {"dense": 16, "int4": 4.125, "2:4": 9, "4:8": 9.5, "8:16": 10, "6:16": 7.5, "2:4+int4": 3.125}
@@ -408,7 +408,7 @@ SPREAD = {"p10", "median", "p90"}
 
 
 def check_schema(result: dict[str, object]) -> None:
-    """What docs/benchmark.md says of the JSON."""
+    """The JSON is as docs/benchmark.md describes it."""
     assert set(result) == {"schema", "date", "label", "versions", "device", "configuration", "ceilings", "rows"}
     assert {"mspc", "torch", "triton", "transformers", "python", "cuda"} == set(result["versions"])
     assert {"type", "name", "clocks"} <= set(result["device"])
@@ -526,7 +526,7 @@ def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, 
     return {"name": name, "baseline": baseline, "decode": [decoded], "prefill": [{"tokens": 8, **step}], **shared}
 
 
-def test_what_is_no_faster_is_said_to_be_no_gain(capsys):
+def test_a_format_that_is_no_faster_is_called_no_gain(capsys):
     rows = [row_of("dense", 1.0, "bf16"), row_of("faster", 0.5), row_of("equal", 1 / 1.004), row_of("slower", 2.0)]
     bench_run.compare(rows)
     told = {row["name"]: gain(row, row["decode"][0], "bf16") for row in rows}

@@ -76,7 +76,10 @@ def test_a_kernel_repacks_and_unrepacks_all_that_it_supports(pattern, grid, num_
         (Case("codes", DENSE, Grid(2, 64), (32, 512), BF16), 0),
         (Case("codes", DENSE, Grid(4, 64), (17, 192), BF16), 32 * (128 + 8) - 17 * (96 + 6)),  # to 32 rows of 256
         (Case("nm", NM(8, 16), None, (32, 512), BF16), 256 * 2 + 256 // 2),
-        (Case("nm", NM(4, 8), None, (32, 512), BF16), 256 * 2 + 256 // 2 + 32 * 512 // 2 // 8),  # 4 bits a place, not 3
+        (
+            Case("nm", NM(4, 8), None, (32, 512), BF16),
+            256 * 2 + 256 // 2 + 32 * 512 // 2 // 8,
+        ),  # 4 bits an index, not 3
         (Case("bitmap", HALF, None, (32, 512), BF16), 32 * 512 * 3 // 8 // 8),
         (Case("bitmap", HALF, Grid(3, 128), (32, 512), BF16), 32 * 512 * 3 // 8 // 8 + 1),
         (Case("bitmap", NM(8, 16), Grid(4, 128), (32, 512), BF16), -32 * 512 * 5 // 8 // 8),  # 1.375 bits, not 2

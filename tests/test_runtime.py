@@ -474,7 +474,7 @@ def test_the_readme_of_an_export_may_be_edited(pruned, tmp_path):
     assert exporters.failures(exporters.verify(export, None, Silent())) == []
 
 
-# What is wrong with an export is told in the same words by everything that reads it.
+# All readers of a damaged export raise the same message.
 
 
 def spoil(folder: Path, name: str, change: Callable[[Tensor], Tensor | None]) -> None:

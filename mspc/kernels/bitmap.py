@@ -1,6 +1,6 @@
 """Unstructured matrices of 16-bit values or of codes, and N:M matrices of codes, for 1 to 16 tokens.
 
-Layout: the kept weights as in the file, and where those of a word of 32 columns begin.
+Layout: the kept weights as in the file, and the number of the first kept weight of every word of 32 columns.
 
     kept     values (nnz,), or codes uint8 (ceil(nnz b / 8),) of b = 2, 3, 4 or 8 bits, and a byte more where b is 3
     words    int32 (O, ceil(I / 32)): the bitmap
@@ -8,15 +8,16 @@ Layout: the kept weights as in the file, and where those of a word of 32 columns
     ranks    uint8 (O, ceil(I / 32)): kept weights between that and the word
     scales   float16 (O, groups), zeros uint8 (O, groups): with codes
 
-Of N:M the mask is made from the indices, 1.375 bits a weight with bases and ranks: less than they take at 8:16 (2), not
-much more than at 5:16 (1.25) and 2:4 (1), and several times as much where few are kept (1:16: 0.25).
+The mask of an N:M matrix is made from its indices. Mask, bases and ranks take 1.375 bits a weight; the indices take 2
+at 8:16, 1.25 at 5:16, 1 at 2:4 and 0.25 at 1:16.
 
-Cost: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks; 15 thread instructions a dense position
-on sm_90 for 1 to 8 tokens, counted (tests), and with codes of 8, 4, 3, 2 bits 19, 25, 30, 24. This is for masks that
-cannot be otherwise, not for speed: the instructions are per position, not per kept weight, and on a GPU with HBM they
-take about as long as reading the dense weight would, so no gain is to be expected there at 50% and little at 70%; with
-GDDR memory there may be some. With codes they take longer than that: such layers are small, not fast. As many weights
-balanced as 8:16 cost a third (`mspc.kernels.nm`).
+Memory: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks. Thread instructions a dense position on
+sm_90, counted (tests), for 1 to 8 tokens: 15 with values, and 19, 25, 30, 24 with codes of 8, 4, 3, 2 bits.
+
+This kernel makes unstructured masks run compressed; it is not made for speed. Its instructions are per position, not
+per kept weight. On a GPU with HBM they take about as long as reading the dense weight. Expect no gain there at 50% and
+little at 70%, and no gain with codes. With GDDR memory there may be some. The same sparsity as 8:16 costs a third of
+the instructions (`mspc.kernels.nm`).
 """
 
 import torch
@@ -65,7 +66,7 @@ def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]
 
 
 def _kept_and_mask(stored: dict[str, Tensor], matrix: StoredMatrix) -> tuple[Tensor, Tensor]:
-    """The kept weights as one stream, and the mask, uint8 (O, ceil(I / 8)): of N:M as if it had been stored so."""
+    """The kept weights as one stream, and the mask, uint8 (O, ceil(I / 8)), which N:M matrices do not store."""
     if matrix.has_mask:
         return stored["values" if matrix.target.grid is None else "codes"], stored["mask"]
     bits = _bits(matrix)
@@ -88,8 +89,8 @@ def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Ten
         assert isinstance(matrix.pattern, NM)
         indices = (torch.arange(num_columns) % matrix.pattern.of).to(torch.uint8).expand_as(mask)[mask.bool()]
         numbers = unpack_bits(codes, grid.bits, len(indices)).view(len(mask), -1)
-        indices = pack_rows(indices.view(len(mask), -1), index_bits(matrix.pattern))
-        stored = {"codes": pack_rows(numbers, grid.bits), "indices": indices}
+        packed_indices = pack_rows(indices.view(len(mask), -1), index_bits(matrix.pattern))
+        stored = {"codes": pack_rows(numbers, grid.bits), "indices": packed_indices}
     stored["scales"] = repacked["scales"].cpu()
     if "zeros" in repacked:
         stored["zeros"] = pack_rows(repacked["zeros"].cpu(), grid.bits)
@@ -97,13 +98,13 @@ def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Ten
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> (T, O)."""
+    """x (T, I) -> x Wᵀ (T, O)."""
     kept, words, bases, ranks = (repacked[part] for part in ("kept", "words", "bases", "ranks"))
     return _matmul(x, kept, words, bases, ranks, repacked.get("scales"), repacked.get("zeros"), _bits(matrix))
 
 
 def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
-    """The dense weight, to `out` (O, I)."""
+    """Write the dense weight to `out` (O, I)."""
     kept, words, bases, ranks = (repacked[part] for part in ("kept", "words", "bases", "ranks"))
     _expand(kept, words, bases, ranks, repacked.get("scales"), repacked.get("zeros"), _bits(matrix), out)
 

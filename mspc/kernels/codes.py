@@ -1,18 +1,18 @@
 """Matrices of codes without zeros, of 8, 4, 3 or 2 bits, for 1 to 32 tokens.
 
-Layout (`tiles`): the bytes of the file, with O padded to 16 and I to 128. The bits of a code are in one plane, or in
-two: of int3 two bits and one, of int8 four and four.
+Layout (`tiles`): the bytes of the file, with O padded to 16 and I to 128. The bits of a code are in one plane. int3 has
+two planes, of two bits and one; int8 has two of four bits.
 
-    words    int32 (tiles, blocks * 64 b), b bits a code: of every tile the plane of the low bits, then that of the high
-             ones; a plane of w bits is (blocks, 16 rows, 4 quarters, w), and its word has the codes of 4 / w words of 8
-             columns, the first in the low bits of nibbles 0, 4, 1, 5, 2, 6, 3, 7, so that a shift and a mask give pairs
-             of neighbours, the next w bits higher
+    words    int32 (tiles, blocks * 64 b), b bits a code: for every tile the plane of the low bits, then that of the
+             high ones. A plane of w bits is (blocks, 16 rows, 4 quarters, w). Its int32 has the codes of 4 / w words of
+             8 columns: those of the first word in the low bits of nibbles 0, 4, 1, 5, 2, 6, 3, 7, those of each next
+             word w bits higher. A shift and a mask therefore give pairs of neighbours.
     scales   float16 (tiles, groups, 16 rows)
-    zeros    int32 (tiles, groups, 2), if asymmetric: four bits for each of 8 rows, even of int3 and int2; of int8
-             (2, tiles, groups, 2), the low bits and the high ones
+    zeros    int32 (tiles, groups, 2), if asymmetric: four bits for each of 8 rows, also with int3 and int2. With int8
+             (2, tiles, groups, 2): the low four bits, then the high ones
 
-Cost at groups of 128: thread instructions a weight on sm_90, counted (tests), whether for 1 token or 8, because the
-products run on tensor cores. On an H200 memory limits up to 7.8 instructions a byte.
+Cost at groups of 128: thread instructions a weight on sm_90, counted (tests). They are the same for 1 to 8 tokens,
+because the products run on tensor cores. On an H200 memory limits up to 7.8 instructions a byte (last column).
 
     bits   bytes   bfloat16   float16   asymmetric   16 tokens   32 tokens   7.8 a byte
     8      1.016   4.3        3.7       4.6          4.3         5.0         7.9
@@ -20,8 +20,8 @@ products run on tensor cores. On an H200 memory limits up to 7.8 instructions a 
     3      0.391   2.3        2.1       2.5          2.6         3.2         3.0
     2      0.266   2.0        1.8       2.2          2.3         2.9         2.1
 
-A kernel on the other units takes 3.5 with int4 for one token and more for each further one. Products of codes and
-inputs are exact and summed in float32, scales are applied to the sums of their groups.
+Without tensor cores int4 takes 3.5 for one token, and more for each further one. Products of codes and inputs are exact
+and summed in float32. Scales multiply the sums of their groups.
 """
 
 import torch
@@ -84,7 +84,7 @@ def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Ten
 
 
 def _first_bits(width: int) -> list[int]:
-    """First bit of each field of a word of a plane: eight of one word of codes, eight of the next, ..."""
+    """First bit of each field of an int32 of a plane: eight fields of one word of codes, then eight of the next."""
     return [bit + width * word for word in range(4 // width) for bit in FIRST_BITS]
 
 
@@ -94,13 +94,13 @@ def _bits(matrix: StoredMatrix) -> int:
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> (T, O)."""
+    """x (T, I) -> x Wᵀ (T, O)."""
     words, scales, zeros = repacked["words"], repacked["scales"], repacked.get("zeros")
     return _matmul(x, words, scales, zeros, _bits(matrix), matrix.shape[0], group_size(matrix))
 
 
 def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
-    """The dense weight, to `out` (O, I)."""
+    """Write the dense weight to `out` (O, I)."""
     words, scales, zeros = repacked["words"], repacked["scales"], repacked.get("zeros")
     _expand(words, scales, zeros, _bits(matrix), group_size(matrix), out)
 

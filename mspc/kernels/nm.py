@@ -1,16 +1,17 @@
 """N:M matrices of 16-bit values, any N below M, for 1 to 8 tokens.
 
-Layout: every row is padded to a multiple of 8 and cut into tiles of 256 kept weights, the last of fewer. Kept weight
-q of a tile of L lanes goes to lane q mod L, slot q div L, and memory holds the eight slots of lane 0, then those of
-lane 1: a lane reads its values at once; a slot of all lanes is neighbours in the row, with inputs in one cache line.
+Layout: every row is padded to a multiple of 8 and cut into tiles of 256 kept weights; the last tile may be shorter.
+Kept weight q of a tile of L lanes goes to lane q mod L, slot q div L. Memory holds the eight slots of lane 0, then
+those of lane 1, so that a lane reads its values at once. The same slot of all lanes holds neighbours of the row, whose
+inputs are in one cache line.
 
-    values   (O * row + 256,): kept weights, padding is zero; 256 more so that a tile can be read ahead
-    indices   uint8 (O * row * b / 8 + 32 b,): in the order of the values, b = 2 bits each for M up to 4, 4 up to 16,
-             else 8: as many as in the file but for M of 2, 8 and above 16
+    values    (O * row + 256,): kept weights; padding is zero, and 256 more allow a tile to be read ahead
+    indices   uint8 (O * row * b / 8 + 32 b,): in the order of the values, of b = 2 bits for M <= 4, 4 for M <= 16,
+              else 8. The file has fewer bits for M of 2, 8 and above 16
 
-Cost: 10 bits a weight at 8:16, 9 at 2:4, 6.25 at 5:16. Thread instructions a kept weight on sm_90, counted (tests), at
-1, 2, 4, 8 tokens: 9.1, 11.3, 15.4, 25 where N divides 32, and 12.8, 14.9, 18.8, 28 at 5:16: of a dense position half of
-these at 8:16. Products are summed in float32. On an H200 memory limits up to 4 tokens, and at 8 the instructions do.
+Memory: 10 bits a weight at 8:16, 9 at 2:4, 6.25 at 5:16. Thread instructions a kept weight on sm_90, counted (tests),
+at 1, 2, 4, 8 tokens: 9.1, 11.3, 15.4, 25 where N divides 32, and 12.8, 14.9, 18.8, 28 at 5:16. Products are summed in
+float32. On an H200 memory limits up to 4 tokens, and the instructions limit at 8.
 """
 
 import torch
@@ -88,13 +89,13 @@ def _index_bits(pattern: NM) -> int:
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> (T, O)."""
+    """x (T, I) -> x Wᵀ (T, O)."""
     pattern = _pattern(matrix)
     return _matmul(x, repacked["values"], repacked["indices"], matrix.shape[0], pattern.keep, pattern.of)
 
 
 def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
-    """The dense weight, to `out` (O, I)."""
+    """Write the dense weight to `out` (O, I)."""
     pattern = _pattern(matrix)
     _expand(repacked["values"], repacked["indices"], pattern.keep, pattern.of, out)
 

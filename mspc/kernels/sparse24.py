@@ -1,18 +1,19 @@
 """2:4 matrices of 16-bit values or int4 codes, for 1 to 32 tokens.
 
-Layout (`tiles`): the bytes of the file, with O padded to 16 and I to 128. A group of four columns is two kept weights,
-a pair, and two indices of two bits, a and b (`gpu.sparse24`).
+Layout (`tiles`): the bytes of the file, with O padded to 16 and I to 128. A group of four columns holds a pair of kept
+weights, and two indices of two bits, a and b (`gpu.sparse24`).
 
-    indices   int32 (tiles, blocks, 2 halves of 8 rows, 8, 4 quarters): indices of the 8 groups of a quarter, a of group
-             g at bit 8 (g mod 4) + 2 (g div 4), b four bits higher
-    kept     codes: int32 (tiles, blocks, 2, 8, 4, 2 halves of a quarter), the first code of group g of four at bit 4 g,
-             the second 16 higher; values: pairs as int32 (tiles, blocks, 2, 2 halves of a quarter, 8, 4, 4 groups)
+    indices   int32 (tiles, blocks, 2 halves of 8 rows, 8, 4 quarters): indices of the 8 groups of a quarter; a of group
+              g is at bit 8 (g mod 4) + 2 (g div 4), b four bits higher
+    kept      codes: int32 (tiles, blocks, 2, 8, 4, 2 halves of a quarter); the first code of group g of four is at bit
+              4 g, the second 16 bits higher
+              values: pairs as int32 (tiles, blocks, 2, 2 halves of a quarter, 8, 4, 4 groups)
     scales, zeros: as in `mspc.kernels.codes`
 
-Cost: 0.391 bytes a weight with int4 at groups of 128, 1.125 with values. Thread instructions a dense position on sm_90,
-counted (tests): with int4 2.4 for float16 inputs, 2.6 for bfloat16, 2.7 asymmetric, and 1.8 with values, whether for 1
-token or 8, because the products run on tensor cores (3.4 and 2.4 up to 32 tokens). They are dense products, with the
-zeros put in by `prmt`: sparse tensor cores (`mma.sp`) would halve their number, which is not what limits. Sums as in
+Memory: 0.391 bytes a weight with int4 at groups of 128, 1.125 with values. Thread instructions a dense position on
+sm_90, counted (tests), for 1 to 8 tokens: with int4 2.4 for float16 inputs, 2.6 for bfloat16, 2.7 if asymmetric; 1.8
+with values. For 32 tokens they are 3.4 and 2.4. The products are dense ones on tensor cores, and `prmt` puts the zeros
+in. Sparse tensor cores (`mma.sp`) would halve the products, which are not the limit. Sums are as in
 `mspc.kernels.codes`.
 """
 
@@ -40,7 +41,7 @@ from mspc.types import NM
 
 __all__ = ["MAX_TOKENS", "expand", "matmul", "repack", "supports", "unrepack"]
 
-# Of the columns kept (first, second): indices a and b, and whether the second weight is the first of the pair.
+# For each choice of two columns (first, second): indices a and b, and if the pair holds the second weight first.
 KEPT_COLUMNS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
 INDICES_A, INDICES_B = [0, 2, 0, 1, 3, 1], [0, 2, 1, 0, 3, 1]
 SWAPPED = [False, False, False, True, False, False]
@@ -64,7 +65,7 @@ def supports(matrix: StoredMatrix, dtype: torch.dtype) -> bool:
 def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
     num_rows, num_kept = matrix.shape[0], matrix.shape[1] // 2
     columns = unpack_rows(stored["indices"], 2, num_kept).view(num_rows, -1, 2).long()
-    which = _kept_columns()[columns[..., 0] * 4 + columns[..., 1]]
+    which = _choice_of_columns()[columns[..., 0] * 4 + columns[..., 1]]
     swapped = torch.tensor(SWAPPED)[which][..., None]
     indices = torch.stack([torch.tensor(INDICES_A)[which], torch.tensor(INDICES_B)[which]], -1).to(torch.uint8)
     repacked = {"indices": _indices(to_tiles(indices.view(num_rows, num_kept), matrix, 4))}
@@ -88,7 +89,7 @@ def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Ten
     words = repacked["indices"].cpu().view(tiles, blocks, 2, 8, 4).permute(0, 2, 3, 1, 4)
     fields = split_fields(words, INDEX_BITS, 2).unflatten(-1, (4, 4)).flatten(4, 5)
     indices = from_tiles(fields, matrix, num_kept).reshape(num_rows, -1, 2).long()
-    which = _by_indices()[indices[..., 0] * 4 + indices[..., 1]]
+    which = _choice_of_indices()[indices[..., 0] * 4 + indices[..., 1]]
     swapped = torch.tensor(SWAPPED)[which][..., None]
     columns = torch.tensor(KEPT_COLUMNS)[which].to(torch.uint8).view(num_rows, num_kept)
     stored = {"indices": pack_rows(columns, 2)}
@@ -115,29 +116,29 @@ def _blocks(kept: Tensor, matrix: StoredMatrix) -> Tensor:
     return kept.view(num_tiles(matrix), num_blocks(matrix), -1)
 
 
-def _kept_columns() -> Tensor:
-    """Which of the six choices, by 4 first + second."""
+def _choice_of_columns() -> Tensor:
+    """Number of the choice of two columns, at 4 first + second."""
     choices = torch.zeros(16, dtype=torch.long)
     for which, (first, second) in enumerate(KEPT_COLUMNS):
         choices[4 * first + second] = which
     return choices
 
 
-def _by_indices() -> Tensor:
-    """Which of the six choices, by 4 a + b."""
+def _choice_of_indices() -> Tensor:
+    """Number of the choice of two columns, at 4 a + b."""
     choices = torch.zeros(16, dtype=torch.long)
     choices[torch.tensor(INDICES_A) * 4 + torch.tensor(INDICES_B)] = torch.arange(6)
     return choices
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> (T, O)."""
+    """x (T, I) -> x Wᵀ (T, O)."""
     kept, indices, num_rows = repacked["kept"], repacked["indices"], matrix.shape[0]
     return _matmul(x, kept, indices, repacked.get("scales"), repacked.get("zeros"), num_rows, group_size(matrix))
 
 
 def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
-    """The dense weight, to `out` (O, I)."""
+    """Write the dense weight to `out` (O, I)."""
     kept, indices = repacked["kept"], repacked["indices"]
     _expand(kept, indices, repacked.get("scales"), repacked.get("zeros"), group_size(matrix), out)
 

@@ -1,8 +1,8 @@
 """Matrices as tiles of 16 rows by 128 columns, in the order in which `mspc.kernels.gpu.fragments` reads them.
 
-A block of 128 columns is 16 words of 8, four to each quarter of a warp's eight lanes. The four words of a quarter are
-one after the other in memory; in the matrix they are as far apart as it takes for every slab of 16 columns that is
-multiplied at once (one word of two columns from each quarter) to lie within one quantization group.
+A block of 128 columns is 16 words of 8 columns, four words to each quarter of the lanes of a warp. The four words of a
+quarter are neighbours in memory. In the matrix they are so far apart that every slab of 16 columns that is multiplied
+at once, which takes columns of all quarters, lies within one quantization group.
 """
 
 from math import ceil
@@ -28,25 +28,25 @@ def num_blocks(matrix: StoredMatrix) -> int:
 
 
 def tiles_fit(matrix: StoredMatrix) -> bool:
-    """Whether inputs can be loaded by words, and every slab is within one group."""
+    """Tell if inputs can be loaded by words, and every slab is within one group."""
     size = group_size(matrix)
     return matrix.shape[1] % WORD == 0 and (size in (32, 64) or size % COLUMNS == 0)
 
 
 def group_size(matrix: StoredMatrix) -> int:
-    """Columns that share a scale; all columns of the tiles where a row is one group, or there is no grid."""
+    """Columns that share a scale: all columns of the tiles if a row is one group or there is no grid."""
     num_columns, grid = matrix.shape[1], matrix.target.grid
     size = num_columns if grid is None else grid.group_size or num_columns
     return size if size < num_columns else COLUMNS * num_blocks(matrix)
 
 
 def num_groups(matrix: StoredMatrix) -> int:
-    """Groups of a row, with those that only padding has."""
+    """Groups of a row of tiles, including groups of padding."""
     return COLUMNS * num_blocks(matrix) // group_size(matrix)
 
 
 def word_order(matrix: StoredMatrix) -> Tensor:
-    """Which of the 16 words of a block is at each place: four of quarter 0, four of quarter 1, ..."""
+    """The words of a block, 0 to 15, in the order of memory: four of quarter 0, four of quarter 1, ..."""
     together = min(group_size(matrix), COLUMNS) // 32  # words of a quarter that are neighbours
     words = torch.arange(16).view(4 // together, 4, together)
     return words.transpose(0, 1).flatten()
@@ -64,15 +64,18 @@ def to_tiles(entries: Tensor, matrix: StoredMatrix, per_word: int) -> Tensor:
 
 
 def from_tiles(tiled: Tensor, matrix: StoredMatrix, num_entries: int) -> Tensor:
-    """The inverse: (O, num_entries)."""
+    """Invert `to_tiles`: the entries (O, num_entries)."""
     natural = torch.empty_like(tiled)
     natural[:, :, :, :, word_order(matrix)] = tiled
     return natural.view(-1, natural[0, 0, 0].numel())[: matrix.shape[0], :num_entries]
 
 
 def repack_grid(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
-    """`scales` float16 (tiles, groups, 16 rows); `zeros` int32 (tiles, groups, 2), four bits for each of 8 rows, and of
-    int8 (2, tiles, groups, 2): the low four bits of all, then the high ones."""
+    """`scales` float16 (tiles, groups, 16 rows), and `zeros` if asymmetric.
+
+    Zeros are int32 (tiles, groups, 2), four bits for each of 8 rows; with int8 they are (2, tiles, groups, 2), the low
+    four bits, then the high ones.
+    """
     tiles, groups = num_tiles(matrix), num_groups(matrix)
     scales = stored["scales"]
     padding = (0, groups - scales.shape[1], 0, tiles * ROWS - len(scales))
@@ -87,7 +90,7 @@ def repack_grid(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Te
 
 
 def unrepack_grid(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
-    """The inverse."""
+    """Invert `repack_grid`."""
     num_rows, groups = matrix.shape[0], real_groups(matrix)
     scales = repacked["scales"].cpu().transpose(1, 2).flatten(0, 1)[:num_rows, :groups]
     stored = {"scales": scales.contiguous()}
@@ -119,5 +122,5 @@ def join_fields(fields: Tensor, first_bits: range | list[int]) -> Tensor:
 
 
 def split_fields(words: Tensor, first_bits: range | list[int], bits: int) -> Tensor:
-    """The inverse: int32 (..., n)."""
+    """Invert `join_fields`: int32 (..., n)."""
     return torch.stack([(words >> bit) & (2**bits - 1) for bit in first_bits], -1)

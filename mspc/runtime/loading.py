@@ -60,8 +60,8 @@ def load(
         raise unknown("prefill", prefill, PREFILLS)
     if device != "auto" and device_map is not None:
         raise InputError(f"load: device={device!r} and device_map={device_map!r} both place the model. Give only one.")
-    folder, place = resolve(str(path)), choose_device(_device_of(device_map) or device)
-    if prefill == "cusparselt" and (reason := cusparselt.missing(place)):
+    folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
+    if prefill == "cusparselt" and (reason := cusparselt.missing(main_device)):
         raise InputError(
             f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, and "
             f"{reason}; leave it out, or choose another device."
@@ -69,7 +69,7 @@ def load(
     model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
     with without_progress():
         model, info = model_class.from_pretrained(
-            **source, dtype=_choose_dtype(dtype, place, folder), device_map=device_map,
+            **source, dtype=_choose_dtype(dtype, main_device, folder), device_map=device_map,
             attn_implementation=attn_implementation, output_loading_info=True,
         )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
@@ -78,7 +78,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
     if device_map is None:
-        model = model.to(place)
+        model = model.to(main_device)
     prepare(model, model.dtype)
     if prefill == "cusparselt":
         _use_cusparselt(model, folder)
@@ -86,7 +86,7 @@ def load(
 
 
 def _device_of(device_map: str | dict[str, Any] | None) -> str | None:
-    """The only device of a map, or None if there are several or transformers chooses."""
+    """cpu if a map puts everything there, else None, for which a device is chosen as if there were no map."""
     if isinstance(device_map, dict):
         devices = {str(device) for device in device_map.values()}
         return devices.pop() if devices == {"cpu"} else None

@@ -1,8 +1,8 @@
 """Products with N:M matrices of 16-bit values, and their expansion. Layout and cost: `mspc.kernels.nm`.
 
-A lane multiplies eight kept weights of a row, one 16-byte load, by inputs that it gathers; slot s of the 32 lanes of a
-row is 32 consecutive kept weights, whose inputs lie in one or two 128-byte lines. All tensors are flat, a lane of every
-row after the other, so that values, indices and gathered inputs have one layout.
+A lane loads eight kept weights of a row, 16 bytes, and gathers their inputs. Slot s of the 32 lanes of a row is 32
+consecutive kept weights, whose inputs lie in one or two 128-byte lines. All tensors are flat (rows, lanes), so that
+values, indices and gathered inputs have one layout.
 """
 
 import torch
@@ -26,7 +26,7 @@ def widen(pair, which: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_products(sums, inputs, weight, DTYPE: tl.constexpr, TOKENS: tl.constexpr):
-    """`sums` of the tokens and the products of `weight` with the inputs of one column, which the pointers are of."""
+    """Add to `sums`, one for each token, the products of `weight` and the inputs of the column at the pointers."""
     if TOKENS == 1:
         return (sums[0] + weight * widen(tl.load(inputs).to(tl.int32), 0, DTYPE),)
     elif TOKENS == 2:
@@ -101,7 +101,7 @@ def nm_matmul(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """A row a warp, so ROWS are the warps: with more, Triton would give a lane neighbouring indices to load."""
+    """Multiply ROWS rows, one a warp: with more rows a warp, Triton would load neighbouring indices in one lane."""
     DTYPE: tl.constexpr = outputs_ptr.dtype.element_ty
     flat = tl.arange(0, ROWS * 32)
     lane = flat % 32
@@ -112,7 +112,7 @@ def nm_matmul(
     lanes_of_row = tl.cdiv(num_groups * N, 8)
     values = values_ptr + tl.max_contiguous(tl.multiple_of(row4 * (lanes_of_row * 4) + flat4 % 128, 4), 4)
     indices = indices_ptr + row * lanes_of_row + lane
-    # One tile ahead, because a warp that waits for its weights has little else to do; the last row has padding behind.
+    # Loads are one tile ahead, because a warp has little work while it waits. Padding follows the last row.
     value, index = tl.load(values), tl.load(indices)
     sums = (tl.zeros([ROWS * 32], tl.float32),) * TOKENS
     num_full = num_groups * N // 256  # tiles without padding
@@ -155,7 +155,7 @@ def nm_expand(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Kept weights to their columns; what lies between them must be zero already."""
+    """Store kept weights at their columns of a weight of zeros."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     flat = tl.arange(0, ROWS * 32)
     row = tl.program_id(0) * ROWS + flat // 32
@@ -176,16 +176,16 @@ def nm_expand(
 
 
 INDICES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bits of a index: the integer that holds eight."""
+"""By the bits of an index: the integer that holds eight indices."""
 COLUMN = {1: torch.int16, 2: torch.int32, 4: torch.int64, 8: torch.int64}
-"""By tokens: the integers that hold the inputs of one column."""
+"""By tokens: the integer that holds the inputs of one column, or half of them."""
 
 
 def matmul(x: Tensor, values: Tensor, indices: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
     """x (T, I) -> (T, O); the other arguments as `mspc.kernels.nm` has them."""
     num_tokens = len(x)
     tokens = 1 << (num_tokens - 1).bit_length()
-    # One copy, or none of a single token: padding copies even where there is nothing to pad.
+    # This copies once, and not at all for one token. `pad` would copy even if there is nothing to pad.
     by_column = x.T if tokens == num_tokens else torch.nn.functional.pad(x.T, (0, tokens - num_tokens))
     y = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=x.device)
     bits, _ = sizes(values, indices, num_rows)
@@ -230,5 +230,5 @@ def expand(values: Tensor, indices: Tensor, keep: int, of: int, out: Tensor) -> 
 
 
 def sizes(values: Tensor, indices: Tensor, num_rows: int) -> tuple[int, int]:
-    """Bits of a index, and kept weights of a row with their padding."""
+    """Bits of an index, and kept weights of a row with their padding."""
     return 8 * indices.numel() // values.numel(), (values.numel() - 256) // num_rows

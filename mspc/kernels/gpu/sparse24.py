@@ -58,8 +58,10 @@ def place_pair(pair, selector0, selector1):
 
 @triton.jit
 def two_groups(pair0, pair1, indices, selectors, PTX: tl.constexpr):
-    """Two groups to columns (0, 1) and (2, 3) of each; their indices are in the low 16 bits: a, b, a, b, four bits each
-    of which two are used, with 4 added to b. `selectors` are the four of this module."""
+    """Columns (0, 1) and (2, 3) of two groups. `selectors` are the four of this module.
+
+    The low 16 bits of `indices` are a, b, a, b, four bits each. a is below 4, and 4 is added to b.
+    """
     if PTX:
         selector0, selector1 = tl.inline_asm_elementwise(
             SELECT,
@@ -104,7 +106,7 @@ def load_pairs(pairs, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
 
 @triton.jit
 def word_indices(indices, n: tl.constexpr):
-    """Of the two groups of word n: two of the four bits of each are of words 0 and 1, two of words 2 and 3."""
+    """Indices of the two groups of word n. Words 0 and 1 have the low two bits of each four, words 2 and 3 the rest."""
     return (((indices >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
 
 
@@ -119,7 +121,7 @@ def sparse24_matmul(
     num_tokens,
     num_rows,
     symmetric_zero,
-    # Arguments too, because ptxas makes a constant anew wherever it is used.
+    # These are arguments, because ptxas would build a constant again at every use.
     column0,
     column1,
     column2,
@@ -185,7 +187,7 @@ def sparse24_expand(
     CODES: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One block of a tile to W (16, 128), eight columns a lane: the indices of `sparse24_matmul`, by the columns."""
+    """Expand one block of a tile to W (16, 128), eight columns a lane, with the order of `sparse24_matmul` inverted."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None, None]
@@ -198,7 +200,7 @@ def sparse24_expand(
 
     indices = tl.load(indices_ptr + of_tile * 64 + row // 8 * 32 + row % 8 * 4 + quarter)
     index = (indices >> (8 * pair + column % 2 * 4 + word // 2 * 2)) & 3
-    # Which of the pair a column holds by its index, two bits each: 0 none, 1 the first, 2 the second.
+    # Two bits for each value of the index: the column holds 0 none, 1 the first, 2 the second of the pair.
     holds_even = tl.where(column % 4 == 0, 0b00_01_00_01, 0b00_10_01_00)
     holds_odd = tl.where(column % 4 == 1, 0b01_00_00_10, 0b10_00_10_00)
     holds = tl.where(column % 2 == 0, holds_even, holds_odd)
