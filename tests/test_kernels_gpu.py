@@ -96,11 +96,10 @@ def test_a_layer_with_a_copy_is_measured_once_and_computes_the_same(tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     case = LARGE[2]
     layer = SparseLinear.of(case.stored(), case.matrix).cuda()
-    layer.use_cusparselt()
-    layer.make_schedule(measured=True)
+    layer.use_cusparselt(measured=True)
     written = (tmp_path / "mspc" / "kernels.json").read_bytes()
     again = layer.schedule
-    layer.make_schedule(measured=True)
+    layer.use_cusparselt(measured=True)
     assert (tmp_path / "mspc" / "kernels.json").read_bytes() == written
     assert layer.schedule == again
     assert (layer.copied_bytes() > 0) == (cusparselt.missing(torch.device("cuda")) is None)

@@ -1,5 +1,7 @@
 """Layers prepared on the CPU, where the reference computes: the same products, state dict and folder."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -40,6 +42,13 @@ def test_a_prepared_layer_computes_and_saves_what_it_did(case):
     layer.check("m")
     layer.prepare(case.dtype)  # nothing more to do
     assert torch.equal(layer.weight, expected.weight)
+
+
+@pytest.mark.parametrize("case", CASES[::6], ids=str)
+def test_a_prepared_layer_can_be_copied(case):
+    layer, x = layer_of(case), torch.ones(1, case.shape[1], dtype=case.dtype)
+    layer.prepare(case.dtype)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 def test_a_dtype_without_a_kernel_changes_nothing():

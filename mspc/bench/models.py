@@ -138,8 +138,7 @@ def tune(module: nn.Module, dtype: torch.dtype) -> None:
     prepare(module, dtype)
     for layer in module.modules():
         if isinstance(layer, SparseLinear):
-            layer.use_cusparselt()
-            layer.make_schedule(measured=True)
+            layer.use_cusparselt(measured=True)
 
 
 # Weights of a model

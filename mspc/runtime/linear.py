@@ -81,28 +81,24 @@ class SparseLinear(nn.Module):
             device = next(iter(stored.values())).device
             self._hold({name: tensor.to(device) for name, tensor in repacked.items()})
         self.prepared_for, self.kernel_name = dtype, kernel_name
-        self._add_copy()
-        self.make_schedule()
+        self._add_copy_and_schedule(measured=False)
 
-    def use_cusparselt(self) -> None:
-        """Multiply many tokens on sparse tensor cores, from a copy of the weight, where matrix and device allow it."""
+    def use_cusparselt(self, measured: bool = False) -> None:
+        """Multiply many tokens on sparse tensor cores, from a copy of the weight, where matrix and device allow it.
+
+        `measured` measures which method is fastest for each number of tokens, unless this GPU has done so before.
+        """
         self.wants_cusparselt = True
         if self.prepared_for is not None:
-            self._add_copy()
-            self.make_schedule()
+            self._add_copy_and_schedule(measured)
 
-    def _add_copy(self) -> None:
-        repacked = self.repacked()
-        if not self.wants_cusparselt or self.prepared_for is None or dispatch.COPY in repacked:
-            return
-        copy = dispatch.copy_for_cusparselt(self.kernel, repacked, self.matrix, self.prepared_for)
-        if copy is not None:
-            self.register_buffer(dispatch.COPY, copy)
-
-    def make_schedule(self, measured: bool = False) -> None:
-        """Choose the methods of the products of a prepared layer; `measured` as in `dispatch.schedule`."""
-        if self.prepared_for is not None:
-            self.schedule = dispatch.schedule(self.kernel, self.repacked(), self.matrix, self.prepared_for, measured)
+    def _add_copy_and_schedule(self, measured: bool) -> None:
+        assert self.prepared_for is not None
+        if self.wants_cusparselt and not self.copied_bytes():
+            copy = dispatch.copy_for_cusparselt(self.kernel, self.repacked(), self.matrix, self.prepared_for)
+            if copy is not None:
+                self.register_buffer(dispatch.COPY, copy)
+        self.schedule = dispatch.schedule(self.kernel, self.repacked(), self.matrix, self.prepared_for, measured)
 
     def copied_bytes(self) -> int:
         """Bytes of the copy for cuSPARSELt, which only products of many tokens read."""
