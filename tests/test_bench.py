@@ -338,11 +338,14 @@ def test_measurements_predict_from_bytes_and_operations():
         (Request(shapes="from-model"), "--shapes from-model takes them from PATH. Give a PATH"),
         (Request(shapes="2b"), "Unknown shapes '2b': choose one of 1b, 8b, from-model."),
         (Request(shapes="1b", baseline="fp8"), "Unknown baseline 'fp8': choose one of bf16, int4."),
-        (Request(shapes="1b", formats=("2:4", "int5")), "Unknown format 'int5': choose dense, int8, int4, int3, int2,"),
+        (Request(shapes="1b", formats=("2:4", "int5")), "Unknown format 'int5'. Choose dense, int8, int4, int3, int2,"),
         (Request(shapes="1b", formats=("sparse",)), "Unknown format 'sparse'"),
         (Request(shapes="1b", formats=("2:4+",)), "Unknown format '2:4+'"),
         (Request(shapes="1b", formats=("2:4+50%+int4",)), "Unknown format '2:4+50%+int4'"),
-        (Request(shapes="1b", formats=("3:5",)), "3:5: qkv of 1b has 2048 inputs, which are no whole groups of 3:5"),
+        (
+            Request(shapes="1b", formats=("3:5",)),
+            "3:5: qkv of 1b has 2048 inputs, but needs a multiple of 5 for groups of 3:5",
+        ),
         (Request(shapes="1b", formats=("5:4",)), "An N:M pattern needs 1 <= N <= M"),
         (Request(shapes="1b", batches=(0,)), "--batch must be at least 1, not 0"),
         (Request(shapes="1b", repeats=0), "--repeats must be at least 1, not 0"),
@@ -360,10 +363,10 @@ def test_what_cannot_be_measured_is_said_first(request_, message):
 def test_what_models_do_not_allow(folder_of, wide, monkeypatch):
     path = str(wide)
     refusals = {
-        Request((path,), contexts=(128,)): "--context 128 is longer than the model allows (127); lower it.",
-        Request((path,), prefills=(129,)): "--prefill 129 is longer than the model allows (128); lower it.",
-        Request((path,), formats=("2:4",)): f"--format is of random weights, and {path} has its own; add --shapes",
-        Request((str(folder_of("gpt2")),)): "is a gpt2 model, and the bench runs llama, mistral, qwen2, qwen3",
+        Request((path,), contexts=(128,)): "--context 128 is longer than the model allows (127). Lower it.",
+        Request((path,), prefills=(129,)): "--prefill 129 is longer than the model allows (128). Lower it.",
+        Request((path,), formats=("2:4",)): f"--format is for random weights, but {path} has its own. Add --shapes",
+        Request((str(folder_of("gpt2")),)): "is a gpt2 model, but the bench runs llama, mistral, qwen2, qwen3",
         Request((str(folder_of("llama")),), baseline="int4"): "torch's int4 product needs outputs divisible by 16",
         Request((str(folder_of("llama")),), shapes="from-model", formats=("int4",)): "int4: qkv of llama has 32 inputs",
     }
@@ -372,7 +375,7 @@ def test_what_models_do_not_allow(folder_of, wide, monkeypatch):
             make_plan(request)
     assert shape_of(folder_of("mistral"))[1] == 8  # its attention window
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--shapes 8b is for a GPU, and there is no CUDA here; choose --shapes 1b"):
+    with pytest.raises(InputError, match="--shapes 8b is for a GPU, but there is no CUDA here. Choose --shapes 1b"):
         make_plan(Request(shapes="8b"))
 
 
@@ -381,7 +384,7 @@ def test_a_model_that_does_not_fit_is_refused():
     needed = random_bytes(SHAPES["1b"], "dense", torch.float32) + outer_bytes(SHAPES["1b"], torch.float32)
     needed += SHAPES["1b"].cache_bytes(4 * 2048, 4)
     check_memory(plan, needed)
-    message = "dense of 1b needs 4.9 GB for weights and 0.5 GB for the cache of 8,192 tokens, and cpu has 5.5 GB free"
+    message = "dense of 1b needs 4.9 GB for weights and 0.5 GB for the cache of 8,192 tokens, but cpu has 5.5 GB free"
     with pytest.raises(InputError, match=re.escape(message)):
         check_memory(plan, needed - 1)
 
@@ -397,7 +400,7 @@ def test_memory_that_runs_out_is_an_error_that_says_what_to_do(wide, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(bench_run, "measure_decode", full)
-    with pytest.raises(MspcError, match="dense: the memory of cpu was not enough .* choose smaller --shapes"):
+    with pytest.raises(MspcError, match="dense: the memory of cpu was not enough .* Choose smaller --shapes"):
         bench(Request((str(wide),), shapes="from-model", formats=("2:4",)), reporter=Silent())
 
 

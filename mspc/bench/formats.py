@@ -40,7 +40,7 @@ def parse_format(name: str) -> Target:
     if len(patterns) == 1 and re.fullmatch(r"[1-9]\d?%", patterns[0]):
         return Target(Unstructured(int(patterns[0][:-1]) / 100), grid)
     raise InputError(
-        f"Unknown format {name!r}: choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
+        f"Unknown format {name!r}. Choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
         "50%, or one of the last two with bits, such as 2:4+int4."
     )
 
@@ -55,7 +55,9 @@ def describe(shape: tuple[int, int], target: Target, what: str) -> StoredMatrix:
         needed[f"groups of {target.grid.group_size} that share a scale"] = target.grid.group_size or num_columns
     for groups, size in needed.items():
         if num_columns % size:
-            raise InputError(f"{what} has {num_columns} inputs, which are no whole {groups}; leave this format out.")
+            raise InputError(
+                f"{what} has {num_columns} inputs, but needs a multiple of {size} for {groups}. Leave this format out."
+            )
     return StoredMatrix(shape, target.pattern, target.grid, torch.bfloat16)
 
 

@@ -149,14 +149,14 @@ def shape_of(folder: Path) -> tuple[Shape, int | None]:
     config = load_config(folder)
     if config.model_type not in LLAMA_LIKE:
         raise InputError(
-            f"{folder} is a {config.model_type} model, and the bench runs {', '.join(LLAMA_LIKE)}; measure its shapes "
-            "with --shapes, or run it with mspc.load and time that."
+            f"{folder} is a {config.model_type} model, but the bench runs {', '.join(LLAMA_LIKE)}. Choose another model, "
+            "or load it with mspc.load and time that."
         )
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotation not in FIXED_ROTATIONS:
         raise InputError(
-            f"{folder}: its rotary embedding {rotation!r} changes with the length of the text, and the bench runs "
-            f"{', '.join(FIXED_ROTATIONS)}; measure its shapes with --shapes from-model."
+            f"{folder}: its rotary embedding {rotation!r} changes with the length of the text, but the bench runs "
+            f"{', '.join(FIXED_ROTATIONS)}. Load the model with mspc.load and time that, or choose another one."
         )
     heads = config.num_attention_heads
     shape = Shape(

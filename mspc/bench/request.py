@@ -86,7 +86,7 @@ def make_plan(request: Request) -> Plan:
         raise unknown("baseline", request.baseline, BASELINES)
     device = choose_device(request.device)
     if device.type not in BATCHES:
-        raise InputError(f"The bench measures cuda and cpu, not {device.type}; choose cuda or cpu with --device.")
+        raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")
     shapes, limit = _shapes(request, device)
     groups, left_out = [], []
     for shape, paths in shapes:
@@ -112,13 +112,12 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
     if request.shapes in SHAPES:
         if request.paths:
             raise InputError(
-                f"--shapes {request.shapes} measures random weights of its own and takes no PATH; for the shapes of "
-                f"{request.paths[0]} use --shapes {FROM_MODEL}."
+                f"--shapes {request.shapes} measures random weights of its own and takes no PATH. Use --shapes "
+                f"{FROM_MODEL} for the shapes of {request.paths[0]}."
             )
         if request.shapes == "8b" and device.type == "cpu" and request.device == "auto":
             raise InputError(
-                "--shapes 8b is for a GPU, and there is no CUDA here; choose --shapes 1b, or --device cpu if you mean "
-                "it."
+                "--shapes 8b is for a GPU, but there is no CUDA here. Choose --shapes 1b, or add --device cpu."
             )
         return [(SHAPES[request.shapes], [])], None
     if request.shapes not in (None, FROM_MODEL):
@@ -128,8 +127,8 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
         raise InputError(f"{also}Give a PATH (artifact, sparse export or checkpoint), or --shapes 1b or 8b.")
     if request.formats and not request.shapes:
         raise InputError(
-            f"--format is of random weights, and {request.paths[0]} has its own; add --shapes {FROM_MODEL} for random "
-            "weights in its shapes, or leave --format out."
+            f"--format is for random weights, but {request.paths[0]} has its own. Add --shapes {FROM_MODEL} for "
+            "random weights in its shapes, or leave --format out."
         )
     found: dict[Shape, list[str]] = {}
     limits = []
@@ -182,7 +181,7 @@ def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most:
         if size < 1:
             raise InputError(f"{option} must be at least 1, not {size}.")
         if most is not None and size > most:
-            raise InputError(f"{option} {size} is longer than the model allows ({most}); lower it.")
+            raise InputError(f"{option} {size} is longer than the model allows ({most}). Lower it.")
     return tuple(dict.fromkeys(asked))
 
 
@@ -201,6 +200,6 @@ def check_memory(plan: Plan, free: int) -> None:
             if weights + cache > free:
                 raise InputError(
                     f"{candidate.name} of {shape.name} needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} "
-                    f"GB for the cache of {tokens:,} tokens, and {plan.device} has {free / 1e9:.1f} GB free; choose "
+                    f"GB for the cache of {tokens:,} tokens, but {plan.device} has {free / 1e9:.1f} GB free. Choose "
                     "--shapes 1b, a smaller --batch or --context, or another --device."
                 )

@@ -147,8 +147,8 @@ def measure(
                 step(f"prefill {tokens}")
         except torch.OutOfMemoryError as error:
             raise MspcError(
-                f"{candidate.name}: the memory of {device} was not enough ({str(error).splitlines()[0]}); choose "
-                "smaller --shapes, --batch, --context or --prefill. What was measured before is in the --json file."
+                f"{candidate.name}: the memory of {device} was not enough ({str(error).splitlines()[0]}). Choose "
+                "smaller --shapes, --batch, --context or --prefill. The --json file has the rows before this one."
             ) from error
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)

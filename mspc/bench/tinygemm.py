@@ -15,8 +15,8 @@ def check_fits(shape: tuple[int, int], what: str) -> None:
     rows, columns = shape
     if rows % 16 or columns % GROUP_SIZE:
         raise InputError(
-            f"{what} is {rows} x {columns}, and torch's int4 product needs outputs divisible by 16 and inputs by "
-            f"{GROUP_SIZE}; use --baseline bf16, which leaves it out."
+            f"{what} is {rows} x {columns}, but torch's int4 product needs outputs divisible by 16 and inputs by "
+            f"{GROUP_SIZE}. Use --baseline bf16, which leaves it out."
         )
 
 

@@ -113,14 +113,14 @@ def replace_linear(model: PreTrainedModel, module_name: str, matrix: StoredMatri
         layer = nn.Identity()
     if not isinstance(layer, nn.Linear | Conv1D):
         raise InputError(
-            f"{name}: the model has no linear layer {module_name}. Only linear layers are loaded from this format; "
-            "export the artifact dense if it has others, such as slices of fused experts."
+            f"{name}: the model has no linear layer {module_name}. This format has only "
+            "linear layers. Export the artifact dense if it has others, such as slices of fused experts."
         )
     shape = tuple(layer.weight.shape)[:: -1 if isinstance(layer, Conv1D) else 1]
     if shape != matrix.shape or isinstance(layer, Conv1D) != matrix.transposed:
         raise InputError(
-            f"{name}: it is described as {matrix.shape}{', transposed' * matrix.transposed}, and the model's layer is "
-            f"a {type(layer).__name__} of {shape}; config.json and the weights do not belong together."
+            f"{name}: it is described as {matrix.shape}{', transposed' * matrix.transposed}, but the model's layer is "
+            f"a {type(layer).__name__} of {shape}. Export the artifact again; config.json does not fit the weights."
         )
     setattr(model.get_submodule(owner), leaf, SparseLinear(matrix, layer.bias))
 

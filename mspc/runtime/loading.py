@@ -63,8 +63,8 @@ def load(
     folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
     if prefill == "cusparselt" and (reason := cusparselt.missing(main_device)):
         raise InputError(
-            f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, and "
-            f"{reason}; leave it out, or choose another device."
+            f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, but "
+            f"{reason}. Leave prefill out, or choose another device."
         )
     model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
     with without_progress():
@@ -73,7 +73,7 @@ def load(
             attn_implementation=attn_implementation, output_loading_info=True,
         )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{folder} holds no {missing[0]}, which the model needs; it is incomplete.")
+        raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
@@ -100,8 +100,8 @@ def _use_cusparselt(model: PreTrainedModel, folder: Path) -> None:
         layer.use_cusparselt()
     if not any(layer.copied_bytes() for layer in sparse):
         raise InputError(
-            f"prefill='cusparselt' is for {cusparselt.TAKES}, and {folder} in "
-            f"{str(model.dtype).removeprefix('torch.')} has none; leave it out."
+            f"prefill='cusparselt' is for {cusparselt.TAKES}, but {folder} in "
+            f"{str(model.dtype).removeprefix('torch.')} has none. Leave prefill out."
         )
 
 
