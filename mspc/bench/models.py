@@ -149,8 +149,8 @@ def shape_of(folder: Path) -> tuple[Shape, int | None]:
     config = load_config(folder)
     if config.model_type not in LLAMA_LIKE:
         raise InputError(
-            f"{folder} is a {config.model_type} model, but the bench runs {', '.join(LLAMA_LIKE)}. Choose another model, "
-            "or load it with mspc.load and time that."
+            f"{folder} is a {config.model_type} model, but the bench runs {', '.join(LLAMA_LIKE)}. Choose another, or "
+            "load it with mspc.load and time that."
         )
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rotation not in FIXED_ROTATIONS:
