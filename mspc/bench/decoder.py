@@ -2,7 +2,7 @@
 
 All else is the same for every format: attention, norms, rotations, head. q, k and v are one product, gate and up
 another, as in engines that serve such models. It is made for timing: the position of a step is fixed when the step is
-built, so that nothing is read on the host and a CUDA graph can hold it.
+built. Nothing is therefore read on the host, and a CUDA graph can hold the step.
 
 B sequences, T tokens of a step, L of the cache, H heads of queries, K of keys and values, D dimensions of a head.
 """

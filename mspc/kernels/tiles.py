@@ -1,8 +1,8 @@
 """Matrices as tiles of 16 rows by 128 columns, in the order in which `mspc.kernels.gpu.fragments` reads them.
 
 A block of 128 columns is 16 words of 8 columns, four words to each quarter of the lanes of a warp. The four words of a
-quarter are neighbours in memory. In the matrix they are so far apart that every slab of 16 columns that is multiplied
-at once, which takes columns of all quarters, lies within one quantization group.
+quarter are neighbours in memory. A product takes a slab of 16 columns, some from every quarter. `word_order` puts the
+words apart in the matrix such that every slab lies within one quantization group.
 """
 
 from math import ceil

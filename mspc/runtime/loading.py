@@ -53,8 +53,8 @@ def load(
     `prefill="cusparselt"` multiplies many tokens by 16-bit matrices of 2:4 on the sparse tensor cores of a CUDA device,
     from a copy of 9 bits a weight. auto makes no copy, and expands the weight.
 
-    Raises InputError, naming the matrix, for files that are damaged or do not belong together, and for a device or a
-    model that `prefill` does not fit.
+    Raises InputError, naming the matrix, for files that are damaged or do not belong together. Raises it too for a
+    device or a model that `prefill` does not fit.
     """
     if prefill not in PREFILLS:
         raise unknown("prefill", prefill, PREFILLS)

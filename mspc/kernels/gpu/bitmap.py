@@ -1,7 +1,7 @@
 """Products with unstructured matrices, and their expansion. Layout and cost: `mspc.kernels.bitmap`.
 
-Every column of a word of the bitmap is a lane. Its bit says if it has a weight, and the number of bits set below it is
-the index of that weight, so that the lanes of a word load neighbouring values.
+Every column of a word of the bitmap is a lane. Its bit tells if it has a weight. The number of set bits below it is the
+index of that weight, so that the lanes of a word load neighbouring values.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Products with 2:4 matrices of 16-bit values or int4 codes, and their expansion. Layout: `mspc.kernels.sparse24`.
 
-The kept pair of a group of four columns is in one register. Its two 2-bit indices say where its halves go: `prmt` turns
-the indices of two groups at once into selectors of bytes (a table look-up), and with a selector it copies the halves of
-the pair, or zeros, to two columns.
+The kept pair of a group of four columns is in one register, and its two 2-bit indices tell where its halves go. A first
+`prmt` looks the indices of two groups up in a table, whose entries are selectors of bytes. With a selector, a second
+`prmt` copies the halves of the pair, or zeros, to two columns.
 
 Index a is of columns 0 and 2, index b of columns 1 and 3; (first, second) are the halves of the pair:
 
