@@ -3,8 +3,10 @@
 A tile is 16 rows of W by a block of 128 columns. A warp multiplies it by its inputs in 8 slabs of 16 columns, one `mma`
 m16n8k16 each. W is the left operand, and the tokens are the 8 columns of the right one. The columns of W may be
 assigned to the k of the slabs in any order that both operands share. The order here gives every lane whole words of 8
-contiguous columns. Weights and inputs are therefore loaded by 16 bytes a lane into the registers that `mma` reads. Lane (row g of 8, quarter t of 4) holds the words n = 0..3 of quarter t of the rows g and g + 8. Slab 2 n + s is
-half s of word n of every quarter.
+contiguous columns. Weights and inputs are therefore loaded by 16 bytes a lane into the registers that `mma` reads.
+
+Lane (row g of 8, quarter t of 4) holds the words n = 0..3 of quarter t of the rows g and g + 8. Slab 2 n + s is half s
+of word n of every quarter.
 
 Triton keeps these layouts: tensors are loaded flat, in its natural order of lanes, and are only reshaped and permuted
 before `tl.dot`. Only speed depends on that.
