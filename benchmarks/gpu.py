@@ -1,17 +1,17 @@
-"""Everything that a GPU is asked, in one command that can be cut off and run again.
+"""Measures everything on a GPU with one command, which can be cut off and run again.
 
     python benchmarks/gpu.py [--parts ceilings kernels ...] [--minutes 30] [--results DIR]
     python benchmarks/gpu.py --dry-run          every part at tiny sizes on the CPU
 
 The parts, by value: the ceilings of the device; each kernel against float64; decoding and prefill of 1B and 8B models;
-every layer by itself beside what its bytes would take; cuSPARSELt; 2:4 in fp8 beside dense; compression. Each writes
+every layer by itself, next to the time that its bytes take; cuSPARSELt; compression. Each part writes
 
     <results>/<part>_<gpu>_<date>.json    with versions, configuration and commit; .md, the same as a table; .png
 
-again after everything it measures. Run again, it goes on with what the newest files lack, and tries again last what
-failed. No unit begins after `--minutes`. What fails is noted, the rest goes on, and the exit code is 1; a fault after
-which the device refuses this process, such as an illegal address, ends it. Beside the times of models stands what was
-foretold for them before any was measured (docs/benchmark.md), so that every miss is seen.
+after every unit that it measures. A second run measures the units that the newest files lack, and last the units that
+failed. No unit begins after `--minutes`. A failure is noted, the other units go on, and the exit code is 1. The script
+ends after a fault that takes the device from this process, such as an illegal address. The times of models are next to
+those that were predicted before any measurement (docs/benchmark.md).
 """
 
 import argparse
@@ -73,13 +73,13 @@ def failed_before(result: Result, name: str) -> bool:
 
 
 def has_failed(path: Path) -> bool:
-    """Whether there is a unit in a file that failed."""
+    """Tell if a unit of a file failed."""
     result = json.loads(path.read_text()) if path.is_file() else {"units": {}}
     return any(failed_before(result, name) for name in result["units"])
 
 
 def check_usable(device: torch.device) -> None:
-    """Exits when a fault has left the device of no use to this process."""
+    """Exit if a fault has taken the device from this process."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -88,7 +88,7 @@ def check_usable(device: torch.device) -> None:
 
 
 def run_part(part: str, slot: Slot, path: Path, deadline: float) -> list[str]:
-    """Measures what the file lacks, writing it after each unit; what failed."""
+    """Measure the units that the file lacks, and write it after each one. Returns a line for every failure."""
     result = json.loads(path.read_text()) if path.is_file() else header(part, slot)
     failed = []
     for name, measure in sorted(PARTS[part](slot), key=lambda unit: failed_before(result, unit[0])):
@@ -126,12 +126,12 @@ def write(result: Result, path: Path) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """A figure of the parts that have one."""
+    """Draw the figure of a part, if it has one."""
     rows = list(table_rows(result))
-    if of_models := bench_rows(result):
+    if models := bench_rows(result):
         label = run.CPU_LABEL if result["configuration"]["dry_run"] else "CUDA graphs"
         configuration = {"baseline": "bf16", "dtype": "float32" if result["configuration"]["dry_run"] else "bfloat16"}
-        wanted = {"configuration": configuration, "rows": of_models, "label": label}
+        wanted = {"configuration": configuration, "rows": models, "label": label}
         plots.plot(result | wanted, path)
     elif any("x bf16" in row for row in rows):
         plot_layers([row for row in rows if "x bf16" in row], result, path)
@@ -152,18 +152,18 @@ def table_rows(result: Result) -> Iterator[Result]:
 
 
 def step_rows(unit: Result) -> Iterator[Result]:
-    """Flat rows of one format; the first decoding step beside what was foretold for it."""
+    """Flat rows of one format. That of the first decoding step has the predicted time."""
     row = unit["bench"]
     for step in [*row["decode"], *row["prefill"]]:
         is_decode = "batch" in step
-        foretold = " to ".join(f"{seconds * 1e3:.2f}" for seconds in unit["foretold_seconds"])
+        predicted = " to ".join(f"{seconds * 1e3:.2f}" for seconds in unit["predicted_seconds"])
         yield {
             "format": row["name"],
             "runs on": row["engine"],
             "step": f"batch {step['batch']}, context {step['context']}" if is_decode else f"prefill {step['tokens']}",
             **{f"{key}, ms": seconds * 1e3 for key, seconds in step["seconds"].items()},
             "bytes alone, ms": step["predicted_seconds"] * 1e3,
-            "foretold, ms": foretold if step is row["decode"][0] else "",
+            "predicted, ms": predicted if step is row["decode"][0] else "",
             "tokens/s": step["tokens_per_second"]["median"],
             "of copy": step.get("share_of_copy", ""),
             **{f"x {name}": tables.gain(row, step, name) for name in step["speedup"]},
@@ -189,7 +189,7 @@ def cell(value: Any) -> str:
 
 
 def plot_layers(rows: list[Result], result: Result, path: Path) -> None:
-    """For each layer, how many times as fast as the dense one it is, over tokens."""
+    """Draw the speed of each layer divided by that of the dense one, over tokens."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["layer"] for row in rows))
@@ -211,9 +211,11 @@ def plot_layers(rows: list[Result], result: Result, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=30.0, help="begin nothing after so many [30]")
-    parser.add_argument("--results", type=Path, help="[benchmarks/results; of a dry run a folder that is removed]")
-    parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes on the CPU")
+    parser.add_argument("--minutes", type=float, default=30.0, help="begin no unit after this many minutes [30]")
+    parser.add_argument(
+        "--results", type=Path, help="folder for the files [benchmarks/results; a temporary one for a dry run]"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run every part at tiny sizes on the CPU")
     return parser.parse_args()
 
 

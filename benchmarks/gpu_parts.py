@@ -1,4 +1,4 @@
-"""What gpu.py measures: each part as units, which are measured, written and resumed one by one.
+"""The parts of gpu.py. Each consists of units, which are measured, written and resumed one by one.
 
 A unit is a name and a function that returns `{"rows": [...]}`, rows of plain values for a table, or `{"bench": row}`, a
 row of `mspc bench`.
@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.bench.decoder import Outer, Pieces, Shape
-from mspc.bench.formats import DENSE, FP8_PREFILL, Source, describe, parse_format, random_stored
+from mspc.bench.decoder import Operations, OuterLayers, Shape
+from mspc.bench.formats import DENSE, Source, describe, parse_format, random_stored
 from mspc.bench.models import SHAPES, TINYGEMM, compute_dtype, random_bytes, random_linear, random_outer
 from mspc.bench.request import Candidate, Plan
-from mspc.bench.run import choose_pieces, measure
+from mspc.bench.run import choose_operations, measure
 from mspc.bench.timing import Ceilings, captured, device_seconds, measure_ceilings, spread
 from mspc.formats import canonical
-from mspc.kernels import KERNELS, fp8
-from mspc.kernels import cusparselt as cslt
-from mspc.kernels.launch import on_gpu
+from mspc.kernels import KERNELS, cusparselt, dispatch
+from mspc.kernels.timings import Choice
 from mspc.numerics.linalg import add_gram, precise_matmul, symmetrize
 from mspc.progress import ConsoleReporter, Reporter
 from mspc.runtime.linear import SparseLinear
@@ -35,11 +34,11 @@ Unit = tuple[str, Callable[[], Result]]
 FORMATS = (
     DENSE, TINYGEMM, "int4", "2:4+int4", "int3", "2:4", "8:16", "6:16", "5:16", "4:16", "50%", "int8", "8:16+int4"
 )  # fmt: skip
-"""The most wanted first."""
+"""The formats that are measured, the most wanted first."""
 CHECKED = (*FORMATS[2:], "int2", "50%+int4", "50%+int3", "5:16+int3", "2:4+int8")
-"""Whose kernels are compared with float64."""
+"""The formats whose kernels are compared with float64."""
 ROTATED_BYTES = 2e8
-"""Of copies of a layer that take turns, so that none is found in the cache."""
+"""Bytes of the copies of a layer that take turns, so that none stays in the cache of the device."""
 TINY = Shape("tiny", 128, 256, 2, 4, 2, 32, 260, tied=False)
 
 EFFICIENCY = {
@@ -49,22 +48,22 @@ EFFICIENCY = {
 }  # fmt: skip
 """Least and greatest share of the copy bandwidth that the linear layers of a format are expected to reach."""
 SECONDS_OF_PRODUCT, SECONDS_OF_REST = 2e-6, 12e-6
-"""Of a kernel beside its bytes, four to a block; of all other kernels of a block."""
+"""Seconds of a product in addition to its bytes, four to a block, and of all other kernels of a block."""
 
 
 def predicted(shape: Shape, name: str, bandwidth: float) -> tuple[float, float]:
-    """Least and greatest seconds of a token at batch 1 and short context, foretold before any measurement."""
+    """Least and greatest seconds of a token at batch 1 and short context, predicted before any measurement."""
     dtype = torch.bfloat16
     head = shape.hidden * shape.vocabulary * dtype.itemsize / (EFFICIENCY[DENSE][0] * bandwidth)
     fixed = shape.blocks * (4 * SECONDS_OF_PRODUCT + SECONDS_OF_REST) + head
-    shares = EFFICIENCY[name.removesuffix(FP8_PREFILL)]
+    shares = EFFICIENCY[name]
     least, greatest = (random_bytes(shape, name, dtype) / (share * bandwidth) for share in shares[::-1])
     return fixed + least, fixed + greatest
 
 
 @dataclass
 class Slot:
-    """What the parts share: the device, their sizes, and what is made once."""
+    """The device, the sizes, and the objects that all parts share."""
 
     device: torch.device
     is_dry: bool = False
@@ -92,8 +91,8 @@ class Slot:
         return measure_ceilings(self.device, self.dtype, self.repeats)
 
     @cached_property
-    def pieces(self) -> tuple[Pieces, str]:
-        return choose_pieces(self.device, self.reporter)
+    def operations(self) -> tuple[Operations, str]:
+        return choose_operations(self.device, self.reporter)
 
     def plan(self) -> Plan:
         """The steps of the end-to-end parts."""
@@ -104,7 +103,9 @@ class Slot:
 def ceilings(slot: Slot) -> Iterator[Unit]:
     def of_device() -> Result:
         found = {"copy, GB/s": (slot.ceilings.copy, 1e9), "gemm, TFLOP/s": (slot.ceilings.gemm, 1e12)}
-        rows = [{"what": what} | {key: value / unit for key, value in of.items()} for what, (of, unit) in found.items()]
+        rows = [
+            {"what": what} | {key: rate / unit for key, rate in rates.items()} for what, (rates, unit) in found.items()
+        ]
         return {"rows": rows}
 
     def of_software() -> Result:
@@ -114,7 +115,7 @@ def ceilings(slot: Slot) -> Iterator[Unit]:
         rows = [
             {"what": "cuSPARSELt", "found": version},
             {"what": "torch.cuda._compile_kernel", "found": hasattr(torch.cuda, "_compile_kernel")},
-            {"what": "norms and rotations", "found": slot.pieces[1]},
+            {"what": "norms and rotations", "found": slot.operations[1]},
         ]
         return {"rows": rows}
 
@@ -123,7 +124,7 @@ def ceilings(slot: Slot) -> Iterator[Unit]:
 
 
 def kernel_errors(slot: Slot) -> Iterator[Unit]:
-    """Each kernel against float64, for 1 token to the most it takes; and its dense weight, which must be equal."""
+    """Compare each kernel with float64, for 1 token to its MAX_TOKENS, and its dense weight, which must be equal."""
     size = (64, 256) if slot.is_dry else (2048, 4096)
     for name in CHECKED:
         matrix = describe(size, parse_format(name), name)
@@ -135,15 +136,15 @@ def kernel_errors(slot: Slot) -> Iterator[Unit]:
 
 def _errors_of(slot: Slot, what: Result, kernel: Any, matrix: Any) -> Result:
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
-    arranged = {part: tensor.to(slot.device) for part, tensor in kernel.arrange(stored, matrix).items()}
+    repacked = {part: tensor.to(slot.device) for part, tensor in kernel.repack(stored, matrix).items()}
     exact = matrix if matrix.grid is None else replace(matrix, dtype=torch.float32)  # codes times scales, not rounded
     weight = canonical.decode(stored, exact, "m").weight
-    expanded = torch.empty(matrix.shape, dtype=torch.bfloat16, device=slot.device)
-    kernel.expand(arranged, matrix, expanded)
-    rows = []
+    expanded = dispatch.expand(kernel, repacked, matrix, torch.bfloat16)
+    fused, rows = Choice(kernel.MAX_TOKENS, "fused", 0), []
     for tokens in sorted({1, 2, 4, 7, kernel.MAX_TOKENS}):
         x = torch.randn(tokens, matrix.shape[1], generator=torch.Generator().manual_seed(tokens)).bfloat16()
-        y, expected = kernel.matmul(x.to(slot.device), arranged, matrix).cpu().double(), x.double() @ weight.double().T
+        y = dispatch.multiply(fused, x.to(slot.device), kernel, repacked, matrix).cpu().double()
+        expected = x.double() @ weight.double().T
         error = float((y - expected).norm() / expected.norm())
         equal = bool(torch.equal(expanded.cpu(), weight.bfloat16()))
         # The result is rounded to bfloat16, by up to 2^-9 of it.
@@ -151,90 +152,8 @@ def _errors_of(slot: Slot, what: Result, kernel: Any, matrix: Any) -> Result:
     return {"rows": rows, "wrong": not all(row["right"] and row["weight equal"] for row in rows)}
 
 
-FP8_GAIN, SPARSE_GAIN = 1.8, 1.5
-"""How many times as fast as bfloat16 a dense product in fp8 is expected to be, and as that a 2:4 one."""
-
-
-def fp8_foretold(size: tuple[int, int], tokens: int, ceilings: Ceilings) -> tuple[float, float]:
-    """Seconds of a product with a 2:4 and with a dense matrix in fp8, foretold before any measurement: the passes that
-    round inputs and, for 2:4, multiply scales in take what their bytes do."""
-    rows, columns = size
-    rounding, scaling = (tokens * n / ceilings.copy["median"] for n in (3 * columns, 4 * rows))
-    dense = 2 * rows * columns * tokens / (FP8_GAIN * ceilings.gemm["median"])
-    return rounding + dense / SPARSE_GAIN + scaling, rounding + dense
-
-
-def fp8_products(slot: Slot) -> Iterator[Unit]:
-    """2:4 in fp8, whole and without what is around the product, beside dense fp8, 2:4 in bfloat16, and dense."""
-    if reason := fp8.missing(slot.device):
-        yield "all", lambda: {"rows": [{"what": f"no fp8: {reason}"}]}
-        return
-    for layer, size in slot.layers.items():
-        yield layer, lambda layer=layer, size=size: _fp8_rows(slot, layer, size)
-
-
-def _fp8_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Result:
-    matrix = describe(size, parse_format("2:4"), layer)
-    stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
-    weight = canonical.decode(stored, matrix, layer).weight.to(slot.device)
-    rows = []
-    for tokens in (64,) if slot.is_dry else (64, 256, 1024, 2048, 4096):
-        x = torch.randn(tokens, size[1], device=slot.device).to(torch.bfloat16)
-        graphs = {name: captured(way, slot.device) for name, way in _fp8_ways(x, weight).items()}
-        twin, exact = fp8.twin(x.float(), weight.float()), x.float() @ weight.float().T
-        found = {name: graphs[name]().float() for name in ("2:4 fp8", "fp8")}
-        error = float((found["2:4 fp8"] - twin).norm() / twin.norm())
-        took = {
-            name: spread(device_seconds(graph, slot.device, min(50, slot.repeats)))["median"]
-            for name, graph in graphs.items()
-        }
-        rows.append({
-            "layer": layer, "tokens": tokens,
-            # Tensor cores keep fewer bits of a sum than float32; a wrong scale or place would be an error of about 1.
-            "from twin": error, "right": error < 2**-6,
-            "dense fp8 from twin": float((found["fp8"] - twin).norm() / twin.norm()),
-            "from unrounded": float((found["2:4 fp8"] - exact).norm() / exact.norm()),
-            **{f"{name}, µs": seconds * 1e6 for name, seconds in took.items()},
-            "foretold, µs": fp8_foretold(size, tokens, slot.ceilings)[0] * 1e6,
-            **{f"x {name}": took[name] / took["2:4 fp8"] for name in ("bf16", "2:4", "fp8")},
-        })  # fmt: skip
-    return {"rows": rows, "wrong": not all(row["right"] for row in rows)}
-
-
-def _fp8_ways(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Of multiplying bfloat16 x by the weight: in fp8 with what rounds and scales, and of 2:4 without it too."""
-    kernels, size = on_gpu("fp8"), (weight.shape[0], weight.shape[1])
-    packed, (compressed, scales), (codes, _) = cslt.compress(weight), fp8.compress(weight), fp8.rounded(weight)
-    of_16_bits = cslt.search(x, packed)
-    algorithm = next(found for most, found in fp8.algorithms(size, x.device) if len(x) <= most)
-    rounded, _ = kernels.rounded(x, fp8.TOKENS)
-
-    def product() -> Tensor:
-        return torch._cslt_sparse_mm(
-            compressed, rounded.T, out_dtype=torch.bfloat16, transpose_result=True, alg_id=algorithm
-        )
-
-    def dense_fp8() -> Tensor:
-        inputs, of_tokens = kernels.rounded(x, fp8.TOKENS)
-        scale_a, scale_b = of_tokens[:, None], scales[None]
-        return torch._scaled_mm(
-            inputs, codes.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    return {
-        "2:4 fp8": lambda: fp8.matmul(x, compressed, scales, algorithm),
-        "its product": product,
-        "fp8": dense_fp8,
-        "2:4": lambda: cslt.matmul(x, packed, of_16_bits),
-        "bf16": lambda: x @ weight.T,
-    }
-
-
-# ---- the rest does not -----------------------------------------------------------------------------------------------
-
-
 def layers(slot: Slot) -> Iterator[Unit]:
-    """Every linear layer by itself: beside what its bytes would take, and beside the dense one."""
+    """Time every linear layer by itself, and compare it with the time of its bytes and with the dense layer."""
     tokens = (1, 2) if slot.is_dry else (1, 2, 4, 8, 16, 32, 64)
     for layer, size in slot.layers.items():
         yield layer, lambda layer=layer, size=size: {"rows": list(_layer_rows(slot, layer, size, tokens))}
@@ -268,9 +187,9 @@ def _layer_rows(slot: Slot, layer: str, size: tuple[int, int], tokens: tuple[int
 
 
 def decode(slot: Slot, name: str) -> Iterator[Unit]:
-    """`mspc bench` on a shape, a format at a time."""
+    """Run `mspc bench` on a shape, one format after the other."""
     shape, plan = slot.shape(name), slot.plan()
-    outer: list[Outer] = []
+    outer: list[OuterLayers] = []
     baselines = {DENSE: "bf16", TINYGEMM: "int4"}
 
     def of_format(format_name: str) -> Result:
@@ -278,20 +197,18 @@ def decode(slot: Slot, name: str) -> Iterator[Unit]:
             outer.append(random_outer(shape, plan.length, slot.device))
         label = "int4 (torch)" if format_name == TINYGEMM else format_name
         candidate = Candidate(label, shape, format_name, baseline=baselines.get(format_name))
-        row = measure(candidate, plan, outer[0], slot.pieces[0], slot.ceilings, slot.reporter)
+        row = measure(candidate, plan, outer[0], slot.operations[0], slot.ceilings, slot.reporter)
         least, greatest = predicted(shape, format_name, slot.ceilings.copy["median"])
-        return {"bench": row, "foretold_seconds": [least, greatest]}
+        return {"bench": row, "predicted_seconds": [least, greatest]}
 
-    rounding = f"2:4{FP8_PREFILL}"
-    for format_name in (*FORMATS, rounding):
-        if format_name != rounding or slot.is_dry or not fp8.missing(slot.device):
-            yield format_name, lambda format_name=format_name: of_format(format_name)
+    for format_name in FORMATS:
+        yield format_name, lambda format_name=format_name: of_format(format_name)
 
 
-def cusparselt(slot: Slot) -> Iterator[Unit]:
-    """2:4 in bfloat16 on sparse tensor cores, with the best algorithm that a search finds, beside the dense product."""
-    if slot.device.type != "cuda" or not torch.backends.cusparselt.is_available():
-        yield "all", lambda: {"rows": [{"what": "no cuSPARSELt"}]}
+def cusparselt_products(slot: Slot) -> Iterator[Unit]:
+    """2:4 in bfloat16 on sparse tensor cores, with the best algorithm of a search, compared with the dense product."""
+    if reason := cusparselt.missing(slot.device):
+        yield "all", lambda: {"rows": [{"what": f"no cuSPARSELt: {reason}"}]}
         return
     for layer, size in slot.layers.items():
         yield layer, lambda layer=layer, size=size: {"rows": list(_cusparselt_rows(slot, layer, size))}
@@ -301,13 +218,13 @@ def _cusparselt_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Iterator[
     matrix = describe(size, parse_format("2:4"), layer)
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
     dense = canonical.decode(stored, matrix, layer).weight.to(slot.device)
-    packed = torch._cslt_compress(dense)
+    packed = cusparselt.compress(dense)
     for tokens in (64, 256, 1024, 2048, 4096):
         x = torch.randn(tokens, size[1], device=slot.device).to(slot.dtype)
-        algorithm = torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True)
+        algorithm = cusparselt.search(x, packed)
 
         def sparse(x: Tensor = x, algorithm: int = algorithm) -> Tensor:
-            return torch._cslt_sparse_mm(packed, x.t(), alg_id=algorithm, transpose_result=True)
+            return cusparselt.matmul(x, packed, algorithm)
 
         error = float((sparse().float() - (x @ dense.T).float()).norm() / (x @ dense.T).float().norm())
         took = {
@@ -322,7 +239,7 @@ def _cusparselt_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Iterator[
 
 
 def compression(slot: Slot) -> Iterator[Unit]:
-    """What compressing takes: the Gram of 262,144 tokens, and one matrix by each solver."""
+    """Time the compression: the Gram of 262,144 tokens, and one matrix by each solver."""
     shape = slot.shape("8b")
     num_tokens = 256 if slot.is_dry else 2**18
     for num_inputs in (shape.hidden, shape.intermediate):
@@ -377,8 +294,7 @@ PARTS: dict[str, Callable[[Slot], Iterator[Unit]]] = {
     "decode-1b": lambda slot: decode(slot, "1b"),
     "decode-8b": lambda slot: decode(slot, "8b"),
     "layers": layers,
-    "cusparselt": cusparselt,
-    "fp8": fp8_products,
+    "cusparselt": cusparselt_products,
     "compression": compression,
 }
-"""By value: a run that is cut off leaves the first ones."""
+"""The parts by value. A run that is cut off has measured the first ones."""

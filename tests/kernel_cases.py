@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mspc.formats import canonical
 from mspc.formats.description import StoredMatrix
-from mspc.kernels import KERNELS, Kernel
+from mspc.kernels import KERNELS, Kernel, dispatch
+from mspc.kernels.timings import Choice
 from mspc.numerics.masking import num_pruned, prune_lowest, prune_n_of_m
 from mspc.numerics.quant import dequantize, groups_of
 from mspc.types import NM, Codes, CompressedLinear, Grid, Pattern, Unstructured
@@ -29,16 +30,27 @@ class Case:
         return KERNELS[self.kernel_name]
 
     @property
-    def description(self) -> StoredMatrix:
+    def matrix(self) -> StoredMatrix:
         return StoredMatrix(self.shape, self.pattern, self.grid, self.dtype)
 
     def stored(self) -> dict[str, Tensor]:
-        return stored(self.description)
+        return stored(self.matrix)
+
+    def repacked(self) -> dict[str, Tensor]:
+        return self.kernel.repack(self.stored(), self.matrix)
+
+    def product(self, x: Tensor, repacked: dict[str, Tensor]) -> Tensor:
+        """x Wᵀ by the kernel, or by its reference where nothing launches it."""
+        choice = Choice(self.kernel.MAX_TOKENS, "fused", 0)
+        return dispatch.multiply(choice, x, self.kernel, repacked, self.matrix)
+
+    def expanded(self, repacked: dict[str, Tensor]) -> Tensor:
+        return dispatch.expand(self.kernel, repacked, self.matrix, self.dtype)
 
     def weight(self) -> Tensor:
-        """Unrounded: float32 of a grid."""
+        """The weight, not rounded: float32 where there is a grid."""
         dtype = self.dtype if self.grid is None else torch.float32
-        return canonical.unpack(self.stored(), self.shape, self.description.target, dtype).weight
+        return canonical.unpack(self.stored(), self.shape, self.matrix.target, dtype).weight
 
     def __str__(self) -> str:
         grid = (
@@ -103,16 +115,16 @@ CASES = [*CODES, *SPARSE24, *GATHERED, *BITMAP]
 ONE_OF_EACH = [CODES[0], SPARSE24[0], GATHERED[0], BITMAP[0]]
 
 
-def stored(description: StoredMatrix, seed: int = 0) -> dict[str, Tensor]:
+def stored(matrix: StoredMatrix, seed: int = 0) -> dict[str, Tensor]:
     """The tensors of the sparse export for random weights, codes, scales and zero points."""
     generator = torch.Generator().manual_seed(seed)
-    shape, (pattern, grid) = description.shape, (description.target.pattern, description.target.grid)
+    shape, (pattern, grid) = matrix.shape, (matrix.target.pattern, matrix.target.grid)
     score = torch.rand(shape, generator=generator)
     if isinstance(pattern, NM):
         mask = prune_n_of_m(score, pattern)
     else:
         mask = prune_lowest(score, num_pruned(score.numel(), pattern.sparsity))
-    weight, codes = torch.randn(shape, generator=generator).to(description.dtype).float() * mask, None
+    weight, codes = torch.randn(shape, generator=generator).to(matrix.dtype).float() * mask, None
     if grid is not None:
         groups = shape[1] // groups_of(shape[1], grid)
         middle = torch.full((shape[0], groups), 2 ** (grid.bits - 1), dtype=torch.uint8)
@@ -121,7 +133,7 @@ def stored(description: StoredMatrix, seed: int = 0) -> dict[str, Tensor]:
         values = torch.where(mask, values, zeros.repeat_interleave(shape[1] // groups, 1))
         codes = Codes(values, torch.rand(zeros.shape, generator=generator).half(), zeros)
         weight = dequantize(codes)
-    tensors = canonical.pack(CompressedLinear(weight, mask, description.target, codes), description.dtype)
+    tensors = canonical.pack(CompressedLinear(weight, mask, matrix.target, codes), matrix.dtype)
     if "mask" in tensors:
         tensors["row_offsets"] = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     return tensors

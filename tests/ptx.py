@@ -1,7 +1,7 @@
-"""What Triton's interpreter lacks: the PTX instructions of the kernels, by the text of the PTX manual, and rounding.
+"""Adds to Triton's interpreter the PTX instructions of the kernels, after the PTX manual, and rounding.
 
-`install()` makes `tl.inline_asm_elementwise` run its assembly, one register for every element, and conversions to
-bfloat16 and e4m3 round to nearest even as devices do, where the interpreter truncates or loses a carry.
+`install()` makes `tl.inline_asm_elementwise` run its assembly, one register for every element. Conversions to bfloat16
+round to nearest even as on devices, where the interpreter truncates.
 """
 
 import re
@@ -104,11 +104,5 @@ def install() -> None:
             return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
         return truncate(builder, source, dst_type)
 
-    def keep_the_carry(builder, source, dst_type, rounding_mode):
-        assert (source.dtype.scalar, dst_type.scalar) == (tl.float32, tl.float8e4nv), "no other is modelled"
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn).view(torch.uint8)
-        return interpreter.TensorHandle(rounded.numpy(), tl.float8e4nv)
-
     interpreter.InterpreterBuilder.cast_impl = round_to_nearest
-    interpreter.InterpreterBuilder.create_fp_to_fp = keep_the_carry
     tl.inline_asm_elementwise = _inline_asm_elementwise

@@ -37,7 +37,7 @@ def build(
 
 
 def longest_loop(compiled: CompiledKernel) -> Counter[str]:
-    """How often each opcode is in the body of the innermost loop with the most instructions."""
+    """Counts of the opcodes in the body of the innermost loop with the most instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -1,7 +1,7 @@
-"""Instructions that the kernels spend on a weight, counted in what ptxas makes of them for GPUs that are not here.
+"""Instructions of the kernels per weight, counted in the machine code that ptxas makes for GPUs that are not here.
 
-The limits are what was counted when they were written, and a twentieth; they hold for Triton 3.6 and 3.7. On an H200 a
-kernel is limited by memory as long as it spends at most 7.8 thread instructions on a byte of weights (A100: 9.7).
+Each limit is the count when it was written, plus 5%; they hold for Triton 3.6 and 3.7. On an H200 a kernel is limited
+by memory if it needs at most 7.8 thread instructions a byte of weights (A100: 9.7).
 """
 
 import sys
@@ -16,9 +16,7 @@ from triton.compiler import CompiledKernel
 
 from mspc.kernels.gpu.bitmap import bitmap_matmul
 from mspc.kernels.gpu.codes import codes_matmul
-from mspc.kernels.gpu.fp8 import COLUMNS as FP8_COLUMNS
-from mspc.kernels.gpu.fp8 import fp8_round, fp8_scale
-from mspc.kernels.gpu.nm import COLUMN, PLACES, nm_matmul
+from mspc.kernels.gpu.nm import COLUMN, INDICES, nm_matmul
 from mspc.kernels.gpu.sparse24 import sparse24_matmul
 from mspc.kernels.gpu.tiling import tiles_of
 
@@ -53,7 +51,7 @@ def codes(capability: int, dtype: str, bits: int, group_size: int, symmetric: bo
 
 
 def sparse24(capability: int, dtype: str, codes: bool, symmetric: bool, tokens: int) -> CompiledKernel:
-    pointers = {"inputs_ptr": dtype, "kept_ptr": "*i32", "places_ptr": "*i32", "scales_ptr": "*fp16"}
+    pointers = {"inputs_ptr": dtype, "kept_ptr": "*i32", "indices_ptr": "*i32", "scales_ptr": "*fp16"}
     numbers = ("num_tokens", "num_rows", "symmetric_zero", "column0", "column1", "column2", "column3")
     arguments = {**pointers, "zeros_ptr": "*i32", "outputs_ptr": dtype, **dict.fromkeys(numbers, "i32")}
     constants = {**fragment_constants(128, symmetric, tokens), "CODES": codes}
@@ -62,8 +60,8 @@ def sparse24(capability: int, dtype: str, codes: bool, symmetric: bool, tokens: 
 
 def nm(capability: int, dtype: str, keep: int, of: int, tokens: int) -> CompiledKernel:
     bits = 2 if of <= 4 else 4
-    integer = {torch_dtype: f"*i{8 * torch_dtype.itemsize}" for torch_dtype in (*COLUMN.values(), *PLACES.values())}
-    pointers = {"inputs_ptr": integer[COLUMN[tokens]], "values_ptr": "*i32", "places_ptr": integer[PLACES[bits]]}
+    integer = {torch_dtype: f"*i{8 * torch_dtype.itemsize}" for torch_dtype in (*COLUMN.values(), *INDICES.values())}
+    pointers = {"inputs_ptr": integer[COLUMN[tokens]], "values_ptr": "*i32", "indices_ptr": integer[INDICES[bits]]}
     numbers = dict.fromkeys(("num_tokens", "num_rows", "num_groups"), "i32")
     constants = {"N": keep, "M": of, "BITS": bits, "ROWS": 4, "TOKENS": tokens}
     return sass.build(nm_matmul, {**pointers, "outputs_ptr": dtype, **numbers}, constants, capability, 4)
@@ -84,7 +82,7 @@ def bitmap(capability: int, bits: int) -> CompiledKernel:
 @pytest.mark.parametrize("assembly", [False, True])
 @pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (64, True), (128, False), (2944, True)])
 def test_what_is_cut_off_compiles(monkeypatch, group_size, symmetric, assembly):
-    """2888 columns are no whole blocks, and their blocks no whole steps; also the branch without assembly."""
+    """2888 columns are no multiple of a block, nor their blocks of a step; also the branch without assembly."""
     monkeypatch.setattr(sys.modules[__name__], "COLUMNS", 2888)
     constants = fragment_constants
     monkeypatch.setattr(
@@ -104,7 +102,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "arguments", "limit"),
     [
-        (codes, (90, FP16, 4, 128, True, 8), 1.70),
+        pytest.param(codes, (90, FP16, 4, 128, True, 8), 1.70, marks=slow),
         (codes, (90, BF16, 4, 128, True, 8), 1.95),
         pytest.param(codes, (90, BF16, 4, 128, True, 16), 2.30, marks=slow),
         pytest.param(codes, (90, BF16, 4, 128, True, 32), 2.80, marks=slow),
@@ -113,7 +111,7 @@ slow = pytest.mark.slow
         pytest.param(codes, (90, BF16, 4, 32, True, 8), 2.40, marks=slow),
         pytest.param(codes, (80, FP16, 4, 128, True, 8), 1.70, marks=slow),
         pytest.param(codes, (80, BF16, 4, 128, True, 8), 1.95, marks=slow),
-        (codes, (90, BF16, 3, 128, True, 8), 2.45),
+        pytest.param(codes, (90, BF16, 3, 128, True, 8), 2.45, marks=slow),
         pytest.param(codes, (90, FP16, 3, 128, True, 8), 2.20, marks=slow),
         pytest.param(codes, (90, BF16, 3, 128, False, 8), 2.60, marks=slow),
         pytest.param(codes, (90, BF16, 3, 32, True, 8), 2.85, marks=slow),
@@ -122,14 +120,14 @@ slow = pytest.mark.slow
         pytest.param(codes, (90, BF16, 2, 128, True, 8), 2.15, marks=slow),
         pytest.param(codes, (90, BF16, 2, 128, True, 32), 3.00, marks=slow),
         pytest.param(codes, (90, FP16, 2, 128, False, 8), 2.10, marks=slow),
-        (codes, (90, BF16, 8, 128, True, 8), 4.45),
+        pytest.param(codes, (90, BF16, 8, 128, True, 8), 4.45, marks=slow),
         pytest.param(codes, (90, FP16, 8, 128, True, 8), 3.90, marks=slow),
         pytest.param(codes, (90, BF16, 8, 128, False, 8), 4.80, marks=slow),
         pytest.param(codes, (90, BF16, 8, 32, False, 8), 5.70, marks=slow),
         pytest.param(codes, (90, BF16, 8, 128, True, 32), 5.30, marks=slow),
         pytest.param(codes, (80, BF16, 8, 128, True, 8), 4.25, marks=slow),
         (sparse24, (90, BF16, True, True, 8), 2.70),
-        (sparse24, (90, BF16, False, True, 8), 1.90),
+        pytest.param(sparse24, (90, BF16, False, True, 8), 1.90, marks=slow),
         pytest.param(sparse24, (90, FP16, True, True, 8), 2.60, marks=slow),
         pytest.param(sparse24, (90, BF16, True, False, 8), 2.90, marks=slow),
         pytest.param(sparse24, (90, BF16, True, True, 16), 3.00, marks=slow),
@@ -159,7 +157,7 @@ def test_on_tensor_cores(compiled, arguments, limit):
     ("arguments", "limit"),
     [
         ((90, BF16, 8, 16, 1), 9.6),
-        ((90, BF16, 5, 16, 1), 13.4),
+        pytest.param((90, BF16, 5, 16, 1), 13.4, marks=slow),
         pytest.param((90, BF16, 2, 4, 1), 9.7, marks=slow),
         pytest.param((90, FP16, 8, 16, 1), 9.7, marks=slow),
         pytest.param((90, BF16, 8, 16, 2), 11.9, marks=slow),
@@ -181,7 +179,7 @@ def test_gathered(arguments, limit):
     ("arguments", "limit"),
     [
         ((90, 16), 16.1),
-        ((90, 3), 31.9),
+        pytest.param((90, 3), 31.9, marks=slow),
         pytest.param((80, 16), 16.2, marks=slow),
         pytest.param((90, 2), 25.2, marks=slow),
         pytest.param((90, 4), 26.3, marks=slow),
@@ -194,19 +192,3 @@ def test_bitmap(arguments, limit):
     instructions, opcodes = per_weight(bitmap(*arguments), 16 * 32)
     assert instructions <= limit
     assert opcodes["POPC"]
-
-
-@pytest.mark.parametrize("capability", [89, 90])
-def test_passes_about_a_product_in_e4m3(capability):
-    """16 bytes at a time, and e4m3 by the instruction that rounds to nearest."""
-    numbers = {"num_tokens": "i32", "num_columns": "i32/16", "num_rows": "i32/16"}
-    constants = {"COLUMNS": FP8_COLUMNS}
-    pointers = {"x_ptr": BF16, "inputs_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
-    text = sass.build(fp8_round, pointers | numbers, constants, capability, 4).asm["ptx"]
-    assert text.count("ld.global.v4.b32") == 2
-    assert text.count("st.global.v2.b32") == 1
-    assert text.count("cvt.rn.satfinite.e4m3x2") == 4
-    assert text.count("div.rn.f32") == 2
-    pointers = {"product_ptr": BF16, "of_tokens_ptr": "*fp32", "of_rows_ptr": "*fp32", "outputs_ptr": BF16}
-    text = sass.build(fp8_scale, pointers | numbers, constants, capability, 4).asm["ptx"]
-    assert text.count("st.global.v4.b32") == 1

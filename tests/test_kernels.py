@@ -1,4 +1,4 @@
-"""Products with compressed matrices: arrangement and restoration bit for bit, sizes, twins and kernels against float64.
+"""Products with compressed matrices: repacking bit for bit, sizes, references and kernels against float64.
 
 The Triton kernels run in the interpreter, in a process of their own (interpreted_kernels.py).
 """
@@ -32,11 +32,11 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_restored_is_what_was_stored(case):
+def test_unrepacked_is_what_was_stored(case):
     tensors = case.stored()
-    arranged = case.kernel.arrange(tensors, case.description)
-    assert all(tensor.is_contiguous() for tensor in arranged.values())
-    assert same(case.kernel.restore(arranged, case.description), tensors)
+    repacked = case.kernel.repack(tensors, case.matrix)
+    assert all(tensor.is_contiguous() for tensor in repacked.values())
+    assert same(case.kernel.unrepack(repacked, case.matrix), tensors)
     assert same(tensors, case.stored())
 
 
@@ -54,13 +54,13 @@ GRIDS = st.one_of(
 
 @few
 @given(PATTERNS, GRIDS, st.integers(1, 40), st.integers(1, 24), st.integers(0, 99))
-def test_what_a_kernel_supports_it_restores(pattern, grid, num_rows, num_units, seed):
+def test_a_kernel_repacks_and_unrepacks_all_that_it_supports(pattern, grid, num_rows, num_units, seed):
     unit = math.lcm(pattern.of if isinstance(pattern, NM) else 8, (grid and grid.group_size) or 1)
-    description = StoredMatrix((num_rows, unit * num_units), pattern, grid, BF16)
-    tensors = stored(description, seed)
+    matrix = StoredMatrix((num_rows, unit * num_units), pattern, grid, BF16)
+    tensors = stored(matrix, seed)
     for kernel in KERNELS.values():
-        if kernel.supports(description, BF16):
-            assert same(kernel.restore(kernel.arrange(tensors, description), description), tensors)
+        if kernel.supports(matrix, BF16):
+            assert same(kernel.unrepack(kernel.repack(tensors, matrix), matrix), tensors)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,10 @@ def test_what_a_kernel_supports_it_restores(pattern, grid, num_rows, num_units, 
         (Case("codes", DENSE, Grid(2, 64), (32, 512), BF16), 0),
         (Case("codes", DENSE, Grid(4, 64), (17, 192), BF16), 32 * (128 + 8) - 17 * (96 + 6)),  # to 32 rows of 256
         (Case("nm", NM(8, 16), None, (32, 512), BF16), 256 * 2 + 256 // 2),
-        (Case("nm", NM(4, 8), None, (32, 512), BF16), 256 * 2 + 256 // 2 + 32 * 512 // 2 // 8),  # 4 bits a place, not 3
+        (
+            Case("nm", NM(4, 8), None, (32, 512), BF16),
+            256 * 2 + 256 // 2 + 32 * 512 // 2 // 8,
+        ),  # 4 bits an index, not 3
         (Case("bitmap", HALF, None, (32, 512), BF16), 32 * 512 * 3 // 8 // 8),
         (Case("bitmap", HALF, Grid(3, 128), (32, 512), BF16), 32 * 512 * 3 // 8 // 8 + 1),
         (Case("bitmap", NM(8, 16), Grid(4, 128), (32, 512), BF16), -32 * 512 * 5 // 8 // 8),  # 1.375 bits, not 2
@@ -85,22 +88,17 @@ def test_what_a_kernel_supports_it_restores(pattern, grid, num_rows, num_units, 
     ids=str,
 )
 def test_bytes_are_those_of_the_file_and_the_documented_padding(case, more):
-    file = canonical.num_bytes(case.shape, case.description.target, case.dtype)
-    arranged = case.kernel.arrange(case.stored(), case.description)
-    assert sum(tensor.nbytes for tensor in arranged.values()) == file + more
+    file = canonical.num_bytes(case.shape, case.matrix.target, case.dtype)
+    repacked = case.repacked()
+    assert sum(tensor.nbytes for tensor in repacked.values()) == file + more
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_twin(case):
-    arranged = case.kernel.arrange(case.stored(), case.description)
+def test_the_reference_is_the_product_in_float64(case):
+    repacked = case.repacked()
     x = inputs(case, 3)
-    assert_product(case.kernel.twin(x, arranged, case.description), x, case)
-    assert torch.equal(
-        case.kernel.matmul(x, arranged, case.description), case.kernel.twin(x, arranged, case.description)
-    )
-    out = torch.empty(case.shape, dtype=case.dtype)
-    case.kernel.expand(arranged, case.description, out)
-    assert torch.equal(out, case.weight().to(case.dtype))
+    assert_product(case.product(x, repacked), x, case)
+    assert torch.equal(case.expanded(repacked), case.weight().to(case.dtype))
 
 
 @pytest.mark.parametrize(
@@ -133,8 +131,7 @@ def test_twin(case):
     ],
 )
 def test_the_kernel_for_a_matrix(pattern, grid, columns, dtype, name):
-    kernel = kernel_for(StoredMatrix((16, columns), pattern, grid, BF16), dtype)
-    assert kernel is (None if name is None else KERNELS[name])
+    assert kernel_for(StoredMatrix((16, columns), pattern, grid, BF16), dtype) == name
 
 
 @pytest.mark.parametrize("pattern", [DENSE, HALF, NM(2, 4), NM(4, 8), *(NM(n, 16) for n in range(1, 16))], ids=repr)
@@ -146,14 +143,13 @@ def test_all_that_a_budget_of_bits_chooses_from_has_a_kernel(pattern):
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
-def test_traced_shapes(case, monkeypatch):
-    """What torch.compile sees: the shape and dtype of the twin."""
-    arranged = case.kernel.arrange(case.stored(), case.description)
+def test_traced_shapes(case):
+    """The shape and dtype that torch.compile sees are those of the product."""
+    repacked = case.repacked()
     with FakeTensorMode() as mode:
         x = mode.from_tensor(inputs(case, 5))
-        monkeypatch.setattr(sys.modules[case.kernel.__name__], "launches", lambda tensor: True)
-        fake = {part: mode.from_tensor(tensor) for part, tensor in arranged.items()}
-        y = case.kernel.matmul(x, fake, case.description)
+        fake = {part: mode.from_tensor(tensor) for part, tensor in repacked.items()}
+        y = case.kernel.matmul(x, fake, case.matrix)
     assert (tuple(y.shape), y.dtype) == ((5, case.shape[0]), case.dtype)
 
 

@@ -1,4 +1,6 @@
-"""Layers arranged for a kernel, on the CPU, where its twin computes: the same products, state dict and folder."""
+"""Layers prepared on the CPU, where the reference computes: the same products, state dict and folder."""
+
+import copy
 
 import pytest
 import tiny
@@ -10,31 +12,30 @@ from transformers import AutoModelForCausalLM
 
 import mspc
 import mspc.hf
-from mspc.kernels import launch
 from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 
 
 def layer_of(case) -> SparseLinear:
-    layer = SparseLinear(case.description, nn.Parameter(torch.arange(case.shape[0]).to(case.dtype)))
+    layer = SparseLinear(case.matrix, nn.Parameter(torch.arange(case.shape[0]).to(case.dtype)))
     layer.load_state_dict(case.stored() | {"bias": layer.bias.detach()}, assign=True)
     return layer
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_prepared_layer_computes_and_saves_what_it_did(case):
-    """Oracle: the layer before; the twin sums in float32."""
+    """Oracle: the layer before; the reference sums in float32."""
     layer, expected = layer_of(case), layer_of(case)
     layer.prepare(case.dtype)
     assert layer.prepared_for == case.dtype
-    assert set(layer.arranged()) != set(expected.stored())
+    assert layer.kernel is case.kernel
     x = torch.randn(2, 3, case.shape[1], generator=torch.Generator().manual_seed(0)).to(case.dtype)
     with torch.no_grad():
         wanted = expected(x.double())
         scale = float(wanted.abs().max())
         torch.testing.assert_close(layer(x).double(), wanted, rtol=0, atol=2e-2 * scale)
-        torch.testing.assert_close(layer(x.float()), expected(x.float()), rtol=0, atol=0)  # not what it is arranged for
+        torch.testing.assert_close(layer(x.float()), expected(x.float()), rtol=0, atol=0)  # not what it is prepared for
     saved, before = layer.state_dict(), expected.state_dict()
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], before[name]) for name in before)
@@ -43,28 +44,23 @@ def test_a_prepared_layer_computes_and_saves_what_it_did(case):
     assert torch.equal(layer.weight, expected.weight)
 
 
+@pytest.mark.parametrize("case", CASES[::6], ids=str)
+def test_a_prepared_layer_can_be_copied(case):
+    layer, x = layer_of(case), torch.ones(1, case.shape[1], dtype=case.dtype)
+    layer.prepare(case.dtype)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
 def test_a_dtype_without_a_kernel_changes_nothing():
     layer = layer_of(CASES[0])
     layer.prepare(torch.float32)
     assert layer.prepared_for is None
 
 
-@pytest.mark.parametrize(
-    ("device", "capability", "is_prepared"), [("cuda", (8, 0), True), ("cuda", (7, 5), False), ("cpu", (9, 0), False)]
-)
-def test_models_are_prepared_where_kernels_compile(device, capability, is_prepared, monkeypatch):
-    """From Ampere on; the tensors of the layer only say that they are on the device."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(linear, "compiles_for", lambda _: launch.compiles_for(torch.device(device)))
-    layer = layer_of(CASES[0])
-    prepare(nn.Sequential(layer), CASES[0].dtype)
-    assert (layer.prepared_for is not None) == is_prepared
-
-
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_a_state_dict_is_loaded_into_a_prepared_layer(case):
     """Oracle: the layer that it is of."""
-    expected, layer = layer_of(case), SparseLinear.of(stored(case.description, seed=1), case.description)
+    expected, layer = layer_of(case), SparseLinear.of(stored(case.matrix, seed=1), case.matrix)
     layer.bias = nn.Parameter(torch.zeros_like(expected.bias))
     layer.prepare(case.dtype)
     for assign in (False, True):
@@ -77,18 +73,18 @@ def test_a_state_dict_is_loaded_into_a_prepared_layer(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_layer_is_arranged_when_it_is_moved_to_a_gpu_and_follows_casts(case, monkeypatch):
+def test_a_layer_is_prepared_when_it_is_moved_to_a_gpu_and_follows_casts(case, monkeypatch):
     """As in `from_pretrained(...).to("cuda")`; the CPU only says that it compiles kernels. Oracle: the layer before."""
     layer, expected = layer_of(case), layer_of(case)
     monkeypatch.setattr(linear, "compiles_for", lambda device: True)
     model = nn.Sequential(layer).to("cpu")
     assert layer.prepared_for == case.dtype
-    before = layer.arranged()
+    before = layer.repacked()
     other = BF16 if case.dtype == torch.float16 else torch.float16
     model.to(other)
     assert layer.prepared_for == (case.dtype if case.grid is None else other)  # values have no kernel for the other
-    assert layer.arranged().keys() == before.keys()
-    assert all(torch.equal(layer.arranged()[name], before[name]) for name in before)
+    assert layer.repacked().keys() == before.keys()
+    assert all(torch.equal(layer.repacked()[name], before[name]) for name in before)
     x = torch.randn(3, case.shape[1], generator=torch.Generator().manual_seed(0)).to(other)
     with torch.no_grad():
         wanted = expected(x.double())

@@ -1,1 +1,1 @@
-"""`mspc bench`: what compressed models gain in speed and memory, measured beside dense and int4 baselines."""
+"""`mspc bench` measures speed and memory of compressed models, and compares them with dense and int4 baselines."""

@@ -1,8 +1,8 @@
-"""A Llama-like decoder with a static key-value cache, into which linear layers of any format are put.
+"""A Llama-like decoder with a static key-value cache, which takes linear layers of any format.
 
-Everything but these layers is the same for every format: attention, norms, rotations, head. q, k and v are one product,
-gate and up another, as in every engine that serves such models. It is made for timing, so a step is at a position that
-is fixed when it is built: nothing is read on the host, and a CUDA graph can hold it.
+All else is the same for every format: attention, norms, rotations, head. q, k and v are one product, gate and up
+another, as in engines that serve such models. It is made for timing: the position of a step is fixed when the step is
+built. Nothing is therefore read on the host, and a CUDA graph can hold the step.
 
 B sequences, T tokens of a step, L of the cache, H heads of queries, K of keys and values, D dimensions of a head.
 """
@@ -30,7 +30,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool
-    """Whether head and embeddings are one matrix."""
+    """Head and embeddings are one matrix."""
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(O, I) of the linear layers of a block."""
@@ -46,11 +46,11 @@ class Shape:
         return sum(rows * columns for rows, columns in self.linears().values())
 
     def cache_bytes(self, tokens: int, itemsize: int) -> int:
-        """Keys and values of so many tokens, in all blocks."""
+        """Bytes of the keys and values of `tokens` tokens, in all blocks."""
         return 2 * self.blocks * self.kv_heads * self.head_dim * itemsize * tokens
 
     def flops(self, batch: int, tokens: int, context: int) -> int:
-        """Of a step: `tokens` new ones in each sequence, after `context`; logits are of the last only."""
+        """Operations of a step with `tokens` new tokens a sequence after `context` others; logits of the last only."""
         of_linears = 2 * self.block_weights * self.blocks * batch * tokens
         pairs = tokens * context + tokens * (tokens + 1) // 2
         of_attention = 4 * self.heads * self.head_dim * pairs * batch * self.blocks
@@ -86,22 +86,22 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """The arithmetic between products, which is the same for all formats; `compiled` makes a kernel of each."""
+class Operations:
+    """The arithmetic between products, which is the same for all formats. `compiled` makes each one kernel."""
 
     add_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm
     rotate: Callable[..., tuple[Tensor, Tensor]] = rotate
     gated: Callable[[Tensor], Tensor] = gated
 
-    def compiled(self) -> "Pieces":
-        # Every batch size, and one token and many, is a case of its own; beyond the limit torch would run them eagerly.
+    def compiled(self) -> "Operations":
+        # Every batch size is compiled twice, for one token and for many. Above the limit torch would run them eagerly.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        return Pieces(*(torch.compile(getattr(self, field.name)) for field in fields(self)))
+        return Operations(*(torch.compile(getattr(self, field.name)) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
-class Outer:
-    """What is around the blocks."""
+class OuterLayers:
+    """Embeddings, last norm and head, and the rotations of all positions."""
 
     embedding: Tensor
     """(V, hidden)."""
@@ -153,9 +153,9 @@ class Decoder:
     """Tokens to logits."""
 
     shape: Shape
-    outer: Outer
+    outer: OuterLayers
     blocks: list[Block]
-    pieces: Pieces
+    operations: Operations
 
     def __call__(self, ids: Tensor, cache: Cache, first: int) -> Tensor:
         """Logits (B, V) after the last of ids (B, T), which stand at `first` and after; T is 1 unless `first` is 0.
@@ -163,14 +163,14 @@ class Decoder:
         Writes their keys and values to the cache, and attends to all that it holds up to them.
         """
         assert first == 0 or ids.shape[1] == 1
-        outer, pieces, shape = self.outer, self.pieces, self.shape
+        outer, operations, shape = self.outer, self.operations, self.shape
         last = first + ids.shape[1]
         cos, sin = outer.cos[first:last], outer.sin[first:last]
         x = outer.embedding[ids]
         y = torch.zeros_like(x)
         for block, cached in zip(self.blocks, cache.blocks, strict=True):
-            x, normed = pieces.add_norm(x, y, block.attention_norm, outer.eps)
-            q, kv = pieces.rotate(
+            x, normed = operations.add_norm(x, y, block.attention_norm, outer.eps)
+            q, kv = operations.rotate(
                 block.qkv(normed), cos, sin, shape.heads, shape.kv_heads, block.qk_norms, outer.eps
             )  # fmt: skip
             cached[:, :, :, first:last] = kv
@@ -179,25 +179,25 @@ class Decoder:
                 q, keys, values, is_causal=ids.shape[1] > 1, enable_gqa=shape.heads != shape.kv_heads
             )
             y = block.out(mixed.transpose(1, 2).flatten(2))
-            x, normed = pieces.add_norm(x, y, block.mlp_norm, outer.eps)
-            y = block.down(pieces.gated(block.gate_up(normed)))
-        _, normed = pieces.add_norm(x[:, -1], y[:, -1], outer.norm, outer.eps)
+            x, normed = operations.add_norm(x, y, block.mlp_norm, outer.eps)
+            y = block.down(operations.gated(block.gate_up(normed)))
+        _, normed = operations.add_norm(x[:, -1], y[:, -1], outer.norm, outer.eps)
         return linear(normed, outer.head)
 
     def weight_bytes(self) -> dict[str, int]:
-        """What a decoding step reads of the weights: of the embeddings, only a row a token, which is not counted."""
+        """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted."""
         held = sum(tensor.nbytes for block in self.blocks for tensor in (*block.buffers(), *block.parameters()))
         norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
         linears = held - norms - self.copied_bytes()
         return {"linears": linears, "norms": norms + self.outer.norm.nbytes, "head": self.outer.head.nbytes}
 
     def copied_bytes(self) -> int:
-        """Of copies of weights that only prefill reads."""
+        """Bytes of the copies of weights that only prefill reads."""
         layers = (layer for block in self.blocks for layer in block.modules() if isinstance(layer, SparseLinear))
         return sum(layer.copied_bytes() for layer in layers)
 
     def stored_bytes(self) -> int:
-        """Of all weights: what is read, copies, and the embeddings where they are not the head."""
+        """Bytes of all weights: those that a step reads, copies, and embeddings that are not the head."""
         tied = self.outer.head.data_ptr() == self.outer.embedding.data_ptr()
         read = sum(self.weight_bytes().values()) + self.copied_bytes()
         return read + (0 if tied else self.outer.embedding.nbytes)

@@ -1,7 +1,7 @@
-"""Formats by name, and random matrices in them: made as they are stored, on the device, with masks that are real.
+"""Formats by name, and random matrices in them, made on the device in the layout of an export.
 
-No pruner is needed to measure speed, only that every group of N:M is filled, that values are not zero, and that they
-lie as they do in an export.
+No pruner is needed to measure speed. It is enough that every group of N:M is filled, that values are not zero, and that
+masks and values lie as in an export.
 """
 
 import re
@@ -19,29 +19,16 @@ from mspc.types import NM, Grid, Target, Unstructured, parse_nm
 
 GROUP_SIZE = 128
 DENSE = "dense"
-FP8_PREFILL = "+fp8"
-"""At the end of a name: products of many tokens are of inputs and weights rounded to 8-bit floats."""
 ROW_SPREAD = 0.1
-"""Standard deviation of how many weights a row keeps, over their mean. Pruners that compare weights over the whole
-matrix leave some rows fuller than others: in the bundled model at 50%, 0.09 for the middle one of its matrices."""
+"""Standard deviation of the kept weights of a row, divided by their mean. Pruners that compare weights over the whole
+matrix leave some rows fuller than others; in the bundled model at 50% this is 0.09 (median of its matrices)."""
 STRIP = 2**24
-"""Weights whose places are drawn at a time."""
+"""Weights whose mask is drawn at a time."""
 
 
 def parse_format(name: str) -> Target:
-    """`dense`, `int4`, `2:4`, `50%` or a pattern with bits, such as `2:4+int4`; how 2:4 is stored, if `+fp8` follows.
-
-    Raises InputError for others.
-    """
-    stored = name.removesuffix(FP8_PREFILL)
-    target = _parse_stored(stored, name)
-    if stored != name and target.pattern != NM(2, 4):
-        raise InputError(f"{name}: prefill in fp8 is for 2:4; choose 2:4+fp8 or 2:4+int4+fp8, or leave +fp8 out.")
-    return target
-
-
-def _parse_stored(stored: str, name: str) -> Target:
-    patterns = [] if stored == DENSE else stored.split("+")
+    """`dense`, `int4`, `2:4`, `50%` or a pattern with bits, such as `2:4+int4`. Raises InputError for others."""
+    patterns = [] if name == DENSE else name.split("+")
     grid = None
     if patterns and (bits := re.fullmatch(r"int([8432])", patterns[-1])):
         grid = Grid(int(bits[1]), GROUP_SIZE)
@@ -53,13 +40,13 @@ def _parse_stored(stored: str, name: str) -> Target:
     if len(patterns) == 1 and re.fullmatch(r"[1-9]\d?%", patterns[0]):
         return Target(Unstructured(int(patterns[0][:-1]) / 100), grid)
     raise InputError(
-        f"Unknown format {name!r}: choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
-        "50%, one of the last two and bits, such as 2:4+int4, or 2:4+fp8."
+        f"Unknown format {name!r}. Choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
+        "50%, or one of the last two with bits, such as 2:4+int4."
     )
 
 
 def describe(shape: tuple[int, int], target: Target, what: str) -> StoredMatrix:
-    """A bfloat16 matrix of a target. Raises InputError, saying `what` it is, when the target does not fit the shape."""
+    """A bfloat16 matrix of a target. Raises InputError, naming `what`, if the target does not fit the shape."""
     num_columns = shape[1]
     needed = {}
     if isinstance(target.pattern, NM):
@@ -68,13 +55,15 @@ def describe(shape: tuple[int, int], target: Target, what: str) -> StoredMatrix:
         needed[f"groups of {target.grid.group_size} that share a scale"] = target.grid.group_size or num_columns
     for groups, size in needed.items():
         if num_columns % size:
-            raise InputError(f"{what} has {num_columns} inputs, which are no whole {groups}; leave this format out.")
+            raise InputError(
+                f"{what} has {num_columns} inputs, but needs a multiple of {size} for {groups}. Leave this format out."
+            )
     return StoredMatrix(shape, target.pattern, target.grid, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where random tensors come from: a seed, on a device."""
+    """A source of random tensors: a seed on a device."""
 
     generator: torch.Generator
 
@@ -94,7 +83,7 @@ class Source:
         return torch.rand(shape, device=self.device, generator=self.generator)
 
     def stream(self, num_rows: int, count: int, bits: int) -> Tensor:
-        """Random bits, a stream of `count` integers a row: uint8 (rows, bytes), unused bits zero."""
+        """`count` random integers a row, as a stream of bits: uint8 (rows, bytes), unused bits zero."""
         width = num_bytes(count, bits)
         drawn = torch.randint(
             256, (num_rows, width), dtype=torch.uint8, device=self.device, generator=self.generator
@@ -105,9 +94,9 @@ class Source:
 
 
 def random_stored(matrix: StoredMatrix, source: Source) -> dict[str, Tensor]:
-    """The tensors of docs/sparse-format.md for a random matrix of this description, whose grid is symmetric.
+    """The tensors of docs/sparse-format.md for a random matrix, whose grid is symmetric.
 
-    Products with inputs of size 1 have size 1.
+    Inputs of variance 1 give outputs of variance 1.
     """
     num_rows, num_columns = matrix.shape
     std = (num_columns * max(matrix.num_kept, 1) / (num_rows * num_columns)) ** -0.5
@@ -125,13 +114,13 @@ def random_stored(matrix: StoredMatrix, source: Source) -> dict[str, Tensor]:
         stored["codes"] = source.stream(1, matrix.num_kept, bits)[0]
     else:
         stored["codes"] = source.stream(num_rows, matrix.kept_per_row, bits)
-    size_of_codes = ((4**bits - 1) / 12 + 0.25) ** 0.5  # uniform, about a zero that is half a step off their middle
+    size_of_codes = ((4**bits - 1) / 12 + 0.25) ** 0.5  # uniform, and their zero is half a step off the middle
     stored["scales"] = ((0.5 + source.uniform((num_rows, matrix.num_groups))) * std / size_of_codes).half()
     return stored
 
 
 def _random_indices(matrix: StoredMatrix, source: Source) -> Tensor:
-    """A uniformly drawn set of N places for every group."""
+    """N indices for every group, each set of N equally likely."""
     assert isinstance(matrix.pattern, NM)
     num_rows, num_columns = matrix.shape
     keep, of = matrix.pattern.keep, matrix.pattern.of
@@ -139,13 +128,13 @@ def _random_indices(matrix: StoredMatrix, source: Source) -> Tensor:
     for first in range(0, num_rows, max(1, STRIP // num_columns)):
         rows = min(max(1, STRIP // num_columns), num_rows - first)
         order = source.uniform((rows * num_columns // of, of)).argsort(1)
-        places = order[:, :keep].sort(1).values.to(torch.uint8)
-        packed.append(pack_rows(places.view(rows, -1), index_bits(matrix.pattern)))
+        indices = order[:, :keep].sort(1).values.to(torch.uint8)
+        packed.append(pack_rows(indices.view(rows, -1), index_bits(matrix.pattern)))
     return torch.cat(packed)
 
 
 def _random_mask(matrix: StoredMatrix, source: Source) -> Tensor:
-    """Bits of a mask with exactly as many kept weights as the sparsity means, in rows of different fullness."""
+    """Bits of a mask that keeps exactly the weights that the sparsity says, in rows of different fullness."""
     num_rows, num_columns = matrix.shape
     numel = num_rows * num_columns
     share = matrix.num_kept / numel
@@ -155,12 +144,14 @@ def _random_mask(matrix: StoredMatrix, source: Source) -> Tensor:
         for rows in fullness.clamp(0, 1).split(max(1, STRIP // num_columns))
     ]).flatten()  # fmt: skip
     surplus = int(mask.sum()) - matrix.num_kept
-    # What is off is a small share, so places are drawn until enough of them can be turned over.
+    # The surplus is a small share, so indices are drawn until enough of them can be flipped.
     while surplus:
-        places = torch.randint(numel, (4 * abs(surplus),), device=source.device, generator=source.generator).unique()
-        places = places[mask[places] == (surplus > 0)]
-        places = places[torch.randperm(len(places), device=source.device, generator=source.generator)[: abs(surplus)]]
-        mask[places] = surplus < 0
+        indices = torch.randint(numel, (4 * abs(surplus),), device=source.device, generator=source.generator).unique()
+        indices = indices[mask[indices] == (surplus > 0)]
+        indices = indices[
+            torch.randperm(len(indices), device=source.device, generator=source.generator)[: abs(surplus)]
+        ]
+        mask[indices] = surplus < 0
         surplus = int(mask.sum()) - matrix.num_kept
     assert num_pruned(numel, matrix.pattern.sparsity) == numel - int(mask.sum())
     return pack_rows(mask.view(num_rows, num_columns).to(torch.uint8), 1)

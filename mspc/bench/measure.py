@@ -1,4 +1,4 @@
-"""One decoder measured: time to a first token, time of every further one, and what the bytes alone would take."""
+"""Measures one decoder: time to the first token, time of each further one, and the time that its bytes alone take."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ def _random_ids(decoder: Decoder, batch: int, tokens: int) -> Tensor:
 
 
 def step_bytes(decoder: Decoder, batch: int, context: int) -> dict[str, int]:
-    """What a decoding step must move: every weight once, keys and values before it, and its own to the cache."""
+    """Bytes that a decoding step must move: all weights, the keys and values before it, and its own."""
     cached = decoder.shape.cache_bytes(batch * (context + 1), decoder.outer.head.itemsize)
     return {**decoder.weight_bytes(), "cache": cached}
 
 
 @torch.no_grad()
 def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
-    """A step of `batch` sequences after `context` tokens; the tokens that it chooses are the input of the next."""
+    """Time a step of `batch` sequences after `context` tokens. Its tokens (argmax) are the input of the next step."""
     device = decoder.outer.head.device
     cache = Cache(decoder.shape, batch, context + 1, decoder.outer.head)
     ids = _random_ids(decoder, batch, 1)
@@ -52,7 +52,7 @@ def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, cei
 
 @torch.no_grad()
 def measure_prefill(decoder: Decoder, tokens: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
-    """One prompt, from its tokens on the device to the first answer on the host."""
+    """Time one prompt, from its tokens on the device to the first new token on the host."""
     device = decoder.outer.head.device
     cache = Cache(decoder.shape, 1, tokens, decoder.outer.head)
     ids = _random_ids(decoder, 1, tokens)

@@ -1,4 +1,4 @@
-"""A result of the bench as a figure: speedup over batch size, and what perplexity buys in tokens a second."""
+"""Draws a result of the bench: speedup over batch size, and perplexity over tokens a second."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def check_installed() -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """A row of panels for each shape: speedup in decoding, and perplexity where models have one."""
+    """Draw a row of panels for each shape: speedup in decoding, and perplexity where models have one."""
     from matplotlib.figure import Figure
 
     of_models = groups(result)

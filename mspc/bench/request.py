@@ -1,4 +1,4 @@
-"""What is to be measured: a request, checked before anything is made of it."""
+"""Turns a request into a plan of measurements, and checks it before any model is made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mspc.bench.decoder import Shape
-from mspc.bench.formats import DENSE, FP8_PREFILL
+from mspc.bench.formats import DENSE
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
@@ -21,7 +21,6 @@ from mspc.bench.models import (
 )
 from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
-from mspc.kernels import fp8
 from mspc.memory import free_memory
 from mspc.model.hub import choose_device, resolve
 from mspc.storage.artifact import is_artifact
@@ -29,7 +28,7 @@ from mspc.storage.sparse_export import is_sparse_export
 
 FROM_MODEL = "from-model"
 BASELINES = {"bf16": DENSE, "int4": TINYGEMM}
-"""What formats are compared with, and the format that it is."""
+"""The baselines, and the format of each."""
 FORMATS = (DENSE, "int4", "2:4", "8:16", "6:16", "2:4+int4")
 BATCHES = {"cuda": (1, 4, 8, 32), "cpu": (1,)}
 CONTEXTS = {"cuda": (128, 2048), "cpu": (128,)}
@@ -38,7 +37,7 @@ PREFILLS = {"cuda": (512, 2048), "cpu": (128,)}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asks for; None is what suits the device."""
+    """The options of the command line. None means the default for the device."""
 
     paths: tuple[str, ...] = ()
     baseline: str = "bf16"
@@ -53,19 +52,19 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A decoder to be measured: of random weights in `format`, or that of a folder."""
+    """A decoder to measure: random weights in `format`, or the model of a folder."""
 
     name: str
     shape: Shape
     format: str | None = None
     folder: Path | None = None
     baseline: str | None = None
-    """Which of BASELINES it is."""
+    """Its name in BASELINES, if it is a baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured: the candidates of each shape, baselines first, and the sizes of the steps."""
+    """The candidates of each shape, baselines first, and the sizes of the steps."""
 
     groups: tuple[tuple[Candidate, ...], ...]
     batches: tuple[int, ...]
@@ -74,7 +73,7 @@ class Plan:
     repeats: int
     device: torch.device
     left_out: tuple[str, ...]
-    """Why a baseline is not measured."""
+    """The reasons why a baseline is not measured."""
 
     @property
     def length(self) -> int:
@@ -82,13 +81,12 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """What a request means. Raises InputError for what cannot be measured, before anything is made."""
+    """The measurements of a request. Raises InputError if one cannot be made, before any model is made."""
     if request.baseline not in BASELINES:
         raise unknown("baseline", request.baseline, BASELINES)
     device = choose_device(request.device)
     if device.type not in BATCHES:
-        raise InputError(f"The bench measures cuda and cpu, not {device.type}; choose one of these with --device.")
-    _check_fp8(request.formats or (), device)
+        raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")
     shapes, limit = _shapes(request, device)
     groups, left_out = [], []
     for shape, paths in shapes:
@@ -109,25 +107,17 @@ def make_plan(request: Request) -> Plan:
     return plan
 
 
-def _check_fp8(formats: Sequence[str], device: torch.device) -> None:
-    """On a CPU the twin in torch rounds as a device would; a GPU that cannot would only be slow."""
-    rounding = [name for name in formats if name.endswith(FP8_PREFILL)]
-    if rounding and device.type == "cuda" and (reason := fp8.missing(device)):
-        raise InputError(f"{rounding[0]} cannot be measured: {reason}; leave this format out, or choose --device cpu.")
-
-
 def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, list[str]]], int | None]:
-    """Every shape with the paths that have it, and the most tokens that all of these allow."""
+    """Every shape with the paths that have it, and the most tokens that all models allow."""
     if request.shapes in SHAPES:
         if request.paths:
             raise InputError(
-                f"--shapes {request.shapes} measures random weights of its own and takes no PATH; for the shapes of "
-                f"{request.paths[0]} use --shapes {FROM_MODEL}."
+                f"--shapes {request.shapes} measures random weights of its own and takes no PATH. Use --shapes "
+                f"{FROM_MODEL} for the shapes of {request.paths[0]}."
             )
         if request.shapes == "8b" and device.type == "cpu" and request.device == "auto":
             raise InputError(
-                "--shapes 8b is for a GPU, and there is no CUDA here; choose --shapes 1b, or --device cpu if you mean "
-                "it."
+                "--shapes 8b is for a GPU, but there is no CUDA here. Choose --shapes 1b, or add --device cpu."
             )
         return [(SHAPES[request.shapes], [])], None
     if request.shapes not in (None, FROM_MODEL):
@@ -137,8 +127,8 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
         raise InputError(f"{also}Give a PATH (artifact, sparse export or checkpoint), or --shapes 1b or 8b.")
     if request.formats and not request.shapes:
         raise InputError(
-            f"--format is of random weights, and {request.paths[0]} has its own; add --shapes {FROM_MODEL} for random "
-            "weights in its shapes, or leave --format out."
+            f"--format is for random weights, but {request.paths[0]} has its own. Add --shapes {FROM_MODEL} for "
+            "random weights in its shapes, or leave --format out."
         )
     found: dict[Shape, list[str]] = {}
     limits = []
@@ -157,7 +147,7 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
 
 
 def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[Candidate], str | None]:
-    """Baselines first; and why torch's int4 is not one, if it is not."""
+    """The candidates of a shape, baselines first, and the reason if torch's int4 is left out."""
     of_models = [] if request.shapes else [Candidate(path, shape, folder=resolve(path)) for path in paths]
     # A checkpoint that is measured anyway is the dense baseline itself.
     dense = next((model for model in of_models if model.folder and _is_dense(model.folder)), None)
@@ -183,7 +173,7 @@ def _is_dense(folder: Path) -> bool:
 
 
 def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most: int | None) -> tuple[int, ...]:
-    """What was asked for, or of what is usual that which the model allows."""
+    """The sizes asked for, or else the usual ones that the model allows."""
     if asked is None:
         allowed = tuple(size for size in usual if most is None or size <= most)
         return allowed or (min(usual[0], most or usual[0]),)
@@ -191,12 +181,12 @@ def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most:
         if size < 1:
             raise InputError(f"{option} must be at least 1, not {size}.")
         if most is not None and size > most:
-            raise InputError(f"{option} {size} is longer than the model allows ({most}); lower it.")
+            raise InputError(f"{option} {size} is longer than the model allows ({most}). Lower it.")
     return tuple(dict.fromkeys(asked))
 
 
 def check_memory(plan: Plan, free: int) -> None:
-    """Raises InputError when the largest candidate with random weights and its cache do not fit."""
+    """Raises InputError if the largest candidate with random weights and its cache do not fit."""
     dtype = compute_dtype(plan.device)
     for group in plan.groups:
         shape = group[0].shape
@@ -210,6 +200,6 @@ def check_memory(plan: Plan, free: int) -> None:
             if weights + cache > free:
                 raise InputError(
                     f"{candidate.name} of {shape.name} needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} "
-                    f"GB for the cache of {tokens:,} tokens, and {plan.device} has {free / 1e9:.1f} GB free; choose "
+                    f"GB for the cache of {tokens:,} tokens, but {plan.device} has {free / 1e9:.1f} GB free. Choose "
                     "--shapes 1b, a smaller --batch or --context, or another --device."
                 )

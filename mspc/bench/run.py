@@ -1,4 +1,4 @@
-"""`bench`: measures what a request asks for, a decoder at a time, beside the baselines of the same run."""
+"""`bench` measures the decoders of a request one after the other, and compares them with the baselines of the run."""
 
 import datetime
 import gc
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mspc.api import evaluate
-from mspc.bench.decoder import Decoder, Outer, Pieces, add_norm, gated, rotate
+from mspc.bench.decoder import Decoder, Operations, OuterLayers, add_norm, gated, rotate
 from mspc.bench.measure import measure_decode, measure_prefill
 from mspc.bench.models import (
     SEED,
@@ -28,7 +28,7 @@ from mspc.errors import InputError, MspcError
 from mspc.progress import ConsoleReporter, Reporter
 
 TEXT, MAX_WINDOWS = "builtin", 20
-"""Of the perplexity."""
+"""The text and the number of windows of perplexities."""
 SCHEMA = 1
 CPU_LABEL = "CPU, plain torch: not what the kernels do"
 
@@ -36,22 +36,22 @@ Save = Callable[[dict[str, Any]], None]
 
 
 def bench(request: Request, *, reporter: Reporter | None = None, save: Save | None = None) -> dict[str, Any]:
-    """The result as docs/benchmark.md describes it; `save` is given what there is of it after each decoder.
+    """The result that docs/benchmark.md describes. `save` receives the result so far after each decoder.
 
-    Raises InputError for a request that cannot be measured, before anything is, and MspcError when memory runs out.
+    Raises InputError for a request that cannot be measured, before it measures, and MspcError if memory runs out.
     """
     reporter = reporter or ConsoleReporter()
     plan = make_plan(request)
     for reason in plan.left_out:
         reporter.say(f"torch's int4 is left out: {reason}")
-    # Graphs and kernels go to the current device, which --device cuda:1 is not by itself.
+    # Graphs and kernels run on the current device, which --device cuda:1 does not change.
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
         return run(request, plan, reporter, save)
 
 
 def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> dict[str, Any]:
     """The measurements of a plan."""
-    pieces, kind = choose_pieces(plan.device, reporter)
+    operations, kind = choose_operations(plan.device, reporter)
     with reporter.stage("Ceilings of the device", 1) as step:
         ceilings = measure_ceilings(plan.device, compute_dtype(plan.device), plan.repeats)
         step("")
@@ -64,7 +64,7 @@ def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> 
                 outer = None  # a model has its own, and this would count as its memory
             elif outer is None:
                 outer = random_outer(candidate.shape, plan.length, plan.device)
-            row = measure(candidate, plan, outer, pieces, ceilings, reporter)
+            row = measure(candidate, plan, outer, operations, ceilings, reporter)
             rows.append(row)
             result["rows"].append(row)
             compare(rows)
@@ -73,8 +73,8 @@ def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> 
     return result
 
 
-def header(request: Request, plan: Plan, pieces: str, ceilings: Ceilings) -> dict[str, Any]:
-    """What a result says besides its rows."""
+def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) -> dict[str, Any]:
+    """All of a result but its rows."""
     device = plan.device
     return {
         "schema": SCHEMA,
@@ -92,7 +92,7 @@ def header(request: Request, plan: Plan, pieces: str, ceilings: Ceilings) -> dic
             "repeats": plan.repeats,
             "warm_ups": WARM_UPS[device.type],
             "cuda_graphs": device.type == "cuda",
-            "pieces": pieces,
+            "pieces": operations,
             "seed": SEED,
             "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS},
             "left_out": list(plan.left_out),
@@ -102,11 +102,11 @@ def header(request: Request, plan: Plan, pieces: str, ceilings: Ceilings) -> dic
     }
 
 
-def choose_pieces(device: torch.device, reporter: Reporter) -> tuple[Pieces, str]:
-    """What is between the products as one kernel each, on CUDA; as plain operations where they cannot be compiled."""
+def choose_operations(device: torch.device, reporter: Reporter) -> tuple[Operations, str]:
+    """The operations between products: on CUDA one compiled kernel each, plain ones if that fails or on a CPU."""
     if device.type != "cuda":
-        return Pieces(), "plain"
-    compiled = Pieces().compiled()
+        return Operations(), "plain"
+    compiled = Operations().compiled()
     x = torch.ones(1, 1, 8, device=device)
     try:
         with torch.no_grad():
@@ -116,22 +116,27 @@ def choose_pieces(device: torch.device, reporter: Reporter) -> tuple[Pieces, str
     except Exception as error:  # whatever a compiler that is missing or broken raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reporter.say(f"Norms and rotations are not compiled, which costs every format the same time: {reason}")
-        return Pieces(add_norm, rotate, gated), "plain"
+        return Operations(add_norm, rotate, gated), "plain"
     return compiled, "compiled"
 
 
 def measure(
-    candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces, ceilings: Ceilings, reporter: Reporter
+    candidate: Candidate,
+    plan: Plan,
+    outer: OuterLayers | None,
+    operations: Operations,
+    ceilings: Ceilings,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """One row of the result."""
     device, steps = plan.device, len(plan.batches) * len(plan.contexts) + len(plan.prefills)
     with reporter.stage(f"{candidate.shape.name}, {candidate.name}", steps + 1) as step:
         try:
-            decoder = make(candidate, plan, outer, pieces)
+            decoder = make(candidate, plan, outer, operations)
             step("made")
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            row = description(candidate, decoder)
+            row = empty_row(candidate, decoder)
             for context in plan.contexts:
                 for batch in plan.batches:
                     row["decode"].append(measure_decode(decoder, batch, context, plan.repeats, ceilings))
@@ -142,30 +147,30 @@ def measure(
                 step(f"prefill {tokens}")
         except torch.OutOfMemoryError as error:
             raise MspcError(
-                f"{candidate.name}: the memory of {device} was not enough ({str(error).splitlines()[0]}); choose "
-                "smaller --shapes, --batch, --context or --prefill. What was measured before is in the --json file."
+                f"{candidate.name}: the memory of {device} was not enough ({str(error).splitlines()[0]}). Choose "
+                "smaller --shapes, --batch, --context or --prefill. The --json file has the rows before this one."
             ) from error
     if device.type == "cuda":
         row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     del decoder
-    gc.collect()  # graphs and what they hold
     if device.type == "cuda":
+        gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
     if candidate.folder is not None:
         row["perplexity"] = perplexity_of(candidate, plan, reporter)
     return row
 
 
-def make(candidate: Candidate, plan: Plan, outer: Outer | None, pieces: Pieces) -> Decoder:
+def make(candidate: Candidate, plan: Plan, outer: OuterLayers | None, operations: Operations) -> Decoder:
     if candidate.folder is not None:
-        return model_decoder(candidate.folder, plan.length, plan.device, pieces)
+        return model_decoder(candidate.folder, plan.length, plan.device, operations)
     assert candidate.format is not None
     assert outer is not None
-    return random_decoder(candidate.shape, candidate.format, outer, pieces)
+    return random_decoder(candidate.shape, candidate.format, outer, operations)
 
 
-def description(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
-    """A row before anything was measured."""
+def empty_row(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
+    """A row without measurements."""
     shape = candidate.shape
     weights = shape.block_weights * shape.blocks
     return {
@@ -193,7 +198,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def perplexity_of(candidate: Candidate, plan: Plan, reporter: Reporter) -> float | None:
-    """Of the model of a folder, on text held out; None where it has no tokenizer."""
+    """Perplexity of the model of a folder on test text, or None if it has no tokenizer."""
     assert candidate.folder is not None
     try:
         measured = evaluate(
@@ -206,12 +211,12 @@ def perplexity_of(candidate: Candidate, plan: Plan, reporter: Reporter) -> float
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Notes with each step of the rows of one shape the time of each baseline over its own."""
+    """Set the `speedup` of every step of the rows of one shape: time of each baseline / its own."""
     baselines = {row["baseline"]: row for row in rows if row["baseline"]}
     for row in rows:
         for stage in ("decode", "prefill"):
             for number, step in enumerate(row[stage]):
                 step["speedup"] = {
-                    name: of[stage][number]["seconds"]["median"] / step["seconds"]["median"]
-                    for name, of in baselines.items()
+                    name: baseline[stage][number]["seconds"]["median"] / step["seconds"]["median"]
+                    for name, baseline in baselines.items()
                 }

@@ -1,11 +1,9 @@
-"""A result of the bench in tables and words. What is no faster than the baseline is said to be no gain."""
+"""A result of the bench in tables and words. A format that is no faster than the baseline is called no gain."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
-
-from mspc.bench.formats import FP8_PREFILL
 
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -99,17 +97,14 @@ def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> 
 
 
 def compared_with(result: dict[str, Any]) -> str:
-    """The baseline in words: on a CPU the dense one is computed in float32."""
+    """The baseline in words. On a CPU the dense one is computed in float32."""
     baseline, dtype = (str(result["configuration"][key]) for key in ("baseline", "dtype"))
     return f"dense {dtype}" if baseline == "bf16" and dtype != "bfloat16" else baseline
 
 
 def label(row: dict[str, Any]) -> str:
-    """The name of a row, and what it holds or does where the name does not say it."""
-    if row["random_weights"]:
-        rounds = row["name"].endswith(FP8_PREFILL)
-        return f"{row['name']} (prefill rounds inputs)" if rounds else str(row["name"])
-    return f"{row['name']} ({row['format']})"
+    """The name of a row, with its format if the name is a path."""
+    return str(row["name"]) if row["random_weights"] else f"{row['name']} ({row['format']})"
 
 
 def milliseconds(seconds: dict[str, float]) -> str:
@@ -117,7 +112,7 @@ def milliseconds(seconds: dict[str, float]) -> str:
 
 
 def gain(row: dict[str, Any], step: dict[str, Any], baseline: str) -> str:
-    """How many times as fast as the baseline."""
+    """Speed of a step divided by that of the baseline, in words."""
     if row["baseline"] == baseline:
         return "1"
     ratio = step["speedup"].get(baseline)
@@ -127,12 +122,12 @@ def gain(row: dict[str, Any], step: dict[str, Any], baseline: str) -> str:
 
 
 def is_gain(ratio: float) -> bool:
-    """Whether it is one in the two places that are shown; what is less is noise."""
+    """Tell if a speedup is above 1 in the two decimals that are shown."""
     return round(ratio, 2) > 1
 
 
 def notes(result: dict[str, Any]) -> Iterator[str]:
-    """What is to be known of the figures of models: in what they are computed, and how much text a perplexity is of."""
+    """Notes on the figures of models: the dtype that they are computed in, and the text of their perplexity."""
     computed = result["configuration"]["dtype"]
     others: dict[str, list[str]] = {}
     for row in result["rows"]:
@@ -147,7 +142,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[str]:
-    """A line for each shape and stage: what gained over the baseline, and what did not."""
+    """A line for each shape and stage: the formats that gained over the baseline, and those that did not."""
     baseline = result["configuration"]["baseline"]
     for model, rows in groups(result).items():
         for stage, words in (("decode", "decoding"), ("prefill", "prefill")):

@@ -1,4 +1,4 @@
-"""Seconds of a step, as they are when no launch is waited for; and what the device can do at most."""
+"""Times steps without waiting for launches, and measures the most that the device can do."""
 
 import platform
 import shutil
@@ -18,31 +18,31 @@ Step = Callable[[], Tensor]
 WARM_UPS = {"cuda": 20, "cpu": 1}
 REPEATS = {"cuda": 200, "cpu": 5}
 MOST_SECONDS = 10.0
-"""For one measurement; what is so slow is measured less often."""
+"""Most seconds of one measurement; a slower step is repeated less often."""
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-"""Of the tensor that is copied to measure bandwidth: many times the cache."""
+"""Size of the tensor that is copied to measure bandwidth: many times the cache."""
 GEMM_SIZE = {"cuda": 8192, "cpu": 512}
 PACKAGES = ("mspc", "torch", "triton", "transformers")
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """The median, and what a tenth of the samples is below and above."""
+    """The median and the 10th and 90th percentiles."""
     if len(samples) == 1:
         return dict.fromkeys(("p10", "median", "p90"), samples[0])  # quantiles want two
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
     return {"p10": tenths[0], "median": statistics.median(samples), "p90": tenths[8]}
 
 
-def inverse(of: dict[str, float], amount: float) -> dict[str, float]:
-    """The spread of `amount` a second, by that of the seconds."""
-    return {"p10": amount / of["p90"], "median": amount / of["median"], "p90": amount / of["p10"]}
+def inverse(seconds: dict[str, float], amount: float) -> dict[str, float]:
+    """The spread of `amount` / seconds."""
+    return {"p10": amount / seconds["p90"], "median": amount / seconds["median"], "p90": amount / seconds["p10"]}
 
 
 def captured(step: Step, device: torch.device) -> Step:
     """The step as one CUDA graph, whose result is overwritten by every replay; elsewhere the step itself."""
     if device.type != "cuda":
         return step
-    # What allocates or tunes at its first call does so before the capture, on another stream, as torch wants it.
+    # The first calls allocate and tune, so they run before the capture, on another stream, as torch wants it.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -61,7 +61,7 @@ def captured(step: Step, device: torch.device) -> Step:
 
 
 def device_seconds(step: Step, device: torch.device, repeats: int) -> list[float]:
-    """Of each repeat after warm-ups; on CUDA by events on the device, so that the host may run ahead."""
+    """Seconds of each repeat after warm-ups; on CUDA by events on the device, so that the host may run ahead."""
     if device.type != "cuda":
         return host_seconds(lambda: bool(step().numel()), device, repeats)
     repeats = _affordable(step, device, repeats)
@@ -76,12 +76,12 @@ def device_seconds(step: Step, device: torch.device, repeats: int) -> list[float
 
 
 def host_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """The same by the clock of the host, for what ends there."""
+    """Seconds of each repeat by the clock of the host, for steps that end there."""
     return [_timed(run) for _ in range(_affordable(run, device, repeats))]
 
 
 def _affordable(run: Callable[[], object], device: torch.device, repeats: int) -> int:
-    """Warms up, and says how many repeats there is time for: at least one."""
+    """Warm up, and return the number of repeats that there is time for, at least 1."""
     for _ in range(WARM_UPS[device.type] - 1):
         run()
     if device.type == "cuda":
@@ -103,13 +103,13 @@ def _timed(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device did at most in this run: bytes read and written a second, floating point operations a second."""
+    """The highest rates of the device in this run: bytes read and written, and floating point operations, a second."""
 
     copy: dict[str, float]
     gemm: dict[str, float]
 
     def seconds(self, num_bytes: float, flops: float) -> float:
-        """The least time of a step that must read so many bytes and do so many operations."""
+        """The least time of a step that must move `num_bytes` and do `flops` operations."""
         return max(num_bytes / self.copy["median"], flops / self.gemm["median"])
 
 
@@ -119,7 +119,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     copied = device_seconds(captured(lambda: target.copy_(source), device), device, repeats)
     size = GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    # Seldom: these heat the device, which then runs slower than it does in decoding.
+    # At most 20 repeats: products heat the device, which then runs slower than in decoding.
     multiplied = device_seconds(captured(lambda: a @ b, device), device, min(repeats, 20))
     return Ceilings(inverse(spread(copied), 2 * source.nbytes), inverse(spread(multiplied), 2.0 * size**3))
 
@@ -146,7 +146,7 @@ def _cpu_name() -> str:
 
 
 def clocks(device: torch.device) -> dict[str, float] | None:
-    """MHz, watts and degrees at this moment, as nvidia-smi says them; None where there is none."""
+    """MHz, watts and degrees at this moment from nvidia-smi, or None without it."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     fields = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")

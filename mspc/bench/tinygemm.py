@@ -1,4 +1,4 @@
-"""The int4 baseline: the weight-only int4 product that torch itself brings (tinygemm on CUDA), with random weights."""
+"""The int4 baseline: torch's own weight-only int4 product (tinygemm on CUDA), with random weights."""
 
 import torch
 from torch import Tensor, nn
@@ -7,28 +7,30 @@ from mspc.bench.formats import GROUP_SIZE, Source
 from mspc.errors import InputError
 
 K_TILES = 8
-"""Slices of 16 inputs that CUDA packs together: the most that there are, and the fastest."""
+"""Slices of 16 inputs that CUDA packs together: the largest number that torch takes, and the fastest."""
 
 
 def check_fits(shape: tuple[int, int], what: str) -> None:
-    """Raises InputError, saying `what` it is, for a matrix that tinygemm does not take."""
+    """Raises InputError, naming `what`, for a matrix that tinygemm does not take."""
     rows, columns = shape
     if rows % 16 or columns % GROUP_SIZE:
         raise InputError(
-            f"{what} is {rows} x {columns}, and torch's int4 product needs outputs divisible by 16 and inputs by "
-            f"{GROUP_SIZE}; use --baseline bf16, which leaves it out."
+            f"{what} is {rows} x {columns}, but torch's int4 product needs outputs divisible by 16 and inputs by "
+            f"{GROUP_SIZE}. Use --baseline bf16, which leaves it out."
         )
 
 
 def num_bytes(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Of codes, and of a scale and a zero point for each group."""
+    """Bytes of the codes, and of a scale and a zero point for each group."""
     numel = shape[0] * shape[1]
     return numel // 2 + 2 * dtype.itemsize * numel // GROUP_SIZE
 
 
 class TinygemmLinear(nn.Module):
-    """y = x Wᵀ with W (O, I) in symmetric int4, groups of 128, in torch's own layout: as our `int4`, and a
-    zero point for each scale that is stored and not used."""
+    """y = x Wᵀ with W (O, I) in symmetric int4, groups of 128, in torch's own layout.
+
+    It holds the same numbers as our `int4`, and an unused zero point for each scale.
+    """
 
     packed: Tensor
     scales_and_zeros: Tensor
@@ -54,5 +56,5 @@ class TinygemmLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def dense(self) -> Tensor:
-        """What it multiplies by, as it says itself: (O, I)."""
+        """The weight that it multiplies by (O, I), from its own product with the identity."""
         return self(torch.eye(self.in_features, dtype=self.scales_and_zeros.dtype, device=self.packed.device)).T

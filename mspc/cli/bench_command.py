@@ -40,7 +40,7 @@ def bench(
         str | None,
         option(
             "Of random weights, with commas between: dense; int8, int4, int3, int2; N:M such as 2:4; S% such as 50%; a "
-            "pattern with bits such as 2:4+int4; 2:4+fp8 (prefill rounds weights and inputs to 8-bit floats).",
+            "pattern with bits such as 2:4+int4.",
             "dense,int4,2:4,8:16,6:16,2:4+int4",
             "--format",
             rich_help_panel=WHAT,

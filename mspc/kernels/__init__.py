@@ -1,7 +1,7 @@
-"""Products with matrices that stay compressed: a module for every format, with the functions of `Kernel`.
+"""Products with matrices that stay compressed. Every format has a module with the functions of `Kernel`.
 
-The tensors of docs/sparse-format.md are arranged once for the device, with the bytes of the file and a little padding,
-and restored to be saved. On CUDA, products run in Triton; elsewhere the twin in torch computes the same, slowly.
+The tensors of docs/sparse-format.md are repacked once for the device, with the bytes of the file and a little padding,
+and unrepacked to be saved. `dispatch` calls the kernels on a GPU, and `reference`, which is slow, elsewhere.
 """
 
 from typing import Protocol
@@ -16,34 +16,31 @@ __all__ = ["KERNELS", "Kernel", "kernel_for"]
 
 
 class Kernel(Protocol):
-    """What a module of `KERNELS` has."""
+    """The functions that a module of `KERNELS` has."""
 
     MAX_TOKENS: int
-    """For more, `expand` and multiply."""
+    """Most tokens of one product; for more, expand the weight and multiply."""
 
-    def supports(self, description: StoredMatrix, dtype: torch.dtype) -> bool:
-        """Whether inputs of this dtype can be multiplied by such a matrix."""
+    def supports(self, matrix: StoredMatrix, dtype: torch.dtype) -> bool:
+        """Tell if inputs of this dtype can be multiplied by such a matrix."""
 
-    def arrange(self, stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-        """The stored tensors, on the CPU, in the order of the device; to be moved there by the caller."""
+    def repack(self, stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+        """Put the stored tensors, which are on the CPU, in the order of the device. The caller moves the result."""
 
-    def restore(self, arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-        """The inverse, bit for bit, from any device."""
+    def unrepack(self, repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+        """Invert `repack` bit for bit, from any device to the CPU."""
 
-    def matmul(self, x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-        """x (T, I) -> x W^T (T, O) in the dtype of x, for T up to MAX_TOKENS. Traceable and capturable."""
+    def matmul(self, x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
+        """x (T, I) -> x Wᵀ (T, O) in the dtype of x on its GPU, T <= MAX_TOKENS. Traceable and capturable."""
 
-    def twin(self, x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-        """The same in torch, for any T."""
-
-    def expand(self, arranged: dict[str, Tensor], description: StoredMatrix, out: Tensor) -> None:
-        """The dense weight, rounded to the dtype of `out` (O, I), which is overwritten."""
+    def expand(self, repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
+        """Write the dense weight (O, I), rounded to the dtype of `out`, to `out` on its GPU."""
 
 
 KERNELS: dict[str, Kernel] = {"sparse24": sparse24, "nm": nm, "codes": codes, "bitmap": bitmap}
-"""By name; of several that support a matrix the first is fastest."""
+"""Kernels by name, the fastest first where several support a matrix."""
 
 
-def kernel_for(description: StoredMatrix, dtype: torch.dtype) -> Kernel | None:
-    """The kernel for inputs of this dtype, if there is one."""
-    return next((kernel for kernel in KERNELS.values() if kernel.supports(description, dtype)), None)
+def kernel_for(matrix: StoredMatrix, dtype: torch.dtype) -> str | None:
+    """The name of the fastest kernel for inputs of this dtype, or None if no kernel supports them."""
+    return next((name for name, kernel in KERNELS.items() if kernel.supports(matrix, dtype)), None)

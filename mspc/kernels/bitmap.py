@@ -1,6 +1,6 @@
 """Unstructured matrices of 16-bit values or of codes, and N:M matrices of codes, for 1 to 16 tokens.
 
-Layout: the kept weights as in the file, and where those of a word of 32 columns begin.
+Layout: the kept weights as in the file, and the number of the first kept weight of every word of 32 columns.
 
     kept     values (nnz,), or codes uint8 (ceil(nnz b / 8),) of b = 2, 3, 4 or 8 bits, and a byte more where b is 3
     words    int32 (O, ceil(I / 32)): the bitmap
@@ -8,15 +8,16 @@ Layout: the kept weights as in the file, and where those of a word of 32 columns
     ranks    uint8 (O, ceil(I / 32)): kept weights between that and the word
     scales   float16 (O, groups), zeros uint8 (O, groups): with codes
 
-Of N:M the mask is made from the indices, 1.375 bits a weight with bases and ranks: less than they take at 8:16 (2), not
-much more than at 5:16 (1.25) and 2:4 (1), and several times as much where few are kept (1:16: 0.25).
+The mask of an N:M matrix is made from its indices. Mask, bases and ranks take 1.375 bits a weight; the indices take 2
+at 8:16, 1.25 at 5:16, 1 at 2:4 and 0.25 at 1:16.
 
-Cost: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks; 15 thread instructions a dense position
-on sm_90 for 1 to 8 tokens, counted (tests), and with codes of 8, 4, 3, 2 bits 19, 25, 30, 24. This is for masks that
-cannot be otherwise, not for speed: the instructions are per position, not per kept weight, and on a GPU with HBM they
-take about as long as reading the dense weight would, so no gain is to be expected there at 50% and little at 70%; with
-GDDR memory there may be some. With codes they take longer than that: such layers are small, not fast. As many weights
-balanced as 8:16 cost a third (`mspc.kernels.nm`).
+Memory: 9.4 bits a weight at 50% with values, 0.375 of them for bases and ranks. Thread instructions a dense position on
+sm_90, counted (tests), for 1 to 8 tokens: 15 with values, and 19, 25, 30, 24 with codes of 8, 4, 3, 2 bits.
+
+This kernel makes unstructured masks run compressed; it is not made for speed. Its instructions are per position, not
+per kept weight. On a GPU with HBM they take about as long as reading the dense weight. Expect no gain there at 50% and
+little at 70%, and no gain with codes. With GDDR memory there may be some. The same sparsity as 8:16 costs a third of
+the instructions (`mspc.kernels.nm`).
 """
 
 import torch
@@ -27,99 +28,89 @@ from torch.nn.functional import pad
 from mspc.formats.bits import pack_bits, pack_rows, unpack_bits, unpack_rows
 from mspc.formats.decoding import decode_mask, strips
 from mspc.formats.description import StoredMatrix, index_bits, num_bytes
-from mspc.kernels import plain
-from mspc.kernels.launch import launches, on_gpu
+from mspc.kernels.launch import on_gpu
 from mspc.types import NM
 
 MAX_TOKENS = 16
 WORD, WORDS_OF_BASE = 32, 8
 
 
-def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
-    (num_rows, num_columns), grid = description.shape, description.target.grid
+def supports(matrix: StoredMatrix, dtype: torch.dtype) -> bool:
+    (num_rows, num_columns), grid = matrix.shape, matrix.target.grid
     if dtype not in (torch.bfloat16, torch.float16) or num_rows * num_columns >= 2**31:
         return False
     if grid is None:
-        return description.has_mask and dtype == description.dtype
+        return matrix.has_mask and dtype == matrix.dtype
     in_words = grid.group_size is None or grid.group_size == num_columns or grid.group_size % WORD == 0
-    return (description.has_mask or description.has_indices) and grid.bits in (2, 3, 4, 8) and in_words
+    return (matrix.has_mask or matrix.has_indices) and grid.bits in (2, 3, 4, 8) and in_words
 
 
-def arrange(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    grid = description.target.grid
-    kept, mask = _kept_and_mask(stored, description)
+def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+    grid = matrix.target.grid
+    kept, mask = _kept_and_mask(stored, matrix)
     words = pad(mask, (0, -mask.shape[1] % 4)).view(torch.int32)
-    bits = pad(unpack_rows(mask, 1, description.shape[1]), (0, -description.shape[1] % (WORD * WORDS_OF_BASE)))
+    bits = pad(unpack_rows(mask, 1, matrix.shape[1]), (0, -matrix.shape[1] % (WORD * WORDS_OF_BASE)))
     counts = bits.view(len(mask), -1, WORDS_OF_BASE, WORD).sum(-1)
     ranks = (counts.cumsum(-1) - counts).flatten(1)[:, : words.shape[1]]
     in_bases = counts.sum(-1).flatten()
     bases = (in_bases.cumsum(0) - in_bases).view(len(mask), -1)
-    arranged = {"kept": kept, "words": words, "bases": bases.int(), "ranks": ranks.to(torch.uint8).contiguous()}
+    repacked = {"kept": kept, "words": words, "bases": bases.int(), "ranks": ranks.to(torch.uint8).contiguous()}
     if grid is None:
-        return arranged
+        return repacked
     if grid.bits == 3:
-        arranged["kept"] = pad(kept, (0, 1))
-    arranged["scales"] = stored["scales"]
+        repacked["kept"] = pad(kept, (0, 1))
+    repacked["scales"] = stored["scales"]
     if "zeros" in stored:
-        arranged["zeros"] = unpack_rows(stored["zeros"], grid.bits, stored["scales"].shape[1])
-    return arranged
+        repacked["zeros"] = unpack_rows(stored["zeros"], grid.bits, stored["scales"].shape[1])
+    return repacked
 
 
-def _kept_and_mask(stored: dict[str, Tensor], description: StoredMatrix) -> tuple[Tensor, Tensor]:
-    """The kept weights as one stream, and the mask, uint8 (O, ceil(I / 8)): of N:M as if it had been stored so."""
-    if description.has_mask:
-        return stored["values" if description.target.grid is None else "codes"], stored["mask"]
-    bits = _bits(description)
-    masks = [decode_mask(stored, description, *rows).to(torch.uint8) for rows in strips(description.shape)]
-    codes = unpack_rows(stored["codes"], bits, description.kept_per_row)
+def _kept_and_mask(stored: dict[str, Tensor], matrix: StoredMatrix) -> tuple[Tensor, Tensor]:
+    """The kept weights as one stream, and the mask, uint8 (O, ceil(I / 8)), which N:M matrices do not store."""
+    if matrix.has_mask:
+        return stored["values" if matrix.target.grid is None else "codes"], stored["mask"]
+    bits = _bits(matrix)
+    masks = [decode_mask(stored, matrix, *rows).to(torch.uint8) for rows in strips(matrix.shape)]
+    codes = unpack_rows(stored["codes"], bits, matrix.kept_per_row)
     return pack_bits(codes, bits), torch.cat([pack_rows(mask, 1) for mask in masks])
 
 
-def restore(arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    grid, num_columns = description.target.grid, description.shape[1]
-    packed = arranged["words"].cpu().view(torch.uint8)[:, : -(-num_columns // 8)].contiguous()
-    mask, kept = unpack_rows(packed, 1, num_columns), arranged["kept"].cpu()
+def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+    grid, num_columns = matrix.target.grid, matrix.shape[1]
+    packed = repacked["words"].cpu().view(torch.uint8)[:, : -(-num_columns // 8)].contiguous()
+    mask, kept = unpack_rows(packed, 1, num_columns), repacked["kept"].cpu()
     offsets = pad(mask.sum(1).cumsum(0), (1, 0))
     if grid is None:
         return {"values": kept, "mask": packed, "row_offsets": offsets}
     codes = kept[: num_bytes(int(offsets[-1]), grid.bits)]
-    if description.has_mask:
+    if matrix.has_mask:
         stored = {"codes": codes, "mask": packed, "row_offsets": offsets}
     else:
-        assert isinstance(description.pattern, NM)
-        places = (torch.arange(num_columns) % description.pattern.of).to(torch.uint8).expand_as(mask)[mask.bool()]
-        numbers = unpack_bits(codes, grid.bits, len(places)).view(len(mask), -1)
-        indices = pack_rows(places.view(len(mask), -1), index_bits(description.pattern))
-        stored = {"codes": pack_rows(numbers, grid.bits), "indices": indices}
-    stored["scales"] = arranged["scales"].cpu()
-    if "zeros" in arranged:
-        stored["zeros"] = pack_rows(arranged["zeros"].cpu(), grid.bits)
+        assert isinstance(matrix.pattern, NM)
+        indices = (torch.arange(num_columns) % matrix.pattern.of).to(torch.uint8).expand_as(mask)[mask.bool()]
+        numbers = unpack_bits(codes, grid.bits, len(indices)).view(len(mask), -1)
+        packed_indices = pack_rows(indices.view(len(mask), -1), index_bits(matrix.pattern))
+        stored = {"codes": pack_rows(numbers, grid.bits), "indices": packed_indices}
+    stored["scales"] = repacked["scales"].cpu()
+    if "zeros" in repacked:
+        stored["zeros"] = pack_rows(repacked["zeros"].cpu(), grid.bits)
     return stored
 
 
-def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-    """x (T, I) -> (T, O)."""
-    if not launches(x):
-        return twin(x, arranged, description)
-    kept, words, bases, ranks = (arranged[part] for part in ("kept", "words", "bases", "ranks"))
-    return _matmul(x, kept, words, bases, ranks, arranged.get("scales"), arranged.get("zeros"), _bits(description))
+def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
+    """x (T, I) -> x Wᵀ (T, O)."""
+    kept, words, bases, ranks = (repacked[part] for part in ("kept", "words", "bases", "ranks"))
+    return _matmul(x, kept, words, bases, ranks, repacked.get("scales"), repacked.get("zeros"), _bits(matrix))
 
 
-def twin(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-    return plain.matmul(x, restore(arranged, description), description)
+def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
+    """Write the dense weight to `out` (O, I)."""
+    kept, words, bases, ranks = (repacked[part] for part in ("kept", "words", "bases", "ranks"))
+    _expand(kept, words, bases, ranks, repacked.get("scales"), repacked.get("zeros"), _bits(matrix), out)
 
 
-def expand(arranged: dict[str, Tensor], description: StoredMatrix, out: Tensor) -> None:
-    """The dense weight, to `out` (O, I)."""
-    if not launches(out):
-        out.copy_(plain.weight(restore(arranged, description), description))
-        return
-    kept, words, bases, ranks = (arranged[part] for part in ("kept", "words", "bases", "ranks"))
-    _expand(kept, words, bases, ranks, arranged.get("scales"), arranged.get("zeros"), _bits(description), out)
-
-
-def _bits(description: StoredMatrix) -> int:
-    return 16 if description.target.grid is None else description.target.grid.bits
+def _bits(matrix: StoredMatrix) -> int:
+    return 16 if matrix.target.grid is None else matrix.target.grid.bits
 
 
 @torch.library.custom_op("mspc::bitmap_matmul", mutates_args=())

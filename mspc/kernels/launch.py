@@ -1,4 +1,4 @@
-"""Where Triton runs, and the modules that need it: it is imported when a kernel is first launched, and not before."""
+"""Tells where Triton runs, and imports the modules that need it when a kernel is first launched."""
 
 import importlib
 import os
@@ -11,28 +11,30 @@ from mspc.errors import MspcError
 
 
 def launches(tensor: Tensor) -> bool:
-    """Whether kernels on this tensor are launched; elsewhere their twins in torch compute the same."""
+    """Tell if products with this tensor run in Triton; elsewhere `reference` computes the same in torch."""
     return tensor.is_cuda or interpreted()
 
 
 def compiles_for(device: torch.device) -> bool:
-    """Whether the kernels can be compiled for a device: of NVIDIA's for those from Ampere on."""
+    """Tell if Triton compiles the kernels for a device: an NVIDIA GPU of compute capability 8.0 (Ampere) or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a device, for tests on a CPU."""
+    """Tell if Triton's interpreter runs the kernels, for tests on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def has_ptx() -> bool:
-    """Whether kernels may hold PTX: the interpreter has no inline assembly, ROCm another one."""
+    """Tell if kernels may hold PTX: Triton's interpreter has no inline assembly, and that of ROCm differs."""
     return not interpreted() and torch.version.hip is None
 
 
 def on_gpu(name: str) -> ModuleType:
-    """The module of `mspc.kernels.gpu` with this name. Call it within `torch.cuda.device_of` a tensor: Triton launches
-    on the current device, which need not be where the tensors are."""
+    """The module of `mspc.kernels.gpu` with this name.
+
+    Call it within `torch.cuda.device_of` a tensor: Triton launches on the current device, which may be another one.
+    """
     try:
         return importlib.import_module(f"mspc.kernels.gpu.{name}")
     except ModuleNotFoundError as error:

@@ -1,16 +1,17 @@
 """N:M matrices of 16-bit values, any N below M, for 1 to 8 tokens.
 
-Layout: every row is padded to a multiple of 8 and cut into tiles of 256 kept weights, the last of fewer. Kept weight
-q of a tile of L lanes goes to lane q mod L, slot q div L, and memory holds the eight slots of lane 0, then those of
-lane 1: a lane reads its values at once; a slot of all lanes is neighbours in the row, with inputs in one cache line.
+Layout: every row is padded to a multiple of 8 and cut into tiles of 256 kept weights; the last tile may be shorter.
+Kept weight q of a tile of L lanes goes to lane q mod L, slot q div L. Memory holds the eight slots of lane 0, then
+those of lane 1, so that a lane reads its values at once. The same slot of all lanes holds neighbours of the row, whose
+inputs are in one cache line.
 
-    values   (O * row + 256,): kept weights, padding is zero; 256 more so that a tile can be read ahead
-    places   uint8 (O * row * b / 8 + 32 b,): in the order of the values, b = 2 bits each for M up to 4, 4 up to 16,
-             else 8: as many as in the file but for M of 2, 8 and above 16
+    values    (O * row + 256,): kept weights; padding is zero, and 256 more allow a tile to be read ahead
+    indices   uint8 (O * row * b / 8 + 32 b,): in the order of the values, of b = 2 bits for M <= 4, 4 for M <= 16,
+              else 8. The file has fewer bits for M of 2, 8 and above 16
 
-Cost: 10 bits a weight at 8:16, 9 at 2:4, 6.25 at 5:16. Thread instructions a kept weight on sm_90, counted (tests), at
-1, 2, 4, 8 tokens: 9.1, 11.3, 15.4, 25 where N divides 32, and 12.8, 14.9, 18.8, 28 at 5:16: of a dense position half of
-these at 8:16. Products are summed in float32. On an H200 memory limits up to 4 tokens, and at 8 the instructions do.
+Memory: 10 bits a weight at 8:16, 9 at 2:4, 6.25 at 5:16. Thread instructions a kept weight on sm_90, counted (tests),
+at 1, 2, 4, 8 tokens: 9.1, 11.3, 15.4, 25 where N divides 32, and 12.8, 14.9, 18.8, 28 at 5:16. Products are summed in
+float32. On an H200 memory limits up to 4 tokens, and the instructions limit at 8.
 """
 
 import torch
@@ -20,47 +21,46 @@ from torch.nn.functional import pad
 
 from mspc.formats.bits import pack_rows, unpack_rows
 from mspc.formats.description import StoredMatrix
-from mspc.kernels import plain
-from mspc.kernels.launch import launches, on_gpu
+from mspc.kernels.launch import on_gpu
 from mspc.types import NM
 
 MAX_TOKENS = 8
 TILE, SLOTS = 256, 8
 
 
-def supports(description: StoredMatrix, dtype: torch.dtype) -> bool:
-    pattern, grid = description.target.pattern, description.target.grid
+def supports(matrix: StoredMatrix, dtype: torch.dtype) -> bool:
+    pattern, grid = matrix.target.pattern, matrix.target.grid
     return (
         isinstance(pattern, NM)
         and pattern.keep < pattern.of
         and grid is None
-        and dtype == description.dtype
+        and dtype == matrix.dtype
         and dtype in (torch.bfloat16, torch.float16)
     )
 
 
-def arrange(stored: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    pattern, num_kept = _pattern(description), stored["values"].shape[1]
-    places = unpack_rows(stored["indices"], _file_bits(pattern), num_kept)
-    bits = _place_bits(pattern)
-    packed = pack_rows(_to_lanes(places), bits).flatten()
+def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+    pattern, num_kept = _pattern(matrix), stored["values"].shape[1]
+    indices = unpack_rows(stored["indices"], _file_bits(pattern), num_kept)
+    bits = _index_bits(pattern)
+    packed = pack_rows(_to_lanes(indices), bits).flatten()
     return {
         "values": pad(_to_lanes(stored["values"]).flatten(), (0, TILE)),
-        "places": pad(packed, (0, TILE * bits // 8)),
+        "indices": pad(packed, (0, TILE * bits // 8)),
     }
 
 
-def restore(arranged: dict[str, Tensor], description: StoredMatrix) -> dict[str, Tensor]:
-    pattern, (num_rows, num_columns) = _pattern(description), description.shape
+def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+    pattern, (num_rows, num_columns) = _pattern(matrix), matrix.shape
     num_kept = num_columns // pattern.of * pattern.keep
     row = -(-num_kept // SLOTS) * SLOTS
-    bits = _place_bits(pattern)
-    packed = arranged["places"].cpu()[: num_rows * row * bits // 8].view(num_rows, -1)
-    places = _from_lanes(unpack_rows(packed, bits, row))[:, :num_kept].contiguous()
-    values = _from_lanes(arranged["values"].cpu()[: num_rows * row].view(num_rows, row))
+    bits = _index_bits(pattern)
+    packed = repacked["indices"].cpu()[: num_rows * row * bits // 8].view(num_rows, -1)
+    indices = _from_lanes(unpack_rows(packed, bits, row))[:, :num_kept].contiguous()
+    values = _from_lanes(repacked["values"].cpu()[: num_rows * row].view(num_rows, row))
     return {
         "values": values[:, :num_kept].contiguous(),
-        "indices": pack_rows(places, _file_bits(pattern)),
+        "indices": pack_rows(indices, _file_bits(pattern)),
     }
 
 
@@ -75,53 +75,44 @@ def _from_lanes(kept: Tensor) -> Tensor:
     return torch.cat([tile.unflatten(1, (-1, SLOTS)).transpose(1, 2).flatten(1) for tile in kept.split(TILE, 1)], 1)
 
 
-def _pattern(description: StoredMatrix) -> NM:
-    assert isinstance(description.target.pattern, NM)
-    return description.target.pattern
+def _pattern(matrix: StoredMatrix) -> NM:
+    assert isinstance(matrix.target.pattern, NM)
+    return matrix.target.pattern
 
 
 def _file_bits(pattern: NM) -> int:
     return (pattern.of - 1).bit_length()
 
 
-def _place_bits(pattern: NM) -> int:
+def _index_bits(pattern: NM) -> int:
     return 2 if pattern.of <= 4 else 4 if pattern.of <= 16 else 8
 
 
-def matmul(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-    """x (T, I) -> (T, O)."""
-    if not launches(x):
-        return twin(x, arranged, description)
-    pattern = _pattern(description)
-    return _matmul(x, arranged["values"], arranged["places"], description.shape[0], pattern.keep, pattern.of)
+def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
+    """x (T, I) -> x Wᵀ (T, O)."""
+    pattern = _pattern(matrix)
+    return _matmul(x, repacked["values"], repacked["indices"], matrix.shape[0], pattern.keep, pattern.of)
 
 
-def twin(x: Tensor, arranged: dict[str, Tensor], description: StoredMatrix) -> Tensor:
-    return plain.matmul(x, restore(arranged, description), description)
-
-
-def expand(arranged: dict[str, Tensor], description: StoredMatrix, out: Tensor) -> None:
-    """The dense weight, to `out` (O, I)."""
-    if not launches(out):
-        out.copy_(plain.weight(restore(arranged, description), description))
-        return
-    pattern = _pattern(description)
-    _expand(arranged["values"], arranged["places"], pattern.keep, pattern.of, out)
+def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> None:
+    """Write the dense weight to `out` (O, I)."""
+    pattern = _pattern(matrix)
+    _expand(repacked["values"], repacked["indices"], pattern.keep, pattern.of, out)
 
 
 @torch.library.custom_op("mspc::nm_matmul", mutates_args=())
-def _matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
+def _matmul(x: Tensor, values: Tensor, indices: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
     with device_of(x):
-        y: Tensor = on_gpu("nm").matmul(x, values, places, num_rows, keep, of)
+        y: Tensor = on_gpu("nm").matmul(x, values, indices, num_rows, keep, of)
     return y
 
 
 @_matmul.register_fake
-def _(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
+def _(x: Tensor, values: Tensor, indices: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
     return x.new_empty(len(x), num_rows)
 
 
 @torch.library.custom_op("mspc::nm_expand", mutates_args=("out",))
-def _expand(values: Tensor, places: Tensor, keep: int, of: int, out: Tensor) -> None:
+def _expand(values: Tensor, indices: Tensor, keep: int, of: int, out: Tensor) -> None:
     with device_of(out):
-        on_gpu("nm").expand(values, places, keep, of, out)
+        on_gpu("nm").expand(values, indices, keep, of, out)

@@ -1,8 +1,8 @@
-"""What was fastest on this machine: a small JSON file in the user's cache, by GPU and versions, by matrix.
+"""The cache of measurements: a small JSON file in the user's cache folder, by GPU and versions, then by matrix.
 
     {"NVIDIA H200, mspc 0.1.0, torch 2.13.0, triton 3.7.1": {"2:4 4096x14336 bfloat16": [[16, "fused", 0], ...]}}
 
-A row says up to how many tokens a method is best, and which of its algorithms.
+Each choice has the most tokens that its method is fastest for, the method, and the number of its algorithm.
 """
 
 import json
@@ -18,7 +18,9 @@ from mspc.types import NM
 from mspc.version import __version__
 
 
-class Row(NamedTuple):
+class Choice(NamedTuple):
+    """A method of `dispatch` for up to `up_to` tokens."""
+
     up_to: int
     method: str
     algorithm: int
@@ -36,29 +38,28 @@ def device_key(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, mspc {__version__}, torch {torch.__version__}, triton {triton}"
 
 
-def matrix_key(description: StoredMatrix, dtype: torch.dtype) -> str:
+def matrix_key(matrix: StoredMatrix, dtype: torch.dtype) -> str:
     """Pattern, grid and shape of the matrix, dtype of the inputs."""
-    grid = description.target.grid
-    of_grid = (
-        "" if grid is None else f" int{grid.bits} group {grid.group_size} {'' if grid.symmetric else 'a'}symmetric"
-    )
-    pattern = description.target.pattern
+    grid = matrix.target.grid
+    symmetry = "symmetric" if grid is None or grid.symmetric else "asymmetric"
+    of_grid = "" if grid is None else f" int{grid.bits} group {grid.group_size} {symmetry}"
+    pattern = matrix.target.pattern
     kept = "" if isinstance(pattern, NM) else f" {1 - pattern.sparsity:.0%}"
-    return f"{pattern}{kept}{of_grid} {'x'.join(map(str, description.shape))} {str(dtype)[6:]}"
+    return f"{pattern}{kept}{of_grid} {'x'.join(map(str, matrix.shape))} {str(dtype)[6:]}"
 
 
-def read(device: str, matrix: str) -> list[Row] | None:
-    """What was measured, if it was."""
+def read(device: str, matrix: str) -> list[Choice] | None:
+    """The measured choices, or None if nothing was measured for this matrix on this device."""
     try:
-        return [Row(int(up_to), str(method), int(algorithm)) for up_to, method, algorithm in _all()[device][matrix]]
+        return [Choice(int(up_to), str(method), int(algorithm)) for up_to, method, algorithm in _all()[device][matrix]]
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def write(device: str, matrix: str, rows: list[Row]) -> None:
-    """Add to the file, or overwrite what it says of this matrix."""
+def write(device: str, matrix: str, choices: list[Choice]) -> None:
+    """Add to the file, or overwrite its choices for this matrix."""
     found = _all()
-    found.setdefault(device, {})[matrix] = [list(row) for row in rows]
+    found.setdefault(device, {})[matrix] = [list(choice) for choice in choices]
     path().parent.mkdir(parents=True, exist_ok=True)
     partial = path().with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -66,7 +67,7 @@ def write(device: str, matrix: str, rows: list[Row]) -> None:
 
 
 def _all() -> dict[str, dict[str, Any]]:
-    """The file; one that is missing or cannot be read is as good as empty."""
+    """The content of the file; empty if it is missing or damaged."""
     try:
         found = json.loads(path().read_text(encoding="utf-8"))
     except (OSError, ValueError):

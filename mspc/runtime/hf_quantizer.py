@@ -1,11 +1,11 @@
-"""The sparse export in transformers: after `import mspc.hf`, `from_pretrained` loads it as it is stored.
+"""Registers the sparse export with transformers. After `import mspc.hf`, `from_pretrained` loads it as it is stored.
 
     import mspc.hf
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("out/sparse", device_map="auto")
 
-Linear layers that the export describes become `SparseLinear` before any weight is read, so that the dense model is
-never there; `save_pretrained` writes the export again.
+Linear layers that the export describes become `SparseLinear` before any weight is read, so that the dense model never
+exists in memory. `save_pretrained` writes the export again.
 """
 
 from pathlib import Path
@@ -27,17 +27,17 @@ from mspc.storage.sparse_export import QUANT_METHOD, descriptions
 
 @register_quantization_config(QUANT_METHOD)
 class SparseConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a sparse export, as it stands in its config.json."""
+    """The `quantization_config` of a sparse export, as in its config.json."""
 
     def __init__(self, **values: Any) -> None:
-        """Raises InputError for what cannot be meant, and for a version above our own."""
+        """Raises InputError for values that are not valid, and for a format version above that of this mspc."""
         descriptions(values, "quantization_config")
         self.__dict__.update(values)
 
 
 @register_quantizer(QUANT_METHOD)
 class SparseQuantizer(HfQuantizer):
-    """Loads and saves; it makes no sparse model out of a dense one, which is what `mspc compress` does."""
+    """Loads and saves sparse exports. Only `mspc compress` makes a sparse model from a dense one."""
 
     requires_calibration = True
 
@@ -49,10 +49,10 @@ class SparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config.to_dict()
-        described = descriptions(config, "quantization_config")
+        matrices = descriptions(config, "quantization_config")
         if checkpoint_files:
-            check_files(described, [Path(file) for file in checkpoint_files])
-        for name, matrix in described.items():
+            check_files(matrices, [Path(file) for file in checkpoint_files])
+        for name, matrix in matrices.items():
             parameter = str(config["matrices"][name].get("parameter", f"{name}.weight"))
             module_name = _module_of(model, parameter.removesuffix(".weight"))
             replace_linear(model, module_name, matrix, name)
@@ -63,7 +63,7 @@ class SparseQuantizer(HfQuantizer):
             layer = model.get_submodule(module_name)
             assert isinstance(layer, SparseLinear)
             for part, (dtype, _) in layer.matrix.tensors().items():
-                # Some models keep some layers in float32; what is stored stays as it is stored.
+                # Some models cast some layers to float32; stored tensors keep their dtype.
                 setattr(layer, part, getattr(layer, part).to(dtype))
             if not any(tensor.is_meta for tensor in layer.stored().values()):  # offloaded to disk
                 layer.check(name)
@@ -71,8 +71,10 @@ class SparseQuantizer(HfQuantizer):
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Called before a model is saved: its config takes on the names that its tensors are about to get, which are
-        other ones where the export had them without the prefix of the model."""
+        """Rename the matrices in the config of a model that is about to be saved, as its tensors will be named.
+
+        The names change if those of the export lack the prefix of the model.
+        """
         config = model.config.quantization_config
         rows = config.matrices
         some_tensor = {module: next(iter(model.get_submodule(module).stored().items())) for module in self.name_of}
@@ -91,18 +93,18 @@ class SparseQuantizer(HfQuantizer):
         return False
 
 
-def check_files(described: dict[str, StoredMatrix], files: list[Path]) -> None:
-    """Raises InputError, naming the matrix, for a tensor that is missing or not of the type described."""
-    found = {key: of for file in files for key, of in types_of(map_file(file)).items()}
-    for name, matrix in described.items():
+def check_files(matrices: dict[str, StoredMatrix], files: list[Path]) -> None:
+    """Raises InputError, naming the matrix, for a tensor that is missing or not of the described type."""
+    found = {key: kind for file in files for key, kind in types_of(map_file(file)).items()}
+    for name, matrix in matrices.items():
         keys = {part: f"{name}.{part}" for part in matrix.tensors()}
         check_types({part: found[key] for part, key in keys.items() if key in found}, matrix, name)
 
 
 def replace_linear(model: PreTrainedModel, module_name: str, matrix: StoredMatrix, name: str) -> None:
-    """Put a SparseLinear in the place of a linear layer, whose bias it keeps.
+    """Replace a linear layer by a SparseLinear, which keeps its bias.
 
-    Raises InputError, naming the matrix, where the model has no such layer.
+    Raises InputError, naming the matrix, if the model has no such layer.
     """
     owner, _, leaf = module_name.rpartition(".")
     try:
@@ -111,20 +113,20 @@ def replace_linear(model: PreTrainedModel, module_name: str, matrix: StoredMatri
         layer = nn.Identity()
     if not isinstance(layer, nn.Linear | Conv1D):
         raise InputError(
-            f"{name}: the model has no linear layer {module_name}. A matrix that is none, such as a slice of fused "
-            "experts, is not loaded from this format; export it dense."
+            f"{name}: the model has no linear layer {module_name}. This format has only "
+            "linear layers. Export the artifact dense if it has others, such as slices of fused experts."
         )
     shape = tuple(layer.weight.shape)[:: -1 if isinstance(layer, Conv1D) else 1]
     if shape != matrix.shape or isinstance(layer, Conv1D) != matrix.transposed:
         raise InputError(
-            f"{name}: it is described as {matrix.shape}{', transposed' * matrix.transposed}, and the model's layer is "
-            f"a {type(layer).__name__} of {shape}; config.json and the weights do not belong together."
+            f"{name}: it is described as {matrix.shape}{', transposed' * matrix.transposed}, but the model's layer is "
+            f"a {type(layer).__name__} of {shape}. Export the artifact again; config.json does not fit the weights."
         )
     setattr(model.get_submodule(owner), leaf, SparseLinear(matrix, layer.bias))
 
 
 def _module_of(model: PreTrainedModel, name: str) -> str:
-    """The name of a layer in this model: one without a head lacks the prefix that the one with a head has."""
+    """The name of a layer in this model. A model without a head lacks the prefix that one with a head has."""
     names = {found for found, _ in model.named_modules()}
     prefix = f"{model.base_model_prefix}."
     return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)

@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 from mspc.runtime.linear import SparseLinear
 
 
-class Beside(nn.Module):
-    """Several layers of one input, their outputs beside each other."""
+class ConcatenatedLinear(nn.Module):
+    """Several layers of one input, whose outputs are concatenated."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class DenseLinear(nn.Module):
 def joined(layers: Sequence[nn.Module]) -> nn.Module:
     """One layer with the rows of several that read the same input.
 
-    Compressed ones are joined where pattern and bits are the same and there is no mask, whose kept weights are one
-    stream; others run one after the other.
+    Compressed matrices are joined if they have the same pattern and bits and no mask. Behind a mask the kept weights of
+    all rows are one stream, which cannot be joined; such layers run one after the other.
     """
     dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
     sparse = [layer for layer in layers if isinstance(layer, SparseLinear)]
@@ -50,7 +50,7 @@ def joined(layers: Sequence[nn.Module]) -> nn.Module:
     if len(layers) == 1:
         return layers[0]
     if len(sparse) < len(layers) or len(kinds) > 1 or sparse[0].matrix.has_mask:
-        return Beside([joined([layer]) for layer in layers])
+        return ConcatenatedLinear([joined([layer]) for layer in layers])
     num_rows = sum(layer.out_features for layer in sparse)
     matrix = replace(sparse[0].matrix, shape=(num_rows, sparse[0].in_features))
     stored = {part: torch.cat([layer.stored()[part] for layer in sparse]) for part in matrix.tensors()}

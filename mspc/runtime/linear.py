@@ -9,31 +9,37 @@ from torch.nn.functional import linear
 
 from mspc.formats.decoding import STRIP, check_places, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
-from mspc.kernels import dispatch, fp8, kernel_for
+from mspc.kernels import KERNELS, Kernel, dispatch, kernel_for
 from mspc.kernels.launch import compiles_for
+from mspc.kernels.timings import Choice
 
 DEVICE_STRIP = 2**21
-"""Weights decoded at a time where launches cost more than memory: about 50 MB on the way."""
+"""Weights decoded at a time where launches cost more than memory; a strip then needs about 50 MB."""
 
 
 class SparseLinear(nn.Module):
     """y = x Wᵀ + bias, with W (O, I) as `matrix` describes it.
 
-    Its buffers are the stored tensors under their stored names, on meta until it is loaded; or, once `prepare` was
-    called or the layer was moved to a GPU, what a kernel makes of them. A state dict is what the export holds, either
-    way. Buffers move with the module, and are never cast.
+    Its buffers are the stored tensors under their stored names, on meta until it is loaded. `prepare`, or moving the
+    layer to a GPU, replaces them by the tensors that a kernel repacks them to. A state dict holds what the export
+    holds, either way. Buffers move with the module, and are never cast.
     """
 
     bias: nn.Parameter | None
-    prepared_for: torch.dtype | None = None
-    """The dtype of inputs that the buffers are arranged for."""
-    prefill: str | None = None
-    """What multiplies many tokens, where it was chosen (see `prefill_by`)."""
+    prepared_for: torch.dtype | None
+    """The dtype of inputs that the buffers are repacked for; None while they are as stored."""
+    kernel_name: str | None
+    """The kernel that they are repacked for."""
+    schedule: tuple[Choice, ...]
+    """The methods of its products by numbers of tokens (`dispatch`)."""
+    wants_cusparselt: bool
+    """Keep a copy of the weight for cuSPARSELt where it can be used."""
 
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.matrix = matrix
         self.out_features, self.in_features = matrix.shape
+        self.prepared_for, self.kernel_name, self.schedule, self.wants_cusparselt = None, None, (), False
         for part, (dtype, shape) in matrix.tensors().items():
             self.register_buffer(part, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
@@ -50,70 +56,70 @@ class SparseLinear(nn.Module):
         """The tensors of the matrix, by the names of `StoredMatrix.tensors`."""
         if self.prepared_for is None:
             return {part: getattr(self, part) for part in self.matrix.tensors()}
-        kernel = kernel_for(self.matrix, self.prepared_for)
-        assert kernel is not None
-        arranged = self.arranged()
-        device = next(iter(arranged.values())).device
-        return {part: tensor.to(device) for part, tensor in kernel.restore(arranged, self.matrix).items()}
+        repacked = self.repacked()
+        device = dispatch.device_of(repacked)
+        return {part: tensor.to(device) for part, tensor in self.kernel.unrepack(repacked, self.matrix).items()}
 
-    def arranged(self) -> dict[str, Tensor]:
-        """The tensors as a kernel has arranged them."""
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel of a prepared layer. The layer holds its name, because a module cannot be copied or pickled."""
+        assert self.kernel_name is not None
+        return KERNELS[self.kernel_name]
+
+    def repacked(self) -> dict[str, Tensor]:
+        """The tensors of a prepared layer, as its kernel reads them."""
         return dict(self.named_buffers(recurse=False))
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Arrange the tensors for the kernel for inputs of this dtype, if there is one, where they are now."""
-        kernel = kernel_for(self.matrix, dtype)
-        if kernel is None or self.prepared_for == dtype:
+        """Repack the tensors, where they are, for a kernel for inputs of this dtype, if there is one."""
+        kernel_name = kernel_for(self.matrix, dtype)
+        if kernel_name is None or self.prepared_for == dtype:
             return
-        if self.prepared_for is None:  # codes are arranged alike for every dtype, and values have kernels for one only
+        if self.prepared_for is None:  # codes are repacked alike for every dtype, and values have kernels for one only
             stored = self.stored()
-            arranged = kernel.arrange({part: tensor.cpu() for part, tensor in stored.items()}, self.matrix)
+            repacked = KERNELS[kernel_name].repack({part: t.cpu() for part, t in stored.items()}, self.matrix)
             device = next(iter(stored.values())).device
-            self._hold({name: tensor.to(device) for name, tensor in arranged.items()})
-        self.prepared_for = dtype
-        if self.prefill is None:
-            self.rows = dispatch.schedule(self.arranged(), self.matrix, dtype)
-        else:
-            self.prefill_by(self.prefill)
+            self._hold({name: tensor.to(device) for name, tensor in repacked.items()})
+        self.prepared_for, self.kernel_name = dtype, kernel_name
+        self._add_copy_and_schedule(measured=False)
 
-    def prefill_by(self, method: str) -> None:
-        """Multiply many tokens by a method of `dispatch.COPIES`, where it fits the matrix and the device of what is
-        arranged, with the copy that it needs. Of these, `fp8` rounds, in the layer as it is stored too."""
-        self.prefill = method
+    def use_cusparselt(self, measured: bool = False) -> None:
+        """Multiply many tokens on sparse tensor cores, from a copy of the weight, where matrix and device allow it.
+
+        `measured` measures which method is fastest for each number of tokens, unless this GPU has done so before.
+        """
+        self.wants_cusparselt = True
         if self.prepared_for is not None:
-            self._hold(dispatch.with_copies(self.arranged(), self.matrix, self.prepared_for, (method,)))
-            self.rows = dispatch.schedule(self.arranged(), self.matrix, self.prepared_for)
+            self._add_copy_and_schedule(measured)
 
-    def tune(self) -> None:
-        """Measure what is fastest for which numbers of tokens, unless this device has of such a matrix."""
-        if self.prepared_for is not None:
-            self.rows = dispatch.tuned(self.arranged(), self.matrix, self.prepared_for)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether products of more than `fp8.FEW_TOKENS` tokens are of rounded numbers."""
-        return self.prefill == "fp8" and fp8.fits(self.matrix)
+    def _add_copy_and_schedule(self, measured: bool) -> None:
+        assert self.prepared_for is not None
+        if self.wants_cusparselt and not self.copied_bytes():
+            copy = dispatch.copy_for_cusparselt(self.kernel, self.repacked(), self.matrix, self.prepared_for)
+            if copy is not None:
+                self.register_buffer(dispatch.COPY, copy)
+        self.schedule = dispatch.schedule(self.kernel, self.repacked(), self.matrix, self.prepared_for, measured)
 
     def copied_bytes(self) -> int:
-        """Of copies beside the stored tensors, which only products of many tokens read."""
-        held = self.arranged()
-        return sum(held[name].nbytes for names in dispatch.COPIES.values() for name in names if name in held)
+        """Bytes of the copy for cuSPARSELt, which only products of many tokens read."""
+        copy = self.repacked().get(dispatch.COPY)
+        return 0 if copy is None else copy.nbytes
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
-        """Buffers in place of those that there are."""
-        for name in self.arranged():
+        """Replace all buffers by these tensors."""
+        for name in self.repacked():
             delattr(self, name)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
     def check(self, name: str) -> None:
-        """Raises InputError, naming the matrix, when what was loaded is no matrix of this description."""
+        """Raises InputError, naming the matrix, if the loaded tensors do not fit its description."""
         check_types(types_of(self.stored()), self.matrix, name)
         check_places(self.stored(), self.matrix, name)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at every access: (O, I), or (I, O) where the model's own parameter is."""
+        """The dense weight, decoded at every access: (O, I), or (I, O) where the model's parameter is transposed."""
         weight = self._dense()
         return weight.T if self.matrix.transposed else weight
 
@@ -121,21 +127,17 @@ class SparseLinear(nn.Module):
         """(O, I), made on the device."""
         if self.prepared_for is None:
             return decode_rows(self.stored(), self.matrix, 0, self.out_features)
-        kernel, arranged = kernel_for(self.matrix, self.prepared_for), self.arranged()
-        assert kernel is not None
-        weight = torch.empty(self.matrix.shape, dtype=self.matrix.dtype, device=next(iter(arranged.values())).device)
-        kernel.expand(arranged, self.matrix, weight)
-        return weight
+        return dispatch.expand(self.kernel, self.repacked(), self.matrix, self.matrix.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of `x`."""
         flat = x.reshape(-1, self.in_features)
         if x.dtype == self.prepared_for:
-            y = dispatch.matmul(flat, self.arranged(), self.matrix, self.rows)
-        elif self.prepared_for is not None:  # the model was cast since
+            y = dispatch.matmul(flat, self.kernel, self.repacked(), self.matrix, self.schedule)
+        elif self.prepared_for is not None:  # the model was cast after it was prepared
             y = linear(flat, self._dense().to(x.dtype))
         else:
-            y = matmul(flat, self.stored(), self.matrix, self.rounds and len(flat) > fp8.FEW_TOKENS)
+            y = multiply_in_strips(flat, self.stored(), self.matrix)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -160,7 +162,7 @@ class SparseLinear(nn.Module):
         dtype = self.prepared_for
         if dtype is not None:
             self._hold(self.stored())
-            self.prepared_for = None
+            self.prepared_for, self.kernel_name = None, None
         super()._load_from_state_dict(*args)
         if dtype is not None:
             self.prepare(dtype)
@@ -180,18 +182,17 @@ class SparseLinear(nn.Module):
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Arrange all layers of a model on a GPU for the kernels, if it can run them (see `SparseLinear.prepare`)."""
+    """Prepare every layer of a model that is on a GPU which runs the kernels (see `SparseLinear.prepare`)."""
     for layer in model.modules():
         if isinstance(layer, SparseLinear) and compiles_for(next(layer.buffers(recurse=False)).device):
             layer.prepare(dtype)
 
 
-def matmul(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix, rounds: bool = False) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time; `rounds` as in `SparseLinear`."""
-    multiply = fp8.twin if rounds else linear
+def multiply_in_strips(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:
+    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time."""
     num_weights = STRIP if x.device.type == "cpu" else DEVICE_STRIP
     parts = [
-        multiply(x, decode_rows(stored, matrix, first, last).to(x.dtype))
+        linear(x, decode_rows(stored, matrix, first, last).to(x.dtype))
         for first, last in strips(matrix.shape, num_weights)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,116 +1,142 @@
-"""`load`: a sparse export or an artifact as a model of transformers whose compressed matrices stay compressed."""
+"""`load`: the model of any folder that mspc reads, in transformers, with its compressed matrices still compressed."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
-import mspc.runtime.hf_quantizer  # noqa: F401  makes transformers know the format
+import mspc.runtime.hf_quantizer  # noqa: F401  registers the sparse export with transformers
 from mspc.errors import InputError, unknown
 from mspc.formats.canonical import with_offsets
-from mspc.formats.description import StoredMatrix
-from mspc.kernels import cusparselt, fp8
+from mspc.kernels import cusparselt
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
+from mspc.model.open import choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.settings import DTYPES
 from mspc.storage.artifact import MANIFEST, ArtifactSource, is_artifact
 from mspc.storage.checkpoint import Checkpoint
-from mspc.storage.sparse_export import descriptions, quantization_config, read_quantization_config
+from mspc.storage.sparse_export import (
+    descriptions,
+    is_sparse_export,
+    quantization_config,
+    read_quantization_config,
+)
 
-PREFILLS = {"cusparselt": cusparselt, "fp8": fp8}
-"""What can be asked for."""
+PREFILLS = ("auto", "cusparselt")
 
 
 def load(
-    path: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto", prefill: str = "auto"
+    path: str | Path,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    prefill: str = "auto",
+    *,
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The model of a sparse export (a folder or hub id) or of an artifact, in eval mode and without gradients.
+    """The model of an artifact, a sparse or dense export, or a checkpoint, in eval mode and without gradients.
 
-    Compressed matrices are `SparseLinear` layers, which hold their tensors as they are in the files, byte for byte; all
-    else is as transformers has it. `dtype` is what that is in and what is computed in; auto means float32 on a CPU, and
-    the checkpoint's own elsewhere. Slices of fused experts, which an artifact may have, become dense.
+    `path` is a folder or a hub id. Compressed matrices are `SparseLinear` layers, which hold the tensors of the files
+    byte for byte; all else is as transformers has it. Slices of fused experts in an artifact become dense.
 
-    `prefill` is for many tokens and 2:4 matrices, on a CUDA device with cuSPARSELt. `cusparselt` multiplies values of
-    16 bits on sparse tensor cores, from a copy of 9 bits a weight; auto, with no copy, expands the weight. `fp8` rounds
-    inputs and weights to 8-bit floats for more than 32 tokens (`mspc.kernels.fp8`), which changes the logits, and needs
-    a copy of 5 bits.
+    `dtype` is the dtype of all that is not compressed, and of the computation. auto means float32 on a CPU, and the
+    checkpoint's own dtype elsewhere. `device_map`, which needs accelerate, and `attn_implementation` are those of
+    `from_pretrained` in transformers; give `device` or `device_map`, not both.
 
-    Raises InputError, naming the matrix, for files that are damaged or do not belong together, and for a device or a
-    model without what `prefill` needs.
+    `prefill="cusparselt"` multiplies many tokens by 16-bit matrices of 2:4 on the sparse tensor cores of a CUDA device,
+    from a copy of 9 bits a weight. auto makes no copy, and expands the weight.
+
+    Raises InputError, naming the matrix, for files that are damaged or do not belong together. Raises it too for a
+    device or a model that `prefill` does not fit.
     """
-    if prefill not in ("auto", *PREFILLS):
-        raise unknown("prefill", prefill, ("auto", *PREFILLS))
-    folder, place = resolve(str(path)), choose_device(device)
-    if prefill != "auto" and (reason := PREFILLS[prefill].missing(place)):
+    if prefill not in PREFILLS:
+        raise unknown("prefill", prefill, PREFILLS)
+    if device != "auto" and device_map is not None:
+        raise InputError(f"load: device={device!r} and device_map={device_map!r} both place the model. Give only one.")
+    folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
+    if prefill == "cusparselt" and (reason := cusparselt.missing(main_device)):
         raise InputError(
-            f"prefill={prefill!r} needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, and "
-            f"{reason}; leave it out, or choose another device."
+            f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, but "
+            f"{reason}. Leave prefill out, or choose another device."
         )
-    open_folder = _open_artifact if is_artifact(folder) else _open_export
-    model_class, described, settings = open_folder(folder)
+    model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
     with without_progress():
         model, info = model_class.from_pretrained(
-            **settings, dtype=_choose_dtype(dtype, place, described), output_loading_info=True
-        )
+            **source, dtype=_choose_dtype(dtype, main_device, folder), device_map=device_map,
+            attn_implementation=attn_implementation, output_loading_info=True,
+        )  # fmt: skip
     if missing := sorted(info["missing_keys"]):
-        raise InputError(f"{folder} holds no {missing[0]}, which the model needs; it is incomplete.")
+        raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model = model.to(place)
+    model.requires_grad_(False)
+    if device_map is None:
+        model = model.to(main_device)
     prepare(model, model.dtype)
-    if prefill != "auto":
-        _prefill_by(prefill, model, folder)
+    if prefill == "cusparselt":
+        _use_cusparselt(model, folder)
     return model
 
 
-def _prefill_by(method: str, model: PreTrainedModel, folder: Path) -> None:
-    """Raises InputError where it would change nothing."""
+def _device_of(device_map: str | dict[str, Any] | None) -> str | None:
+    """cpu if a map puts everything there, else None, for which a device is chosen as if there were no map."""
+    if isinstance(device_map, dict):
+        devices = {str(device) for device in device_map.values()}
+        return devices.pop() if devices == {"cpu"} else None
+    return "cpu" if device_map == "cpu" else None
+
+
+def _use_cusparselt(model: PreTrainedModel, folder: Path) -> None:
+    """Raises InputError if no matrix of the model takes it."""
     sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
     for layer in sparse:
-        layer.prefill_by(method)
+        layer.use_cusparselt()
     if not any(layer.copied_bytes() for layer in sparse):
         raise InputError(
-            f"prefill={method!r} is for {PREFILLS[method].TAKES}, and {folder} in "
-            f"{str(model.dtype).removeprefix('torch.')} has none; leave it out."
+            f"prefill='cusparselt' is for {cusparselt.TAKES}, but {folder} in "
+            f"{str(model.dtype).removeprefix('torch.')} has none. Leave prefill out."
         )
 
 
-Opened = tuple[Any, dict[str, StoredMatrix], dict[str, Any]]
-"""The class of a model, its compressed matrices, and from what it is loaded."""
+def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The class of the model of a sparse export or a checkpoint, and the arguments that say where its weights are."""
+    if is_sparse_export(folder):
+        descriptions(read_quantization_config(folder), folder / "config.json")
+    else:
+        load_config(folder)
+    Checkpoint(folder)  # raises InputError for missing files, before transformers raises its own errors
+    return AutoModelForCausalLM, {"pretrained_model_name_or_path": folder, "use_safetensors": True}
 
 
-def _open_export(folder: Path) -> Opened:
-    described = descriptions(read_quantization_config(folder), folder / "config.json")
-    Checkpoint(folder)  # raises what is wrong with its files in our words
-    return AutoModelForCausalLM, described, {"pretrained_model_name_or_path": folder}
-
-
-def _open_artifact(folder: Path) -> Opened:
+def _artifact(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The class of the model of an artifact, its config and its tensors, named as those of a sparse export."""
     source = ArtifactSource(folder)
     rows = [row for row in source.manifest["matrices"] if row["index"] is None]
     quantization = quantization_config(rows)
-    described = descriptions(quantization, folder / MANIFEST)
     compressed = {row["tensor"] for row in rows}
     tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - compressed)))
-    for (name, matrix), row in zip(described.items(), rows, strict=True):
+    matrices = descriptions(quantization, folder / MANIFEST)
+    for (name, matrix), row in zip(matrices.items(), rows, strict=True):
         stored = with_offsets(source.stored(row), matrix, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(folder))
-    skeleton.config.quantization_config = quantization
-    settings = {"pretrained_model_name_or_path": None, "config": skeleton.config, "state_dict": tensors}
-    return type(skeleton), described, settings
+    config = load_config(folder)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class.config_class is not type(config):  # the language model of one that has other parts too
+        config = config.get_text_config()
+    config.quantization_config = quantization
+    return model_class, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
 
 
-def _choose_dtype(asked: str | torch.dtype, device: torch.device, described: dict[str, StoredMatrix]) -> torch.dtype:
+def _choose_dtype(asked: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:
     if isinstance(asked, torch.dtype):
         return asked
     if asked not in DTYPES:
         raise unknown("dtype", asked, DTYPES)
-    if asked != "auto":
-        return getattr(torch, asked)
-    if device.type == "cpu":
-        return torch.float32
-    return next((matrix.dtype for matrix in described.values()), torch.float32)
+    return choose_dtype(asked, open_source(folder), device)

@@ -1,7 +1,7 @@
 """Products with unstructured matrices, and their expansion. Layout and cost: `mspc.kernels.bitmap`.
 
-Every column of a word of the bitmap is a lane: its bit says whether it has a weight, and the bits below how many come
-before it, so that the lanes of a word load neighbouring values.
+Every column of a word of the bitmap is a lane. Its bit tells if it has a weight. The number of set bits below it is the
+index of that weight, so that the lanes of a word load neighbouring values.
 """
 
 import torch
@@ -27,8 +27,10 @@ def count_bits(word, PTX: tl.constexpr):
 @triton.jit
 def kept_weights(kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, present, num_words, num_bases,
                  BITS: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
-    """Weights of the 32 columns of each `word` of each `row`, one dimension more than these have: values of 16 bits, or
-    codes less `zero`, in float32. What is not kept is 0."""
+    """Weights of the 32 columns of each `word` of each `row`, in one more dimension; 0 if not kept.
+
+    They are values of 16 bits, or codes less `zero` in float32.
+    """
     column = tl.arange(0, 32)
     bits = tl.load(words_ptr + row * num_words + word, mask=present, other=0)
     base = tl.load(bases_ptr + row * num_bases + word // 8, mask=present, other=0)
@@ -43,7 +45,7 @@ def kept_weights(kept_ptr, words_ptr, bases_ptr, ranks_ptr, zero, row, word, pre
         bit = number % 8 * BITS
         byte = kept_ptr + number // 8 * BITS + bit // 8
         code = tl.load(byte, mask=kept, other=0).to(tl.int32)
-        if BITS == 3:  # maybe in two bytes
+        if BITS == 3:  # it may lie in two bytes
             code |= tl.load(byte + 1, mask=kept, other=0).to(tl.int32) << 8
         code = (code >> (bit % 8).to(tl.int32)) & (2**BITS - 1)
         return tl.where(kept, code - zero, 0).to(tl.float32)
@@ -80,7 +82,7 @@ def bitmap_matmul(
     PTX: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """16 rows, of which every warp takes one word of S at a time."""
+    """Multiply 16 rows; each warp takes one of S words at a time."""
     DTYPE: tl.constexpr = inputs_ptr.dtype.element_ty
     OPERAND: tl.constexpr = tl.float32 if WIDE else DTYPE
     rows = tl.program_id(0) * 16 + tl.arange(0, 16)
@@ -129,7 +131,7 @@ def bitmap_expand(
     SYMMETRIC: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Four rows of eight words."""
+    """Expand four rows of eight words."""
     rows = (tl.program_id(0) * 4 + tl.arange(0, 4))[:, None]
     row = rows.to(tl.int64)
     word = (tl.program_id(1) * 8 + tl.arange(0, 8))[None, :]
@@ -181,7 +183,9 @@ def matmul(
         S=8,
         WIDE=launch.interpreted(),
         num_warps=8,
-        num_stages=3 if bits == 16 else 1,  # what is loaded ahead goes through shared memory: 8 instructions a position
+        num_stages=3
+        if bits == 16
+        else 1,  # loading ahead goes through shared memory and costs 8 instructions a position
     )
     return y
 
@@ -219,7 +223,7 @@ def _grid(bits: int, num_columns: int, scales: Tensor | None, zeros: Tensor | No
     return {
         "BITS": bits,
         "NUM_GROUPS": num_groups,
-        # One group is of all words, the last of which may be part of one.
+        # A single group has all words; the last word may be shorter than 32 columns.
         "GROUP_WORDS": triton.cdiv(num_columns, 32) if num_groups == 1 else num_columns // num_groups // 32,
         "SYMMETRIC": zeros is None,
         "PTX": launch.has_ptx(),

@@ -20,7 +20,7 @@ from mspc.kernels.gpu.tiling import fragment_options, tiles_of
 
 @triton.jit
 def load_planes(words, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr, BITS: tl.constexpr):
-    """The low and the high plane of a tile, of S blocks from block `first`; where there is but one, it twice."""
+    """The low and the high plane of S blocks of a tile from block `first`; a single plane is returned twice."""
     LOW: tl.constexpr = 2 if BITS < 4 else 4
     low = load_words(words, first, S, NUM_BLOCKS, LOW)
     high = low
@@ -50,7 +50,7 @@ def codes_matmul(
     outputs_ptr,
     num_tokens,
     num_rows,
-    symmetric_zero,  # an argument, because ptxas makes a constant anew wherever it is used
+    symmetric_zero,  # an argument, because ptxas would build a constant again at every use
     BITS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -112,7 +112,7 @@ def codes_expand(
     WORDS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One block of a tile to W (16, 128), eight columns a lane: the places of `codes_matmul`, by the columns."""
+    """Expand one block of a tile to W (16, 128), eight columns a lane, with the order of `codes_matmul` inverted."""
     LOW: tl.constexpr = 2 if BITS < 4 else 4
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None, None]

@@ -1,11 +1,12 @@
-"""Words of eight 4-bit codes to pairs of float16 or bfloat16, without a conversion (as Marlin does, arXiv 2408.11743).
+"""Turns words of eight 4-bit codes into pairs of float16 or bfloat16 without conversions, as Marlin (arXiv 2408.11743).
 
-A code ORed into the mantissa of 1024 (float16) or 128 (bfloat16) is that number plus the code; one subtraction, exact,
-takes the number and the zero point off. float16 has room for a second code four bits up, worth 16 times as much, so a
-word takes 1 shift, 4 `lop3` and 4 additions: 9 / 8 instructions a code; bfloat16 3 shifts, 4 and 4: 11 / 8.
+A code ORed into the mantissa of 1024 (float16) or 128 (bfloat16) is that number plus the code. One exact subtraction
+removes the number and the zero point. float16 has room for a second code four bits higher, which is worth 16 times as
+much. A word therefore takes 1 shift, 4 `lop3` and 4 additions, 9 / 8 instructions a code; bfloat16 takes 3 shifts, 4
+and 4, 11 / 8.
 
-Code c of pair p of a word has the bits 4 p + 16 c. Codes of eight bits are two of four, and one `fma` more a pair. The
-twins compute the same numbers from plain operations.
+Code c of pair p of a word has the bits from 4 p + 16 c. Codes of eight bits are two of four, and take one more `fma` a
+pair. The branches without PTX compute the same numbers with plain operations.
 """
 
 import triton

@@ -1,17 +1,18 @@
-"""Tensor-core operands read from memory without shared memory, for at most a few tokens.
+"""Reads the operands of tensor cores from memory without shared memory, for a few tokens.
 
 A tile is 16 rows of W by a block of 128 columns. A warp multiplies it by its inputs in 8 slabs of 16 columns, one `mma`
-m16n8k16 each, with W as the left operand and the tokens as the 8 columns of the right one. Which column of W goes to
-which k of which slab is free, as long as both operands agree; the choice made here gives every lane whole words of 8
-contiguous columns, so that weights and inputs are loaded by 16 bytes a lane straight into the registers that `mma`
-reads. Lane (row g of 8, quarter t of 4) holds of the rows g and g + 8 the words n = 0..3 of quarter t; slab 2 n + s is
-the half s of word n of every quarter.
+m16n8k16 each. W is the left operand, and the tokens are the 8 columns of the right one. The columns of W may be
+assigned to the k of the slabs in any order that both operands share. The order here gives every lane whole words of 8
+contiguous columns. Weights and inputs are therefore loaded by 16 bytes a lane into the registers that `mma` reads.
 
-Triton keeps the layouts by itself: tensors are loaded flat, where its order of lanes is the natural one, and are only
-reshaped and permuted on the way to `tl.dot`. Nothing depends on that but speed.
+Lane (row g of 8, quarter t of 4) holds the words n = 0..3 of quarter t of the rows g and g + 8. Slab 2 n + s is half s
+of word n of every quarter.
 
-Letters: S blocks of 128 columns that a program takes at once, one a warp; WORDS words of a quarter that lie side by
-side, which is (columns of a quantization group within the block) / 32, so that a slab never mixes groups.
+Triton keeps these layouts: tensors are loaded flat, in its natural order of lanes, and are only reshaped and permuted
+before `tl.dot`. Only speed depends on that.
+
+Letters: S is the number of blocks of 128 columns that a program takes at once, one a warp. WORDS is the number of
+neighbouring words of a quarter, (columns of a quantization group within the block) / 32, so that no slab mixes groups.
 """
 
 import triton
@@ -20,13 +21,13 @@ import triton.language as tl
 
 @triton.jit
 def word_column(n: tl.constexpr, WORDS: tl.constexpr):
-    """The column at which word n of quarter 0 begins; quarter t begins t * 8 * WORDS later."""
+    """First column of word n of quarter 0; quarter t begins t * 8 * WORDS later."""
     return n // WORDS * 32 * WORDS + n % WORDS * 8
 
 
 @triton.jit
 def lane_columns(S: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr):
-    """Columns of what a program reads of word 0 in one step, flat (TOKENS / 8, S, 8 tokens, 4 quarters, 8)."""
+    """Columns of the inputs of word 0 in one step of a program, flat (TOKENS / 8, S, 8 tokens, 4 quarters, 8)."""
     flat = tl.arange(0, S * TOKENS * 32)
     return (flat // 256 % S) * 128 + (flat // 8 % 4) * (8 * WORDS) + flat % 8
 
@@ -40,7 +41,7 @@ def input_pointers(
     TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Of the inputs (T, I) at `lane_columns`. Lanes without a token repeat the last one."""
+    """Pointers to the inputs (T, I) at `lane_columns`. Lanes without a token repeat the last token."""
     flat = tl.arange(0, S * TOKENS * 32)
     token = tl.minimum(flat // (256 * S) * 8 + flat // 32 % 8, num_tokens - 1)
     offsets = token * NUM_COLUMNS + lane_columns(S, TOKENS, WORDS)
@@ -69,7 +70,7 @@ def load_input_slabs(
         x = tl.load(inputs + word_column(n, WORDS), mask=present, other=0)
     if WIDE:
         x = x.to(tl.float32)
-    parts = tl.reshape(x, (TOKENS // 8, S, 8, 4, 2, 2, 2))  # tokens / 8, S, token, quarter, slab, pair, which of it
+    parts = tl.reshape(x, (TOKENS // 8, S, 8, 4, 2, 2, 2))  # tokens / 8, S, token, quarter, slab, pair, half of it
     slab0, slab1 = tl.split(tl.permute(parts, (1, 3, 5, 6, 0, 2, 4)))
     return tl.reshape(slab0, (S, 16, TOKENS)), tl.reshape(slab1, (S, 16, TOKENS))
 
@@ -111,8 +112,10 @@ def lane_words(upper, lower, S: tl.constexpr):
 
 @triton.jit
 def load_words(words, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr, PER_LANE: tl.constexpr):
-    """A tuple of PER_LANE (1, 2, 4) words (S, 8 rows, 4 quarters, 2 halves of the tile) of S blocks from block `first`;
-    in memory (blocks, 2 halves, 8 rows, 4 quarters, PER_LANE). Behind the last block they are 0."""
+    """PER_LANE (1, 2, 4) words, each (S, 8 rows, 4 quarters, 2 halves of the tile), of S blocks from block `first`.
+
+    In memory they are (blocks, 2 halves, 8 rows, 4 quarters, PER_LANE). After the last block they are 0.
+    """
     flat = tl.arange(0, S * 32 * PER_LANE)
     block = first + flat // (32 * PER_LANE)
     offsets = block * (64 * PER_LANE) + flat % (32 * PER_LANE)
@@ -139,7 +142,7 @@ def load_scale(
     GROUP_BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The scales of word n of S blocks, (S, 16 rows, 1), with those of a tile at `scales`; 0 behind the last block."""
+    """The scales of word n of S blocks, (S, 16 rows, 1), of the tile at `scales`; 0 after the last block."""
     block = first + tl.arange(0, S)[:, None]
     group = block // GROUP_BLOCKS * (4 // WORDS) + n // WORDS
     pointers = scales + group * 16 + tl.arange(0, 16)[None, :]
@@ -159,7 +162,7 @@ def load_zero(
     GROUP_BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """The zero points of the two rows of every lane, (S, 8, 4, 2): four bits a row, rows 0-7 and rows 8-15 in an int32.
+    """The zero points of the two rows of every lane, (S, 8, 4, 2). An int32 holds those of 8 rows, four bits each.
 
     They are loaded by 32 bits because a narrower load would make Triton choose another order of k.
     """
@@ -174,7 +177,7 @@ def load_zero(
 
 @triton.jit
 def add_word(sums, pairs, x0, x1, S: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Add the products of a word, its two slabs, to `sums` (S, 16 rows, TOKENS)."""
+    """Add the products of the two slabs of a word to `sums` (S, 16 rows, TOKENS)."""
     sums = tl.dot(weight_slab(pairs[0], pairs[1], S, DTYPE, WIDE), x0, sums, input_precision="ieee")
     return tl.dot(weight_slab(pairs[2], pairs[3], S, DTYPE, WIDE), x1, sums, input_precision="ieee")
 

@@ -1,8 +1,8 @@
 """Products with N:M matrices of 16-bit values, and their expansion. Layout and cost: `mspc.kernels.nm`.
 
-A lane multiplies eight kept weights of a row, one 16-byte load, by inputs that it gathers; slot s of the 32 lanes of a
-row is 32 consecutive kept weights, whose inputs lie in one or two 128-byte lines. All tensors are flat, a lane of every
-row after the other, so that values, places and gathered inputs have one layout.
+A lane loads eight kept weights of a row, 16 bytes, and gathers their inputs. Slot s of the 32 lanes of a row is 32
+consecutive kept weights, whose inputs lie in one or two 128-byte lines. All tensors are flat (rows, lanes), so that
+values, indices and gathered inputs have one layout.
 """
 
 import torch
@@ -26,7 +26,7 @@ def widen(pair, which: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def add_products(sums, inputs, weight, DTYPE: tl.constexpr, TOKENS: tl.constexpr):
-    """`sums` of the tokens and the products of `weight` with the inputs of one column, which the pointers are of."""
+    """Add to `sums`, one for each token, the products of `weight` and the inputs of the column at the pointers."""
     if TOKENS == 1:
         return (sums[0] + weight * widen(tl.load(inputs).to(tl.int32), 0, DTYPE),)
     elif TOKENS == 2:
@@ -52,7 +52,7 @@ def add_tile(
     sums,
     inputs_ptr,
     values,
-    place,
+    index,
     lane,
     start,
     num_lanes,
@@ -74,7 +74,7 @@ def add_tile(
     inputs = inputs_ptr + start // N * (M * WORDS)
     in_groups = (start % N + lane) * INVERSE
     for slot in tl.static_range(8):
-        within = ((place >> (slot * BITS)) & (2**BITS - 1)).to(tl.uint32) * WORDS
+        within = ((index >> (slot * BITS)) & (2**BITS - 1)).to(tl.uint32) * WORDS
         if FULL and 32 % N == 0:
             column = inputs + lane // N * (M * WORDS) + slot * (32 // N * M * WORDS) + within
         else:
@@ -90,7 +90,7 @@ def add_tile(
 def nm_matmul(
     inputs_ptr,
     values_ptr,
-    places_ptr,
+    indices_ptr,
     outputs_ptr,
     num_tokens,
     num_rows,
@@ -101,7 +101,7 @@ def nm_matmul(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """A row a warp, so ROWS are the warps: with more, Triton would give a lane neighbouring places to load."""
+    """Multiply ROWS rows, one a warp: with more rows a warp, Triton would load neighbouring indices in one lane."""
     DTYPE: tl.constexpr = outputs_ptr.dtype.element_ty
     flat = tl.arange(0, ROWS * 32)
     lane = flat % 32
@@ -111,29 +111,29 @@ def nm_matmul(
     row4 = tl.minimum(first_row + flat4 // 128, num_rows - 1).to(tl.int64)
     lanes_of_row = tl.cdiv(num_groups * N, 8)
     values = values_ptr + tl.max_contiguous(tl.multiple_of(row4 * (lanes_of_row * 4) + flat4 % 128, 4), 4)
-    places = places_ptr + row * lanes_of_row + lane
-    # One tile ahead, because a warp that waits for its weights has little else to do; the last row has padding behind.
-    value, place = tl.load(values), tl.load(places)
+    indices = indices_ptr + row * lanes_of_row + lane
+    # Loads are one tile ahead, because a warp has little work while it waits. Padding follows the last row.
+    value, index = tl.load(values), tl.load(indices)
     sums = (tl.zeros([ROWS * 32], tl.float32),) * TOKENS
     num_full = num_groups * N // 256  # tiles without padding
     for tile in tl.range(0, num_full, loop_unroll_factor=2):
         values += 128
-        places += 32
-        next_value, next_place = tl.load(values), tl.load(places)
+        indices += 32
+        next_value, next_index = tl.load(values), tl.load(indices)
         start = tile * 256
         sums = add_tile(
-            sums, inputs_ptr, value, place, lane, start, 32, num_groups, N, M, BITS, DTYPE, TOKENS, FULL=True
+            sums, inputs_ptr, value, index, lane, start, 32, num_groups, N, M, BITS, DTYPE, TOKENS, FULL=True
         )
-        value, place = next_value, next_place
+        value, index = next_value, next_index
     start = num_full * 256
     num_lanes = lanes_of_row - num_full * 32
     if num_lanes > 0:
         # Idle lanes have zero weights, and take the inputs of lane 0.
         value = tl.where(flat4 % 128 < num_lanes * 4, value, 0)
-        place = tl.where(lane < num_lanes, place, 0)
+        index = tl.where(lane < num_lanes, index, 0)
         lane = tl.where(lane < num_lanes, lane, 0)
         sums = add_tile(
-            sums, inputs_ptr, value, place, lane, start, num_lanes, num_groups, N, M, BITS, DTYPE, TOKENS, FULL=False
+            sums, inputs_ptr, value, index, lane, start, num_lanes, num_groups, N, M, BITS, DTYPE, TOKENS, FULL=False
         )
     rows = first_row + tl.arange(0, ROWS)
     for token in tl.static_range(TOKENS):
@@ -145,7 +145,7 @@ def nm_matmul(
 @triton.jit
 def nm_expand(
     values_ptr,
-    places_ptr,
+    indices_ptr,
     weight_ptr,
     num_rows,
     num_columns,
@@ -155,7 +155,7 @@ def nm_expand(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Kept weights to their columns; what lies between them must be zero already."""
+    """Store kept weights at their columns of a weight of zeros."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     flat = tl.arange(0, ROWS * 32)
     row = tl.program_id(0) * ROWS + flat // 32
@@ -165,35 +165,35 @@ def nm_expand(
     first = tile * 256 + lane * 8
     present = (row < num_rows) & (lane < num_lanes)
     from_row = row.to(tl.int64) * num_kept
-    place = tl.load(places_ptr + (from_row + first) // 8, mask=present, other=0)
+    index = tl.load(indices_ptr + (from_row + first) // 8, mask=present, other=0)
     for slot in tl.static_range(8):
         number = tile * 256 + slot * num_lanes + lane
-        within = (place >> (slot * BITS)).to(tl.int32) & (2**BITS - 1)
+        within = (index >> (slot * BITS)).to(tl.int32) & (2**BITS - 1)
         column = number // N * M + within
         value = tl.load(values_ptr + from_row + first + slot, mask=present, other=0)
         to = weight_ptr + row.to(tl.int64) * num_columns + column
         tl.store(to, value.to(DTYPE), mask=present & (number < num_columns // M * N))
 
 
-PLACES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bits of a place: the integer that holds eight."""
+INDICES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bits of an index: the integer that holds eight indices."""
 COLUMN = {1: torch.int16, 2: torch.int32, 4: torch.int64, 8: torch.int64}
-"""By tokens: the integers that hold the inputs of one column."""
+"""By tokens: the integer that holds the inputs of one column, or half of them."""
 
 
-def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
+def matmul(x: Tensor, values: Tensor, indices: Tensor, num_rows: int, keep: int, of: int) -> Tensor:
     """x (T, I) -> (T, O); the other arguments as `mspc.kernels.nm` has them."""
     num_tokens = len(x)
     tokens = 1 << (num_tokens - 1).bit_length()
-    # One copy, or none of a single token: padding copies even where there is nothing to pad.
+    # This copies once, and not at all for one token. `pad` would copy even if there is nothing to pad.
     by_column = x.T if tokens == num_tokens else torch.nn.functional.pad(x.T, (0, tokens - num_tokens))
     y = torch.empty(num_tokens, num_rows, dtype=x.dtype, device=x.device)
-    bits, _ = sizes(values, places, num_rows)
+    bits, _ = sizes(values, indices, num_rows)
     rows = 4 if num_rows < 2**14 else 8
     nm_matmul[(triton.cdiv(num_rows, rows),)](
         by_column.contiguous().view(COLUMN[tokens]),
         values.view(torch.int32),
-        places.view(PLACES[bits]),
+        indices.view(INDICES[bits]),
         y,
         num_tokens,
         num_rows,
@@ -210,13 +210,13 @@ def matmul(x: Tensor, values: Tensor, places: Tensor, num_rows: int, keep: int, 
     return y
 
 
-def expand(values: Tensor, places: Tensor, keep: int, of: int, out: Tensor) -> None:
+def expand(values: Tensor, indices: Tensor, keep: int, of: int, out: Tensor) -> None:
     num_rows, num_columns = out.shape
-    bits, num_kept = sizes(values, places, num_rows)
+    bits, num_kept = sizes(values, indices, num_rows)
     out.zero_()
     nm_expand[(triton.cdiv(num_rows, 4), triton.cdiv(num_kept, 256))](
         values,
-        places.view(PLACES[bits]),
+        indices.view(INDICES[bits]),
         out,
         num_rows,
         num_columns,
@@ -229,6 +229,6 @@ def expand(values: Tensor, places: Tensor, keep: int, of: int, out: Tensor) -> N
     )
 
 
-def sizes(values: Tensor, places: Tensor, num_rows: int) -> tuple[int, int]:
-    """Bits of a place, and kept weights of a row with their padding."""
-    return 8 * places.numel() // values.numel(), (values.numel() - 256) // num_rows
+def sizes(values: Tensor, indices: Tensor, num_rows: int) -> tuple[int, int]:
+    """Bits of an index, and kept weights of a row with their padding."""
+    return 8 * indices.numel() // values.numel(), (values.numel() - 256) // num_rows

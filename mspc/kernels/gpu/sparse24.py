@@ -1,10 +1,10 @@
 """Products with 2:4 matrices of 16-bit values or int4 codes, and their expansion. Layout: `mspc.kernels.sparse24`.
 
-The kept pair of a group of four columns is in one register. Its two 2-bit places say where its halves go: `prmt` turns
-the places of two groups at once into selectors of bytes (a table look-up), and with a selector it copies the halves of
-the pair, or zeros, to two columns.
+The kept pair of a group of four columns is in one register, and its two 2-bit indices tell where its halves go. A first
+`prmt` looks the indices of two groups up in a table, whose entries are selectors of bytes. With a selector, a second
+`prmt` copies the halves of the pair, or zeros, to two columns.
 
-Place a is of columns 0 and 2, place b of columns 1 and 3; (first, second) are the halves of the pair:
+Index a is of columns 0 and 2, index b of columns 1 and 3; (first, second) are the halves of the pair:
 
     a   column 0   column 2      b   column 1   column 3
     0   first      -             0   second     -
@@ -32,7 +32,7 @@ from mspc.kernels.gpu.fragments import (
 from mspc.kernels.gpu.tiling import fragment_options, tiles_of
 
 SYMMETRIC_ZERO = 8
-# Selectors of the bytes of a half, by place: 10 first, 32 second, 44 the zeros of the other operand.
+# Selectors of the bytes of a half, by index: 10 first, 32 second, 44 the zeros of the other operand.
 COLUMN0_OF_A, COLUMN1_OF_B = 0x44104410, 0x10444432
 COLUMN2_OF_A, COLUMN3_OF_B = 0x44321044, 0x32443244
 
@@ -57,14 +57,16 @@ def place_pair(pair, selector0, selector1):
 
 
 @triton.jit
-def two_groups(pair0, pair1, places, selectors, PTX: tl.constexpr):
-    """Two groups to columns (0, 1) and (2, 3) of each; their places are in the low 16 bits: a, b, a, b, four bits each
-    of which two are used, with 4 added to b. `selectors` are the four of this module."""
+def two_groups(pair0, pair1, indices, selectors, PTX: tl.constexpr):
+    """Columns (0, 1) and (2, 3) of two groups. `selectors` are the four of this module.
+
+    The low 16 bits of `indices` are a, b, a, b, four bits each. a is below 4, and 4 is added to b.
+    """
     if PTX:
         selector0, selector1 = tl.inline_asm_elementwise(
             SELECT,
             "=&r,=r,r,r,r,r,r",
-            [places, selectors[0], selectors[1], selectors[2], selectors[3]],
+            [indices, selectors[0], selectors[1], selectors[2], selectors[3]],
             dtype=(tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -73,14 +75,14 @@ def two_groups(pair0, pair1, places, selectors, PTX: tl.constexpr):
         second = place_pair(pair1, selector0 >> 16, selector1 >> 16)
         return first[0], first[1], second[0], second[1]
     else:
-        first01, first23 = place_plainly(pair0, places)
-        second01, second23 = place_plainly(pair1, places >> 8)
+        first01, first23 = place_plainly(pair0, indices)
+        second01, second23 = place_plainly(pair1, indices >> 8)
         return first01, first23, second01, second23
 
 
 @triton.jit
-def place_plainly(pair, places):
-    a, b = places & 3, (places >> 4) & 3
+def place_plainly(pair, indices):
+    a, b = indices & 3, (indices >> 4) & 3
     first, second = pair & 0xFFFF, (pair >> 16) & 0xFFFF
     column0 = tl.where((a == 0) | (a == 2), first, 0)
     column1 = tl.where(b == 0, second, tl.where(b == 3, first, 0))
@@ -103,23 +105,23 @@ def load_pairs(pairs, first, S: tl.constexpr, NUM_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def word_places(places, n: tl.constexpr):
-    """Of the two groups of word n: two of the four bits of each are of words 0 and 1, two of words 2 and 3."""
-    return (((places >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
+def word_indices(indices, n: tl.constexpr):
+    """Indices of the two groups of word n. Words 0 and 1 have the low two bits of each four, words 2 and 3 the rest."""
+    return (((indices >> (n // 2 * 2)) & 0x33333333) | 0x40404040) >> (n % 2 * 16)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def sparse24_matmul(
     inputs_ptr,
     kept_ptr,
-    places_ptr,
+    indices_ptr,
     scales_ptr,
     zeros_ptr,
     outputs_ptr,
     num_tokens,
     num_rows,
     symmetric_zero,
-    # Arguments too, because ptxas makes a constant anew wherever it is used.
+    # These are arguments, because ptxas would build a constant again at every use.
     column0,
     column1,
     column2,
@@ -139,12 +141,12 @@ def sparse24_matmul(
     NUM_BLOCKS: tl.constexpr = (NUM_COLUMNS + 127) // 128
     tile = tl.program_id(0)
     kept = kept_ptr + tile.to(tl.int64) * NUM_BLOCKS * (128 if CODES else 512)
-    places = places_ptr + tile.to(tl.int64) * NUM_BLOCKS * 64
+    indices = indices_ptr + tile.to(tl.int64) * NUM_BLOCKS * 64
     selectors = column0, column1, column2, column3
     inputs = input_pointers(inputs_ptr, num_tokens, NUM_COLUMNS, S, TOKENS, WORDS)
     sums = tl.zeros([S, 16, TOKENS], tl.float32)
     for first in tl.range(0, NUM_BLOCKS, S, loop_unroll_factor=2):
-        all_places = load_words(places, first, S, NUM_BLOCKS, 1)[0]
+        all_indices = load_words(indices, first, S, NUM_BLOCKS, 1)[0]
         halves = load_words(kept, first, S, NUM_BLOCKS, 2) if CODES else load_pairs(kept, first, S, NUM_BLOCKS)
         partial = sums
         for n in tl.static_range(4):
@@ -158,7 +160,7 @@ def sparse24_matmul(
                 pairs = halves[n // 2]
             if CODES and (n % 2 == 0 or n % WORDS == 0):  # again if words 2 i and 2 i + 1 differ in zero points
                 pairs = dequantize(halves[n // 2], zero, DTYPE, PTX)
-            word = two_groups(pairs[n % 2 * 2], pairs[n % 2 * 2 + 1], word_places(all_places, n), selectors, PTX)
+            word = two_groups(pairs[n % 2 * 2], pairs[n % 2 * 2 + 1], word_indices(all_indices, n), selectors, PTX)
             x0, x1 = load_input_slabs(inputs, first, n, NUM_COLUMNS, S, TOKENS, WORDS, WIDE)
             partial = add_word(partial, word, x0, x1, S, DTYPE, WIDE)
             if CODES and n % WORDS == WORDS - 1:
@@ -172,7 +174,7 @@ def sparse24_matmul(
 @triton.jit
 def sparse24_expand(
     kept_ptr,
-    places_ptr,
+    indices_ptr,
     scales_ptr,
     zeros_ptr,
     weight_ptr,
@@ -185,7 +187,7 @@ def sparse24_expand(
     CODES: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """One block of a tile to W (16, 128), eight columns a lane: the places of `sparse24_matmul`, by the columns."""
+    """Expand one block of a tile to W (16, 128), eight columns a lane, with the order of `sparse24_matmul` inverted."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     tile, block = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, 16)[:, None, None]
@@ -196,13 +198,13 @@ def sparse24_expand(
     pair = word % 2 * 2 + column // 4  # of the four of half a quarter
     of_tile = tile.to(tl.int64) * NUM_BLOCKS + block
 
-    places = tl.load(places_ptr + of_tile * 64 + row // 8 * 32 + row % 8 * 4 + quarter)
-    place = (places >> (8 * pair + column % 2 * 4 + word // 2 * 2)) & 3
-    # Which of the pair a column holds by its place, two bits each: 0 none, 1 the first, 2 the second.
+    indices = tl.load(indices_ptr + of_tile * 64 + row // 8 * 32 + row % 8 * 4 + quarter)
+    index = (indices >> (8 * pair + column % 2 * 4 + word // 2 * 2)) & 3
+    # Two bits for each value of the index: the column holds 0 none, 1 the first, 2 the second of the pair.
     holds_even = tl.where(column % 4 == 0, 0b00_01_00_01, 0b00_10_01_00)
     holds_odd = tl.where(column % 4 == 1, 0b01_00_00_10, 0b10_00_10_00)
     holds = tl.where(column % 2 == 0, holds_even, holds_odd)
-    which = (holds >> (2 * place)) & 3
+    which = (holds >> (2 * index)) & 3
     second = (which == 2).to(tl.int32)
     if CODES:
         codes = tl.load(kept_ptr + of_tile * 128 + row // 8 * 64 + row % 8 * 8 + quarter * 2 + word // 2)
@@ -227,7 +229,7 @@ def sparse24_expand(
 def matmul(
     x: Tensor,
     kept: Tensor,
-    places: Tensor,
+    indices: Tensor,
     scales: Tensor | None,
     zeros: Tensor | None,
     num_rows: int,
@@ -239,7 +241,7 @@ def matmul(
     sparse24_matmul[(len(kept),)](
         x.contiguous(),
         kept,
-        places,
+        indices,
         kept if scales is None else scales,
         kept if zeros is None else zeros,
         y,
@@ -261,12 +263,12 @@ def matmul(
 
 
 def expand(
-    kept: Tensor, places: Tensor, scales: Tensor | None, zeros: Tensor | None, group_size: int, out: Tensor
+    kept: Tensor, indices: Tensor, scales: Tensor | None, zeros: Tensor | None, group_size: int, out: Tensor
 ) -> None:
     num_tiles, num_blocks = kept.shape[:2]
     sparse24_expand[(num_tiles, num_blocks)](
         kept,
-        places,
+        indices,
         kept if scales is None else scales,
         kept if zeros is None else zeros,
         out,
