@@ -20,7 +20,7 @@ from mspc.bench.models import SHAPES, TINYGEMM, compute_dtype, random_bytes, ran
 from mspc.bench.request import Candidate, Plan
 from mspc.bench.run import choose_pieces, measure
 from mspc.bench.timing import Ceilings, captured, device_seconds, measure_ceilings, spread
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.kernels import KERNELS, fp8
 from mspc.kernels import cusparselt as cslt
 from mspc.kernels.launch import on_gpu
@@ -137,7 +137,7 @@ def _errors_of(slot: Slot, what: Result, kernel: Any, matrix: Any) -> Result:
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
     arranged = {part: tensor.to(slot.device) for part, tensor in kernel.arrange(stored, matrix).items()}
     exact = matrix if matrix.grid is None else replace(matrix, dtype=torch.float32)  # codes times scales, not rounded
-    weight = canonical.decode(stored, exact, "m").weight
+    weight = layout.decode(stored, exact, "m").weight
     expanded = torch.empty(matrix.shape, dtype=torch.bfloat16, device=slot.device)
     kernel.expand(arranged, matrix, expanded)
     rows = []
@@ -176,7 +176,7 @@ def fp8_products(slot: Slot) -> Iterator[Unit]:
 def _fp8_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Result:
     matrix = describe(size, parse_format("2:4"), layer)
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
-    weight = canonical.decode(stored, matrix, layer).weight.to(slot.device)
+    weight = layout.decode(stored, matrix, layer).weight.to(slot.device)
     rows = []
     for tokens in (64,) if slot.is_dry else (64, 256, 1024, 2048, 4096):
         x = torch.randn(tokens, size[1], device=slot.device).to(torch.bfloat16)
@@ -300,7 +300,7 @@ def cusparselt(slot: Slot) -> Iterator[Unit]:
 def _cusparselt_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Iterator[Result]:
     matrix = describe(size, parse_format("2:4"), layer)
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
-    dense = canonical.decode(stored, matrix, layer).weight.to(slot.device)
+    dense = layout.decode(stored, matrix, layer).weight.to(slot.device)
     packed = torch._cslt_compress(dense)
     for tokens in (64, 256, 1024, 2048, 4096):
         x = torch.randn(tokens, size[1], device=slot.device).to(slot.dtype)

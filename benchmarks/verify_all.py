@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import exporters
 import mspc
+from exporters import formats, verification
 from mspc.errors import InputError, VerificationError
 from mspc.progress import Silent
 
@@ -47,7 +47,7 @@ ARTIFACTS = {
     "50%+int2 g32": {"sparsity": 0.5, "bits": 2, "group_size": 32},
 }
 
-EXPORTS: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in exporters.FORMATS} | {
+EXPORTS: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in formats.FORMATS} | {
     "onnx matmulnbits": ("onnx", {"weights": "matmulnbits"}),
     "onnx qdq": ("onnx", {"weights": "qdq"}),
 }
@@ -101,11 +101,11 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
             "gb_per_second": weights / seconds / 1e9,
         }
         try:
-            report = exporters.verify(out, artifact.path, Silent())
+            report = verification.verify(out, artifact.path, Silent())
             row |= {
                 "weights": report["weights"],
                 "runtimes": report["runtimes"],
-                "failures": exporters.failures(report),
+                "failures": verification.failures(report),
             }
             if model == "bundled":
                 row["texts"] = texts_of(report["runtimes"])

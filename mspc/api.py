@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import exporters
-import exporters.formats
+from exporters.exporting import check, export
+from exporters.formats import load
 from mspc.errors import InputError
 from mspc.pipeline.run import Run
 from mspc.progress import ConsoleReporter, Reporter
 from mspc.recipe import Recipe
-from mspc.storage.artifact import read_manifest
+from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held
+from mspc.types import PlannedMatrix
 
 EXPORTS = "exports"
 
@@ -38,8 +39,8 @@ class Artifact:
         reporter: Reporter | None = None,
         **options: Any,
     ) -> Path:
-        """Write the artifact in a format that a runtime loads, and verify it; see `exporters.FORMATS`."""
-        return exporters.export(
+        """Write the artifact in a format that a runtime loads, and verify it; see `exporters.formats.FORMATS`."""
+        return export(
             self.path, format_name, Path(out), overwrite=overwrite, verified=verified, options=options,
             reporter=reporter or ConsoleReporter(),
         )  # fmt: skip
@@ -65,11 +66,11 @@ def compress(
     """
     reporter = reporter or ConsoleReporter()
     for name in exports:
-        exporters.formats.load(name)  # a mistake is told before any work
+        load(name)  # a mistake is told before any work
 
-    def check_exports(rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
+    def check_exports(plan: list[PlannedMatrix], config: dict[str, Any]) -> None:
         for name in exports:
-            exporters.check(name, rows, config)
+            check(name, plan, config)
 
     run = Run(str(model), recipe or Recipe(), Path(out), resume, overwrite, check_exports, reporter)
     try:

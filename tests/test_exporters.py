@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from test_resume import killed_at
 
-import exporters
 import mspc
+from exporters import exporting, verification
 from exporters import folder as folder_module
-from exporters.record import NAME as RECORD
 from mspc.errors import InputError, StorageError
 from mspc.progress import Silent
-from mspc.storage.artifact import MANIFEST, REPORT
+from mspc.storage.artifact import REPORT
+from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST
 from mspc.storage.output_folder import held, sibling
 
 
@@ -32,7 +32,7 @@ def artifact(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPath
 
 
 def export(artifact: Path, out: Path, *, overwrite: bool = False, verified: bool = False) -> Path:
-    return exporters.export(artifact, "dense", out, overwrite=overwrite, verified=verified)
+    return exporting.export(artifact, "dense", out, overwrite=overwrite, verified=verified)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -54,11 +54,11 @@ def test_killed_at_every_flush_the_older_is_whole_and_the_next_works(artifact, t
         kills += 1
         found = content(out)
         assert found == older or found["tokenizer_config.json"] == b"{}", f"killed at flush {kills}"
-        assert RECORD in found
+        assert EXPORT_MANIFEST in found
     assert kills > 5
     found = content(out)
-    assert {name: found[name] for name in newer if name != RECORD} == {
-        name: newer[name] for name in newer if name != RECORD
+    assert {name: found[name] for name in newer if name != EXPORT_MANIFEST} == {
+        name: newer[name] for name in newer if name != EXPORT_MANIFEST
     }
     assert not sibling(out, "new").exists()
 
@@ -109,10 +109,10 @@ def test_a_damaged_artifact_is_refused(artifact, tmp_path):
     whole = bytearray(file.read_bytes())
     whole[-1] ^= 1
     file.write_bytes(whole)
-    with pytest.raises(InputError, match=r"00001\.safetensors is damaged: its bytes are not those that mspc wrote"):
+    with pytest.raises(InputError, match=r"00001\.safetensors is damaged: mspc wrote other bytes"):
         export(source, tmp_path / "out")
     file.unlink()
-    with pytest.raises(InputError, match=r"00001\.safetensors is missing of those that mspc wrote"):
+    with pytest.raises(InputError, match=r"00001\.safetensors is missing, and mspc wrote it"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -125,7 +125,7 @@ def test_an_artifact_that_cannot_be_read_is_refused(artifact, tmp_path):
         export(source, tmp_path / "out")
     del manifest["matrices"][0]["pruned"]
     (source / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"the row of model\.layers\.0\.self_attn\.q_proj lacks pruned"):
+    with pytest.raises(InputError, match=r"the entry of model\.layers\.0\.self_attn\.q_proj lacks pruned"):
         export(source, tmp_path / "out")
 
 
@@ -139,16 +139,17 @@ def test_a_tokenizer_that_is_gone_is_named(artifact, tmp_path):
 
 def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
     with pytest.raises(InputError, match="Unknown format 'dens': did you mean 'dense'"):
-        exporters.export(artifact, "dens", tmp_path / "out")
+        exporting.export(artifact, "dens", tmp_path / "out")
     with pytest.raises(InputError, match="dense has no option --weights"):
-        exporters.export(artifact, "dense", tmp_path / "out", options={"weights": "int4"})
+        exporting.export(artifact, "dense", tmp_path / "out", options={"weights": "int4"})
 
 
 def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
     """What an export says of itself does not travel on: an export would replace the artifact as an older one."""
     dense = export(artifact, tmp_path / "dense", verified=True)
     again = mspc.compress(dense, recipe, out=tmp_path / "again", reporter=Silent()).path
-    assert {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()} >= {RECORD, REPORT}
+    left_behind = {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()}
+    assert left_behind >= {EXPORT_MANIFEST, REPORT}
     before = content(again)
     with pytest.raises(InputError, match="is not empty and was not exported by mspc"):
         export(artifact, again, overwrite=True)
@@ -160,11 +161,12 @@ def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
         mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptk"], reporter=Silent())
     assert not (tmp_path / "out").exists()
     artifact = mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], reporter=Silent())
-    first = content(artifact.path / "exports" / "dense")
-    assert exporters.failures(exporters.verify(artifact.path / "exports" / "dense", artifact.path, Silent())) == []
+    out = artifact.path / "exports" / "dense"
+    first = content(out)
+    assert verification.failures(verification.verify(out, artifact.path, Silent())) == []
     shutil.rmtree(artifact.path / "exports")
     mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], resume=True, reporter=Silent())
-    again = content(artifact.path / "exports" / "dense")
+    again = content(out)
     assert {name: again[name] for name in first if name != "verification.npz"} == {
         name: first[name] for name in first if name != "verification.npz"
     }

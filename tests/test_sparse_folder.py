@@ -49,11 +49,11 @@ def exported(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 def test_every_matrix_comes_back_bit_for_bit(number, exported):
     artifact, folder = exported[number]
     source = ArtifactSource(artifact.path)
-    rows = {row["tensor"].removesuffix(".weight"): row for row in artifact.manifest["matrices"]}
+    entries = {key.removesuffix(".weight"): entry for key, entry in source.whole.items()}
     back = {name: matrix for name, _, matrix in read_sparse(folder)}
-    assert back.keys() == rows.keys()
+    assert back.keys() == entries.keys()
     for name, matrix in back.items():
-        expected = source.matrix(rows[name])
+        expected = source.matrix(entries[name])
         assert matrix.weight.dtype == torch.bfloat16
         assert torch.equal(matrix.weight.view(torch.int16), expected.weight.view(torch.int16))
         assert torch.equal(matrix.mask, expected.mask)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +9,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.numerics.masking import num_pruned
 from mspc.numerics.quant import groups_of
-from mspc.recipe import ROW
-from mspc.types import NM, Grid, Pattern, Target, Unstructured, parse_nm
+from mspc.types import NM, Grid, Pattern, Target
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
 """dtype and shape."""
@@ -112,35 +110,3 @@ def check_types(found: Mapping[str, TensorType], matrix: StoredMatrix, name: str
             raise InputError(
                 f"{name}: its {part} are {dtype} {shape}, and its shape and target need {needed_dtype} {needed_shape}."
             )
-
-
-def target_to_dict(target: Target) -> dict[str, Any]:
-    grid = target.grid
-    values: dict[str, Any] = {"pattern": str(target.pattern), "sparsity": target.pattern.sparsity}
-    if grid is None:
-        return values | {"bits": 16}
-    return values | {"bits": grid.bits, "group_size": grid.group_size or ROW, "symmetric": grid.symmetric}
-
-
-def target_from_dict(row: dict[str, Any]) -> Target:
-    pattern: Pattern
-    if type(row.get("sparsity", 0)) not in (int, float):
-        raise InputError(f"sparsity must be a number, not {row['sparsity']!r}")
-    if row.get("pattern", "unstructured") == "unstructured":
-        if "sparsity" not in row:
-            raise InputError("its sparsity is missing")
-        pattern = Unstructured(row["sparsity"])
-    else:
-        pattern = parse_nm(str(row["pattern"]))
-        if abs(row.get("sparsity", pattern.sparsity) - pattern.sparsity) > 5e-5:
-            raise InputError(f"pattern {pattern} fixes the sparsity at {pattern.sparsity:g}, not {row['sparsity']:g}")
-    bits = row.get("bits", 16)
-    if bits not in (16, 8, 4, 3, 2):
-        raise InputError(f"bits must be 16, 8, 4, 3 or 2, not {bits}")
-    size, symmetric = row.get("group_size", ROW), row.get("symmetric", True)
-    if size != ROW and (type(size) is not int or size < 1):
-        raise InputError(f"group_size must be a whole number from 1 or {ROW!r}, not {size!r}")
-    if type(symmetric) is not bool:
-        raise InputError(f"symmetric must be true or false, not {symmetric!r}")
-    grid = Grid(int(bits), None if size == ROW else size, symmetric)
-    return Target(pattern, None if bits == 16 else grid)

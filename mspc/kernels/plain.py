@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
 
 
 def weight(stored: dict[str, Tensor], description: StoredMatrix) -> Tensor:
     """The dense weight (O, I) on the CPU, without rounding: float32 where there are codes."""
     dtype = description.dtype if description.target.grid is None else torch.float32
-    return canonical.unpack(stored, description.shape, description.target, dtype).weight
+    return layout.unpack(stored, description.shape, description.target, dtype).weight
 
 
 def matmul(x: Tensor, stored: dict[str, Tensor], description: StoredMatrix) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError, unknown
-from mspc.formats.description import target_to_dict
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, load_tokenizer, resolve
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
@@ -33,10 +32,11 @@ from mspc.recipe import AUTO, CURVES, SEARCH, Recipe
 from mspc.solvers import SOLVERS
 from mspc.solvers.obs import check_pattern
 from mspc.solvers.options import solver_options
-from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
+from mspc.storage.artifact import REPORT, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
+from mspc.storage.manifest import EXPORT_MANIFEST, FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
 from mspc.storage.output_folder import check_space, publish, working_folder
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.tokens import Tokens, calibration_tokens
@@ -49,7 +49,7 @@ RECIPE = "recipe.toml"
 HELD_OUT = 8
 """One sequence to try plans on for so many calibration sequences."""
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
-NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # beside it, where it is an export
+NOT_OF_THE_MODEL = (PLAN, EXPORT_MANIFEST, REPORT)  # beside it, where it is an export
 
 
 @dataclass
@@ -61,8 +61,8 @@ class Run:
     out: Path
     resume: bool
     overwrite: bool
-    check_exports: Callable[[list[dict[str, Any]], dict[str, Any]], None]
-    """Raises InputError for rows of a plan, and a config.json, that an export which was asked for cannot hold."""
+    check_exports: Callable[[list[PlannedMatrix], dict[str, Any]], None]
+    """Raises InputError for a plan, and a config.json, that an export which was asked for cannot hold."""
     reporter: Reporter
 
     def __post_init__(self) -> None:
@@ -217,8 +217,7 @@ class Run:
             if self.recipe.solver == "obs" or (self.recipe.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.recipe), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]
-        self.check_exports(rows, config)
+        self.check_exports(plan, config)
         return plan
 
     def copy_rest(

@@ -9,15 +9,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import mspc.runtime.hf_quantizer  # noqa: F401  makes transformers know the format
 from mspc.errors import InputError, unknown
-from mspc.formats.canonical import with_offsets
 from mspc.formats.description import StoredMatrix
+from mspc.formats.layout import with_offsets
 from mspc.kernels import cusparselt, fp8
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
 from mspc.recipe import DTYPES
 from mspc.runtime.linear import SparseLinear, prepare
-from mspc.storage.artifact import MANIFEST, ArtifactSource, is_artifact
+from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint
-from mspc.storage.sparse_export import descriptions, quantization_config, read_quantization_config
+from mspc.storage.manifest import is_artifact
+from mspc.storage.sparse_export import base_of, descriptions, quantization_config, read_quantization_config
 
 PREFILLS = {"cusparselt": cusparselt, "fp8": fp8}
 """What can be asked for."""
@@ -89,13 +90,11 @@ def _open_export(folder: Path) -> Opened:
 
 def _open_artifact(folder: Path) -> Opened:
     source = ArtifactSource(folder)
-    rows = [row for row in source.manifest["matrices"] if row["index"] is None]
-    quantization = quantization_config(rows)
-    described = descriptions(quantization, folder / MANIFEST)
-    compressed = {row["tensor"] for row in rows}
-    tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - compressed)))
-    for (name, matrix), row in zip(described.items(), rows, strict=True):
-        stored = with_offsets(source.stored(row), matrix, name)
+    quantization = quantization_config(source.whole.values())
+    described = {base_of(key): entry.stored for key, entry in source.whole.items()}
+    tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - source.whole.keys())))
+    for (name, matrix), entry in zip(described.items(), source.whole.values(), strict=True):
+        stored = with_offsets(source.stored(entry), matrix, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(load_config(folder))

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mspc.errors import InputError, StorageError
-from mspc.storage.artifact import MANIFEST, is_artifact
 from mspc.storage.files import sync_folder
+from mspc.storage.manifest import MANIFEST, is_artifact
 
 
 def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:

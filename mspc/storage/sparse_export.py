@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.formats import canonical
-from mspc.formats.description import StoredMatrix, check_types, target_from_dict, types_of
+from mspc.formats import layout
+from mspc.formats.description import StoredMatrix, check_types, types_of
+from mspc.formats.targets import target_from_dict
 from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
 QUANT_METHOD = "mspc"
@@ -29,9 +31,10 @@ def base_of(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def quantization_config(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the matrices that these rows of a manifest describe."""
-    matrices = {base_of(row["tensor"]): {key: row[key] for key in KEYS if key in row} for row in rows}
+def quantization_config(entries: Iterable[MatrixEntry]) -> dict[str, Any]:
+    """The `quantization_config` in config.json that describes these matrices."""
+    rows = {base_of(entry.source_key): entry.to_row() for entry in entries}
+    matrices = {name: {key: row[key] for key in KEYS if key in row} for name, row in rows.items()}
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "matrices": matrices}
 
 
@@ -42,7 +45,7 @@ def read_sparse(folder: Path) -> Iterator[tuple[str, dict[str, Any], CompressedL
     checkpoint = Checkpoint(folder)
     for name, matrix in described.items():
         stored = _read_stored(checkpoint, name, matrix)
-        yield name, config["matrices"][name], canonical.decode(stored, matrix, name)
+        yield name, config["matrices"][name], layout.decode(stored, matrix, name)
 
 
 def is_sparse_export(folder: Path) -> bool:
@@ -78,7 +81,7 @@ class SparseSource:
                 yield from self._checkpoint.read([key])
                 continue
             name, matrix = self._matrices[key]
-            weight = canonical.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
+            weight = layout.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
             yield key, weight.T.contiguous() if matrix.transposed else weight
 
 
