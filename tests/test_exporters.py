@@ -7,16 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
 from test_resume import killed_at
 
 import mspc
 from exporters import exporting, verification
 from exporters import folder as folder_module
+from exporters.formats import FORMATS
 from mspc.errors import InputError, StorageError
+from mspc.formats import layout
 from mspc.progress import Silent
 from mspc.storage.artifact import REPORT
-from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST
+from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST, MatrixEntry
 from mspc.storage.output_folder import held, sibling
+from mspc.types import CompressedLinear, Matrix, Target, Unstructured
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +176,53 @@ def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
     assert {name: again[name] for name in first if name != "verification.npz"} == {
         name: first[name] for name in first if name != "verification.npz"
     }
+
+
+@pytest.fixture(scope="module")
+def sliced(folder_of, recipe, tmp_path_factory) -> tuple[Path, dict[int, torch.Tensor]]:
+    """An artifact with two slices of one 3-D parameter, added by hand; and their weights (O, I) by index."""
+    out, name = tmp_path_factory.mktemp("sliced") / "artifact", "model.layers.0.mlp.experts.down_proj"
+    asked = mspc.Recipe(**recipe.to_dict() | {"group_size": 16, "skip": ["experts"]})
+    mspc.compress(folder_of("gpt_oss"), asked, out=out, reporter=Silent())
+    manifest = json.loads((out / MANIFEST).read_text())
+    fused, weights = tiny.tensors(folder_of("gpt_oss"))[name], {}
+    for index in (1, 3):
+        address = Matrix(name, (fused.shape[2], fused.shape[1]), index, transposed=True)
+        weight = address.read(fused).clone()
+        mask = (torch.arange(weight.numel()) % 2 == index // 2).view(weight.shape)
+        weights[index] = weight * mask
+        target = Target(Unstructured(0.5))
+        parts = layout.pack(CompressedLinear(weights[index], mask, target), weight.dtype)
+        file = f"matrices/slice{index}.safetensors"
+        save_file({f"{address.name}.{part}": tensor for part, tensor in parts.items()}, out / file)
+        digest = layout.digest(CompressedLinear(weights[index], mask, target))
+        entry = MatrixEntry(
+            address, name, target, weight.dtype, tuple(parts), 0, digest, mask.numel() // 2, mask.numel() // 2, None,
+            0.0, 0.0, 0.0, "float32", 1, file,
+        )  # fmt: skip
+        manifest["matrices"].append(entry.to_row())
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return out, weights
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_slices_of_one_tensor_are_all_written_or_refused(format_name, sliced, folder_of, tmp_path):
+    artifact, weights = sliced
+    if not FORMATS[format_name].holds_slices:
+        with pytest.raises(InputError, match=rf"experts\.down_proj\[1\]: {format_name} cannot hold one slice"):
+            exporting.export(artifact, format_name, tmp_path / "out")
+        return
+    out = exporting.export(artifact, format_name, tmp_path / "out")  # read back, and run in transformers
+    name = "model.layers.0.mlp.experts.down_proj"
+    before, after = tiny.tensors(folder_of("gpt_oss"))[name], tiny.tensors(out)[name]
+    for index in range(len(before)):
+        assert torch.equal(after[index].T, weights.get(index, before[index].T))
+
+
+def test_an_entry_that_comes_twice_is_refused(artifact, tmp_path):
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    manifest = json.loads((source / MANIFEST).read_text())
+    manifest["matrices"].append(manifest["matrices"][3])
+    (source / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="has more than one entry for model.layers.0.self_attn.o_proj"):
+        export(source, tmp_path / "out")
