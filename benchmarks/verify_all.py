@@ -26,6 +26,7 @@ import mspc
 from exporters import formats, verification
 from mspc.errors import InputError, VerificationError
 from mspc.progress import Silent
+from mspc.storage.artifact import ArtifactSource
 
 BUNDLED = Path(__file__).parent.parent / "examples" / "tiny_llama"
 ATTENTION = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -94,7 +95,7 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
             continue
         seconds = time.perf_counter() - begin
         sizes[label] = size_of(out)
-        weights = 2 * sum(r["shape"][0] * r["shape"][1] for r in artifact.manifest["matrices"])
+        weights = 2 * sum(entry.address.numel for entry in ArtifactSource(artifact.path).entries)
         row |= {
             "bytes": sizes[label],
             "of_dense": sizes[label] / sizes["dense"],
@@ -115,7 +116,7 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
 
 
 def texts_of(runtimes: dict[str, dict[str, object]]) -> dict[str, str]:
-    """What each runtime wrote after the same prompt."""
+    """Text that each runtime wrote after the same prompt."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     verified = {name: result for name, result in runtimes.items() if "greedy_tokens" in result}
     return {name: tokenizer.decode(result["greedy_tokens"]) for name, result in verified.items()}

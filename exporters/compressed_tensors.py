@@ -27,7 +27,7 @@ LAYOUT = "0.20.0"
 
 @dataclass(frozen=True)
 class Options:
-    """There are none: the artifact decides everything."""
+    """No options: the artifact decides everything."""
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:

@@ -15,7 +15,7 @@ from mspc.types import PlannedMatrix
 
 @dataclass(frozen=True)
 class Options:
-    """There are none: the weights keep the dtype of the model."""
+    """No options: the weights keep the dtype of the model."""
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:

@@ -1,8 +1,8 @@
 """One GGUF file of a Llama, with the configs and tokenizer of its folder, for llama.cpp and transformers.
 
-Codes become Q4_0 or Q8_0 blocks bit for bit; everything else keeps its dtype, but for vectors, which readers want in
-float32, where every value of the smaller dtypes is found again. Rows of query and key matrices are in the order of the
-format, which pairs neighbours for rotary embedding where the model pairs the two halves of a head.
+Codes become Q4_0 or Q8_0 blocks bit for bit. Everything else keeps its dtype; only vectors become float32, as
+readers want, which holds every value of the smaller dtypes exactly. Rows of query and key matrices are in the order of
+the format, which pairs neighbours for rotary embedding where the model pairs the two halves of a head.
 
 The layout is that of the GGUF specification, the names of tensors and keys are those of llama.cpp's own converter.
 """
@@ -64,7 +64,7 @@ LLAMA3_SPLIT = (
 
 @dataclass(frozen=True)
 class Options:
-    """There are none: every tensor has one type that holds it exactly."""
+    """No options: every tensor has one type that holds it exactly."""
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:

@@ -28,7 +28,7 @@ from mspc.version import __version__
 
 @dataclass(frozen=True)
 class Options:
-    """There are none: the artifact decides everything."""
+    """No options: the artifact decides everything."""
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:

@@ -47,7 +47,7 @@ model = mspc.load("path/to/this/folder")
 
 @dataclass(frozen=True)
 class Options:
-    """There are none: the artifact decides everything."""
+    """No options: the artifact decides everything."""
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:

@@ -152,7 +152,10 @@ def test_what_is_wrong_is_named(change, message, exported, tmp_path):
 def test_newer_formats_and_other_methods_are_refused(exported, tmp_path):
     folder = Path(shutil.copytree(exported[0][1], tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
-    for change, message in (({"format_version": 2}, "upgrade mspc"), ({"quant_method": "gptq"}, "is no sparse export")):
+    for change, message in (
+        ({"format_version": 2}, "upgrade mspc"),
+        ({"quant_method": "gptq"}, "is not a sparse export"),
+    ):
         edited = config | {"quantization_config": config["quantization_config"] | change}
         (folder / "config.json").write_text(json.dumps(edited))
         with pytest.raises(InputError, match=message):

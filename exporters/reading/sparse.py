@@ -56,9 +56,9 @@ def _kept_mask(files: TensorFiles, base: str, info: dict[str, Any]) -> NDArray[n
     kept = np.ones((num_rows, num_columns), bool)
     if keep < of:
         width = len(f"{of - 1:b}")
-        places = little_endian_fields(files.read(f"{base}.indices")[0], width, num_columns // of * keep)
+        indices = little_endian_fields(files.read(f"{base}.indices")[0], width, num_columns // of * keep)
         kept[:] = False
         first = np.repeat(np.arange(0, num_columns, of), keep)
         for row in range(num_rows):
-            kept[row, first + places[row]] = True
+            kept[row, first + indices[row]] = True
     return kept

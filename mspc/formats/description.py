@@ -1,4 +1,4 @@
-"""What is known of one stored matrix before its tensors are read: a row of `matrices` in docs/sparse-format.md."""
+"""The description of one stored matrix: a row of `matrices` in docs/sparse-format.md."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """Shape, pattern and grid of a stored matrix: what is needed to read its tensors, or to compute with them."""
+    """Shape, pattern and grid of a stored matrix, which decide its tensors."""
 
     shape: tuple[int, int]
-    """(O, I), whatever the model's parameter is."""
+    """(O, I), also where the parameter is (I, O)."""
     pattern: Pattern
     grid: Grid | None
     dtype: torch.dtype
-    """Of the weight."""
+    """Type of the weight."""
     transposed: bool = False
-    """Whether the model's parameter is (I, O), as GPT-2's Conv1D has it."""
+    """True if the model's parameter is (I, O), as in GPT-2's Conv1D."""
 
     @property
     def target(self) -> Target:
@@ -39,7 +39,7 @@ class StoredMatrix:
 
     @property
     def kept_per_row(self) -> int:
-        """Where all rows keep as many, which they do without a mask."""
+        """Kept weights of each row. Without a mask, all rows keep the same number."""
         if isinstance(self.pattern, NM):
             return self.shape[1] // self.pattern.of * self.pattern.keep
         return self.shape[1]
@@ -58,7 +58,7 @@ class StoredMatrix:
         return 0 if self.grid is None else self.shape[1] // groups_of(self.shape[1], self.grid)
 
     def tensors(self) -> dict[str, TensorType]:
-        """dtype and shape of each of its tensors, by the name that follows the matrix's own."""
+        """dtype and shape of each of its tensors, by the last part of its name."""
         num_rows, num_columns = self.shape
         found: dict[str, TensorType] = {}
         if self.has_mask:
@@ -80,12 +80,12 @@ class StoredMatrix:
 
 
 def index_bits(pattern: NM) -> int:
-    """Bits of a place in a group of M."""
+    """Bits of an index in a group of M."""
     return (pattern.of - 1).bit_length()
 
 
 def num_bytes(count: int, bits: int) -> int:
-    """Of a stream of `count` small integers."""
+    """Bytes of a stream of `count` integers of `bits` bits."""
     return -(-count * bits // 8)
 
 
@@ -94,14 +94,14 @@ def types_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorType]:
 
 
 def check_types(found: Mapping[str, TensorType], matrix: StoredMatrix, name: str = "the matrix") -> None:
-    """Raises InputError, naming the matrix, when a tensor is missing or is not what the description says.
+    """Raises InputError, naming the matrix, when a tensor is missing or has another dtype or shape.
 
-    Tensors that it does not name are let pass.
+    Other tensors are ignored.
     """
     if matrix.grid is not None:
         groups_of(matrix.shape[1], matrix.grid, name)
     if isinstance(matrix.pattern, NM) and matrix.shape[1] % matrix.pattern.of:
-        raise InputError(f"{name}: its {matrix.shape[1]} in features are no whole groups of {matrix.pattern}.")
+        raise InputError(f"{name}: its {matrix.shape[1]} in features are not whole groups of {matrix.pattern}.")
     for part, expected in matrix.tensors().items():
         if part not in found:
             raise InputError(f"{name}: its {part} are missing.")
