@@ -31,8 +31,8 @@ def export(
 ) -> Path:
     """Write `artifact` in a format of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
-    Raises InputError for an unknown format or option, for what the format cannot hold, and for an output that is there
-    already; VerificationError when what was written does not hold or compute what the artifact does.
+    Raises InputError for an unknown format or option, for what the format cannot hold, and for an existing
+    output. Raises VerificationError when the export does not hold or compute the same as the artifact.
     """
     reporter = reporter or Silent()
     source = ArtifactSource(artifact)

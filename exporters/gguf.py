@@ -55,7 +55,7 @@ INNER = {
     "mlp.down_proj": "ffn_down",
 }
 DERIVED = ".rotary_emb.inv_freq"
-"""In some old checkpoints; every reader computes it."""
+"""Ending of a tensor in some old checkpoints, which every reader computes."""
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,7 +90,7 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
 
 
 def _check_model(config: dict[str, Any]) -> None:
-    """Raises InputError for a model that readers of the file would compute otherwise, which they would not notice."""
+    """Raises InputError for a model that readers of the file would silently compute in another way."""
     window = config.get("sliding_window") if config.get("model_type") == "mistral" else None
     rope = rope_parameters(config)
     refused = {
@@ -111,7 +111,7 @@ def _check_model(config: dict[str, Any]) -> None:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_type, rope_theta and partial_rotary_factor, wherever this version of config.json keeps them."""
+    """rope_type, rope_theta and partial_rotary_factor; versions of config.json differ in where they keep them."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {
         "rope_type": found.get("rope_type", found.get("type", "default")),
@@ -146,7 +146,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
 
 
 def tensor_names(artifact: ArtifactSource, config: dict[str, Any]) -> dict[str, str]:
-    """Source key -> name in the file, of every tensor that is in it. Raises InputError for one without a name there."""
+    """Names in the file by source key. Raises InputError for a tensor without a name there."""
     name_of, names = model_names(artifact), {}
     for key in artifact.keys():  # noqa: SIM118  not a dict
         name = name_of(key)

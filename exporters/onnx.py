@@ -35,15 +35,15 @@ WEIGHTS = (FLOAT32, FLOAT16, MATMUL_NBITS, QDQ)
 FLOATS = (FLOAT32, FLOAT16)
 CODE_BITS = (2, 4, 8)
 LARGEST_FILE = 2_000_000_000
-"""Bytes; a protobuf message ends at 2 GiB, so that larger weights lie in a file of their own."""
+"""Bytes of weights; a protobuf message ends at 2 GiB, so more weights go to a file of their own."""
 EXACT_QDQ = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Without it ONNX Runtime rounds activations to int8 where it fuses DequantizeLinear and MatMul."""
+"""Setting of a session; without it ONNX Runtime rounds activations to int8 after DequantizeLinear."""
 
 
 @dataclass(frozen=True)
 class Options:
     weights: str = FLOAT32
-    """float32, float16, matmulnbits or qdq; matrices without a grid stay float32 in the last two."""
+    """One of float32, float16, matmulnbits and qdq; the last two store matrices without a grid as float32."""
     accuracy_level: int = 0
     """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""
 

@@ -1,7 +1,7 @@
 """A causal language model as an ONNX graph: tokens and a key-value cache in, logits and the longer cache out.
 
-Every matrix that was compressed becomes one MatMul of an initializer (in, out) that carries the name of the model's own
-parameter, so that a reader of the graph finds it by name, whatever kind of layer it was.
+Every matrix that was compressed becomes one MatMul of an initializer (in, out) with the name of the model's own
+parameter, by which readers find it.
 """
 
 import inspect
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
 
 class MatMul(nn.Module):
-    """x W + b with W (in, out) as it is stored: the graph then has no transpose to fold, and the parameter its name."""
+    """x W + b with W (in, out): the graph has no transpose to fold, so the parameter keeps its name."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def decoder_graph(model: nn.Module, entries: Iterable[MatrixEntry], opset: int) -> ir.Model:
-    """The graph of a loaded model, whose compressed linear layers are changed on the way (the model is used up).
+    """The graph of a loaded model. Its compressed linear layers are replaced, so the model is of no use afterwards.
 
     Raises MspcError, naming the operator, when the model has no ONNX form.
     """
@@ -112,7 +112,7 @@ def traced(decoder: Decoder, past: Past, opset: int) -> ir.Model:
 
 
 def _explanation(model: str, error: BaseException) -> str:
-    """The innermost reason, and the operator that it speaks of."""
+    """The innermost reason of an error, and the operator that it names."""
     reasons = [error]
     while following := reasons[-1].__cause__ or reasons[-1].__context__:
         reasons.append(following)

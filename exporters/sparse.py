@@ -1,4 +1,4 @@
-"""mspc's own sparse checkpoint, which is really smaller: kept weights or codes, and where they are.
+"""mspc's own sparse checkpoint: kept weights or codes, and their indices. It is smaller than a dense one.
 
 docs/sparse-format.md specifies it. One folder may mix patterns and grids; `quantization_config` in config.json says
 what every matrix is, so that a reader needs nothing else.

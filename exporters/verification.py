@@ -41,8 +41,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, Any]:
     """The report, which is also written to `verification.json`.
 
-    Without `against`, matrices are compared with the digests in the export manifest, and logits with those that
-    the artifact had when it was exported. Raises InputError for a folder that is no export, or one of another artifact.
+    Without `against`, matrices are compared with the digests in the export manifest, and logits with those of
+    the artifact at export. Raises InputError for a folder that is no export, or one of another artifact.
     """
     manifest = read_export_manifest(folder)
     artifact = ArtifactSource(against, exact=True) if against else None
@@ -136,7 +136,7 @@ def _check_weights(
 
 
 def difference_of(entry: MatrixEntry, decoded: Decoded, expected: CompressedLinear | None) -> str | None:
-    """The difference of a matrix that was read back from the expected one; without that, from its digest."""
+    """The difference, in words, between a matrix that was read back and the expected one, or else its digest."""
     if decoded.weight.shape != entry.shape:
         return f"it has shape {decoded.weight.shape} instead of {entry.shape}"
     nonzero, pattern = decoded.weight != 0, entry.target.pattern

@@ -14,7 +14,7 @@ from mspc.errors import InputError
 from mspc.storage.manifest import MatrixEntry
 
 TYPES = {1: np.float32, 2: np.uint8, 7: np.int64, 10: np.float16}
-"""By number in TensorProto.DataType; 21 and 25 are packed unsigned integers of 4 and 2 bits."""
+"""Types by their number in TensorProto.DataType; 21 and 25 are packed unsigned integers of 4 and 2 bits."""
 PACKED_BITS = {21: 4, 25: 2}
 
 

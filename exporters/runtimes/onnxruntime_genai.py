@@ -41,7 +41,7 @@ def _check_gptq(folder: Path, manifest: ExportManifest) -> None:
 
 
 def build(folder: Path, out: Path) -> None:
-    """Without the extra options it would round embeddings and head too, and activations to int8."""
+    """The extra options keep it from quantizing embeddings, head and activations."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
     command += ["-p", "int4", "-e", "cpu", "-c", str(out / "cache")]
     command += ["--extra_options", "accuracy_level=1", f"nodes_to_exclude={NOT_ROUNDED}"]

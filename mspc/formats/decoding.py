@@ -76,7 +76,7 @@ def decode_mask(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, 
 
 
 def row_offsets(mask: Tensor) -> Tensor:
-    """Mask bits uint8 (O, ceil(I / 8)) -> int64 (O + 1): where the kept weights of each row begin, and the end, so that
+    """Mask bits uint8 (O, ceil(I / 8)) -> int64 (O + 1): the first kept weight of each row, and the end. So
     rows can be read on their own."""
     num_bits = unpack_rows(torch.arange(256, dtype=torch.uint8, device=mask.device)[:, None], 1, 8).sum(1)
     counts = num_bits[mask.int()].sum(1)
@@ -84,8 +84,7 @@ def row_offsets(mask: Tensor) -> Tensor:
 
 
 def check_indices(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str = "the matrix") -> None:
-    """Raises InputError, naming the matrix, when its tensors, which have the types they should, do not say where its
-    kept weights are."""
+    """Raises InputError, naming the matrix, when the values in its mask, offsets or indices are impossible."""
     if matrix.has_mask:
         offsets = row_offsets(stored["mask"])
         if not torch.equal(offsets, stored["row_offsets"]):

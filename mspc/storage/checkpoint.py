@@ -93,7 +93,7 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def map_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, mapped: they are read from the disk when they are used."""
+    """All tensors of one safetensors file, mapped into memory: the disk is read when they are used."""
     with _opened(path) as file:
         try:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
