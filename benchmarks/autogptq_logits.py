@@ -1,10 +1,10 @@
-"""Runs in the environment of auto-gptq, for verify_autogptq.py: what it computes from exported folders, on the CPU.
+"""Run exported folders in auto-gptq on the CPU, for verify_autogptq.py and in the environment that it makes.
 
     python autogptq_logits.py PROMPT_LENGTH OUT FOLDER...
 
 Every folder holds `verification.npz`. OUT/<folder>.npz gets the logits (B, T, V) float32 on its fixed tokens and the
-greedy tokens (N) after the first PROMPT_LENGTH of the first sequence; OUT/report.json the versions of all packages, and
-of every folder the class of its packed layers, or the error that loading or running it raised.
+greedy tokens (N) after the first PROMPT_LENGTH tokens of the first sequence. OUT/report.json gets the versions of all
+packages and, for every folder, the class of its packed layers or the error that it raised.
 """
 
 import json
@@ -50,7 +50,7 @@ def main() -> None:
     for folder in folders:
         try:
             report["layers"][folder.name] = run(folder, prompt_length, out)
-        except Exception as error:  # whatever it raises is what its user would meet
+        except Exception as error:  # users of auto-gptq would meet the same error
             report["failed"][folder.name] = f"{type(error).__name__}: {error}"
     (out / "report.json").write_text(json.dumps(report))
 

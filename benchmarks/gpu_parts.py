@@ -20,7 +20,7 @@ from mspc.bench.models import SHAPES, TINYGEMM, compute_dtype, random_bytes, ran
 from mspc.bench.request import Candidate, Plan
 from mspc.bench.run import choose_operations, measure
 from mspc.bench.timing import Ceilings, captured, device_seconds, measure_ceilings, spread
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.kernels import KERNELS, cusparselt, dispatch
 from mspc.kernels.timings import Choice
 from mspc.numerics.linalg import add_gram, precise_matmul, symmetrize
@@ -138,7 +138,7 @@ def _errors_of(slot: Slot, what: Result, kernel: Any, matrix: Any) -> Result:
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
     repacked = {part: tensor.to(slot.device) for part, tensor in kernel.repack(stored, matrix).items()}
     exact = matrix if matrix.grid is None else replace(matrix, dtype=torch.float32)  # codes times scales, not rounded
-    weight = canonical.decode(stored, exact, "m").weight
+    weight = layout.decode(stored, exact, "m").weight
     expanded = dispatch.expand(kernel, repacked, matrix, torch.bfloat16)
     fused, rows = Choice(kernel.MAX_TOKENS, "fused", 0), []
     for tokens in sorted({1, 2, 4, 7, kernel.MAX_TOKENS}):
@@ -217,7 +217,7 @@ def cusparselt_products(slot: Slot) -> Iterator[Unit]:
 def _cusparselt_rows(slot: Slot, layer: str, size: tuple[int, int]) -> Iterator[Result]:
     matrix = describe(size, parse_format("2:4"), layer)
     stored = random_stored(matrix, Source.seeded(0, torch.device("cpu")))
-    dense = canonical.decode(stored, matrix, layer).weight.to(slot.device)
+    dense = layout.decode(stored, matrix, layer).weight.to(slot.device)
     packed = cusparselt.compress(dense)
     for tokens in (64, 256, 1024, 2048, 4096):
         x = torch.randn(tokens, size[1], device=slot.device).to(slot.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from mspc.storage.artifact import read_manifest
+from mspc.storage.manifest import read_manifest
 
 
 def plot(folder: str, out: str) -> None:

@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import exporters
 import mspc
+from exporters import formats, verification
 from mspc.errors import InputError, VerificationError
 from mspc.progress import Silent
+from mspc.storage.artifact import ArtifactSource
 
 BUNDLED = Path(__file__).parent.parent / "examples" / "tiny_llama"
 ATTENTION = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -47,7 +48,7 @@ ARTIFACTS = {
     "50%+int2 g32": {"sparsity": 0.5, "bits": 2, "group_size": 32},
 }
 
-EXPORTS: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in exporters.FORMATS} | {
+EXPORTS: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in formats.FORMATS} | {
     "onnx matmulnbits": ("onnx", {"weights": "matmulnbits"}),
     "onnx qdq": ("onnx", {"weights": "qdq"}),
 }
@@ -94,18 +95,18 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
             continue
         seconds = time.perf_counter() - begin
         sizes[label] = size_of(out)
-        weights = 2 * sum(r["shape"][0] * r["shape"][1] for r in artifact.manifest["matrices"])
+        weights = 2 * sum(entry.address.numel for entry in ArtifactSource(artifact.path).entries)
         row |= {
             "bytes": sizes[label],
             "of_dense": sizes[label] / sizes["dense"],
             "gb_per_second": weights / seconds / 1e9,
         }
         try:
-            report = exporters.verify(out, artifact.path, Silent())
+            report = verification.verify(out, artifact.path, Silent())
             row |= {
                 "weights": report["weights"],
                 "runtimes": report["runtimes"],
-                "failures": exporters.failures(report),
+                "failures": verification.failures(report),
             }
             if model == "bundled":
                 row["texts"] = texts_of(report["runtimes"])
@@ -115,7 +116,7 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
 
 
 def texts_of(runtimes: dict[str, dict[str, object]]) -> dict[str, str]:
-    """What each runtime wrote after the same prompt."""
+    """Text that each runtime wrote after the same prompt."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     verified = {name: result for name, result in runtimes.items() if "greedy_tokens" in result}
     return {name: tokenizer.decode(result["greedy_tokens"]) for name, result in verified.items()}

@@ -4,13 +4,13 @@
 
 auto-gptq imports only with old packages, so it gets a virtual environment of its own, with what
 autogptq-requirements.txt names, made again only when that file changes. The bundled model and a random one are
-compressed and exported here and loaded there, on the CPU in float32. Two things it gets wrong without an error. They
-are shown and are no failure; any other mismatch makes the exit code 1.
+compressed and exported here and loaded there, on the CPU in float32. auto-gptq gets two things wrong without an error.
+They are shown and are not failures; any other mismatch makes the exit code 1.
 
-It takes every folder for the first version of the format, so it misreads gptq_v2. And a model whose output head is tied
-to its embeddings loses both: accelerate ties them again after loading, to the head, which no file holds and nothing has
-filled. The same folder with a copy of the embeddings stored as `lm_head.weight` is the control: only if that one is
-right is the loss called known.
+1. It takes every folder for the first version of the format, so it misreads gptq_v2, that of asymmetric grids.
+2. A model whose output head is tied to its embeddings loses both: accelerate ties them again after loading, to a head
+   that no file holds. The same folder with a copy of the embeddings stored as `lm_head.weight` is the control: the loss
+   is called known only if that folder is right.
 """
 
 import argparse
@@ -51,7 +51,7 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Case:
-    """An exported folder and what the artifact computes."""
+    """An exported folder and the results of its artifact."""
 
     model: str
     bits: int
@@ -91,24 +91,22 @@ def install(python: Path, arguments: list[str]) -> None:
         )
 
 
-def make_cases(model: str, bits: int, work: Path) -> list[Case]:
+def make_cases(model: str, bits: int, work: Path, *, asymmetric: bool) -> list[Case]:
     recipe = mspc.Recipe(
-        bits=bits, sparsity=0.5, group_size=128, allocator="uniform", num_sequences=16, sequence_length=64
-    )
+        bits=bits, sparsity=0.5, group_size=128, asymmetric=asymmetric, allocator="uniform", num_sequences=16,
+        sequence_length=64,
+    )  # fmt: skip
     artifact = mspc.compress(
         model_folder(model, work), recipe, out=work / "artifact", overwrite=True, reporter=Silent()
     )
     reference = compute_reference(artifact.path)
-    cases = []
-    for checkpoint_format in ("gptq", "gptq_v2") if bits == 4 else ("gptq",):
-        folder = work / f"{model}-int{bits}-{checkpoint_format}"
-        artifact.export("gptq", folder, verified=False, reporter=Silent(), checkpoint_format=checkpoint_format)
-        reference.save(folder)
-        tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
-        cases.append(Case(model, bits, checkpoint_format, "tied" if tied else "own", folder, reference))
-        if tied:
-            stored = store_head(folder)
-            cases.append(Case(model, bits, checkpoint_format, "stored", stored, reference))
+    checkpoint_format = "gptq_v2" if asymmetric else "gptq"
+    folder = artifact.export("gptq", work / f"{model}-int{bits}-{checkpoint_format}", verified=False, reporter=Silent())
+    reference.save(folder)
+    tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    cases = [Case(model, bits, checkpoint_format, "tied" if tied else "own", folder, reference)]
+    if tied:
+        cases.append(Case(model, bits, checkpoint_format, "stored", store_head(folder), reference))
     return cases
 
 
@@ -125,7 +123,7 @@ def run_autogptq(python: Path, cases: list[Case], out: Path) -> dict[str, Any]:
     """Its report: versions, layers by folder, failures by folder. The arrays are left in `out`."""
     out.mkdir()
     command = [str(python), str(HERE / "autogptq_logits.py"), str(PROMPT), str(out), *(str(c.folder) for c in cases)]
-    # Of this process's variables, these two would change which packages it finds.
+    # These two variables would change the packages that it finds.
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(command, env=variables | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -138,7 +136,7 @@ def compare(case: Case, report: dict[str, Any], out: Path) -> dict[str, Any]:
     """One row of the result; `status` is verified, mismatch, failed, or the known misreading of gptq_v2."""
     row: dict[str, Any] = {
         "model": case.model,
-        "artifact": f"50%+int{case.bits} g128",
+        "artifact": f"50%+int{case.bits} g128" + (" asymmetric" if case.checkpoint_format == "gptq_v2" else ""),
         "checkpoint_format": case.checkpoint_format,
         "head": case.head,
         "tolerance": FLOAT32,
@@ -196,7 +194,11 @@ def main() -> None:
     python = environment(args.venv)
     with tempfile.TemporaryDirectory(prefix="mspc-autogptq-") as name:
         work = Path(name)
-        cases = [case for model in MODELS for bits in args.bits for case in make_cases(model, bits, work)]
+        cases = []
+        for model in MODELS:
+            for bits in args.bits:
+                cases += make_cases(model, bits, work, asymmetric=False)
+            cases += make_cases(model, 4, work, asymmetric=True)
         report = run_autogptq(python, cases, work / "found")
         rows = [compare(case, report, work / "found") for case in cases]
     excuse_tied(rows)

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
-from exporters.packed import check_packed, model_names, packed_tensors
+from exporters.packed import check_packed, grids_of, model_names, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_quantized
 from mspc.progress import Step
-from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import Codes, Grid, PlannedMatrix
 
 LAYOUT = "0.20.0"
 """The release of compressed-tensors whose layout this is."""
@@ -26,65 +27,58 @@ LAYOUT = "0.20.0"
 
 @dataclass(frozen=True)
 class Options:
-    """None: the artifact decides everything."""
+    """No options: the artifact decides everything."""
 
 
-def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
-    check_packed(rows, "compressed-tensors", 32)
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+    check_packed(matrices, "compressed-tensors", 32)
     if config.get("model_type") == "gpt2":
         raise InputError("compressed-tensors packs nn.Linear, and GPT-2's matrices are Conv1D; export gptq or sparse.")
 
 
-def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
-    if all(row["symmetric"] for row in rows if row["bits"] != 16):
+def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
+    if all(grid.symmetric for grid in grids_of(entries).values()):
         return []
     return ["Note: transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    matrices = artifact.manifest["matrices"]
-    rows = {row["tensor"]: row for row in matrices}
     dense: list[str] = []
     name_of = model_names(artifact)
 
-    def pack(row: dict[str, Any]) -> dict[str, Tensor]:
-        codes = artifact.matrix(row).codes
-        assert codes is not None
-        return pack_quantized(codes, row["bits"], symmetric=row["symmetric"])
+    def pack(codes: Codes, grid: Grid) -> dict[str, Tensor]:
+        return pack_quantized(codes, grid.bits, symmetric=grid.symmetric)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in packed_tensors(artifact, key, rows, pack, None):
+        for name, tensor in packed_tensors(artifact, key, pack, None):
             if name == name_of(key) and name.endswith(".weight") and tensor.ndim == 2:  # some may be nn.Linear
                 dense.append(name.removesuffix(".weight"))
             yield name, tensor
 
     copy_configs(artifact, out)
     write_shards(artifact, out, tensors_of, step)
-    write_json(
-        out / "config.json", read_config(artifact) | {"quantization_config": quantization_config(matrices, dense)}
-    )
+    quantization = quantization_config(artifact.entries, dense)
+    write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
 
 
-def quantization_config(matrices: Sequence[dict[str, Any]], dense: Sequence[str]) -> dict[str, Any]:
+def quantization_config(entries: Sequence[MatrixEntry], dense: Sequence[str]) -> dict[str, Any]:
     """One config group for every grid: `Linear` when there is one, else the names of its matrices."""
-    names_of: dict[tuple[int, int | str, bool], list[str]] = defaultdict(list)
-    for row in matrices:
-        if row["bits"] != 16:
-            names_of[row["bits"], row["group_size"], row["symmetric"]].append(row["name"])
+    names_of: dict[Grid, list[str]] = defaultdict(list)
+    for name, grid in grids_of(entries).items():
+        names_of[grid].append(name)
     groups = {}
     for number, (grid, names) in enumerate(names_of.items()):
-        bits, size, symmetric = grid
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(names_of) == 1 else names,
             "format": "pack-quantized",
             "input_activations": None,
             "output_activations": None,
             "weights": {
-                "num_bits": bits,
+                "num_bits": grid.bits,
                 "type": "int",
-                "symmetric": symmetric,
-                "strategy": "channel" if size == ROW else "group",
-                "group_size": None if size == ROW else size,
+                "symmetric": grid.symmetric,
+                "strategy": "group" if grid.group_size else "channel",
+                "group_size": grid.group_size,
                 "dynamic": False,
             },
         }

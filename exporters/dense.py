@@ -9,18 +9,20 @@ from exporters.folder import copy_configs, read_config, write_shards
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import PlannedMatrix
 
 
 @dataclass(frozen=True)
 class Options:
-    """None: the weights keep the dtype of the model."""
+    """No options: the weights keep the dtype of the model."""
 
 
-def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
     """Every artifact can be dense."""
 
 
-def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
     return []
 
 

@@ -1,4 +1,4 @@
-"""What is done around every format: refusals before any work, a folder that appears whole, and its verification."""
+"""The steps around every format: refusals before any work, a folder that appears whole, and its verification."""
 
 import dataclasses
 import json
@@ -8,13 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from exporters.formats import load
-from exporters.record import is_export, write_record
+from exporters.formats import FORMATS, load
+from exporters.manifest import write_export_manifest
 from exporters.verification import failures, in_short, verify
 from mspc.errors import InputError, VerificationError, unknown
 from mspc.progress import Reporter, Silent
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.manifest import EXPORT_MANIFEST
 from mspc.storage.output_folder import held, publish, recover, sibling
+from mspc.types import PlannedMatrix
 
 
 def export(
@@ -29,13 +31,13 @@ def export(
 ) -> Path:
     """Write `artifact` in a format of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
-    Raises InputError for an unknown format or option, for what the format cannot hold, and for an output that is there
-    already; VerificationError when what was written does not hold or compute what the artifact does.
+    Raises InputError for an unknown format or option, for what the format cannot hold, and for an existing
+    output. Raises VerificationError when the export does not hold or compute the same as the artifact.
     """
     reporter = reporter or Silent()
     source = ArtifactSource(artifact)
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
-    chosen = check(format_name, source.manifest["matrices"], config, options or {})
+    chosen = check(format_name, [entry.planned for entry in source.entries], config, options or {})
     _check_out(artifact, out, overwrite)
     source.check_files()
     module = load(format_name)
@@ -47,9 +49,9 @@ def export(
         try:
             with reporter.stage(f"Exporting {format_name}", len(source.keys())) as step:
                 module.export(source, partial, chosen, step)
-            for note in module.notes(source.manifest["matrices"], chosen):
+            for note in module.notes(source.entries, chosen):
                 reporter.say(note)
-            write_record(partial, format_name, chosen, source)
+            write_export_manifest(partial, format_name, chosen, source)
             if verified:
                 _verify(partial, artifact, reporter)
         except BaseException:
@@ -60,12 +62,18 @@ def export(
 
 
 def check(
-    format_name: str, rows: Sequence[dict[str, Any]], config: dict[str, Any], options: dict[str, Any] | None = None
+    format_name: str, matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: dict[str, Any] | None = None
 ) -> Any:
     """The format's `Options`, if it can hold matrices such as these. Raises InputError, naming what it accepts."""
     module = load(format_name)
     chosen = _options(module, format_name, options or {})
-    module.check(rows, config, chosen)
+    for matrix in matrices:
+        if matrix.name.endswith("]") and not FORMATS[format_name].holds_slices:
+            raise InputError(
+                f"{matrix.name}: {format_name} cannot hold one slice of a 3-D parameter; export dense, or leave it out "
+                "with --skip."
+            )
+    module.check(matrices, config, chosen)
     return chosen
 
 
@@ -84,7 +92,7 @@ def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
         raise InputError(f"--out {out} is the artifact itself; choose another folder.")
     recover(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not is_export(out):
+        if not (out / EXPORT_MANIFEST).is_file():
             raise InputError(f"{out} is not empty and was not exported by mspc; choose another --out.")
         if not overwrite:
             raise InputError(f"{out} holds an older export; choose another --out, or --overwrite it.")

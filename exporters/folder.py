@@ -1,4 +1,4 @@
-"""What every export that is a Hugging Face folder shares: configs and tokenizer carried over, weights in shards."""
+"""Exports that are Hugging Face folders: configs and tokenizer are copied, weights are written in shards."""
 
 import json
 import shutil

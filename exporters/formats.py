@@ -1,4 +1,4 @@
-"""The table of formats: what each holds, who reads it, and what zeros gain there."""
+"""The table of formats: the content of each, its readers, and the gain from zeros."""
 
 import importlib
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ class Format:
     runtimes: tuple[str, ...]
     """Names in `exporters.runtimes.RUNTIMES` that `verify` runs it in."""
     zeros: str
-    """What zeros gain there."""
+    """The gain from zeros, in words."""
+    holds_slices: bool = False
+    """True if it holds matrices that are slices of a 3-D parameter (experts)."""
 
 
 FORMATS = {
@@ -30,6 +32,7 @@ FORMATS = {
         "every pattern and grid",
         ("transformers",),
         "same size and speed as dense; TensorRT and 2:4 kernels can use the zeros",
+        holds_slices=True,
     ),
     "sparse": Format(
         "exporters.sparse",

@@ -59,8 +59,7 @@ def genai_config(
 
 
 def _tokens(name: str, config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
-    """The ids that a config gives, of those that exist: defaults of a family may lie beyond a small vocabulary, and
-    GenAI refuses such a folder."""
+    """The ids of a config that exist. Defaults of a family may exceed a small vocabulary, which GenAI refuses."""
     found = generation.get(name, config.get(name))
     ids = found if isinstance(found, list) else [found]
     return [i for i in ids if i is not None and 0 <= i < config["vocab_size"]]

@@ -1,8 +1,8 @@
-"""One GGUF file of a Llama, beside the configs and tokenizer of its folder: what llama.cpp runs and transformers reads.
+"""One GGUF file of a Llama, with the configs and tokenizer of its folder, for llama.cpp and transformers.
 
-Codes become Q4_0 or Q8_0 blocks bit for bit; everything else keeps its dtype, but for vectors, which readers want in
-float32, where every value of the smaller dtypes is found again. Rows of query and key matrices are in the order of the
-format, which pairs neighbours for rotary embedding where the model pairs the two halves of a head.
+Codes become Q4_0 or Q8_0 blocks bit for bit. Everything else keeps its dtype; only vectors become float32, as
+readers want, which holds every value of the smaller dtypes exactly. Rows of query and key matrices are in the order of
+the format, which pairs neighbours for rotary embedding where the model pairs the two halves of a head.
 
 The layout is that of the GGUF specification, the names of tensors and keys are those of llama.cpp's own converter.
 """
@@ -22,12 +22,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor
 
 from exporters.folder import copy_configs, read_config
-from exporters.packed import model_names
+from exporters.packed import grids_of, model_names
 from mspc.errors import InputError
 from mspc.formats.gguf import BLOCK, pack_blocks
 from mspc.progress import Step
+from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import PlannedMatrix
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"
@@ -52,7 +55,7 @@ INNER = {
     "mlp.down_proj": "ffn_down",
 }
 DERIVED = ".rotary_emb.inv_freq"
-"""In some old checkpoints; every reader computes it."""
+"""Ending of a tensor in some old checkpoints, which every reader computes."""
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,32 +64,33 @@ LLAMA3_SPLIT = (
 
 @dataclass(frozen=True)
 class Options:
-    """None: every tensor has one type that holds it exactly."""
+    """No options: every tensor has one type that holds it exactly."""
 
 
-def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
     return []
 
 
-def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
     _check_model(config)
-    for row in rows:
-        if row["bits"] == 16:
+    for matrix in matrices:
+        grid = matrix.target.grid
+        if grid is None:
             continue
-        if row["bits"] not in BLOCK_KINDS or row["group_size"] != BLOCK:
+        if grid.bits not in BLOCK_KINDS or grid.group_size != BLOCK:
             raise InputError(
-                f"{row['name']}: gguf takes 4 or 8 bits in groups of {BLOCK}, or weights that are not rounded, not "
-                f"{row['bits']} bits in groups of {row['group_size']}; compress with --bits 4 --group-size {BLOCK}."
+                f"{matrix.name}: gguf takes 4 or 8 bits in groups of {BLOCK}, or weights that are not quantized, not "
+                f"{grid.bits} bits in groups of {grid.group_size or ROW}; compress with --bits 4 --group-size {BLOCK}."
             )
-        if not row["symmetric"]:
+        if not grid.symmetric:
             raise InputError(
-                f"{row['name']}: gguf takes symmetric grids, since its blocks with a minimum would round it once more; "
+                f"{matrix.name}: gguf takes symmetric grids, since its blocks with a minimum would quantize it again; "
                 "compress without --asymmetric."
             )
 
 
 def _check_model(config: dict[str, Any]) -> None:
-    """Raises InputError for a model that readers of the file would compute otherwise, which they would not notice."""
+    """Raises InputError for a model that readers of the file would silently compute in another way."""
     window = config.get("sliding_window") if config.get("model_type") == "mistral" else None
     rope = rope_parameters(config)
     refused = {
@@ -107,7 +111,7 @@ def _check_model(config: dict[str, Any]) -> None:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """rope_type, rope_theta and partial_rotary_factor, wherever this version of config.json keeps them."""
+    """rope_type, rope_theta and partial_rotary_factor; versions of config.json differ in where they keep them."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {
         "rope_type": found.get("rope_type", found.get("type", "default")),
@@ -118,15 +122,14 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     config = read_config(artifact)
-    rows = {row["tensor"]: row for row in artifact.manifest["matrices"]}
     names = tensor_names(artifact, config)
     writer = GGUFWriter(out / FILE, ARCHITECTURE)
     _add_model(writer, config)
     _add_tokenizer(writer, artifact.folder, config["vocab_size"])
-    if any(row["bits"] != 16 for row in rows.values()):
+    if grids_of(artifact.entries):
         writer.add_quantization_version(QUANTIZATION_VERSION)
     for key, name in names.items():
-        kind, shape = _kind_and_shape(artifact, key, rows)
+        kind, shape = _kind_and_shape(artifact, key)
         block, size = GGML_QUANT_SIZES[kind]
         # The shape is that of the weights: the writer would take uint8 for a shape in bytes.
         writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, kind)
@@ -136,14 +139,14 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
         writer.write_ti_data_to_file()
         for key in artifact.keys():  # noqa: SIM118  not a dict
             if key in names:
-                writer.write_tensor_data(_bytes_of(artifact, key, rows, names[key], config).numpy())
+                writer.write_tensor_data(_bytes_of(artifact, key, names[key], config).numpy())
             step(key)
     copy_configs(artifact, out)
     write_json(out / "config.json", config)
 
 
 def tensor_names(artifact: ArtifactSource, config: dict[str, Any]) -> dict[str, str]:
-    """Source key -> name in the file, of every tensor that is in it. Raises InputError for one without a name there."""
+    """Names in the file by source key. Raises InputError for a tensor without a name there."""
     name_of, names = model_names(artifact), {}
     for key in artifact.keys():  # noqa: SIM118  not a dict
         name = name_of(key)
@@ -160,24 +163,21 @@ def tensor_names(artifact: ArtifactSource, config: dict[str, Any]) -> dict[str, 
     return names
 
 
-def _kind_and_shape(
-    artifact: ArtifactSource, key: str, rows: dict[str, dict[str, Any]]
-) -> tuple[GGMLQuantizationType, Sequence[int]]:
-    if key in rows:
-        row = rows[key]
-        return BLOCK_KINDS.get(row["bits"]) or FLOAT_KINDS[row["dtype"]], row["shape"]
+def _kind_and_shape(artifact: ArtifactSource, key: str) -> tuple[GGMLQuantizationType, Sequence[int]]:
+    if entry := artifact.whole.get(key):
+        grid = entry.target.grid
+        return BLOCK_KINDS[grid.bits] if grid else FLOAT_KINDS[str(entry.dtype).removeprefix("torch.")], entry.shape
     tensor = _floats(artifact, key)
     return FLOAT_KINDS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
 
 
-def _bytes_of(
-    artifact: ArtifactSource, key: str, rows: dict[str, dict[str, Any]], name: str, config: dict[str, Any]
-) -> Tensor:
+def _bytes_of(artifact: ArtifactSource, key: str, name: str, config: dict[str, Any]) -> Tensor:
     """The tensor as it lies in the file, uint8."""
-    if key in rows and rows[key]["bits"] != 16:
-        codes = artifact.matrix(rows[key]).codes
+    entry = artifact.whole.get(key)
+    if entry and entry.target.grid:
+        codes = artifact.matrix(entry).codes
         assert codes is not None
-        tensor = pack_blocks(codes, rows[key]["bits"])
+        tensor = pack_blocks(codes, entry.target.grid.bits)
     else:
         tensor = _floats(artifact, key)
     if name.endswith((".attn_q.weight", ".attn_k.weight")):
@@ -259,7 +259,7 @@ def vocabulary(described: dict[str, Any], size: int) -> tuple[list[str], list[in
 
 
 def split_name(described: dict[str, Any]) -> str:
-    """What readers call its way to cut text before merging. Raises InputError for one that they have no name for."""
+    """The name by which readers know how it cuts text before merging. Raises InputError if they have none."""
     model = described["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise _refused(f"it is {'SentencePiece' if model.get('byte_fallback') else model['type']}")
@@ -284,7 +284,7 @@ def split_name(described: dict[str, Any]) -> str:
 
 
 def added_tokens(described: dict[str, Any]) -> tuple[str | None, str | None]:
-    """What it puts before and after a text. Raises InputError when that is more than one token at a side."""
+    """The tokens that it puts before and after a text. Raises InputError when that is more than one token at a side."""
     before: list[str] = []
     after: list[str] = []
     for step in _steps(described.get("post_processor"), "processors"):

@@ -15,82 +15,72 @@ import torch
 from torch import Tensor
 
 from exporters.folder import copy_configs, read_config, write_shards
-from exporters.packed import block_prefix, check_packed, commonest, model_names, packed_tensors
+from exporters.packed import block_prefix, check_packed, commonest, grids_of, model_names, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import V1, V2, pack_gptq
 from mspc.progress import Step
-from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import Codes, Grid, PlannedMatrix
 from mspc.version import __version__
 
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint_format: str | None = None
-    """gptq or gptq_v2; None: gptq for symmetric grids, gptq_v2 for asymmetric ones."""
+    """No options: the artifact decides everything."""
 
 
-def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
-    check_packed(rows, "gptq", 32)
-    if options.checkpoint_format not in (None, V1, V2):
-        raise InputError(f"checkpoint_format must be {V1} or {V2}, not {options.checkpoint_format!r}.")
-    if len({row["symmetric"] for row in rows if row["bits"] != 16}) > 1:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+    check_packed(matrices, "gptq", 32)
+    if len({matrix.target.grid.symmetric for matrix in matrices if matrix.target.grid}) > 1:
         raise InputError("gptq cannot mix symmetric and asymmetric matrices; use one kind in the plan.")
 
 
-def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
-    if _version(rows, options) == V1:
+def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
+    if version_of(entries) == V1:
         return []
     return [
-        "Note: written as gptq_v2, since its grids are asymmetric or it was asked for. GPTQModel and transformers read "
-        "it; ONNX Runtime GenAI, auto-gptq and vLLM are known not to. Symmetric grids avoid this."
+        "Note: written as gptq_v2, since its grids are asymmetric. GPTQModel and transformers read it; ONNX Runtime "
+        "GenAI, auto-gptq and vLLM are known not to. Symmetric grids avoid this."
     ]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    matrices = artifact.manifest["matrices"]
-    version = _version(matrices, options)
-    rows = {row["tensor"]: row for row in matrices}
+    version = version_of(artifact.entries)
     dense: list[str] = []
-    prefix, name_of = block_prefix(matrices), model_names(artifact)
+    prefix, name_of = block_prefix(artifact.entries), model_names(artifact)
 
-    def pack(row: dict[str, Any]) -> dict[str, Tensor]:
-        codes = artifact.matrix(row).codes
-        assert codes is not None
-        if version == V1 and int(codes.zeros.min()) == 0:
-            raise InputError(
-                f"{row['name']}: it has a zero point of 0, which loaders misread in {V1}; use {V2}, or symmetric grids."
-            )
-        return pack_gptq(codes, row["bits"], version)
+    def pack(codes: Codes, grid: Grid) -> dict[str, Tensor]:
+        return pack_gptq(codes, grid.bits, version)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in packed_tensors(artifact, key, rows, pack, torch.float16):
+        for name, tensor in packed_tensors(artifact, key, pack, torch.float16):
             if name == name_of(key) and name.startswith(prefix) and name.endswith(".weight") and tensor.ndim == 2:
                 dense.append(name.removesuffix(".weight"))
             yield name, tensor
 
     copy_configs(artifact, out)
     write_shards(artifact, out, tensors_of, step)
-    quantization = quantization_config(matrices, dense, version)
+    quantization = quantization_config(artifact.entries, dense)
     write_json(out / "config.json", read_config(artifact) | {"dtype": "float16", "quantization_config": quantization})
     write_json(out / "quantize_config.json", quantization)
 
 
-def quantization_config(matrices: Sequence[dict[str, Any]], dense: Sequence[str], version: str) -> dict[str, Any]:
+def quantization_config(entries: Sequence[MatrixEntry], dense: Sequence[str]) -> dict[str, Any]:
     """Matrices that differ from the commonest grid, or are dense, are named in both of the keys that loaders know."""
-    packed = [row for row in matrices if row["bits"] != 16]
-    bits, group_size = commonest([(row["bits"], row["group_size"]) for row in packed])
+    settings = {name: _settings(grid) for name, grid in grids_of(entries).items()}
+    bits, group_size = commonest([(own["bits"], own["group_size"]) for own in settings.values()])
     dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in dense}
-    for row in packed:
-        if (row["bits"], row["group_size"]) != (bits, group_size):
-            settings = {"bits": row["bits"], "group_size": _group_size(row["group_size"])}
-            dynamic[f"+:^{re.escape(row['name'])}$"] = settings
+    for name, own in settings.items():
+        if own != {"bits": bits, "group_size": group_size}:
+            dynamic[f"+:^{re.escape(name)}$"] = own
+    version = version_of(entries)
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": bits,
-        "group_size": _group_size(group_size),
-        "sym": packed[0]["symmetric"],
+        "group_size": group_size,
+        "sym": version == V1,
         "desc_act": False,
         "checkpoint_format": version,
         "lm_head": False,
@@ -100,15 +90,15 @@ def quantization_config(matrices: Sequence[dict[str, Any]], dense: Sequence[str]
     if dynamic:
         config["dynamic"] = dynamic
     if dense:
-        prefix = re.escape(block_prefix(matrices)) + r"\d+\."
-        config["modules_in_block_to_quantize"] = [sorted({re.sub(prefix, "", row["name"]) for row in packed})]
+        prefix = re.escape(block_prefix(entries)) + r"\d+\."
+        config["modules_in_block_to_quantize"] = [sorted({re.sub(prefix, "", name) for name in settings})]
     return config
 
 
-def _version(rows: Sequence[dict[str, Any]], options: Options) -> str:
-    symmetric = all(row["symmetric"] for row in rows if row["bits"] != 16)
-    return options.checkpoint_format or (V1 if symmetric else V2)
+def version_of(entries: Sequence[MatrixEntry]) -> str:
+    """The first version of the format for symmetric grids, the second for asymmetric ones."""
+    return V1 if all(grid.symmetric for grid in grids_of(entries).values()) else V2
 
 
-def _group_size(size: int | str) -> int:
-    return -1 if size == ROW else int(size)
+def _settings(grid: Grid) -> dict[str, int]:
+    return {"bits": grid.bits, "group_size": grid.group_size or -1}

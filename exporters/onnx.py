@@ -1,8 +1,8 @@
 """ONNX decoder with a key-value cache, for ONNX Runtime, ONNX Runtime GenAI, OpenVINO and TensorRT.
 
 Weights are float32, float16, or the codes of the solver: in MatMulNBits (ONNX Runtime's own operator) or behind the
-standard's DequantizeLinear (QDQ). Groups are those of the column order, so there is never a `g_idx`, which ONNX Runtime
-misreads silently beside packed zero points.
+standard's DequantizeLinear (QDQ). Groups are those of the column order, so a `g_idx` is never needed; ONNX Runtime
+silently misreads one that comes with packed zero points.
 """
 
 import json
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -20,108 +19,84 @@ from torch import Tensor, nn
 from exporters.folder import copy_configs, read_config
 from exporters.genai import genai_config
 from exporters.onnx_graph import decoder_graph
+from exporters.packed import grids_of
 from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
 from mspc.progress import Step
-from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_atomically, write_json
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import Grid, PlannedMatrix
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOAT32, FLOAT16, MATMUL_NBITS, QDQ = "float32", "float16", "matmulnbits", "qdq"
 WEIGHTS = (FLOAT32, FLOAT16, MATMUL_NBITS, QDQ)
-BITS = (2, 4, 8)
+FLOATS = (FLOAT32, FLOAT16)
+CODE_BITS = (2, 4, 8)
 LARGEST_FILE = 2_000_000_000
-"""Bytes; a protobuf message ends at 2 GiB, so that larger weights lie in a file of their own."""
-BYTES_PER_KEPT = {FLOAT32: 12, FLOAT16: 10}
-"""A sparse initializer stores every kept weight and its place, an int64."""
+"""Bytes of weights; a protobuf message ends at 2 GiB, so more weights go to a file of their own."""
 EXACT_QDQ = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Without it ONNX Runtime rounds activations to int8 where it fuses DequantizeLinear and MatMul."""
+"""Setting of a session; without it ONNX Runtime rounds activations to int8 after DequantizeLinear."""
 
 
 @dataclass(frozen=True)
 class Options:
     weights: str = FLOAT32
-    """float32, float16, matmulnbits or qdq; matrices without a grid stay float32 in the last two."""
+    """One of float32, float16, matmulnbits and qdq; the last two store matrices without a grid as float32."""
     accuracy_level: int = 0
-    """Of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""
-    sparse_initializers: bool = False
-    """Store float matrices sparsely where that makes the file smaller."""
+    """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""
 
 
-def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
     if options.weights not in WEIGHTS:
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {options.weights!r}.")
     if options.accuracy_level not in range(5):
         raise InputError(f"accuracy_level must be 0 to 4, not {options.accuracy_level}.")
-    if options.sparse_initializers and options.weights not in BYTES_PER_KEPT:
-        raise InputError(f"sparse_initializers hold float32 or float16 weights, not {options.weights}.")
-    for row in rows:
-        if row.get("index") is not None:
-            raise InputError(f"{row['name']}: onnx cannot hold one expert of a fused parameter; export dense.")
-    if options.weights in BYTES_PER_KEPT:
+    if options.weights in FLOATS:
         return
-    packed = [row for row in rows if row["bits"] != 16]
-    if not packed:
-        raise InputError(f"{options.weights} holds rounded weights, and no matrix has a grid; use float32 or float16.")
-    for row in packed:
-        if row["bits"] not in BITS:
+    if not any(matrix.target.grid for matrix in matrices):
+        raise InputError(
+            f"{options.weights} holds quantized weights, and no matrix has a grid; use float32 or float16."
+        )
+    for matrix in matrices:
+        grid = matrix.target.grid
+        if grid is None:
+            continue
+        if grid.bits not in CODE_BITS:
             raise InputError(
-                f"{row['name']}: {options.weights} takes 2, 4 or 8 bits, not {row['bits']}; compress with such --bits, "
+                f"{matrix.name}: {options.weights} takes 2, 4 or 8 bits, not {grid.bits}; compress with such --bits, "
                 "or export float32 or float16 weights."
             )
-        size = row["shape"][1] if row["group_size"] == ROW else row["group_size"]
+        size = grid.group_size or matrix.shape[1]
         if block_size(size) < SMALLEST_BLOCK:
             raise InputError(
-                f"{row['name']}: {options.weights} takes groups that are a multiple of {SMALLEST_BLOCK} inputs, not of "
+                f"{matrix.name}: {options.weights} takes groups that are a multiple of {SMALLEST_BLOCK} inputs, not of "
                 f"{size}; compress with such a --group-size, or export float32 or float16 weights."
             )
 
 
-def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
-    if not options.sparse_initializers:
-        return []
-    sparse = [row for row in rows if stored_sparsely(row, options)]
-    break_even = 1 - _width(options) / BYTES_PER_KEPT[options.weights]
-    kept = sum(row["shape"][0] * row["shape"][1] - row["zeros"] for row in sparse)
-    saved = sum(row["shape"][0] * row["shape"][1] for row in sparse) * _width(options)
-    saved -= kept * BYTES_PER_KEPT[options.weights]
-    return [
-        f"Note: a sparse initializer is smaller above {break_even:.0%} zeros in {options.weights}: {len(sparse)} of "
-        f"{len(rows)} matrices are stored so, which saves {saved / 1e6:.2f} MB on disk. ONNX Runtime makes them dense "
-        "when it loads, so neither memory nor time is saved; OpenVINO cannot read them."
-    ]
-
-
-def stored_sparsely(row: dict[str, Any], options: Options) -> bool:
-    numel = row["shape"][0] * row["shape"][1]
-    kept = numel - row["zeros"]
-    return options.sparse_initializers and kept * BYTES_PER_KEPT[options.weights] < numel * _width(options)
-
-
-def _width(options: Options) -> int:
-    return 2 if options.weights == FLOAT16 else 4
+def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
+    return []
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    rows = artifact.manifest["matrices"]
-    packed = {row["tensor"]: row for row in rows if row["bits"] != 16 and options.weights not in BYTES_PER_KEPT}
+    grids = {} if options.weights in FLOATS else grids_of(artifact.entries)
     opset = 18
     if options.weights == QDQ:
-        opset = 25 if any(row["bits"] == 2 for row in packed.values()) else 21
+        opset = 25 if any(grid.bits == 2 for grid in grids.values()) else 21
     dtype = torch.float16 if options.weights == FLOAT16 else torch.float32
     with exact_model(artifact.folder, dtype).whole() as model:
         _check_finite(model, dtype)
-        graph = decoder_graph(model, rows, opset)
+        graph = decoder_graph(model, artifact.entries, opset)
         for key in artifact.keys():  # noqa: SIM118  not a dict
             step(key)
-            if key in packed:
-                _pack(graph, artifact, packed[key], options)
-        if packed and options.weights == MATMUL_NBITS:
+            entry = artifact.whole.get(key)
+            if entry and entry.name in grids:
+                _pack(graph, artifact, entry, grids[entry.name], options)
+        if grids and options.weights == MATMUL_NBITS:
             graph.opset_imports["com.microsoft"] = 1
-        sparse = [row["parameter"] for row in rows if stored_sparsely(row, options)]
-        write_atomically(out / MODEL, partial(write, graph, sparse, out / DATA))
+        write_atomically(out / MODEL, partial(write, graph))
     copy_configs(artifact, out)
     config = read_config(artifact)
     write_json(out / "config.json", config | {"dtype": options.weights if options.weights == FLOAT16 else FLOAT32})
@@ -137,14 +112,14 @@ def _check_finite(model: nn.Module, dtype: torch.dtype) -> None:
             raise InputError(f"{name} has weights that do not fit into {dtype}; export float32 weights.")
 
 
-def _pack(graph: ir.Model, artifact: ArtifactSource, row: dict[str, Any], options: Options) -> None:
-    codes = artifact.matrix(row).codes
+def _pack(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry, grid: Grid, options: Options) -> None:
+    codes = artifact.matrix(entry).codes
     assert codes is not None
     if options.weights == QDQ:
-        _use_dequantize_linear(graph, row, pack_dequantize_linear(codes, row["bits"]))
+        _use_dequantize_linear(graph, entry, grid.bits, pack_dequantize_linear(codes, grid.bits))
     else:
-        parts = pack_matmul_nbits(codes, row["bits"], symmetric=row["symmetric"])
-        _use_matmul_nbits(graph, row, parts, options.accuracy_level)
+        parts = pack_matmul_nbits(codes, grid.bits, symmetric=grid.symmetric)
+        _use_matmul_nbits(graph, entry, grid.bits, parts, options.accuracy_level)
 
 
 def _matmul_of(graph: ir.Model, parameter: str) -> ir.Node:
@@ -165,8 +140,10 @@ def _initializer(graph: ir.Model, name: str, tensor: Tensor, dtype: ir.DataType,
     return value
 
 
-def _use_matmul_nbits(graph: ir.Model, row: dict[str, Any], parts: dict[str, Tensor], accuracy_level: int) -> None:
-    name, (num_out, num_in), bits = row["parameter"], row["shape"], row["bits"]
+def _use_matmul_nbits(
+    graph: ir.Model, entry: MatrixEntry, bits: int, parts: dict[str, Tensor], accuracy_level: int
+) -> None:
+    name, (num_out, num_in) = entry.address.parameter, entry.shape
     types = {"codes": ir.DataType.UINT8, "scales": ir.DataType.FLOAT, "zeros": ir.DataType.UINT8}
     operands = [_initializer(graph, f"{name}.{part}", parts[part], types[part], parts[part].shape) for part in parts]
     attributes = {
@@ -177,13 +154,13 @@ def _use_matmul_nbits(graph: ir.Model, row: dict[str, Any], parts: dict[str, Ten
         "accuracy_level": accuracy_level,
     }
     old = _matmul_of(graph, name)
-    new = ir.node("MatMulNBits", [old.inputs[0], *operands], attributes, domain="com.microsoft", name=row["name"])
+    new = ir.node("MatMulNBits", [old.inputs[0], *operands], attributes, domain="com.microsoft", name=entry.name)
     _replace(graph, old, [new])
     del graph.graph.initializers[name]
 
 
-def _use_dequantize_linear(graph: ir.Model, row: dict[str, Any], parts: dict[str, Tensor]) -> None:
-    name, (num_out, num_in), bits = row["parameter"], row["shape"], row["bits"]
+def _use_dequantize_linear(graph: ir.Model, entry: MatrixEntry, bits: int, parts: dict[str, Tensor]) -> None:
+    name, (num_out, num_in) = entry.address.parameter, entry.shape
     integer = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
     num_blocks = len(parts["scales"])
     operands = [
@@ -192,10 +169,10 @@ def _use_dequantize_linear(graph: ir.Model, row: dict[str, Any], parts: dict[str
         _initializer(graph, f"{name}.zeros", parts["zeros"], integer, [num_blocks, num_out]),
     ]
     attributes = {"axis": 0, "block_size": num_in // num_blocks}
-    dequantize = ir.node("DequantizeLinear", operands, attributes, name=f"{row['name']}.dequantize")
+    dequantize = ir.node("DequantizeLinear", operands, attributes, name=f"{entry.name}.dequantize")
     dequantize.outputs[0].name = f"{name}.dequantized"
     old = _matmul_of(graph, name)
-    new = ir.node("MatMul", [old.inputs[0], dequantize.outputs[0]], name=row["name"])
+    new = ir.node("MatMul", [old.inputs[0], dequantize.outputs[0]], name=entry.name)
     _replace(graph, old, [dequantize, new])
     del graph.graph.initializers[name]
 
@@ -215,25 +192,7 @@ def _cache(graph: ir.Model) -> tuple[int, int, int]:
     return len(keys), int(keys[0].shape[1]), int(keys[0].shape[3])
 
 
-def write(graph: ir.Model, sparse: Sequence[str], data: Path, path: Path) -> None:
-    """The graph to `path`, the initializers named in `sparse` sparsely; more than LARGEST_FILE bytes go to `data`."""
+def write(graph: ir.Model, path: Path) -> None:
+    """The graph to `path`; more than LARGEST_FILE bytes of weights go to a file of their own in the same folder."""
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
-    if not sparse:
-        ir.save(graph, path, format="protobuf", external_data=data.name if size > LARGEST_FILE else None)
-        return
-    if size > LARGEST_FILE:
-        raise InputError(f"Sparse initializers need a model below 2 GB, not {size / 1e9:.1f} GB; leave them out.")
-    proto = ir.to_proto(graph)
-    dense = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for name in sparse:
-        values = onnx.numpy_helper.to_array(dense[name]).reshape(-1)
-        places = values.nonzero()[0]
-        proto.graph.sparse_initializer.append(
-            onnx.helper.make_sparse_tensor(
-                onnx.numpy_helper.from_array(values[places], name),
-                onnx.numpy_helper.from_array(places, f"{name}.places"),
-                list(dense[name].dims),
-            )
-        )
-        proto.graph.initializer.remove(dense[name])
-    onnx.save(proto, path)
+    ir.save(graph, path, format="protobuf", external_data=DATA if size > LARGEST_FILE else None)

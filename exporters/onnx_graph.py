@@ -1,7 +1,7 @@
 """A causal language model as an ONNX graph: tokens and a key-value cache in, logits and the longer cache out.
 
-Every matrix that was compressed becomes one MatMul of an initializer (in, out) that carries the name of the model's own
-parameter, so that a reader of the graph finds it by name, whatever kind of layer it was.
+Every matrix that was compressed becomes one MatMul of an initializer (in, out) with the name of the model's own
+parameter, by which readers find it.
 """
 
 import inspect
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mspc.errors import MspcError
+from mspc.storage.manifest import MatrixEntry
 
 Past = list[tuple[Tensor, Tensor]]
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
 class Decoder(nn.Module):
-    """What is traced: plain tensors in and out, since a cache object cannot be an input of a graph."""
+    """The traced module: plain tensors in and out, since a cache object cannot be an input of a graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Decoder(nn.Module):
 
 
 class MatMul(nn.Module):
-    """x W + b with W (in, out) as it is stored: the graph then has no transpose to fold, and the parameter its name."""
+    """x W + b with W (in, out): the graph has no transpose to fold, so the parameter keeps its name."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -61,15 +62,15 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def decoder_graph(model: nn.Module, matrices: Iterable[dict[str, Any]], opset: int) -> ir.Model:
-    """The graph of a loaded model, whose compressed linear layers are changed on the way (the model is used up).
+def decoder_graph(model: nn.Module, entries: Iterable[MatrixEntry], opset: int) -> ir.Model:
+    """The graph of a loaded model. Its compressed linear layers are replaced, so the model is of no use afterwards.
 
-    `matrices` are rows of a manifest. Raises MspcError, naming the operator, when the model has no ONNX form.
+    Raises MspcError, naming the operator, when the model has no ONNX form.
     """
-    for row in matrices:
-        linear: Any = model.get_submodule(row["name"])
-        weight = linear.weight if row["transposed"] else linear.weight.T
-        model.set_submodule(row["name"], MatMul(weight.contiguous(), linear.bias), strict=True)
+    for entry in entries:
+        linear: Any = model.get_submodule(entry.name)
+        weight = linear.weight if entry.address.transposed else linear.weight.T
+        model.set_submodule(entry.name, MatMul(weight.contiguous(), linear.bias), strict=True)
     with torch.no_grad():
         layers = model(input_ids=torch.zeros(2, 5, dtype=torch.long), use_cache=True).past_key_values.layers
     graph = traced(Decoder(model).eval(), [(layer.keys, layer.values) for layer in layers], opset)
@@ -111,7 +112,7 @@ def traced(decoder: Decoder, past: Past, opset: int) -> ir.Model:
 
 
 def _explanation(model: str, error: BaseException) -> str:
-    """The innermost reason, and the operator that it speaks of."""
+    """The innermost reason of an error, and the operator that it names."""
     reasons = [error]
     while following := reasons[-1].__cause__ or reasons[-1].__context__:
         reasons.append(following)

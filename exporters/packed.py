@@ -1,4 +1,4 @@
-"""What the formats of packed integers share: which matrices they hold, and names and dtype of everything else."""
+"""Packed integers: the matrices that such a format holds, and names and dtype of all other tensors."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -10,30 +10,38 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import Codes, Grid, PlannedMatrix
 
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (32, 64, 128, ROW)
+GROUP_SIZES = (32, 64, 128, None)
 
 
-def check_packed(rows: Sequence[dict[str, Any]], format_name: str, multiple_of: int) -> None:
+def check_packed(matrices: Sequence[PlannedMatrix], format_name: str, multiple_of: int) -> None:
     """Raises InputError, naming the matrix, for a grid or shape that the loaders of packed integers do not take."""
-    packed = [row for row in rows if row["bits"] != 16]
-    if not packed:
+    if not any(matrix.target.grid for matrix in matrices):
         raise InputError(
-            f"{format_name} holds rounded weights, and no matrix has a grid: compress with --bits 4 (or 2, 3, 8), or "
+            f"{format_name} holds quantized weights, and no matrix has a grid: compress with --bits 4 (or 2, 3, 8), or "
             "export dense or sparse."
         )
-    for row in packed:
-        if row["bits"] not in BITS or row["group_size"] not in GROUP_SIZES:
+    for matrix in matrices:
+        grid, (num_out, num_in) = matrix.target.grid, matrix.shape
+        if grid is None:
+            continue
+        if grid.group_size not in GROUP_SIZES:
             raise InputError(
-                f"{row['name']}: {format_name} takes 2, 3, 4 or 8 bits in groups of 32, 64, 128 or {ROW}, not "
-                f"{row['bits']} bits in groups of {row['group_size']}; compress with such a --group-size."
+                f"{matrix.name}: {format_name} takes groups of 32, 64, 128 or {ROW}, not of {grid.group_size}; "
+                "compress with such a --group-size."
             )
-        if any(size % multiple_of for size in row["shape"]):
+        if num_out % multiple_of or num_in % multiple_of:
             raise InputError(
-                f"{row['name']}: the kernels that read {format_name} need in and out features divisible by "
-                f"{multiple_of}, not {row['shape'][1]} and {row['shape'][0]}; leave it out with --skip."
+                f"{matrix.name}: the kernels that read {format_name} need in and out features divisible by "
+                f"{multiple_of}, not {num_in} and {num_out}; leave it out with --skip."
             )
+
+
+def grids_of(entries: Sequence[MatrixEntry]) -> dict[str, Grid]:
+    """The grid of every quantized matrix, by its name."""
+    return {entry.name: entry.target.grid for entry in entries if entry.target.grid}
 
 
 def commonest(values: Sequence[Any]) -> Any:
@@ -42,22 +50,24 @@ def commonest(values: Sequence[Any]) -> Any:
 
 def model_names(artifact: ArtifactSource) -> Callable[[str], str]:
     """Source key -> the model's own name: some checkpoints leave out the prefix of the base model."""
-    row = artifact.manifest["matrices"][0]
-    prefix = row["parameter"].removesuffix(row["tensor"]) if row["parameter"].endswith(row["tensor"]) else ""
+    first = artifact.entries[0]
+    parameter, key = first.address.parameter, first.source_key
+    prefix = parameter.removesuffix(key) if parameter.endswith(key) else ""
     return lambda key: prefix + key
 
 
 def packed_tensors(
     artifact: ArtifactSource,
     key: str,
-    rows: dict[str, dict[str, Any]],
-    pack: Callable[[dict[str, Any]], dict[str, Tensor]],
+    pack: Callable[[Codes, Grid], dict[str, Tensor]],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """What one tensor of the source becomes: the packed parts of a matrix with a grid, else itself in `dtype`."""
-    name = model_names(artifact)(key)
-    if key in rows and rows[key]["bits"] != 16:
-        for part, tensor in pack(rows[key]).items():
+    """The tensors that one of the source becomes: the packed parts of a quantized matrix, else itself in `dtype`."""
+    name, entry = model_names(artifact)(key), artifact.whole.get(key)
+    if entry and entry.target.grid:
+        codes = artifact.matrix(entry).codes
+        assert codes is not None
+        for part, tensor in pack(codes, entry.target.grid).items():
             yield f"{name.removesuffix('.weight')}.{part}", tensor
         return
     ((_, tensor),) = artifact.read([key])
@@ -70,7 +80,7 @@ def packed_tensors(
     yield name, cast
 
 
-def block_prefix(rows: Sequence[dict[str, Any]]) -> str:
-    """`model.layers.` of `model.layers.0.self_attn.q_proj.weight`."""
-    name: str = rows[0]["parameter"]
+def block_prefix(entries: Sequence[MatrixEntry]) -> str:
+    """`model.layers.` of `model.layers.0.self_attn.q_proj`."""
+    name = entries[0].name
     return name[: next(i for i, part in enumerate(name) if part.isdecimal())]

@@ -1,4 +1,4 @@
-"""What an artifact computes, in float32: logits on fixed tokens and a greedy continuation, for runtimes to match."""
+"""The results of an artifact in float32: logits on fixed tokens and a greedy continuation, for runtimes to match."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ def load_reference(folder: Path) -> Reference:
 
 
 def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:
-    """The artifact's model on the CPU, in `dtype` without rounding to the checkpoint's on the way."""
+    """The artifact's model on the CPU, in `dtype` without casting to the checkpoint's on the way."""
     source = ArtifactSource(artifact, exact=True)
     return StreamedModel(source, load_config(artifact), torch.device("cpu"), dtype, eager=False)
 

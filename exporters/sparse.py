@@ -1,4 +1,4 @@
-"""mspc's own sparse checkpoint, which is really smaller: kept weights or codes, and where they are.
+"""mspc's own sparse checkpoint: kept weights or codes, and their indices. It is smaller than a dense one.
 
 docs/sparse-format.md specifies it. One folder may mix patterns and grids; `quantization_config` in config.json says
 what every matrix is, so that a reader needs nothing else.
@@ -16,7 +16,9 @@ from mspc.formats.decoding import row_offsets
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import write_json, write_text
+from mspc.storage.manifest import MatrixEntry
 from mspc.storage.sparse_export import base_of, quantization_config
+from mspc.types import PlannedMatrix
 
 README = "README.md"
 README_TEXT = """# A sparse checkpoint of mspc
@@ -31,7 +33,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
 Without `import mspc.hf`, transformers only warns (`Unknown quantization type, got mspc`, and weights are `MISSING`),
-puts random numbers in the place of these matrices, and the model says nonsense. Without transformers' loader:
+fills these matrices with random numbers, and the model says nonsense. Without transformers' loader:
 
 ```python
 import mspc
@@ -45,14 +47,14 @@ model = mspc.load("path/to/this/folder")
 
 @dataclass(frozen=True)
 class Options:
-    """None: the artifact decides everything."""
+    """No options: the artifact decides everything."""
 
 
-def check(rows: Sequence[dict[str, Any]], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
     """Every artifact can be sparse."""
 
 
-def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
+def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
     return [
         "Load it with mspc.load, or by transformers after `import mspc.hf`: without this, transformers makes up the "
         f"weights that are missing to it. {README} says how."
@@ -60,18 +62,16 @@ def notes(rows: Sequence[dict[str, Any]], options: Options) -> list[str]:
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    rows = {row["tensor"]: row for row in artifact.manifest["matrices"]}
     copy_configs(artifact, out)
-    quantization = quantization_config(rows.values())
+    quantization = quantization_config(artifact.whole.values())
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
     write_text(out / README, README_TEXT)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
-        if key not in rows:
+        if key not in artifact.whole:
             yield from artifact.read([key])
             return
-        row = rows[key]
-        for part, tensor in artifact.stored(row).items():  # they are those of the artifact: no packing is due
+        for part, tensor in artifact.stored(artifact.whole[key]).items():  # the artifact has the same layout
             yield f"{base_of(key)}.{part}", tensor
             if part == "mask":
                 yield f"{base_of(key)}.row_offsets", row_offsets(tensor)

@@ -1,8 +1,8 @@
 """Proof that an export holds and computes what the artifact does, in three independent steps.
 
 1. The bytes of every file are those that were written.
-2. Every matrix, read back by code that shares nothing with the packer, equals the canonical one exactly; its zeros and
-   the groups of its N:M pattern are counted.
+2. Every matrix, read back by code that shares nothing with the packer, equals that of the artifact exactly. Its zeros
+   and the groups of its N:M pattern are counted.
 3. Every runtime that the format is made for loads the folder; its logits on fixed tokens are within the tolerance of
    its arithmetic, and its greedy tokens are the same up to the first that is too close to call.
 
@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 
 from exporters import runtimes
 from exporters.formats import FORMATS
+from exporters.manifest import ExportManifest, read_export_manifest
 from exporters.reading import Decoded, reader_of
-from exporters.record import NAME as RECORD
-from exporters.record import read_record
 from exporters.reference import Reference, compute_reference, load_reference
 from mspc.errors import InputError, MspcError
 from mspc.progress import Reporter
 from mspc.storage.artifact import REPORT, ArtifactSource
 from mspc.storage.files import sha256_of, write_json
-from mspc.types import CompressedLinear
+from mspc.storage.manifest import EXPORT_MANIFEST, MatrixEntry
+from mspc.types import NM, CompressedLinear
 
-# What reading a damaged export comes to: readers do not look twice.
+# Errors of readers on a damaged export: they check nothing twice.
 UNREADABLE = (MspcError, OSError, LookupError, TypeError, ValueError)
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
@@ -41,13 +41,13 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, Any]:
     """The report, which is also written to `verification.json`.
 
-    Without `against`, matrices are compared with the digests in the export's record, and logits with those that the
-    artifact had when it was exported. Raises InputError for a folder that is no export, or one of another artifact.
+    Without `against`, matrices are compared with the digests in the export manifest, and logits with those of
+    the artifact at export. Raises InputError for a folder that is no export, or one of another artifact.
     """
-    record = read_record(folder)
+    manifest = read_export_manifest(folder)
     artifact = ArtifactSource(against, exact=True) if against else None
     if artifact:
-        _check_origin(folder, record, artifact)
+        _check_origin(folder, manifest, artifact)
     if against:
         with reporter.stage("Reference logits", 1) as step:
             reference = compute_reference(against)
@@ -55,36 +55,36 @@ def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, 
         reference.save(folder)
     else:
         reference = load_reference(folder)
-    report = {
-        "format": record["format"],
-        "against": "artifact" if against else "record",
-        "files": _check_files(folder, record),
-        "weights": _check_weights(folder, record, artifact, reporter),
+    report: dict[str, Any] = {
+        "format": manifest.format,
+        "against": "artifact" if against else "export manifest",
+        "files": _check_files(folder, manifest),
+        "weights": _check_weights(folder, manifest, artifact, reporter),
         "runtimes": {},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    for name in FORMATS[record["format"]].runtimes:
+    for name in FORMATS[manifest.format].runtimes:
         with reporter.stage(f"Verifying in {name}", 1) as step:
-            report["runtimes"][name] = result = check_runtime(name, folder, record, reference)
+            report["runtimes"][name] = result = check_runtime(name, folder, manifest, reference)
             step(result["status"])
         reporter.say(f"{name}: {in_words(result)}")
     write_json(folder / REPORT, report)
     return report
 
 
-def _check_origin(folder: Path, record: dict[str, Any], artifact: ArtifactSource) -> None:
-    of_artifact = {row["name"]: row["sha256"] for row in artifact.manifest["matrices"]}
-    differ = [row["name"] for row in record["matrices"] if of_artifact.get(row["name"]) != row["sha256"]]
+def _check_origin(folder: Path, manifest: ExportManifest, artifact: ArtifactSource) -> None:
+    digests = {entry.name: entry.digest for entry in artifact.entries}
+    differ = [entry.name for entry in manifest.entries if digests.get(entry.name) != entry.digest]
     if differ:
         raise InputError(
-            f"{folder} was not exported from {artifact.folder}: {len(differ)} of {len(record['matrices'])} matrices "
+            f"{folder} was not exported from {artifact.folder}: {len(differ)} of {len(manifest.entries)} matrices "
             f"are others there, such as {differ[0]}. Give the artifact that it came from, or leave --against out."
         )
     artifact.check_files()  # or the export would be blamed
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What is wrong, in words; empty when the export is right."""
+    """The faults that a report found, in words; empty when the export is right."""
     wrong = [*report["files"]["wrong"], *report["weights"]["wrong"]]
     for name, result in report["runtimes"].items():
         if result["status"] in ("mismatch", "failed"):
@@ -98,66 +98,64 @@ def in_short(found: list[str]) -> str:
     return shown if len(found) <= 3 else f"{shown}; and {len(found) - 3} more (see {REPORT})"
 
 
-def _check_files(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _check_files(folder: Path, manifest: ExportManifest) -> dict[str, Any]:
     wrong = []
-    for name, digest in record["files"].items():
+    for name, digest in manifest.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{folder / RECORD} points outside its folder, at {name!r}; do not use this export.")
+            raise InputError(f"{folder / EXPORT_MANIFEST} points outside its folder, at {name!r}; do not use it.")
         if not path.is_file():
             wrong.append(f"{name} is missing")
         elif sha256_of(path) != digest:
             wrong.append(f"{name} does not have the bytes that were written")
-    return {"checked": len(record["files"]), "wrong": wrong}
+    return {"checked": len(manifest.files), "wrong": wrong}
 
 
 def _check_weights(
-    folder: Path, record: dict[str, Any], artifact: ArtifactSource | None, reporter: Reporter
+    folder: Path, manifest: ExportManifest, artifact: ArtifactSource | None, reporter: Reporter
 ) -> dict[str, Any]:
     wrong, zeros = [], 0
-    rows = {row["name"]: row for row in artifact.manifest["matrices"]} if artifact else {}
     try:
-        read = reader_of(record["format"], folder)
+        read = reader_of(manifest.format, folder)
     except UNREADABLE as error:
         return {"matrices": 0, "zeros": 0, "wrong": [f"the weights cannot be read back ({error!r})"]}
-    with reporter.stage("Reading weights back", len(record["matrices"])) as step:
-        for row in record["matrices"]:
-            canonical = artifact.matrix(rows[row["name"]]) if artifact else None
+    with reporter.stage("Reading weights back", len(manifest.entries)) as step:
+        for entry in artifact.entries if artifact else manifest.entries:
+            expected = artifact.matrix(entry) if artifact else None
             try:
-                decoded = read(row)
-                difference = difference_of(row, decoded, canonical)
+                decoded = read(entry)
+                difference = difference_of(entry, decoded, expected)
             except UNREADABLE as error:
                 difference = f"it cannot be read back ({error!r})"
             if difference:
-                wrong.append(f"{row['name']}: {difference}")
+                wrong.append(f"{entry.name}: {difference}")
             else:
                 zeros += int((decoded.weight == 0).sum())
-            step(row["name"])
-    return {"matrices": len(record["matrices"]), "zeros": zeros, "wrong": wrong}
+            step(entry.name)
+    return {"matrices": len(manifest.entries), "zeros": zeros, "wrong": wrong}
 
 
-def difference_of(row: dict[str, Any], decoded: Decoded, canonical: CompressedLinear | None) -> str | None:
-    """How a matrix read back differs from the canonical one, or from its row of the record when that is not at hand."""
-    if decoded.weight.shape != tuple(row["shape"]):
-        return f"it has shape {decoded.weight.shape} instead of {tuple(row['shape'])}"
-    nonzero = decoded.weight != 0
-    if int((~nonzero).sum()) < row["pruned"]:
-        return f"it has {int((~nonzero).sum()):,} zeros, and {row['pruned']:,} weights were pruned"
-    if row["pattern"] != "unstructured":
-        keep, of = map(int, row["pattern"].split(":"))
-        fullest = int(nonzero.reshape(-1, of).sum(1).max())
-        if fullest > keep:
-            return f"{fullest} weights of one group of {of} are not zero, and its pattern is {row['pattern']}"
-    if canonical is None:
-        return _digest_difference(row, decoded)
+def difference_of(entry: MatrixEntry, decoded: Decoded, expected: CompressedLinear | None) -> str | None:
+    """The difference, in words, between a matrix that was read back and the expected one, or else its digest."""
+    if decoded.weight.shape != entry.shape:
+        return f"it has shape {decoded.weight.shape} instead of {entry.shape}"
+    nonzero, pattern = decoded.weight != 0, entry.target.pattern
+    if int((~nonzero).sum()) < entry.pruned:
+        return f"it has {int((~nonzero).sum()):,} zeros, and {entry.pruned:,} weights were pruned"
+    if isinstance(pattern, NM):
+        fullest = int(nonzero.reshape(-1, pattern.of).sum(1).max())
+        if fullest > pattern.keep:
+            return f"{fullest} weights of one group of {pattern.of} are not zero, and its pattern is {pattern}"
+    if expected is None:
+        return _digest_difference(entry, decoded)
     if decoded.codes is None:
-        expected = canonical.weight.to(getattr(torch, decoded.dtype)).float().numpy()
-        return _first_difference("weights", decoded.weight, expected)
-    assert canonical.codes is not None
+        weight = expected.weight.to(getattr(torch, decoded.dtype)).float().numpy()
+        return _first_difference("weights", decoded.weight, weight)
+    assert expected.codes is not None
     pairs = (
-        ("codes", decoded.codes, canonical.codes.values),
-        ("scales", decoded.scales, canonical.codes.scales),
-        ("zero points", decoded.zeros, canonical.codes.zeros),
+        ("codes", decoded.codes, expected.codes.values),
+        ("scales", decoded.scales, expected.codes.scales),
+        ("zero points", decoded.zeros, expected.codes.zeros),
     )
     return next(
         (text for what, a, b in pairs if a is not None and (text := _first_difference(what, a, b.numpy()))), None
@@ -177,37 +175,35 @@ def _first_difference(what: str, found: NDArray[Any], expected: NDArray[Any]) ->
     )
 
 
-def _digest_difference(row: dict[str, Any], decoded: Decoded) -> str | None:
+def _digest_difference(entry: MatrixEntry, decoded: Decoded) -> str | None:
     if decoded.codes is not None:
         parts = [decoded.codes, decoded.scales, decoded.zeros]
-    elif row["bits"] == 16 and decoded.dtype in (row["dtype"], "float32"):
+    elif entry.target.grid is None and getattr(torch, decoded.dtype) in (entry.dtype, torch.float32):
         weight = torch.from_numpy(decoded.weight)
-        stored = weight.to(getattr(torch, row["dtype"]))
+        stored = weight.to(entry.dtype)
         if not stored.float().equal(weight):
-            return f"it has values that {row['dtype']} does not have"
+            return f"it has values that {entry.dtype} does not have"
         parts = [stored.flatten().view(torch.uint8).numpy()]
     else:
-        return None  # rounded once more on the way: only the artifact can tell
+        return None  # cast on the way: only the artifact can tell
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(np.ascontiguousarray(part).tobytes())
-    return (
-        None if sha256.hexdigest() == row["sha256"] else "what was read back does not have the digest of the artifact"
-    )
+    return None if sha256.hexdigest() == entry.digest else "its digest is not that of the artifact"
 
 
-def check_runtime(name: str, folder: Path, record: dict[str, Any], reference: Reference) -> dict[str, Any]:
+def check_runtime(name: str, folder: Path, manifest: ExportManifest, reference: Reference) -> dict[str, Any]:
     """One runtime's result: its status, and the numbers or the reason."""
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # banners and pages of settings, from some
-            runner = runtimes.load(name, folder, record)
+            runner = runtimes.load(name, folder, manifest)
             logits = runner.logits(reference.ids)
             tokens = runner.generate(reference.prompt, len(reference.tokens))
     except runtimes.Unsupported as limit:
         return {"status": "unsupported", "reason": str(limit)}
     except ModuleNotFoundError as missing:
         return {"status": "not installed", "reason": f"{missing.name} is missing: {runtimes.RUNTIMES[name].install}"}
-    except Exception as raised:  # whatever a runtime raises is what its user would meet
+    except Exception as raised:  # users of the runtime would meet the same error
         return {"status": "failed", "reason": f"{type(raised).__name__}: {raised}"}
     expected = reference.logits
     result: dict[str, Any] = {"status": "verified", "version": runner.version, "tolerance": runner.tolerance}
@@ -240,7 +236,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def comparable_tokens(reference: Reference, error: float) -> int:
-    """How many greedy tokens come before the first whose lead over the second choice such an error could turn over.
+    """Number of greedy tokens before the first whose lead over the second choice such an error could reverse.
 
     `error` is the largest seen on the fixed tokens; twice it moves a lead, and other tokens may see twice as much.
     """

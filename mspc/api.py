@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import exporters
-import exporters.formats
+from exporters import exporting, formats, verification
 from mspc.errors import InputError, VerificationError
 from mspc.passes.perplexity import Perplexity
 from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
@@ -21,8 +20,9 @@ from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress
 from mspc.recipe import Recipe
 from mspc.runtime.loading import load
-from mspc.storage.artifact import read_manifest
+from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling
+from mspc.types import PlannedMatrix
 
 EXPORTS = "exports"
 
@@ -96,11 +96,11 @@ def compress(
     """
     shown, recipe, out = as_progress(progress), recipe or Recipe(), Path(out)
     for name in exports:
-        exporters.formats.load(name)  # so that a mistake is found before any work
+        formats.load(name)  # so that a mistake is found before any work
 
-    def check_exports(rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
+    def check_exports(plan: list[PlannedMatrix], config: dict[str, Any]) -> None:
         for name in exports:
-            exporters.check(name, rows, config)
+            exporting.check(name, plan, config)
 
     if isinstance(model, PreTrainedModel) and tokenizer is None and not isinstance(calibration, Tensor):
         raise InputError("A model in memory needs tokenizer=, or calibration= as token ids (N, T).")
@@ -149,11 +149,11 @@ def export(
 ) -> Path:
     """Write an artifact in a format that a runtime loads, and verify it there; returns `out`.
 
-    `format_name` is one of `exporters.FORMATS`, and `options` are those of the format. Raises InputError for what the
-    format cannot hold, and VerificationError if the export does not compute what the artifact does.
+    `format_name` is one of `exporters.formats.FORMATS`, and `options` are those of the format. Raises InputError for
+    an artifact that the format cannot hold, and VerificationError if the export does not compute what the artifact does.
     """
     path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
-    return exporters.export(
+    return exporting.export(
         path, format_name, Path(out), overwrite=overwrite, verified=verify, options=options,
         reporter=as_progress(progress),
     )  # fmt: skip
@@ -168,9 +168,9 @@ def verify(
     VerificationError for a mismatch.
     """
     artifact = against.path if isinstance(against, Artifact) else against
-    result = exporters.verify(Path(folder), None if artifact is None else Path(artifact), as_progress(progress))
-    if wrong := exporters.failures(result):
-        raise VerificationError(f"{folder} is wrong: {exporters.in_short(wrong)}.")
+    result = verification.verify(Path(folder), None if artifact is None else Path(artifact), as_progress(progress))
+    if wrong := verification.failures(result):
+        raise VerificationError(f"{folder} is wrong: {verification.in_short(wrong)}.")
     return result
 
 

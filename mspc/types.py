@@ -10,6 +10,11 @@ from torch import Tensor
 
 from mspc.errors import InputError
 
+BITS = (8, 4, 3, 2)
+"""The bits that a grid may have."""
+UNQUANTIZED_BITS = 16
+"""What files say of a matrix without a grid, whatever its dtype is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unstructured:

@@ -1,5 +1,6 @@
 """What the end-to-end tests share: no network, one thread (tiny matrices gain nothing from more), model folders."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,11 @@ import pytest
 import tiny
 import torch
 import transformers
+
+import mspc
+from mspc.progress import Silent
+
+BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -48,3 +54,39 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "heldout.txt"
     path.write_text(tiny.text(20 * tiny.LENGTH, seed=2))
     return path
+
+
+@pytest.fixture(scope="session")
+def artifact_of(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., mspc.Artifact]:
+    """`artifact_of(family, **recipe)`: int4 in groups of 32 unless the recipe says otherwise, made once.
+
+    All matrices have multiples of 32 features. The family `bundled` is the trained model. Not to be written to.
+    """
+    made: dict[str, mspc.Artifact] = {}
+
+    def get(family: str, **options: object) -> mspc.Artifact:
+        key = f"{family}{sorted(options.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("artifacts")
+            bundled = family == "bundled"
+            model = BUNDLED if bundled else tiny.build(folder / "model", family, hidden_size=64)
+            recipe = mspc.Recipe(
+                **{"bits": 4, "group_size": 32, "allocator": "uniform"} | options,
+                calibration="builtin" if bundled else str(calibration), num_sequences=4, sequence_length=32,
+            )  # fmt: skip
+            made[key] = mspc.compress(model, recipe, out=folder / "artifact", reporter=Silent())
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mixed(artifact_of: Callable[..., mspc.Artifact], tmp_path_factory: pytest.TempPathFactory) -> mspc.Artifact:
+    """The first matrix in 8 bits, one left dense, the others in 4 bits."""
+    folder = tmp_path_factory.mktemp("mixed")
+    artifact = artifact_of("llama", skip=("layers.0.mlp.down_proj",))
+    plan = json.loads((artifact.path / "plan.json").read_text())
+    plan["matrices"][0] |= {"bits": 8}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    recipe = mspc.Recipe(**artifact.manifest["recipe"] | {"plan": str(folder / "plan.json")})
+    return mspc.compress(artifact.path.parent / "model", recipe, out=folder / "artifact", reporter=Silent())

@@ -1,11 +1,11 @@
-"""Stored matrices for the kernels, and their product in float64 by `canonical.unpack`, which no kernel goes through."""
+"""Stored matrices for the kernels, and their product in float64 by `layout.unpack`, which no kernel goes through."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import KERNELS, Kernel, dispatch
 from mspc.kernels.timings import Choice
@@ -50,7 +50,7 @@ class Case:
     def weight(self) -> Tensor:
         """The weight, not rounded: float32 where there is a grid."""
         dtype = self.dtype if self.grid is None else torch.float32
-        return canonical.unpack(self.stored(), self.shape, self.matrix.target, dtype).weight
+        return layout.unpack(self.stored(), self.shape, self.matrix.target, dtype).weight
 
     def __str__(self) -> str:
         grid = (
@@ -133,7 +133,7 @@ def stored(matrix: StoredMatrix, seed: int = 0) -> dict[str, Tensor]:
         values = torch.where(mask, values, zeros.repeat_interleave(shape[1] // groups, 1))
         codes = Codes(values, torch.rand(zeros.shape, generator=generator).half(), zeros)
         weight = dequantize(codes)
-    tensors = canonical.pack(CompressedLinear(weight, mask, matrix.target, codes), matrix.dtype)
+    tensors = layout.pack(CompressedLinear(weight, mask, matrix.target, codes), matrix.dtype)
     if "mask" in tensors:
         tensors["row_offsets"] = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     return tensors

@@ -47,7 +47,7 @@ from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
 from mspc.bench.tinygemm import TinygemmLinear
 from mspc.cli.main import app
 from mspc.errors import InputError, MspcError
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.formats.decoding import decode_mask
 from mspc.progress import Silent
 from mspc.runtime import linear
@@ -214,8 +214,8 @@ def test_random_matrices_are_what_the_packer_of_exports_makes(name):
     """Unpacked and packed again they are the same bytes; every group is filled, and nothing that is kept is zero."""
     matrix = describe((24, 384), parse_format(name), "m")
     stored = random_stored(matrix, Source.seeded(0, CPU))
-    whole = canonical.decode(stored, matrix, "m")
-    packed = canonical.with_offsets(canonical.pack(whole, matrix.dtype), matrix, "m")
+    whole = layout.decode(stored, matrix, "m")
+    packed = layout.with_offsets(layout.pack(whole, matrix.dtype), matrix, "m")
     assert packed.keys() == stored.keys()
     assert all(torch.equal(packed[part], stored[part]) for part in stored)
     mask = decode_mask(stored, matrix, 0, 24)

@@ -326,7 +326,7 @@ def test_what_the_input_cannot_be_blamed_for_exits_1(compress, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("verb", "of"),
-    [("eval", "mspc.api.evaluate"), ("verify", "exporters.verify")],
+    [("eval", "mspc.api.evaluate"), ("verify", "exporters.verification.verify")],
 )
 def test_an_interruption_promises_only_what_is_kept(verb, of, llama, monkeypatch):
     """`compress` has its own test, with what --resume then does."""

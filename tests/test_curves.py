@@ -15,8 +15,8 @@ from oracles import few, problem
 
 import mspc
 from mspc.errors import InputError
-from mspc.formats.canonical import num_bytes
-from mspc.formats.description import target_from_dict
+from mspc.formats.layout import num_bytes
+from mspc.formats.targets import target_from_dict
 from mspc.model.open import open_model
 from mspc.numerics.masking import num_pruned
 from mspc.passes.blocks import batches_of
@@ -170,7 +170,7 @@ def predicted(plan: list[PlannedMatrix]) -> float:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "N:16"])
 @pytest.mark.parametrize("bits", [3.0, 3.125, 4.0, 5.5, 17.0])
 def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be_better(pattern, bits):
-    """Oracle: every uniform setting of pattern and bits, with its size as `canonical.pack` makes it."""
+    """Oracle: every uniform setting of pattern and bits, with its size as `layout.pack` makes it."""
     recipe = Recipe(pattern=pattern, bits_per_weight=bits, group_size=16).settings()
     total = sum(math.prod(shape) for shape in NAMES.values())
     plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)["mixed"]

@@ -7,16 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
 from test_resume import killed_at
 
-import exporters
 import mspc
+from exporters import exporting, verification
 from exporters import folder as folder_module
-from exporters.record import NAME as RECORD
+from exporters.formats import FORMATS
 from mspc.errors import InputError, StorageError
+from mspc.formats import layout
 from mspc.progress import Silent
-from mspc.storage.artifact import MANIFEST, REPORT
+from mspc.storage.artifact import REPORT
+from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST, MatrixEntry
 from mspc.storage.output_folder import held, sibling
+from mspc.types import CompressedLinear, Matrix, Target, Unstructured
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def artifact(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPath
 
 
 def export(artifact: Path, out: Path, *, overwrite: bool = False, verified: bool = False) -> Path:
-    return exporters.export(artifact, "dense", out, overwrite=overwrite, verified=verified)
+    return exporting.export(artifact, "dense", out, overwrite=overwrite, verified=verified)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -54,11 +60,11 @@ def test_killed_at_every_flush_the_older_is_whole_and_the_next_works(artifact, t
         kills += 1
         found = content(out)
         assert found == older or found["tokenizer_config.json"] == b"{}", f"killed at flush {kills}"
-        assert RECORD in found
+        assert EXPORT_MANIFEST in found
     assert kills > 5
     found = content(out)
-    assert {name: found[name] for name in newer if name != RECORD} == {
-        name: newer[name] for name in newer if name != RECORD
+    assert {name: found[name] for name in newer if name != EXPORT_MANIFEST} == {
+        name: newer[name] for name in newer if name != EXPORT_MANIFEST
     }
     assert not sibling(out, "new").exists()
 
@@ -109,10 +115,10 @@ def test_a_damaged_artifact_is_refused(artifact, tmp_path):
     whole = bytearray(file.read_bytes())
     whole[-1] ^= 1
     file.write_bytes(whole)
-    with pytest.raises(InputError, match=r"00001\.safetensors is damaged: its bytes are not those that mspc wrote"):
+    with pytest.raises(InputError, match=r"00001\.safetensors is damaged: mspc wrote other bytes"):
         export(source, tmp_path / "out")
     file.unlink()
-    with pytest.raises(InputError, match=r"00001\.safetensors is missing of those that mspc wrote"):
+    with pytest.raises(InputError, match=r"00001\.safetensors is missing, and mspc wrote it"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -125,7 +131,7 @@ def test_an_artifact_that_cannot_be_read_is_refused(artifact, tmp_path):
         export(source, tmp_path / "out")
     del manifest["matrices"][0]["pruned"]
     (source / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"the row of model\.layers\.0\.self_attn\.q_proj lacks pruned"):
+    with pytest.raises(InputError, match=r"the entry of model\.layers\.0\.self_attn\.q_proj lacks pruned"):
         export(source, tmp_path / "out")
 
 
@@ -139,16 +145,17 @@ def test_a_tokenizer_that_is_gone_is_named(artifact, tmp_path):
 
 def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
     with pytest.raises(InputError, match="Unknown format 'dens': did you mean 'dense'"):
-        exporters.export(artifact, "dens", tmp_path / "out")
+        exporting.export(artifact, "dens", tmp_path / "out")
     with pytest.raises(InputError, match="dense has no option --weights"):
-        exporters.export(artifact, "dense", tmp_path / "out", options={"weights": "int4"})
+        exporting.export(artifact, "dense", tmp_path / "out", options={"weights": "int4"})
 
 
 def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
     """What an export says of itself does not travel on: an export would replace the artifact as an older one."""
     dense = export(artifact, tmp_path / "dense", verified=True)
     again = mspc.compress(dense, recipe, out=tmp_path / "again", reporter=Silent()).path
-    assert {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()} >= {RECORD, REPORT}
+    left_behind = {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()}
+    assert left_behind >= {EXPORT_MANIFEST, REPORT}
     before = content(again)
     with pytest.raises(InputError, match="is not empty and was not exported by mspc"):
         export(artifact, again, overwrite=True)
@@ -160,11 +167,62 @@ def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
         mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptk"], reporter=Silent())
     assert not (tmp_path / "out").exists()
     artifact = mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], reporter=Silent())
-    first = content(artifact.path / "exports" / "dense")
-    assert exporters.failures(exporters.verify(artifact.path / "exports" / "dense", artifact.path, Silent())) == []
+    out = artifact.path / "exports" / "dense"
+    first = content(out)
+    assert verification.failures(verification.verify(out, artifact.path, Silent())) == []
     shutil.rmtree(artifact.path / "exports")
     mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], resume=True, reporter=Silent())
-    again = content(artifact.path / "exports" / "dense")
+    again = content(out)
     assert {name: again[name] for name in first if name != "verification.npz"} == {
         name: first[name] for name in first if name != "verification.npz"
     }
+
+
+@pytest.fixture(scope="module")
+def sliced(folder_of, recipe, tmp_path_factory) -> tuple[Path, dict[int, torch.Tensor]]:
+    """An artifact with two slices of one 3-D parameter, added by hand; and their weights (O, I) by index."""
+    out, name = tmp_path_factory.mktemp("sliced") / "artifact", "model.layers.0.mlp.experts.down_proj"
+    asked = mspc.Recipe(**recipe.to_dict() | {"group_size": 16, "skip": ["experts"]})
+    mspc.compress(folder_of("gpt_oss"), asked, out=out, reporter=Silent())
+    manifest = json.loads((out / MANIFEST).read_text())
+    fused, weights = tiny.tensors(folder_of("gpt_oss"))[name], {}
+    for index in (1, 3):
+        address = Matrix(name, (fused.shape[2], fused.shape[1]), index, transposed=True)
+        weight = address.read(fused).clone()
+        mask = (torch.arange(weight.numel()) % 2 == index // 2).view(weight.shape)
+        weights[index] = weight * mask
+        target = Target(Unstructured(0.5))
+        parts = layout.pack(CompressedLinear(weights[index], mask, target), weight.dtype)
+        file = f"matrices/slice{index}.safetensors"
+        save_file({f"{address.name}.{part}": tensor for part, tensor in parts.items()}, out / file)
+        digest = layout.digest(CompressedLinear(weights[index], mask, target))
+        entry = MatrixEntry(
+            address, name, target, weight.dtype, tuple(parts), 0, digest, mask.numel() // 2, mask.numel() // 2, None,
+            0.0, 0.0, 0.0, "float32", 1, file,
+        )  # fmt: skip
+        manifest["matrices"].append(entry.to_row())
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return out, weights
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_slices_of_one_tensor_are_all_written_or_refused(format_name, sliced, folder_of, tmp_path):
+    artifact, weights = sliced
+    if not FORMATS[format_name].holds_slices:
+        with pytest.raises(InputError, match=rf"experts\.down_proj\[1\]: {format_name} cannot hold one slice"):
+            exporting.export(artifact, format_name, tmp_path / "out")
+        return
+    out = exporting.export(artifact, format_name, tmp_path / "out")  # read back, and run in transformers
+    name = "model.layers.0.mlp.experts.down_proj"
+    before, after = tiny.tensors(folder_of("gpt_oss"))[name], tiny.tensors(out)[name]
+    for index in range(len(before)):
+        assert torch.equal(after[index].T, weights.get(index, before[index].T))
+
+
+def test_an_entry_that_comes_twice_is_refused(artifact, tmp_path):
+    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    manifest = json.loads((source / MANIFEST).read_text())
+    manifest["matrices"].append(manifest["matrices"][3])
+    (source / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="has more than one entry for model.layers.0.self_attn.o_proj"):
+        export(source, tmp_path / "out")

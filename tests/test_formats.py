@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 
 from mspc.errors import InputError
 from mspc.formats.bits import pack_bits, unpack_bits
-from mspc.formats.canonical import index_bits, pack, unpack
+from mspc.formats.layout import index_bits, pack, unpack
 from mspc.numerics.masking import num_pruned, prune_lowest, prune_n_of_m
 from mspc.numerics.quant import dequantize, round_to_nearest
 from mspc.solvers import SolverOptions

@@ -20,8 +20,8 @@ from oracles import few
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import exporters
 import mspc
+from exporters import exporting, verification
 from exporters.reading import gguf as reading
 from exporters.reference import NEW_TOKENS
 from exporters.verification import UNREADABLE
@@ -30,7 +30,7 @@ from mspc.formats.gguf import pack_blocks, unpack_blocks
 from mspc.numerics.quant import dequantize
 from mspc.progress import Silent
 from mspc.storage.artifact import ArtifactSource
-from mspc.types import Codes
+from mspc.types import Codes, Grid, PlannedMatrix, Target, Unstructured
 
 gguf = pytest.importorskip("gguf")
 exporter = pytest.importorskip("exporters.gguf")
@@ -242,7 +242,7 @@ def test_exports_hold_and_compute_the_artifact(grid, dtype, matrices, compress, 
     artifact = compress(dtype=dtype, **grid)
     out = artifact.export("gguf", tmp_path / "out", reporter=Silent())
     for against in (artifact.path, None):
-        assert exporters.verify(out, against, Silent())["weights"]["wrong"] == []
+        assert verification.verify(out, against, Silent())["weights"]["wrong"] == []
     assert relative_error(out) < 1e-6
     types = types_of(out)
     assert types["blk.1.attn_k.weight"] == types["blk.0.ffn_down.weight"] == matrices
@@ -283,6 +283,7 @@ def test_a_mixed_plan_has_a_type_for_every_matrix(compress, tmp_path):
     assert [types[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_k", "ffn_down")] == ["Q8_0", "Q4_0", "F32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [{"bits": 4}, {"bits": 8, "pattern": "2:4"}], ids=str)
 def test_the_trained_model_writes_the_same_text(grid, compress, tmp_path):
     out = compress("bundled", **grid).export("gguf", tmp_path / "out", reporter=Silent())
@@ -299,7 +300,7 @@ def test_rows_in_the_order_of_the_model_are_noticed(compress, tmp_path, monkeypa
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.q_proj: .* codes differ"):
         artifact.export("gguf", tmp_path / "out", reporter=Silent())
     out = artifact.export("gguf", tmp_path / "out", verified=False, reporter=Silent())
-    exporters.verify(out, artifact.path, Silent())
+    verification.verify(out, artifact.path, Silent())
     assert relative_error(out) > 0.1
 
 
@@ -307,7 +308,12 @@ def test_rows_in_the_order_of_the_model_are_noticed(compress, tmp_path, monkeypa
 
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 128}
-ROW = {"name": "model.layers.0.mlp.up_proj", "bits": 4, "group_size": 32, "symmetric": True}
+
+
+def planned(bits: int = 4, group_size: int | None = 32, *, symmetric: bool = True) -> PlannedMatrix:
+    return PlannedMatrix(
+        "model.layers.0.mlp.up_proj", (64, 64), Target(Unstructured(0.5), Grid(bits, group_size, symmetric))
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,23 +332,24 @@ ROW = {"name": "model.layers.0.mlp.up_proj", "bits": 4, "group_size": 32, "symme
 )
 def test_models_that_readers_would_compute_otherwise_are_refused(config, message):
     with pytest.raises(InputError, match=message):
-        exporters.check("gguf", [ROW], LLAMA | config)
+        exporting.check("gguf", [planned()], LLAMA | config)
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("grid", "message"),
     [
         ({"bits": 3}, r"up_proj: gguf takes 4 or 8 bits in groups of 32, .* not 3 bits in groups of 32; compress with"),
         ({"group_size": 128}, "not 4 bits in groups of 128"),
-        ({"group_size": "row"}, "not 4 bits in groups of row"),
+        ({"group_size": None}, "not 4 bits in groups of row"),
         ({"symmetric": False}, "up_proj: gguf takes symmetric grids"),
     ],
     ids=str,
 )
-def test_grids_that_are_no_blocks_are_refused(row, message):
+def test_grids_that_are_no_blocks_are_refused(grid, message):
     with pytest.raises(InputError, match=message):
-        exporters.check("gguf", [ROW, ROW | row], LLAMA)
-    exporters.check("gguf", [ROW, {"name": "dense", "bits": 16}, ROW | {"bits": 8}], LLAMA)
+        exporting.check("gguf", [planned(), planned(**grid)], LLAMA)
+    dense = PlannedMatrix("dense", (64, 64), Target(Unstructured(0.5)))
+    exporting.check("gguf", [planned(), dense, planned(8)], LLAMA)
 
 
 def test_tensors_without_a_name_are_refused(compress):

@@ -18,7 +18,7 @@ from kernel_cases import BF16, CASES, DENSE, FP16, HALF, ONE_OF_EACH, Case, asse
 from oracles import few
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import KERNELS, kernel_for
 from mspc.planning.allocation import ROUNDED_BITS
@@ -88,7 +88,7 @@ def test_a_kernel_repacks_and_unrepacks_all_that_it_supports(pattern, grid, num_
     ids=str,
 )
 def test_bytes_are_those_of_the_file_and_the_documented_padding(case, more):
-    file = canonical.num_bytes(case.shape, case.matrix.target, case.dtype)
+    file = layout.num_bytes(case.shape, case.matrix.target, case.dtype)
     repacked = case.repacked()
     assert sum(tensor.nbytes for tensor in repacked.values()) == file + more
 

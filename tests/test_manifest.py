@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import mspc
 from mspc.errors import InputError
 from mspc.progress import Silent
+from mspc.storage.manifest import MANIFEST, read_entries, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,26 @@ def test_a_plan_that_was_edited_since_is_another_run(compress, llama, tmp_path):
     plan.write_text(plan.read_text().replace("0.5", "0.25", 1))
     with pytest.raises(InputError, match=r"differs from this one: plan was '\w{64}' and is '\w{64}'\."):
         mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent(), resume=True)
+
+
+def test_entries_are_written_as_they_were_read(artifact):
+    path = artifact.path / MANIFEST
+    assert [entry.to_row() for entry in read_entries(artifact.manifest, path)] == artifact.manifest["matrices"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "q_proj .*bits must be 16, 8, 4, 3 or 2, not 5"),
+        ({"dtype": "nothing"}, "q_proj .*nothing"),
+        ({"shape": [32]}, "q_proj"),
+        ({"pattern": "4:2"}, "q_proj .*1 <= N <= M"),
+    ],
+    ids=str,
+)
+def test_damaged_entries_are_named(change, message, artifact, tmp_path):
+    manifest = artifact.manifest
+    manifest["matrices"][0] |= change
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"mspc\.json is damaged at the entry of .*{message}"):
+        read_manifest(tmp_path)

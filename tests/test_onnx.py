@@ -13,17 +13,26 @@ from exporters.genai import genai_config
 from exporters.reading import little_endian_fields, reader_of
 from mspc.errors import InputError
 from mspc.formats.onnx import block_size, pack_dequantize_linear, pack_matmul_nbits
-from mspc.types import Codes
+from mspc.storage.manifest import MatrixEntry
+from mspc.types import Codes, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
 onnx = pytest.importorskip("onnx")
 pytestmark = pytest.mark.filterwarnings("ignore")  # onnx's own
 
 from exporters import onnx as exporter  # noqa: E402
 
-ROW = {
-    "name": "model.layers.0.mlp.up_proj", "parameter": "model.layers.0.mlp.up_proj.weight", "shape": [8, 64],
-    "bits": 4, "group_size": 32, "zeros": 256, "index": None, "symmetric": True, "pattern": "unstructured",
-}  # fmt: skip
+MATRIX = Matrix("model.layers.0.mlp.up_proj.weight", (8, 64))
+
+
+def planned(grid: Grid | None, shape: tuple[int, int] = (8, 64)) -> PlannedMatrix:
+    return PlannedMatrix(MATRIX.name, shape, Target(Unstructured(0.5), grid))
+
+
+def entry() -> MatrixEntry:
+    return MatrixEntry(
+        MATRIX, MATRIX.parameter, Target(Unstructured(0.5), Grid(4, 32)), torch.float32, (), 0, "", 256, 256, None, 0.0,
+        0.0, 0.0, "float32", 1,
+    )  # fmt: skip
 
 
 def random_codes(num_out: int, num_groups: int, group_size: int, bits: int, seed: int) -> Codes:
@@ -109,36 +118,24 @@ def test_dequantize_linear_is_what_the_standard_computes():
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "message"),
+    ("matrix", "options", "message"),
     [
-        ({}, {"weights": "int4"}, "weights must be one of float32, float16, matmulnbits, qdq, not 'int4'"),
-        ({}, {"weights": "qdq", "accuracy_level": 9}, "accuracy_level must be 0 to 4, not 9"),
-        ({}, {"weights": "qdq", "sparse_initializers": True}, "hold float32 or float16 weights, not qdq"),
-        ({"bits": 3}, {"weights": "matmulnbits"}, "up_proj: matmulnbits takes 2, 4 or 8 bits, not 3"),
-        ({"bits": 16}, {"weights": "qdq"}, "no matrix has a grid; use float32 or float16"),
-        ({"group_size": 8}, {"weights": "qdq"}, "multiple of 16 inputs, not of 8"),
-        ({"group_size": "row", "shape": [8, 72]}, {"weights": "qdq"}, "multiple of 16 inputs, not of 72"),
-        ({"index": 3}, {}, "cannot hold one expert"),
+        (planned(Grid(4, 32)), {"weights": "int4"}, "must be one of float32, float16, matmulnbits, qdq, not 'int4'"),
+        (planned(Grid(4, 32)), {"weights": "qdq", "accuracy_level": 9}, "accuracy_level must be 0 to 4, not 9"),
+        (planned(Grid(3, 32)), {"weights": "matmulnbits"}, "up_proj: matmulnbits takes 2, 4 or 8 bits, not 3"),
+        (planned(None), {"weights": "qdq"}, "no matrix has a grid; use float32 or float16"),
+        (planned(Grid(4, 8)), {"weights": "qdq"}, "multiple of 16 inputs, not of 8"),
+        (planned(Grid(4, None), (8, 72)), {"weights": "qdq"}, "multiple of 16 inputs, not of 72"),
     ],
 )
-def test_what_it_cannot_hold_is_refused(changes, options, message):
+def test_what_it_cannot_hold_is_refused(matrix, options, message):
     with pytest.raises(InputError, match=message):
-        exporter.check([ROW | changes], {}, exporter.Options(**options))
+        exporter.check([matrix], {}, exporter.Options(**options))
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": "float16"}])
 def test_three_bits_are_held_as_floats(options):
-    exporter.check([ROW | {"bits": 3}], {}, exporter.Options(**options))
-
-
-def test_sparse_initializers_only_where_they_are_smaller():
-    """By hand: 512 weights of 4 bytes are 2048; 12 bytes for each of 170 are 2040, of 171 are 2052."""
-    options = exporter.Options(sparse_initializers=True)
-    rows = [ROW | {"zeros": zeros} for zeros in (512 - 170, 512 - 171)]
-    assert [exporter.stored_sparsely(row, options) for row in rows] == [True, False]
-    (note,) = exporter.notes(rows, options)
-    assert "above 67% zeros in float32: 1 of 2 matrices" in note
-    assert exporter.notes(rows, exporter.Options()) == []
+    exporter.check([planned(Grid(3, 32))], {}, exporter.Options(**options))
 
 
 def test_genai_config_takes_what_the_configs_lack():
@@ -161,19 +158,19 @@ def test_what_is_no_onnx_model_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("location", ["../elsewhere", "/etc/hostname"])
 def test_weights_outside_the_folder_are_not_read(location, tmp_path):
-    tensor = onnx.TensorProto(name=ROW["parameter"], dims=[64, 8], data_type=1, data_location=1)
+    tensor = onnx.TensorProto(name=MATRIX.parameter, dims=[64, 8], data_type=1, data_location=1)
     tensor.external_data.add(key="location", value=location)
     graph = onnx.helper.make_graph([], "one", [], [], [tensor])
     (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     with pytest.raises(InputError, match="points outside the folder"):
-        reader_of("onnx", tmp_path)(ROW)
+        reader_of("onnx", tmp_path)(entry())
 
 
 def test_a_data_file_cut_short_is_an_error(tmp_path):
-    tensor = onnx.TensorProto(name=ROW["parameter"], dims=[64, 8], data_type=1, data_location=1)
+    tensor = onnx.TensorProto(name=MATRIX.parameter, dims=[64, 8], data_type=1, data_location=1)
     tensor.external_data.add(key="location", value="model.onnx.data")
     graph = onnx.helper.make_graph([], "one", [], [], [tensor])
     (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     (tmp_path / "model.onnx.data").write_bytes(b"abcd")
     with pytest.raises(ValueError, match="reshape"):
-        reader_of("onnx", tmp_path)(ROW)
+        reader_of("onnx", tmp_path)(entry())

@@ -10,8 +10,8 @@ from test_resume import content, killed_at, run
 
 import mspc
 from mspc.errors import InputError, StorageError
-from mspc.storage.artifact import MANIFEST, read_manifest
 from mspc.storage.journal import NAME as JOURNAL
+from mspc.storage.manifest import MANIFEST, read_manifest
 from mspc.storage.output_folder import check_space, held, publish, recover, sibling, working_folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mspc.errors import InputError
-from mspc.formats.description import target_from_dict, target_to_dict
+from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.planning.plan_file import KEYS, read_plan, write_plan
 from mspc.types import NM, Grid, Matrix, PlannedMatrix, Target, Unstructured
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mspc
 from mspc.errors import InputError
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.model.hub import load_tokenizer
 from mspc.model.open import open_model
 from mspc.passes.blocks import Call
@@ -21,7 +21,9 @@ from mspc.pipeline import solve_blocks
 from mspc.pipeline.reconstruct import HELD_BACK, _Sample, _tuned
 from mspc.progress import Silent
 from mspc.storage.artifact import read_matrix
+from mspc.storage.manifest import MatrixEntry
 from mspc.text.tokens import calibration_tokens
+from mspc.types import CompressedLinear
 
 CPU = torch.device("cpu")
 SEQUENCES, STEPS = 16, 20
@@ -109,6 +111,10 @@ def test_errors_on_held_back_text_are_those_of_the_whole_models_and_fell(
     assert any(part["tuned"] for part in parts)
 
 
+def stored(artifact: mspc.Artifact, row: dict[str, Any]) -> CompressedLinear:
+    return read_matrix(artifact.path, MatrixEntry.from_row(row, artifact.path))
+
+
 def rows(artifact: mspc.Artifact) -> list[dict[str, Any]]:
     return artifact.manifest["matrices"]
 
@@ -120,12 +126,12 @@ def test_masks_are_obeyed_and_rows_describe_what_is_stored(pattern, compress, tm
     before = compress(tmp_path / "before", reconstruct=0, **sparsity)
     after = compress(tmp_path / "after", **sparsity)
     for old, new in zip(rows(before), rows(after), strict=True):
-        was, now = read_matrix(before.path, old), read_matrix(after.path, new)
+        was, now = stored(before, old), stored(after, new)
         assert bool((now.weight[~now.mask] == 0).all())
         assert not torch.equal(was.weight, now.weight)
-        assert new["sha256"] == canonical.digest(now)
+        assert new["sha256"] == layout.digest(now)
         assert new["zeros"] == int((now.weight == 0).sum()) >= new["pruned"] == old["pruned"]
-        assert new["bytes"] == old["bytes"] == sum(t.nbytes for t in canonical.pack(now, now.weight.dtype).values())
+        assert new["bytes"] == old["bytes"] == sum(t.nbytes for t in layout.pack(now, now.weight.dtype).values())
         assert list(new) == list(old)
         if ".layers.0." in new["name"]:
             assert torch.equal(was.mask, now.mask)
@@ -137,8 +143,8 @@ def test_the_error_of_a_tuned_matrix_is_that_of_its_stored_weights(folder_of, ca
     row, folder = rows(tuned)[0], folder_of("llama")
     ids = calibration_tokens(load_tokenizer(folder), str(calibration), SEQUENCES, 32, 0).ids
     inputs = tiny.inputs_of(tiny.reference(folder), ids, [row["name"]])[row["name"]].double()
-    dense, stored = tiny.tensors(folder)[row["tensor"]].double(), read_matrix(tuned.path, row).weight.double()
-    error = (inputs @ (dense - stored).T).square().sum() / (inputs @ dense.T).square().sum()
+    dense, result = tiny.tensors(folder)[row["tensor"]].double(), stored(tuned, row).weight.double()
+    error = (inputs @ (dense - result).T).square().sum() / (inputs @ dense.T).square().sum()
     assert row["output_error"] == pytest.approx(float(error), rel=1e-4)
 
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import exporters
 import mspc
 import mspc.hf
+from exporters import verification
 from mspc.errors import InputError
-from mspc.formats import canonical
+from mspc.formats import layout
 from mspc.formats.decoding import decode_rows
 from mspc.formats.description import StoredMatrix
 from mspc.model.open import open_model
@@ -38,7 +38,8 @@ from mspc.planning.plan_file import write_plan
 from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
-from mspc.storage.artifact import MANIFEST, ArtifactSource
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.manifest import MANIFEST
 from mspc.storage.sparse_export import read_sparse
 from mspc.types import NM, CompressedLinear, Grid, PlannedMatrix, Target, Unstructured
 
@@ -48,7 +49,7 @@ def layer_of(matrix: CompressedLinear, dtype: torch.dtype = torch.float32, bias:
     num_out, num_in = matrix.mask.shape
     description = StoredMatrix((num_out, num_in), matrix.target.pattern, matrix.target.grid, dtype)
     layer = SparseLinear(description, nn.Parameter(torch.arange(num_out) / 7) if bias else None)
-    stored = canonical.with_offsets(canonical.pack(matrix, dtype), description, "m")
+    stored = layout.with_offsets(layout.pack(matrix, dtype), description, "m")
     layer.load_state_dict(stored | ({"bias": layer.bias.detach()} if bias else {}), assign=True)
     layer.check("m")
     return layer
@@ -416,7 +417,7 @@ def test_slices_of_fused_experts_in_an_artifact_become_dense(calibration, tmp_pa
     before = mspc.load(artifact.path)
     fused = before.get_parameter(parameter)
     matrix = compressed(Unstructured(0.5), None, tuple(fused.shape[1:]))
-    tensors = canonical.pack(matrix, torch.float32)
+    tensors = layout.pack(matrix, torch.float32)
     row |= {"name": f"{parameter}[1]", "parameter": parameter, "tensor": parameter, "index": 1, "sparsity": 0.5}
     row |= {"shape": list(fused.shape[1:]), "stored": list(tensors), "file": "matrices/slice.safetensors"}
     save_file({f"{row['name']}.{part}": tensor for part, tensor in tensors.items()}, artifact.path / row["file"])
@@ -436,7 +437,7 @@ def test_loading_shows_no_bar_and_leaves_the_setting_alone(shown, pruned, capfd)
     try:
         for path in pruned[0]:
             mspc.load(path)
-        exporters.verify(pruned[0][1], None, Silent())
+        verification.verify(pruned[0][1], None, Silent())
         assert "Loading weights" not in capfd.readouterr().err
         assert settings.is_progress_bar_enabled() == shown
         AutoModelForCausalLM.from_pretrained(pruned[0][1])
@@ -469,7 +470,7 @@ def test_the_readme_of_an_export_says_what_works_and_what_does_not(pruned, tmp_p
 def test_the_readme_of_an_export_may_be_edited(pruned, tmp_path):
     export = Path(shutil.copytree(pruned[0][1], tmp_path / "copy"))
     (export / "README.md").write_text("# Our model")
-    assert exporters.failures(exporters.verify(export, None, Silent())) == []
+    assert verification.failures(verification.verify(export, None, Silent())) == []
 
 
 # All readers of a damaged export raise the same message.

@@ -49,11 +49,11 @@ def exported(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 def test_every_matrix_comes_back_bit_for_bit(number, exported):
     artifact, folder = exported[number]
     source = ArtifactSource(artifact.path)
-    rows = {row["tensor"].removesuffix(".weight"): row for row in artifact.manifest["matrices"]}
+    entries = {key.removesuffix(".weight"): entry for key, entry in source.whole.items()}
     back = {name: matrix for name, _, matrix in read_sparse(folder)}
-    assert back.keys() == rows.keys()
+    assert back.keys() == entries.keys()
     for name, matrix in back.items():
-        expected = source.matrix(rows[name])
+        expected = source.matrix(entries[name])
         assert matrix.weight.dtype == torch.bfloat16
         assert torch.equal(matrix.weight.view(torch.int16), expected.weight.view(torch.int16))
         assert torch.equal(matrix.mask, expected.mask)
@@ -152,7 +152,10 @@ def test_what_is_wrong_is_named(change, message, exported, tmp_path):
 def test_newer_formats_and_other_methods_are_refused(exported, tmp_path):
     folder = Path(shutil.copytree(exported[0][1], tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
-    for change, message in (({"format_version": 2}, "upgrade mspc"), ({"quant_method": "gptq"}, "is no sparse export")):
+    for change, message in (
+        ({"format_version": 2}, "upgrade mspc"),
+        ({"quant_method": "gptq"}, "is not a sparse export"),
+    ):
         edited = config | {"quantization_config": config["quantization_config"] | change}
         (folder / "config.json").write_text(json.dumps(edited))
         with pytest.raises(InputError, match=message):

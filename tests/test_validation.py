@@ -9,7 +9,7 @@ from torch import Tensor
 
 import mspc
 from mspc.errors import InputError
-from mspc.formats.canonical import num_bytes
+from mspc.formats.layout import num_bytes
 from mspc.model.hub import load_tokenizer
 from mspc.model.open import open_model
 from mspc.passes.blocks import batches_of

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-import exporters
 import mspc
 from exporters import reference as reference_module
-from exporters import runtimes
-from exporters.record import NAME as RECORD
+from exporters import runtimes, verification
 from exporters.runtimes import Runner, Runtime, Unsupported
 from exporters.verification import in_words
+from mspc.cli.main import app
 from mspc.errors import InputError, VerificationError
 from mspc.progress import Silent
 from mspc.storage.files import sha256_of
+from mspc.storage.manifest import EXPORT_MANIFEST
 
 SHARD = "model.safetensors"
 MATRIX = "model.layers.1.mlp.up_proj"
@@ -46,24 +47,24 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, against: Path | None = None) -> dict[str, object]:
-    return exporters.verify(folder, against, Silent())
+    return verification.verify(folder, against, Silent())
 
 
-def edit_weight(folder: Path, change: Callable[..., None], *, recorded: bool) -> None:
-    """Change one matrix of the export, and with `recorded` the digest of its file as well."""
+def edit_weight(folder: Path, change: Callable[..., None], *, redigest: bool) -> None:
+    """Change one matrix of the export, and with `redigest` the digest of its file as well."""
     tensors = load_file(folder / SHARD)
     change(tensors[f"{MATRIX}.weight"])
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-    if recorded:
-        record = json.loads((folder / RECORD).read_text())
-        record["files"][SHARD] = sha256_of(folder / SHARD)
-        (folder / RECORD).write_text(json.dumps(record))
+    if redigest:
+        manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
+        manifest["files"][SHARD] = sha256_of(folder / SHARD)
+        (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("against", [True, False])
 def test_a_right_export_is_verified(against, folder, artifact):
     report = check(folder, artifact.path if against else None)
-    assert exporters.failures(report) == []
+    assert verification.failures(report) == []
     zeros = sum(row["zeros"] for row in artifact.manifest["matrices"])
     assert report["weights"] == {"matrices": 14, "zeros": zeros, "wrong": []}
     result = report["runtimes"]["transformers"]
@@ -77,11 +78,11 @@ def test_a_flipped_byte_a_truncated_and_a_missing_file_are_named(folder):
     content = bytearray((folder / SHARD).read_bytes())
     content[-1] ^= 1
     (folder / SHARD).write_bytes(content)
-    assert f"{SHARD} does not have the bytes that were written" in exporters.failures(check(folder))
+    assert f"{SHARD} does not have the bytes that were written" in verification.failures(check(folder))
     (folder / SHARD).write_bytes(content[:-100])
-    assert any("cannot be read" in wrong for wrong in exporters.failures(check(folder)))
+    assert any("cannot be read" in wrong for wrong in verification.failures(check(folder)))
     (folder / "config.json").unlink()
-    assert "config.json is missing" in exporters.failures(check(folder))
+    assert "config.json is missing" in verification.failures(check(folder))
 
 
 def test_one_wrong_weight_is_named_with_its_place(folder, artifact):
@@ -89,22 +90,22 @@ def test_one_wrong_weight_is_named_with_its_place(folder, artifact):
         row = int((weight[:, 5] != 0).nonzero()[0])
         weight[row, 5] += 1e-3
 
-    edit_weight(folder, change, recorded=True)
+    edit_weight(folder, change, redigest=True)
     (wrong,) = check(folder, artifact.path)["weights"]["wrong"]
     assert wrong.startswith(f"{MATRIX}: 1 of 2,048 weights differ, the first at (")
     (wrong,) = check(folder)["weights"]["wrong"]
-    assert wrong == f"{MATRIX}: what was read back does not have the digest of the artifact"
+    assert wrong == f"{MATRIX}: its digest is not that of the artifact"
 
 
 def test_lost_zeros_and_full_groups_are_counted(folder):
-    edit_weight(folder, lambda weight: weight[0, :4].fill_(1.0), recorded=True)
+    edit_weight(folder, lambda weight: weight[0, :4].fill_(1.0), redigest=True)
     (wrong,) = check(folder)["weights"]["wrong"]
     assert wrong == f"{MATRIX}: it has 1,022 zeros, and 1,024 weights were pruned"
 
     def balance(weight):
         weight[1, (weight[1] != 0).nonzero()[:2, 0]] = 0.0
 
-    edit_weight(folder, balance, recorded=True)
+    edit_weight(folder, balance, redigest=True)
     (wrong,) = check(folder)["weights"]["wrong"]
     assert wrong == f"{MATRIX}: 4 weights of one group of 4 are not zero, and its pattern is 2:4"
 
@@ -118,10 +119,10 @@ def test_an_index_that_names_other_tensors_is_a_fault(folder):
 
 
 @pytest.mark.parametrize("name", ["../config.json", "/etc/hostname"])
-def test_a_record_that_points_outside_is_refused(name, folder):
-    record = json.loads((folder / RECORD).read_text())
-    record["files"][name] = "0" * 64
-    (folder / RECORD).write_text(json.dumps(record))
+def test_an_export_manifest_that_points_outside_is_refused(name, folder):
+    manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
+    manifest["files"][name] = "0" * 64
+    (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="points outside its folder"):
         check(folder)
 
@@ -135,8 +136,8 @@ def test_a_record_that_points_outside_is_refused(name, folder):
         ('{"format_version": 9, "format": "dense", "options": {}, "files": {}, "matrices": []}', "upgrade"),
     ],
 )
-def test_records_that_cannot_be_used(content, message, folder):
-    (folder / RECORD).write_text(content)
+def test_export_manifests_that_cannot_be_used(content, message, folder):
+    (folder / EXPORT_MANIFEST).write_text(content)
     with pytest.raises(InputError, match=message):
         check(folder)
 
@@ -151,8 +152,8 @@ def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
     assert not (out / "verification.npz").exists()
     with pytest.raises(InputError, match="give --against ARTIFACT"):
         check(out)
-    assert exporters.failures(check(out, artifact.path)) == []
-    assert exporters.failures(check(out)) == []
+    assert verification.failures(check(out, artifact.path)) == []
+    assert verification.failures(check(out)) == []
 
 
 def test_another_artifact_is_not_compared_and_leaves_the_report_alone(folder, llama, calibration, tmp_path):
@@ -191,7 +192,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def result(folder: Path) -> tuple[str, str]:
     report = check(folder)
     of = report["runtimes"]["transformers"]
-    assert bool(exporters.failures(report)) == (of["status"] in ("mismatch", "failed"))
+    assert bool(verification.failures(report)) == (of["status"] in ("mismatch", "failed"))
     return of["status"], of.get("reason", "")
 
 
@@ -209,6 +210,17 @@ def test_what_a_runtime_cannot_do_or_lacks_is_no_failure(runtime, folder):
     status, reason = result(folder)
     assert status == "not installed"
     assert reason == "a_package_that_is_not_there is missing: pip install it"
+
+
+def test_stdout_is_json_whatever_a_runtime_prints(runtime, folder):
+    def loud(*_):
+        print("a banner")
+        raise Unsupported("it never could")
+
+    runtime.load = loud
+    done = CliRunner().invoke(app, ["verify", str(folder), "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["runtimes"]["transformers"]["status"] == "unsupported"
 
 
 def test_a_runtime_that_raises_has_failed(runtime, folder):

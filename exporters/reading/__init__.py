@@ -1,6 +1,7 @@
 """Readers of what the exporters write, for `verify`: plain numpy that shares nothing with the code that packed.
 
-Each format has a module with `reader(folder)`, a function from a row of the record to its matrix as `Decoded`.
+Each format has a module with `reader(folder)`, a function from an entry of the export manifest to its matrix as
+`Decoded`.
 """
 
 import importlib
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mspc.storage.manifest import MatrixEntry
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """A matrix as the files hold it: `weight` (O, I) float32 exactly, and the parts of a grid where they hold one.
+    """A matrix as the files hold it: `weight` (O, I) as exact float32, and the parts of its grid if it has one.
 
     `codes` (O, I) and `zeros` (O, G) are uint8, `scales` (O, G) float16. `dtype` is that of the stored weight.
     """
@@ -27,7 +30,7 @@ class Decoded:
     zeros: NDArray[np.uint8] | None = None
 
 
-Reader = Callable[[dict[str, Any]], Decoded]
+Reader = Callable[[MatrixEntry], Decoded]
 
 
 def reader_of(format_name: str, folder: Path) -> Reader:

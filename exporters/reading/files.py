@@ -12,7 +12,7 @@ from mspc.errors import InputError
 
 
 class TensorFiles:
-    """All tensors of a folder, found by opening its files. Raises InputError when its index says something else."""
+    """All tensors of a folder, found by opening its files. Raises InputError when its index differs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

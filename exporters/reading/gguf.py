@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from exporters.reading import Decoded, Reader, from_grid
 from mspc.errors import InputError
+from mspc.storage.manifest import MatrixEntry
 
 # Types of metadata by their number; 8 is a string and 9 an array.
 SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -79,10 +80,10 @@ def reader(folder: Path) -> Reader:
     data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
     metadata, tensors = parse(data, path)
 
-    def read(row: dict[str, Any]) -> Decoded:
-        found = MATRIX.search(row["parameter"])
+    def read(entry: MatrixEntry) -> Decoded:
+        found = MATRIX.search(entry.address.parameter)
         if found is None:
-            raise InputError(f"{row['name']} has no place in a GGUF file of a Llama.")
+            raise InputError(f"{entry.name} has no place in a GGUF file of a Llama.")
         name = f"blk.{found[1]}.{PARTS[found[2]]}.weight"
         order: NDArray[np.int64] | slice = slice(None)
         if found[2] in ("q_proj", "k_proj"):
@@ -116,7 +117,7 @@ def parse(data: NDArray[np.uint8], path: Path) -> tuple[dict[str, Any], dict[str
 
 
 def halves_from_pairs(num_rows: int, num_heads: int) -> NDArray[np.int64]:
-    """Where each row of a query or key matrix is in the file (num_rows,).
+    """Index in the file of each row of a query or key matrix, (num_rows,).
 
     Rotary embedding turns two rows of a head together: i and i + size / 2 in the model, 2 i and 2 i + 1 in the file.
     """

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from exporters.reading import Decoded, Reader, from_grid, little_endian_fields
 from mspc.errors import InputError
+from mspc.storage.manifest import MatrixEntry
 
 TYPES = {1: np.float32, 2: np.uint8, 7: np.int64, 10: np.float16}
-"""By number in TensorProto.DataType; 21 and 25 are packed unsigned integers of 4 and 2 bits."""
+"""Types by their number in TensorProto.DataType; 21 and 25 are packed unsigned integers of 4 and 2 bits."""
 PACKED_BITS = {21: 4, 25: 2}
 
 
@@ -23,25 +24,22 @@ def reader(folder: Path) -> Reader:
     except DecodeError as error:
         raise InputError(f"{folder / 'model.onnx'} is no ONNX model ({error})") from error
     dense = {tensor.name: tensor for tensor in graph.initializer}
-    sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
     user_of = {name: node for node in graph.node for name in node.input}
 
     def array(name: str) -> NDArray[Any]:
-        if name in sparse:
-            return _from_sparse(folder, sparse[name])
         if name not in dense:
             raise InputError(f"the graph has no initializer {name}")
         return _from_dense(folder, dense[name])
 
-    def read(row: dict[str, Any]) -> Decoded:
-        name = row["parameter"]
-        if name in dense or name in sparse:
+    def read(entry: MatrixEntry) -> Decoded:
+        name, grid = entry.address.parameter, entry.target.grid
+        if name in dense:
             weight = array(name)
             return Decoded(np.ascontiguousarray(weight.T.astype(np.float32)), str(weight.dtype))
         node = user_of.get(f"{name}.codes")
-        if node is None:
+        if node is None or grid is None:
             raise InputError("no operator of the graph uses it")
-        size = row["shape"][1] if row["group_size"] == "row" else row["group_size"]
+        size = grid.group_size or entry.shape[1]
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == "MatMulNBits":
             if len(node.input) > 4:
@@ -88,10 +86,3 @@ def _from_dense(folder: Path, tensor: Any) -> NDArray[Any]:
     if bits:
         values = little_endian_fields(values[None], bits, count)[0]
     return values.reshape(shape)
-
-
-def _from_sparse(folder: Path, tensor: Any) -> NDArray[Any]:
-    values, places = _from_dense(folder, tensor.values), _from_dense(folder, tensor.indices)
-    flat = np.zeros(math.prod(tensor.dims), values.dtype)
-    flat[places] = values
-    return flat.reshape(tuple(tensor.dims))

@@ -10,16 +10,17 @@ from numpy.typing import NDArray
 from exporters.reading import Decoded, Reader, from_grid, little_endian_fields
 from exporters.reading.files import TensorFiles
 from mspc.errors import InputError
+from mspc.storage.manifest import MatrixEntry
 
 
 def reader(folder: Path) -> Reader:
     files = TensorFiles(folder)
     described = json.loads((folder / "config.json").read_text())["quantization_config"]["matrices"]
 
-    def read(row: dict[str, Any]) -> Decoded:
-        base = row["tensor"].removesuffix(".weight")
+    def read(entry: MatrixEntry) -> Decoded:
+        base = entry.source_key.removesuffix(".weight")
         info = described[base]
-        kept = _kept_places(files, base, info)
+        kept = _kept_mask(files, base, info)
         if info["bits"] == 16:
             values, dtype = files.read(f"{base}.values")
             weight = np.zeros(info["shape"], np.float32)
@@ -41,7 +42,7 @@ def reader(folder: Path) -> Reader:
     return read
 
 
-def _kept_places(files: TensorFiles, base: str, info: dict[str, Any]) -> NDArray[np.bool_]:
+def _kept_mask(files: TensorFiles, base: str, info: dict[str, Any]) -> NDArray[np.bool_]:
     num_rows, num_columns = info["shape"]
     if info["pattern"] == "unstructured":
         if info["sparsity"] == 0:
@@ -55,9 +56,9 @@ def _kept_places(files: TensorFiles, base: str, info: dict[str, Any]) -> NDArray
     kept = np.ones((num_rows, num_columns), bool)
     if keep < of:
         width = len(f"{of - 1:b}")
-        places = little_endian_fields(files.read(f"{base}.indices")[0], width, num_columns // of * keep)
+        indices = little_endian_fields(files.read(f"{base}.indices")[0], width, num_columns // of * keep)
         kept[:] = False
         first = np.repeat(np.arange(0, num_columns, of), keep)
         for row in range(num_rows):
-            kept[row, first + places[row]] = True
+            kept[row, first + indices[row]] = True
     return kept

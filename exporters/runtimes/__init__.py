@@ -1,4 +1,4 @@
-"""The runtimes that exports are made for, each behind `load(folder, record) -> Runner`.
+"""The runtimes that exports are made for, each behind `load(folder, export manifest) -> Runner`.
 
 A runtime that rules a format out by itself raises Unsupported with the reason; one that is not installed raises the
 ModuleNotFoundError of its import.
@@ -8,14 +8,15 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.manifest import ExportManifest
+
 
 class Unsupported(Exception):
-    """What the runtime is known not to do; the message is the reason."""
+    """The runtime is known not to load this export; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,6 @@ FLOAT32 = 1e-2
 HALF = 3e-2
 
 
-def load(name: str, folder: Path, record: dict[str, Any]) -> Runner:
-    runner: Runner = importlib.import_module(RUNTIMES[name].module).load(folder, record)
+def load(name: str, folder: Path, manifest: ExportManifest) -> Runner:
+    runner: Runner = importlib.import_module(RUNTIMES[name].module).load(folder, manifest)
     return runner

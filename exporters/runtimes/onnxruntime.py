@@ -8,13 +8,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from exporters.manifest import ExportManifest
 from exporters.runtimes import EXACT, HALF, Runner
 
 Feeds = dict[str, NDArray[Any]]
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
-def load(folder: Path, record: dict[str, Any]) -> Runner:
+def load(folder: Path, manifest: ExportManifest) -> Runner:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Where it fuses DequantizeLinear with MatMul it would otherwise round activations to int8.
@@ -26,11 +27,11 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
     def run(feeds: Feeds) -> Feeds:
         return dict(zip(outputs, session.run(outputs, feeds), strict=True))
 
-    return cached_runner(onnxruntime.__version__, tolerance_of(record), inputs, run)
+    return cached_runner(onnxruntime.__version__, tolerance_of(manifest), inputs, run)
 
 
-def tolerance_of(record: dict[str, Any]) -> float:
-    options = record["options"]
+def tolerance_of(manifest: ExportManifest) -> float:
+    options = manifest.options
     return HALF if options["weights"] == "float16" or options["accuracy_level"] > 1 else EXACT
 
 

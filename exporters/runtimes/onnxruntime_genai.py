@@ -12,28 +12,28 @@ import numpy as np
 import onnxruntime_genai as genai
 from numpy.typing import NDArray
 
+from exporters.manifest import ExportManifest
 from exporters.runtimes import FLOAT32, Runner, Unsupported
 from exporters.runtimes.onnxruntime import tolerance_of
 
 NOT_ROUNDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
 
-def load(folder: Path, record: dict[str, Any]) -> Runner:
-    if record["format"] != "gptq":
-        return runner_of(genai.Model(str(folder)), tolerance_of(record))
-    _check_gptq(folder, record)
+def load(folder: Path, manifest: ExportManifest) -> Runner:
+    if manifest.format != "gptq":
+        return runner_of(genai.Model(str(folder)), tolerance_of(manifest))
+    _check_gptq(folder, manifest)
     with TemporaryDirectory(prefix="mspc-genai-") as built:
         build(folder, Path(built))
         return runner_of(genai.Model(built), FLOAT32)
 
 
-def _check_gptq(folder: Path, record: dict[str, Any]) -> None:
-    """What its model builder is known not to do."""
-    if record["options"]["checkpoint_format"] == "gptq_v2" or not all(
-        row.get("symmetric", True) for row in record["matrices"]
-    ):
+def _check_gptq(folder: Path, manifest: ExportManifest) -> None:
+    """Raises Unsupported for folders that its model builder is known not to read."""
+    grids = [entry.target.grid for entry in manifest.entries if entry.target.grid]
+    if not all(grid.symmetric for grid in grids):
         raise Unsupported("its model builder reads the zero points of gptq_v2 as those of gptq")
-    if any(row["bits"] == 3 for row in record["matrices"]):
+    if any(grid.bits == 3 for grid in grids):
         raise Unsupported("its model builder does not unpack 3 bits")
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     if "modules_in_block_to_quantize" in quantization:
@@ -41,7 +41,7 @@ def _check_gptq(folder: Path, record: dict[str, Any]) -> None:
 
 
 def build(folder: Path, out: Path) -> None:
-    """Without the extra options it would round embeddings and head too, and activations to int8."""
+    """The extra options keep it from quantizing embeddings, head and activations."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
     command += ["-p", "int4", "-e", "cpu", "-c", str(out / "cache")]
     command += ["--extra_options", "accuracy_level=1", f"nodes_to_exclude={NOT_ROUNDED}"]

@@ -7,6 +7,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
+from exporters.manifest import ExportManifest
 from exporters.runtimes import Runner, Unsupported
 from exporters.runtimes.onnxruntime import cached_runner, tolerance_of
 
@@ -15,11 +16,9 @@ EXACT_CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_S
 DTYPES = {"f32": np.float32, "f16": np.float16, "i64": np.int64}
 
 
-def load(folder: Path, record: dict[str, Any]) -> Runner:
-    options = record["options"]
-    if options["sparse_initializers"]:
-        raise Unsupported("it cannot read sparse initializers")
-    if options["weights"] == "qdq" and any(row["bits"] == 2 for row in record["matrices"]):
+def load(folder: Path, manifest: ExportManifest) -> Runner:
+    grids = [entry.target.grid for entry in manifest.entries if entry.target.grid]
+    if manifest.options["weights"] == "qdq" and any(grid.bits == 2 for grid in grids):
         raise Unsupported("it has no DequantizeLinear of 2 bits")
     model = openvino.Core().compile_model(folder / "model.onnx", "CPU", EXACT_CONFIG)
     inputs: dict[str, tuple[list[int | None], Any]] = {
@@ -34,4 +33,4 @@ def load(folder: Path, record: dict[str, Any]) -> Runner:
         found = model(feeds)
         return {item.any_name: np.array(found[item]) for item in model.outputs}
 
-    return cached_runner(openvino.__version__, tolerance_of(record), inputs, run)
+    return cached_runner(openvino.__version__, tolerance_of(manifest), inputs, run)

@@ -11,42 +11,45 @@ import transformers
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
 
+from exporters.manifest import ExportManifest
 from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
 from mspc.model.hub import without_progress
+from mspc.storage.manifest import MatrixEntry
 
 
-def load(folder: Path, record: dict[str, Any]) -> Runner:
+def load(folder: Path, manifest: ExportManifest) -> Runner:
     settings: dict[str, Any] = {"dtype": torch.float32}
-    packed = [row for row in record["matrices"] if row["bits"] != 16]
-    if record["format"] == "gptq":
-        _check_gptq(packed)
+    quantized = [entry for entry in manifest.entries if entry.target.grid]
+    grids = {entry.target.grid for entry in quantized if entry.target.grid}
+    if manifest.format == "gptq":
+        _check_gptq(quantized)
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its kernels are compiled when they load
         settings = {"dtype": torch.float16}
-    elif record["format"] == "sparse":
+    elif manifest.format == "sparse":
         import mspc.hf  # noqa: F401  makes transformers know the format
-    elif record["format"] == "compressed-tensors":
+    elif manifest.format == "compressed-tensors":
         import compressed_tensors  # noqa: F401  transformers would say it is missing in other words
 
-        if not all(row["symmetric"] for row in packed):  # their packed zero points have no meta shape otherwise
+        if not all(grid.symmetric for grid in grids):  # their packed zero points have no meta shape otherwise
             settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    elif record["format"] == "gguf":
-        import accelerate  # noqa: F401  likewise
+    elif manifest.format == "gguf":
+        import accelerate  # noqa: F401  for the same reason
         import gguf  # noqa: F401
 
         settings["gguf_file"] = "model.gguf"
     with without_progress():  # `verify` shows its own
         model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
-    return runner_of(model, transformers.__version__, HALF if record["format"] == "gptq" else FLOAT32)
+    return runner_of(model, transformers.__version__, HALF if manifest.format == "gptq" else FLOAT32)
 
 
-def _check_gptq(packed: list[dict[str, Any]]) -> None:
-    """What the loader of transformers (optimum and GPTQModel) is known not to do."""
+def _check_gptq(quantized: list[MatrixEntry]) -> None:
+    """Raises Unsupported for folders that the loader of transformers (optimum and GPTQModel) is known not to read."""
     import gptqmodel  # noqa: F401
     import optimum  # noqa: F401
 
-    if any(row["transposed"] for row in packed):
+    if any(entry.address.transposed for entry in quantized):
         raise Unsupported("its GPTQ loader fails for GPT-2's Conv1D: the packed layer has no `weight` to initialize")
-    if len({(row["bits"], row["group_size"]) for row in packed}) > 1:
+    if len({entry.target.grid for entry in quantized}) > 1:
         raise Unsupported("its GPTQ loader knows one bit width and group size for all matrices")
 
 

@@ -18,8 +18,9 @@ from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import load
-from mspc.storage.artifact import ArtifactSource, is_artifact
+from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import descriptions, is_sparse_export, read_quantization_config
 from mspc.types import NM, Target
 

@@ -23,7 +23,7 @@ from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
 from mspc.model.hub import choose_device, resolve
-from mspc.storage.artifact import is_artifact
+from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import is_sparse_export
 
 FROM_MODEL = "from-model"

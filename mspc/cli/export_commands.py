@@ -26,14 +26,6 @@ def export(
     verified: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
     ] = True,
-    checkpoint_format: Annotated[
-        str | None,
-        typer.Option(
-            help="gptq: gptq or gptq_v2. (default: gptq for symmetric grids)",
-            show_default=False,
-            rich_help_panel=OF_FORMAT,
-        ),
-    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -50,15 +42,6 @@ def export(
             rich_help_panel=OF_FORMAT,
         ),
     ] = None,
-    sparse_initializers: Annotated[
-        bool | None,
-        typer.Option(
-            "--sparse-initializers",
-            help="onnx: smaller files from 67% zeros on.",
-            show_default=False,
-            rich_help_panel=OF_FORMAT,
-        ),
-    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the formats, and stop.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -71,27 +54,26 @@ def export(
     mspc export out/small onnx --weights qdq --out out/small-onnx
 
     DIR appears when it is whole and verified; a mismatch is exit 1, and nothing
-    is kept. Nothing is rounded or chosen again: a format that cannot hold what
+    is kept. Nothing is quantized or chosen again: a format that cannot hold what
     the artifact has is refused.
     """
     with reported(debug):
-        import exporters
+        from exporters.formats import FORMATS
         from exporters.runtimes import RUNTIMES
         from mspc.cli.tables import format_table
         from mspc.progress import ConsoleReporter
 
         if show_list:
-            print_table(format_table(exporters.FORMATS, RUNTIMES))
+            print_table(format_table(FORMATS, RUNTIMES))
             return
         if artifact is None or format_name is None or out is None:
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
+        from exporters.exporting import export as export_artifact
+
         reporter = ConsoleReporter()
-        asked = {
-            "checkpoint_format": checkpoint_format, "weights": weights, "accuracy_level": accuracy_level,
-            "sparse_initializers": sparse_initializers,
-        }  # fmt: skip
+        asked = {"weights": weights, "accuracy_level": accuracy_level}
         options = {name: value for name, value in asked.items() if value is not None}
-        exporters.export(
+        export_artifact(
             artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter
         )
         reporter.say(f"{out} written.")
@@ -109,7 +91,7 @@ def verify(
     """Prove that an export holds and computes what its artifact does; exit 1 if it does not.
 
     \b
-    mspc verify out/small-gptq                        by what was recorded
+    mspc verify out/small-gptq                        by the export manifest
     mspc verify out/small-gptq --against out/small    by the artifact itself
 
     Every file is compared by its digest, every matrix is read back by code of
@@ -118,15 +100,16 @@ def verify(
     result goes to DIR/verification.json.
     """
     with reported(debug):
-        import exporters
+        from exporters.verification import failures, in_short
+        from exporters.verification import verify as verify_export
         from mspc.cli.tables import verification_table
         from mspc.progress import ConsoleReporter
 
-        result = exporters.verify(folder, against, ConsoleReporter())
-        wrong = exporters.failures(result)
+        result = verify_export(folder, against, ConsoleReporter())
+        wrong = failures(result)
         if as_json:
             print_json(result)
         else:
             print_table(verification_table(result))
         if wrong:
-            fail(f"Error: {folder} is wrong: {exporters.in_short(wrong)}.", 1)
+            fail(f"Error: {folder} is wrong: {in_short(wrong)}.", 1)

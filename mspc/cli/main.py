@@ -95,7 +95,7 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     with reported(debug):
         from mspc.cli.tables import matrix_table
         from mspc.pipeline.summary import summary
-        from mspc.storage.artifact import read_manifest
+        from mspc.storage.manifest import read_manifest
 
         manifest = read_manifest(artifact)
     if as_json:

@@ -17,12 +17,11 @@ from mspc.types import NM, Codes
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 STRIP = 2**18
-"""Weights that are best decoded at a time on a CPU: what is made of them on the way, some 24 bytes each, stays in its
-caches."""
+"""Weights to decode at a time on a CPU: the intermediate results, about 24 bytes a weight, then stay in its caches."""
 
 
 def strips(shape: tuple[int, int], num_weights: int = STRIP) -> Iterator[tuple[int, int]]:
-    """`(first, last)` rows of strips of about so many weights."""
+    """`(first, last)` rows of strips of about `num_weights` weights."""
     num_rows = max(1, num_weights // shape[1])
     return ((first, min(first + num_rows, shape[0])) for first in range(0, shape[0], num_rows))
 
@@ -37,10 +36,10 @@ def decode_rows(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, 
         return _place(values[first:last], zeros, stored, matrix, first, last)
     if not matrix.num_kept:
         return zeros
-    kept, places = _kept_places(stored, matrix, first, last)
+    kept, indices = _kept_indices(stored, matrix, first, last)
     # As integers, which times 0 are 0 even where the weight is infinite.
     integers = values.view(INTEGERS[values.itemsize])
-    return (take(integers, places) * kept).view(values.dtype)
+    return (take(integers, indices) * kept).view(values.dtype)
 
 
 def decode_codes(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Codes:
@@ -61,9 +60,9 @@ def decode_codes(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int,
         return Codes(_place(kept_codes, of_zero, stored, matrix, first, last), scales, zeros)
     if not matrix.num_kept:
         return Codes(of_zero, scales, zeros)
-    kept, places = _kept_places(stored, matrix, first, last)
+    kept, indices = _kept_indices(stored, matrix, first, last)
     # Modulo 256, as uint8 is: several times as fast as choosing by a mask.
-    return Codes((take_bits(codes, bits, places) - of_zero) * kept + of_zero, scales, zeros)
+    return Codes((take_bits(codes, bits, indices) - of_zero) * kept + of_zero, scales, zeros)
 
 
 def decode_mask(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
@@ -77,16 +76,15 @@ def decode_mask(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, 
 
 
 def row_offsets(mask: Tensor) -> Tensor:
-    """Mask bits uint8 (O, ceil(I / 8)) -> int64 (O + 1): where the kept weights of each row begin, and the end, so that
+    """Mask bits uint8 (O, ceil(I / 8)) -> int64 (O + 1): the first kept weight of each row, and the end. So
     rows can be read on their own."""
     num_bits = unpack_rows(torch.arange(256, dtype=torch.uint8, device=mask.device)[:, None], 1, 8).sum(1)
     counts = num_bits[mask.int()].sum(1)
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def check_places(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str = "the matrix") -> None:
-    """Raises InputError, naming the matrix, when its tensors, which have the types they should, do not say where its
-    kept weights are."""
+def check_indices(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str = "the matrix") -> None:
+    """Raises InputError, naming the matrix, when the values in its mask, offsets or indices are impossible."""
     if matrix.has_mask:
         offsets = row_offsets(stored["mask"])
         if not torch.equal(offsets, stored["row_offsets"]):
@@ -97,33 +95,36 @@ def check_places(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str =
             )
     elif matrix.has_indices:
         assert isinstance(matrix.pattern, NM)
-        places = _places_in_groups(stored, matrix, 0, matrix.shape[0])
-        if int(places.max()) >= matrix.pattern.of or not bool((places[:, 1:] > places[:, :-1]).all()):
+        indices = _indices_in_groups(stored, matrix, 0, matrix.shape[0])
+        if int(indices.max()) >= matrix.pattern.of or not bool((indices[:, 1:] > indices[:, :-1]).all()):
             keep, of = matrix.pattern.keep, matrix.pattern.of
-            raise InputError(f"{name}: its indices are not {keep} ascending places below {of} a group.")
+            raise InputError(f"{name}: its indices are not {keep} ascending numbers below {of} in every group.")
 
 
 def _place(
     kept: Tensor, others: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int
 ) -> Tensor:
-    """`others` (R, I) with the kept weights (R, K) of an N:M pattern in their places; all of `kept` if K is I."""
+    """`others` (R, I) with the kept weights (R, K) of an N:M pattern at their indices; `kept` itself if K is I."""
     if not matrix.has_indices:
         return kept
     assert isinstance(matrix.pattern, NM)
-    places = _places_in_groups(stored, matrix, first, last).long()
-    groups = others.view(len(places), matrix.pattern.of)
-    return groups.scatter_(1, places, kept.reshape(places.shape)).view(others.shape)
+    indices = _indices_in_groups(stored, matrix, first, last).long()
+    groups = others.view(len(indices), matrix.pattern.of)
+    return groups.scatter_(1, indices, kept.reshape(indices.shape)).view(others.shape)
 
 
-def _places_in_groups(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
-    """uint8 (groups of the rows, N)."""
+def _indices_in_groups(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
+    """Indices of the kept weights in their groups, uint8 (groups of the rows, N)."""
     assert isinstance(matrix.pattern, NM)
-    places = unpack_rows(stored["indices"][first:last], index_bits(matrix.pattern), matrix.kept_per_row)
-    return places.view(-1, matrix.pattern.keep)
+    indices = unpack_rows(stored["indices"][first:last], index_bits(matrix.pattern), matrix.kept_per_row)
+    return indices.view(-1, matrix.pattern.keep)
 
 
-def _kept_places(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """uint8 (R, I), 1 = kept, and (R, I): which of all kept weights each is, or any if it is none."""
+def _kept_indices(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The mask, uint8 (R, I), and the index of each kept weight among all kept weights, (R, I).
+
+    Pruned weights have some index in range.
+    """
     kept = unpack_rows(stored["mask"][first:last], 1, matrix.shape[1])
     # 32 bits are faster; the furthest bit of the stream must be within them.
     integers = torch.int32 if 8 * matrix.num_kept < 2**31 else torch.int64

@@ -1,8 +1,7 @@
-"""What is known of one stored matrix before its tensors are read: a row of `matrices` in docs/sparse-format.md."""
+"""The description of one stored matrix: a row of `matrices` in docs/sparse-format.md."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +9,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.numerics.masking import num_pruned
 from mspc.numerics.quant import groups_of
-from mspc.settings import ROW
-from mspc.types import NM, Grid, Pattern, Target, Unstructured, parse_nm
+from mspc.types import NM, Grid, Pattern, Target
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
 """dtype and shape."""
@@ -19,16 +17,16 @@ TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """Shape, pattern and grid of a stored matrix: what is needed to read its tensors, or to compute with them."""
+    """Shape, pattern and grid of a stored matrix, which decide its tensors."""
 
     shape: tuple[int, int]
-    """(O, I), whatever the model's parameter is."""
+    """(O, I), also where the parameter is (I, O)."""
     pattern: Pattern
     grid: Grid | None
     dtype: torch.dtype
-    """Of the weight."""
+    """Type of the weight."""
     transposed: bool = False
-    """Whether the model's parameter is (I, O), as GPT-2's Conv1D has it."""
+    """True if the model's parameter is (I, O), as in GPT-2's Conv1D."""
 
     @property
     def target(self) -> Target:
@@ -41,7 +39,7 @@ class StoredMatrix:
 
     @property
     def kept_per_row(self) -> int:
-        """Where all rows keep as many, which they do without a mask."""
+        """Kept weights of each row. Without a mask, all rows keep the same number."""
         if isinstance(self.pattern, NM):
             return self.shape[1] // self.pattern.of * self.pattern.keep
         return self.shape[1]
@@ -60,7 +58,7 @@ class StoredMatrix:
         return 0 if self.grid is None else self.shape[1] // groups_of(self.shape[1], self.grid)
 
     def tensors(self) -> dict[str, TensorType]:
-        """dtype and shape of each of its tensors, by the name that follows the matrix's own."""
+        """dtype and shape of each of its tensors, by the last part of its name."""
         num_rows, num_columns = self.shape
         found: dict[str, TensorType] = {}
         if self.has_mask:
@@ -82,12 +80,12 @@ class StoredMatrix:
 
 
 def index_bits(pattern: NM) -> int:
-    """Bits of a place in a group of M."""
+    """Bits of an index in a group of M."""
     return (pattern.of - 1).bit_length()
 
 
 def num_bytes(count: int, bits: int) -> int:
-    """Of a stream of `count` small integers."""
+    """Bytes of a stream of `count` integers of `bits` bits."""
     return -(-count * bits // 8)
 
 
@@ -96,14 +94,14 @@ def types_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorType]:
 
 
 def check_types(found: Mapping[str, TensorType], matrix: StoredMatrix, name: str = "the matrix") -> None:
-    """Raises InputError, naming the matrix, when a tensor is missing or is not what the description says.
+    """Raises InputError, naming the matrix, when a tensor is missing or has another dtype or shape.
 
-    Tensors that it does not name are let pass.
+    Other tensors are ignored.
     """
     if matrix.grid is not None:
         groups_of(matrix.shape[1], matrix.grid, name)
     if isinstance(matrix.pattern, NM) and matrix.shape[1] % matrix.pattern.of:
-        raise InputError(f"{name}: its {matrix.shape[1]} in features are no whole groups of {matrix.pattern}.")
+        raise InputError(f"{name}: its {matrix.shape[1]} in features are not whole groups of {matrix.pattern}.")
     for part, expected in matrix.tensors().items():
         if part not in found:
             raise InputError(f"{name}: its {part} are missing.")
@@ -112,35 +110,3 @@ def check_types(found: Mapping[str, TensorType], matrix: StoredMatrix, name: str
             raise InputError(
                 f"{name}: its {part} are {dtype} {shape}, and its shape and target need {needed_dtype} {needed_shape}."
             )
-
-
-def target_to_dict(target: Target) -> dict[str, Any]:
-    grid = target.grid
-    values: dict[str, Any] = {"pattern": str(target.pattern), "sparsity": target.pattern.sparsity}
-    if grid is None:
-        return values | {"bits": 16}
-    return values | {"bits": grid.bits, "group_size": grid.group_size or ROW, "symmetric": grid.symmetric}
-
-
-def target_from_dict(row: dict[str, Any]) -> Target:
-    pattern: Pattern
-    if type(row.get("sparsity", 0)) not in (int, float):
-        raise InputError(f"sparsity must be a number, not {row['sparsity']!r}")
-    if row.get("pattern", "unstructured") == "unstructured":
-        if "sparsity" not in row:
-            raise InputError("its sparsity is missing")
-        pattern = Unstructured(row["sparsity"])
-    else:
-        pattern = parse_nm(str(row["pattern"]))
-        if abs(row.get("sparsity", pattern.sparsity) - pattern.sparsity) > 5e-5:
-            raise InputError(f"pattern {pattern} fixes the sparsity at {pattern.sparsity:g}, not {row['sparsity']:g}")
-    bits = row.get("bits", 16)
-    if bits not in (16, 8, 4, 3, 2):
-        raise InputError(f"bits must be 16, 8, 4, 3 or 2, not {bits}")
-    size, symmetric = row.get("group_size", ROW), row.get("symmetric", True)
-    if size != ROW and (type(size) is not int or size < 1):
-        raise InputError(f"group_size must be a whole number from 1 or {ROW!r}, not {size!r}")
-    if type(symmetric) is not bool:
-        raise InputError(f"symmetric must be true or false, not {symmetric!r}")
-    grid = Grid(int(bits), None if size == ROW else size, symmetric)
-    return Target(pattern, None if bits == 16 else grid)

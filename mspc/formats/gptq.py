@@ -22,8 +22,8 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 def pack_gptq(codes: Codes, bits: int, checkpoint_format: str) -> dict[str, Tensor]:
     """qweight int32 (I b / 32, O), qzeros int32 (G, O b / 32), scales float16 (G, O), g_idx int32 (I,).
 
-    The first version of the format stores zero points less one, so a zero point of 0 cannot be told from 2^b there;
-    the second stores them as they are.
+    The first version of the format stores zero points minus 1, so that 0 and 2^b look the same; the second stores them
+    unchanged.
     """
     num_columns, num_groups = codes.values.shape[1], codes.scales.shape[1]
     zeros = codes.zeros if checkpoint_format == V2 else (codes.zeros - 1) & (2**bits - 1)

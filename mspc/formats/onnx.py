@@ -13,7 +13,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
 
 def block_size(group_size: int) -> int:
-    """The longest block of which a group is a whole number: the largest power of two that divides it, up to 256."""
+    """The longest block that divides a group: the largest power of two that divides it, up to 256."""
     return min(group_size & -group_size, LARGEST_BLOCK)
 
 

@@ -6,8 +6,9 @@ import torch
 
 from mspc.model.hub import load_config
 from mspc.model.streamed import StreamedModel
-from mspc.storage.artifact import ArtifactSource, is_artifact
+from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint, TensorSource
+from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import SparseSource, is_sparse_export
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError, Stopped
-from mspc.formats.description import target_to_dict
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, load_tokenizer, resolve
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
@@ -32,10 +31,11 @@ from mspc.progress import Progress, log
 from mspc.recipe import Recipe
 from mspc.settings import Settings
 from mspc.solvers.obs import check_pattern
-from mspc.storage.artifact import EXPORT_RECORD, FORMAT_VERSION, MANIFEST, REPORT, UNCHANGED, is_artifact, read_manifest
+from mspc.storage.artifact import REPORT, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
+from mspc.storage.manifest import EXPORT_MANIFEST, FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
 from mspc.storage.output_folder import check_space, publish, working_folder
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
@@ -47,7 +47,7 @@ PLAN = "plan.json"
 MEASUREMENTS = "measurements"
 RECIPE = "recipe.toml"
 CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
-NOT_OF_THE_MODEL = (PLAN, EXPORT_RECORD, REPORT)  # files of mspc in a folder that is an export
+NOT_OF_THE_MODEL = (PLAN, EXPORT_MANIFEST, REPORT)  # files of mspc in a folder that is an export
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Run:
     out: Path
     resume: bool
     overwrite: bool
-    check_exports: Callable[[list[dict[str, Any]], dict[str, Any]], None]
-    """Raises InputError if an export that was asked for cannot hold these rows of a plan with this config.json."""
+    check_exports: Callable[[list[PlannedMatrix], dict[str, Any]], None]
+    """Raises InputError if an export that was asked for cannot hold this plan, with this config.json."""
     progress: Progress
     tokenizer: Any = None
     calibration: Calibration | None = None
@@ -202,8 +202,7 @@ class Run:
             if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        rows = [{"name": m.name, "shape": m.shape, **target_to_dict(m.target)} for m in plan]
-        self.check_exports(rows, config)
+        self.check_exports(plan, config)
         return plan
 
     def copy_rest(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mspc.errors import ActivationError
-from mspc.formats import canonical
-from mspc.formats.description import target_from_dict, target_to_dict
+from mspc.formats import layout
+from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
 from mspc.passes.blocks import Batch
@@ -23,7 +23,9 @@ from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.error_compensation import compensated
 from mspc.storage.artifact import MATRICES, read_matrix
 from mspc.storage.files import sha256_of, write_tensors
+from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.journal import Journal
+from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear, MatricesByBlock, Matrix, PlannedMatrix
 
 
@@ -95,14 +97,14 @@ class Solved:
     def read(self) -> CompressedLinear:
         num_out, num_in = self.row["shape"]
         dtype = getattr(torch, self.row["dtype"])
-        return canonical.unpack(self.tensors, (num_out, num_in), target_from_dict(self.row), dtype, self.row["name"])
+        return layout.unpack(self.tensors, (num_out, num_in), target_from_dict(self.row), dtype, self.row["name"])
 
     def replace(self, weight: Tensor, dense: Tensor) -> Tensor:
         """Store another weight (O, I) on the same mask, and return it as it is stored; `dense` is the original."""
-        self.tensors = canonical.pack(replace(self.read(), weight=weight), weight.dtype)
+        self.tensors = layout.pack(replace(self.read(), weight=weight), weight.dtype)
         result, gram = self.read(), cast(Tensor, self.gram)
         installed = result.weight.to(dense.device)
-        self.row["sha256"], self.row["zeros"] = canonical.digest(result), int((result.weight == 0).sum())
+        self.row["sha256"], self.row["zeros"] = layout.digest(result), int((result.weight == 0).sum())
         self.row["output_error"] = output_error(dense, installed.float(), gram)
         return installed
 
@@ -115,7 +117,8 @@ def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int
     def weights(block: int) -> dict[str, Tensor] | None:
         if block not in rows_of:
             return None
-        return {row["name"]: read_matrix(folder, row).weight for row in rows_of[block]}
+        entries = [MatrixEntry.from_row(row, folder / JOURNAL) for row in rows_of[block]]
+        return {entry.name: read_matrix(folder, entry).weight for entry in entries}
 
     return weights
 
@@ -138,8 +141,8 @@ def solve_one(
     wanted, propagation_damp = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
     solution = SOLVERS[str(settings.solver)](wanted, stats, planned.target, options, name)
     dtype = model.source_dtypes[matrix.parameter]
-    tensors = canonical.pack(solution, dtype)
-    result = canonical.unpack(tensors, matrix.shape, planned.target, dtype)
+    tensors = layout.pack(solution, dtype)
+    result = layout.unpack(tensors, matrix.shape, planned.target, dtype)
     if not bool(result.weight.isfinite().all()):
         raise ActivationError(f"{name}: its weights overflow {dtype} after the update; raise --damp, or skip it.")
     installed = result.weight.to(weight.device)
@@ -155,7 +158,7 @@ def solve_one(
         "dtype": str(dtype).removeprefix("torch."),
         "stored": list(tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "sha256": canonical.digest(result),
+        "sha256": layout.digest(result),
         **target_to_dict(planned.target),
         "sparsity": pruned / matrix.numel,
         "pruned": pruned,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mspc.errors import InputError
-from mspc.formats.canonical import num_bytes as num_bytes_of
+from mspc.formats.layout import num_bytes as num_bytes_of
 from mspc.numerics.masking import check_divides, num_pruned
 from mspc.numerics.quant import groups_of
 from mspc.planning.budget import exact_counts, exact_keeps

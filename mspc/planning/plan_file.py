@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mspc.errors import InputError, unknown
-from mspc.formats.description import target_from_dict, target_to_dict
+from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.storage.files import write_text
 from mspc.types import Matrix, PlannedMatrix
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mspc.formats.decoding import STRIP, check_places, decode_rows, strips
+from mspc.formats.decoding import STRIP, check_indices, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.kernels import KERNELS, Kernel, dispatch, kernel_for
 from mspc.kernels.launch import compiles_for
@@ -115,7 +115,7 @@ class SparseLinear(nn.Module):
     def check(self, name: str) -> None:
         """Raises InputError, naming the matrix, if the loaded tensors do not fit its description."""
         check_types(types_of(self.stored()), self.matrix, name)
-        check_places(self.stored(), self.matrix, name)
+        check_indices(self.stored(), self.matrix, name)
 
     @property
     def weight(self) -> Tensor:

@@ -14,15 +14,17 @@ from transformers import (
 
 import mspc.runtime.hf_quantizer  # noqa: F401  registers the sparse export with transformers
 from mspc.errors import InputError, unknown
-from mspc.formats.canonical import with_offsets
+from mspc.formats.layout import with_offsets
 from mspc.kernels import cusparselt
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
 from mspc.model.open import choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.settings import DTYPES
-from mspc.storage.artifact import MANIFEST, ArtifactSource, is_artifact
+from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import (
+    base_of,
     descriptions,
     is_sparse_export,
     quantization_config,
@@ -118,13 +120,11 @@ def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _artifact(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class of the model of an artifact, its config and its tensors, named as those of a sparse export."""
     source = ArtifactSource(folder)
-    rows = [row for row in source.manifest["matrices"] if row["index"] is None]
-    quantization = quantization_config(rows)
-    compressed = {row["tensor"] for row in rows}
-    tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - compressed)))
-    matrices = descriptions(quantization, folder / MANIFEST)
-    for (name, matrix), row in zip(matrices.items(), rows, strict=True):
-        stored = with_offsets(source.stored(row), matrix, name)
+    quantization = quantization_config(source.whole.values())
+    tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - source.whole.keys())))
+    for key, entry in source.whole.items():
+        name = base_of(key)
+        stored = with_offsets(source.stored(entry), entry.stored, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     config = load_config(folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -1,4 +1,4 @@
-"""A folder of safetensors files, read tensor by tensor; and writing files so that none is ever half there."""
+"""A folder of safetensors files, read tensor by tensor."""
 
 import json
 from collections import defaultdict
@@ -29,7 +29,7 @@ class TensorSource(Protocol):
 
 
 class Checkpoint:
-    """The safetensors of one Hugging Face folder, single or sharded. Nothing is read before it is asked for."""
+    """The safetensors of one Hugging Face folder, single or sharded. Tensors are read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """One file, or what the index names, in the order in which transformers looks for them; else all there are."""
+    """One file, else those in the index, as transformers looks for them; else all safetensors files of the folder."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     index = folder / INDEX
@@ -93,7 +93,7 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def map_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, mapped: they are read from the disk when they are used."""
+    """All tensors of one safetensors file, mapped into memory: the disk is read when they are used."""
     with _opened(path) as file:
         try:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

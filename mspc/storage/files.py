@@ -1,4 +1,4 @@
-"""Writing files so that none is ever half there, and their digests."""
+"""Files that are written whole or not at all, and their digests."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it: `path` holds all of it or is not touched."""
+    """Write a file under a temporary name, flush it to disk and rename it: `path` is either whole or as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The record of a run that is under way, so that nothing solved is lost: one JSON object a line, each flushed to disk.
+"""The journal of a run that is under way, so that no solved block is lost: one JSON object a line, flushed to disk.
 
 The first line says what the run is (recipe, source, calibration); every other line commits one file of solved matrices
-with its digest. A line that was torn by a crash, or whose file does not have the recorded bytes, is as if it never was.
+with its digest. A line that a crash cut short, or whose file has another digest, is ignored with all that follow.
 """
 
 import json
@@ -16,7 +16,7 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """An open journal. `entries` are the commits that hold, in order."""
+    """An open journal. `entries` are the commits whose files are whole, in order."""
 
     def __init__(self, folder: Path, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
         self.path = folder / NAME
@@ -44,7 +44,7 @@ class Journal:
 
     @property
     def blocks(self) -> list[dict[str, Any]]:
-        """The commits of solved blocks; the one before them is that of the plan."""
+        """The commits of solved blocks; the first commit of all is that of the plan."""
         return [entry for entry in self.entries if "block" in entry]
 
     def commit(self, entry: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 def _differences(before: dict[str, Any], now: dict[str, Any], at: str = "") -> list[str]:
     """`recipe.sparsity was 0.5 and is 0.6`, for every leaf that differs."""
     found = []
-    for key in sorted(now if at == "source." else before.keys() | now.keys()):  # a manifest knows more of its source
+    for key in sorted(now if at == "source." else before.keys() | now.keys()):  # a manifest says more about its source
         old, new, path = before.get(key), now.get(key), f"{at}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{path}.")

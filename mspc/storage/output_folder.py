@@ -1,4 +1,4 @@
-"""The output folder of a run: where it may be written, and how an old one is replaced only by a whole one."""
+"""The output folder of a run: it must be free to write in, and only a whole output replaces an older one."""
 
 import fcntl
 import os
@@ -8,35 +8,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mspc.errors import InputError, StorageError
-from mspc.storage.artifact import MANIFEST, is_artifact
 from mspc.storage.files import sync_folder
+from mspc.storage.manifest import MANIFEST, is_artifact
 
 
 def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     """The folder to write in, made if need be. Raises InputError when `out` must not be touched.
 
-    A new output is written in place. One that replaces an older is written beside it, as `.NAME.new`, and takes its
-    place when it is whole (`publish`); --resume continues whichever of the two is there.
+    A new output is written in place. One that replaces an older output is written next to it, as `.NAME.new`, and takes
+    its place when it is whole (`publish`). --resume continues in the folder that exists, `.NAME.new` first.
     """
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other: continue the old run, or replace it?")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out needs a folder.")
-    beside = sibling(out, "new")
+    new = sibling(out, "new")
     if out.is_dir():
         with held(out):
             pass
     recover(out)
-    # A run that was killed over its first file leaves nothing but the temporary name of that.
+    # A run that was killed during its first file leaves only the temporary file.
     occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
     if occupied and not is_artifact(out):
         raise InputError(f"{out} is not empty and was not written by mspc; choose another --out.")
     if occupied and not (resume or overwrite):
         state = "a finished artifact" if (out / MANIFEST).is_file() else "an unfinished run"
         raise InputError(f"{out} holds {state}; use --resume to continue it, --overwrite to replace it.")
-    if not resume:  # then what an earlier run left there is of no use
-        shutil.rmtree(beside, ignore_errors=True)
-    folder = beside if (occupied and overwrite) or beside.is_dir() else out
+    if not resume:  # an earlier run that was cut off is not needed then
+        shutil.rmtree(new, ignore_errors=True)
+    folder = new if (occupied and overwrite) or new.is_dir() else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,13 +58,13 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def sibling(out: Path, ending: str) -> Path:
-    """`.NAME.ending` beside a folder, also where the folder was given as `.` or by a link."""
+    """`.NAME.ending` in the parent of a folder, also if the folder was given as `.` or by a link."""
     folder = out.resolve()
     return folder.with_name(f".{folder.name}.{ending}")
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Put a finished folder where the user wants it; the older one there goes last."""
+    """Move a finished folder to `out`; an older output there is removed last."""
     old = sibling(out, "old")
     if folder != out:
         place = out.resolve()
@@ -79,22 +79,22 @@ def publish(folder: Path, out: Path) -> None:
 def recover(out: Path) -> None:
     """Put the older folder back, or remove it, where a process was killed inside `publish`.
 
-    Raises InputError when one is at work beside `out`: between its renames things look the same.
+    Raises InputError when another process is inside `publish`: between its renames the folders look the same.
     """
-    beside, old, place = sibling(out, "new"), sibling(out, "old"), out.resolve()
-    if beside.is_dir():
-        with held(beside):
+    new, old, place = sibling(out, "new"), sibling(out, "old"), out.resolve()
+    if new.is_dir():
+        with held(new):
             pass
     if not old.is_dir():
         return
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):  # nothing has taken its place yet
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):  # the new output has not taken its place
         old.rename(place)
-    elif not beside.is_dir():  # what was there has
+    elif not new.is_dir():  # the new output has taken its place
         shutil.rmtree(old, ignore_errors=True)
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises StorageError when the disk cannot hold what is to be written."""
+    """Raises StorageError when the disk has fewer than `needed` free bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(

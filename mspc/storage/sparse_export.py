@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.formats import canonical
-from mspc.formats.description import StoredMatrix, check_types, target_from_dict, types_of
+from mspc.formats import layout
+from mspc.formats.description import StoredMatrix, check_types, types_of
+from mspc.formats.targets import target_from_dict
 from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
 QUANT_METHOD = "mspc"
@@ -25,28 +27,29 @@ KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bit
 
 
 def base_of(tensor: str) -> str:
-    """The name of a matrix, to which those of its tensors are appended, by the tensor of the source that it was."""
+    """The common part of the names of a matrix's tensors, from its tensor in the source."""
     return tensor.removesuffix(".weight")
 
 
-def quantization_config(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the matrices that these rows of a manifest describe."""
-    matrices = {base_of(row["tensor"]): {key: row[key] for key in KEYS if key in row} for row in rows}
+def quantization_config(entries: Iterable[MatrixEntry]) -> dict[str, Any]:
+    """The `quantization_config` in config.json that describes these matrices."""
+    rows = {base_of(entry.source_key): entry.to_row() for entry in entries}
+    matrices = {name: {key: row[key] for key in KEYS if key in row} for name, row in rows.items()}
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "matrices": matrices}
 
 
 def read_sparse(folder: Path) -> Iterator[tuple[str, dict[str, Any], CompressedLinear]]:
     """`(name, row, matrix)` for every matrix that the config describes, in its order."""
     config = read_quantization_config(folder)
-    described = descriptions(config, folder / "config.json")
+    matrices = descriptions(config, folder / "config.json")
     checkpoint = Checkpoint(folder)
-    for name, matrix in described.items():
+    for name, matrix in matrices.items():
         stored = _read_stored(checkpoint, name, matrix)
-        yield name, config["matrices"][name], canonical.decode(stored, matrix, name)
+        yield name, config["matrices"][name], layout.decode(stored, matrix, name)
 
 
 def is_sparse_export(folder: Path) -> bool:
-    """Whether this is a folder that `mspc export ARTIFACT sparse` wrote."""
+    """Tell if `mspc export ARTIFACT sparse` wrote this folder."""
     try:
         return read_quantization_config(folder).get("quant_method") == QUANT_METHOD
     except InputError:
@@ -54,13 +57,15 @@ def is_sparse_export(folder: Path) -> bool:
 
 
 class SparseSource:
-    """A sparse export as a source of dense tensors: compressed matrices are decoded as they are read, under the names
-    that they have in the source of the export."""
+    """A sparse export as a source of dense tensors under their names in the original checkpoint.
+
+    Compressed matrices are decoded as they are read.
+    """
 
     def __init__(self, folder: Path) -> None:
-        described = descriptions(read_quantization_config(folder), folder / "config.json")
+        matrices = descriptions(read_quantization_config(folder), folder / "config.json")
         self._checkpoint = Checkpoint(folder)
-        self._matrices = {f"{name}.weight": (name, matrix) for name, matrix in described.items()}
+        self._matrices = {f"{name}.weight": (name, matrix) for name, matrix in matrices.items()}
         self._name_of = {f"{name}.{part}": key for key, (name, m) in self._matrices.items() for part in m.tensors()}
 
     def keys(self) -> list[str]:
@@ -78,12 +83,12 @@ class SparseSource:
                 yield from self._checkpoint.read([key])
                 continue
             name, matrix = self._matrices[key]
-            weight = canonical.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
+            weight = layout.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
             yield key, weight.T.contiguous() if matrix.transposed else weight
 
 
 def _read_stored(checkpoint: Checkpoint, name: str, matrix: StoredMatrix) -> dict[str, Tensor]:
-    """The tensors of a matrix, of the types that its description says."""
+    """The tensors of a matrix. Raises InputError when one is missing or has another type."""
     keys = set(checkpoint.keys())
     present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
     stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
@@ -103,13 +108,15 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
 
 
 def descriptions(config: Mapping[str, Any], where: Path | str) -> dict[str, StoredMatrix]:
-    """What a `quantization_config` says of every matrix. Raises InputError for what cannot be meant."""
+    """The matrices of a `quantization_config`, by name. Raises InputError, naming the matrix, for a wrong value."""
     try:
         method, version, rows = config["quant_method"], config["format_version"], dict(config["matrices"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where} does not describe a sparse export of mspc ({error!r}).") from error
     if method != QUANT_METHOD or type(version) is not int or version < 1:
-        raise InputError(f"{where}: quant_method {method!r}, format_version {version!r} is no sparse export of mspc.")
+        raise InputError(
+            f"{where} is not a sparse export of mspc: quant_method {method!r}, format_version {version!r}."
+        )
     if version > FORMAT_VERSION:
         raise InputError(f"{where} has sparse format {version}; this mspc reads up to {FORMAT_VERSION}: upgrade mspc.")
     return {name: _description(row, f"{where}, {name}") for name, row in rows.items()}

@@ -1,15 +1,15 @@
-"""One compressed matrix as the tensors that the artifact and the sparse export store: what its target needs, no more.
+"""The layout of a compressed matrix: the tensors by which the artifact and the sparse export store it.
 
-K is the number of kept weights of a row (of N:M, and without pruning, where every row keeps as many).
+K is the number of kept weights of a row, where every row keeps the same number: with N:M, and without pruning.
 
     values   (O, K), or (nnz,) when unstructured: kept weights in row-major order, in the checkpoint's dtype   (no grid)
     codes    uint8 (O, ceil(K b / 8)), or (ceil(nnz b / 8),): kept codes, a bit stream of b bits each          (grid)
     scales   float16 (O, G)                                                                                   (grid)
     zeros    uint8 (O, ceil(G b / 8)): zero points, a bit stream of b bits each                    (asymmetric grid)
     mask     uint8 (O, ceil(I / 8)) bits, 1 = kept                                 (unstructured, sparsity above 0)
-    indices  uint8 (O, ceil(K c / 8)): place of each kept weight in its group, c = ceil(log2 M) bits  (N:M, N below M)
+    indices  uint8 (O, ceil(K c / 8)): index of each kept weight in its group, c = ceil(log2 M) bits  (N:M, N below M)
 
-Every row begins at a byte, but for the kept weights of an unstructured matrix, which are one stream. So 2:4 + int4 with
+Every row begins at a byte. Only the kept weights of an unstructured matrix are one stream. So 2:4 + int4 with
 groups of 128 takes 2 + 1 + 0.125 bits per weight, and 50% + int4 takes the same.
 """
 
@@ -21,18 +21,19 @@ import torch
 from torch import Tensor
 
 from mspc.formats.bits import pack_bits, pack_rows
-from mspc.formats.decoding import check_places, decode_codes, decode_mask, decode_rows, row_offsets, strips
+from mspc.formats.decoding import check_indices, decode_codes, decode_mask, decode_rows, row_offsets, strips
 from mspc.formats.description import StoredMatrix, check_types, index_bits, types_of
 from mspc.numerics.quant import dequantize
 from mspc.types import NM, Codes, CompressedLinear, Target
 
 
 def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The stored tensors of a matrix, on the CPU; `dtype` is that of values without a grid."""
     tensors: dict[str, Tensor] = {}
     mask = matrix.mask.cpu()
     pattern, grid = matrix.target.pattern, matrix.target.grid
     has_mask = _describe((mask.shape[0], mask.shape[1]), matrix.target, dtype).has_mask
-    rows = () if has_mask else (len(mask), -1)  # kept weights of a row, where all keep as many
+    rows = () if has_mask else (len(mask), -1)  # without a mask, all rows keep the same number
     if matrix.codes is None or grid is None:
         kept = _kept(matrix.weight.cpu().to(dtype), mask)
         tensors["values"] = kept.view(rows) if rows else kept
@@ -43,15 +44,15 @@ def pack(matrix: CompressedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
         if not grid.symmetric:
             tensors["zeros"] = pack_rows(matrix.codes.zeros.cpu(), grid.bits)
     if isinstance(pattern, NM) and pattern.keep < pattern.of:
-        places = (torch.arange(mask.shape[1]) % pattern.of).to(torch.uint8).expand_as(mask)
-        tensors["indices"] = pack_rows(_kept(places, mask).view(len(mask), -1), index_bits(pattern))
+        indices = (torch.arange(mask.shape[1]) % pattern.of).to(torch.uint8).expand_as(mask)
+        tensors["indices"] = pack_rows(_kept(indices, mask).view(len(mask), -1), index_bits(pattern))
     elif has_mask:
         tensors["mask"] = pack_rows(mask.to(torch.uint8), 1)
     return tensors
 
 
 def num_bytes(shape: tuple[int, int], target: Target, dtype: torch.dtype, *, exported: bool = False) -> int:
-    """What `pack` makes of a matrix of this shape and target; the sparse export stores row offsets beside it."""
+    """Bytes that `pack` makes of a matrix of this shape and target; if `exported`, with the row offsets."""
     tensors = _describe(shape, target, dtype).tensors()
     if not exported:
         tensors.pop("row_offsets", None)
@@ -59,7 +60,7 @@ def num_bytes(shape: tuple[int, int], target: Target, dtype: torch.dtype, *, exp
 
 
 def _kept(values: Tensor, mask: Tensor) -> Tensor:
-    """`values[mask]`, by numpy, which is twice as fast at it; it does not know bfloat16."""
+    """`values[mask]`, by numpy, which is twice as fast. As integers, since numpy has no bfloat16."""
     as_integers = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
     return torch.from_numpy(as_integers.numpy()[mask.numpy()]).view(values.dtype)
 
@@ -71,9 +72,9 @@ def _describe(shape: tuple[int, int], target: Target, dtype: torch.dtype) -> Sto
 def unpack(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], target: Target, dtype: torch.dtype, name: str = "the matrix"
 ) -> CompressedLinear:
-    """The matrix (O, I) as the model uses it: `weight` has the checkpoint's dtype, whatever the solver worked in.
+    """The matrix (O, I) as the model uses it: `weight` has `dtype`, that of the checkpoint.
 
-    Raises InputError, naming the matrix, for tensors that are not those of this shape and target. Nothing is allocated
+    Raises InputError, naming the matrix, for tensors that do not fit this shape and target. Nothing is allocated
     that the size of the tensors does not justify.
     """
     matrix = _describe(shape, target, dtype)
@@ -81,9 +82,9 @@ def unpack(
 
 
 def with_offsets(tensors: Mapping[str, Tensor], matrix: StoredMatrix, name: str) -> dict[str, Tensor]:
-    """The tensors of a matrix as the sparse export has them: an artifact leaves out what can be counted.
+    """The tensors of a matrix as the sparse export has them: with the row offsets, which an artifact leaves out.
 
-    Raises InputError, naming the matrix, for those that are not what its description says.
+    Raises InputError, naming the matrix, for tensors of another dtype or shape than it needs.
     """
     if not matrix.has_mask:
         check_types(types_of(tensors), matrix, name)
@@ -93,8 +94,8 @@ def with_offsets(tensors: Mapping[str, Tensor], matrix: StoredMatrix, name: str)
 
 
 def decode(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str) -> CompressedLinear:
-    """The matrix of tensors that have the types they should. Raises InputError when they do not fit together."""
-    check_places(stored, matrix, name)
+    """The matrix of tensors whose types were checked. Raises InputError when their values do not fit together."""
+    check_indices(stored, matrix, name)
     weight, mask = torch.empty(matrix.shape, dtype=matrix.dtype), torch.empty(matrix.shape, dtype=torch.bool)
     if matrix.grid is None:
         for first, last in strips(matrix.shape):
@@ -112,7 +113,7 @@ def decode(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str) -> Com
 
 
 def digest(matrix: CompressedLinear) -> str:
-    """sha256 of what every export must hold: codes, scales and zeros of a grid, else the weights."""
+    """sha256 of the content that every export must hold: codes, scales and zeros of a grid, else the weights."""
     codes = matrix.codes
     parts = [matrix.weight] if codes is None else [codes.values, codes.scales, codes.zeros]
     sha256 = hashlib.sha256()

@@ -1,0 +1,160 @@
+"""The manifest of an artifact, `mspc.json`: what `compress` did, and one entry for every compressed matrix."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mspc.errors import InputError
+from mspc.formats.description import StoredMatrix
+from mspc.formats.targets import target_from_dict, target_to_dict
+from mspc.storage.journal import NAME as JOURNAL
+from mspc.types import Matrix, PlannedMatrix, Target
+
+FORMAT_VERSION = 1
+MANIFEST = "mspc.json"
+EXPORT_MANIFEST = "mspc_export.json"
+"""The file that an export has in place of the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixEntry:
+    """One compressed matrix of an artifact: its address, its target, where it is stored and how good it is."""
+
+    address: Matrix
+    source_key: str
+    """Tensor of the source that is this matrix, or that has it as one slice."""
+    target: Target
+    """The pattern carries the sparsity that was achieved."""
+    dtype: torch.dtype
+    """Type of the weight in the source."""
+    parts: tuple[str, ...]
+    """Names of the stored tensors (`mspc.formats.layout`)."""
+    num_bytes: int
+    """Bytes of the stored tensors."""
+    digest: str
+    """sha256 by `layout.digest`."""
+    pruned: int
+    """Number of weights that the mask removes."""
+    zeros: int
+    """Number of weights that are zero, pruned or not."""
+    sensitivity: float | None
+    output_error: float
+    damp: float
+    propagation_damp: float
+    precision: str
+    """Type that the Gram was inverted in."""
+    num_tokens: int
+    file: str = ""
+    """Path in the artifact; empty until the block is written."""
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.address.shape
+
+    @property
+    def planned(self) -> PlannedMatrix:
+        """The matrix as a plan has it."""
+        return PlannedMatrix(self.name, self.shape, self.target, self.sensitivity)
+
+    @property
+    def stored(self) -> StoredMatrix:
+        """The matrix as readers of its tensors need it."""
+        return StoredMatrix(self.shape, self.target.pattern, self.target.grid, self.dtype, self.address.transposed)
+
+    def to_row(self) -> dict[str, Any]:
+        """The entry as an object of JSON."""
+        return {
+            "name": self.name,
+            "parameter": self.address.parameter,
+            "tensor": self.source_key,
+            "index": self.address.index,
+            "transposed": self.address.transposed,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "stored": list(self.parts),
+            "bytes": self.num_bytes,
+            "sha256": self.digest,
+            **target_to_dict(self.target),
+            "sparsity": self.pruned / self.address.numel,
+            "pruned": self.pruned,
+            "zeros": self.zeros,
+            "sensitivity": self.sensitivity,
+            "output_error": self.output_error,
+            "damp": self.damp,
+            "propagation_damp": self.propagation_damp,
+            "precision": self.precision,
+            "num_tokens": self.num_tokens,
+            "file": self.file,
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], where: Path | str) -> "MatrixEntry":
+        """The inverse. Raises InputError, naming `where`, for a row that lacks a key or has a wrong value."""
+        try:
+            num_out, num_in = row["shape"]
+            dtype = getattr(torch, row["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtype {row['dtype']!r}")
+            return cls(
+                address=Matrix(row["parameter"], (num_out, num_in), row["index"], row["transposed"]),
+                source_key=row["tensor"],
+                target=target_from_dict(dict(row)),
+                dtype=dtype,
+                parts=tuple(row["stored"]),
+                num_bytes=row["bytes"],
+                digest=row["sha256"],
+                file=row["file"],
+                **{key: row[key] for key in COPIED},
+            )
+        except KeyError as error:
+            raise InputError(f"{where} is damaged: the entry of {row.get('name')} lacks {error.args[0]}.") from error
+        except (InputError, AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{where} is damaged at the entry of {row.get('name')} ({error}).") from error
+
+
+COPIED = ("pruned", "zeros", "sensitivity", "output_error", "damp", "propagation_damp", "precision", "num_tokens")
+
+
+def is_artifact(folder: Path) -> bool:
+    """Tell if `compress` wrote this folder, finished or not."""
+    return (folder / MANIFEST).is_file() or (folder / JOURNAL).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it is in the file. Raises InputError for a folder without one, or with a damaged one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / JOURNAL).is_file():
+            raise InputError(f"{folder} holds an unfinished run; finish it with `mspc compress ... --resume` first.")
+        if (folder / EXPORT_MANIFEST).is_file():
+            raise InputError(f"{folder} is an export; give the artifact that it was made from, or `mspc verify` it.")
+        raise InputError(f"{folder} is not an mspc artifact: it has no {MANIFEST}.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}); the artifact is damaged.") from error
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{folder} was written in format {version}, and this mspc reads up to {FORMAT_VERSION}: upgrade mspc."
+        )
+    read_entries(manifest, path)
+    return manifest
+
+
+def read_entries(manifest: Mapping[str, Any], path: Path) -> list[MatrixEntry]:
+    """The entries of a manifest. Raises InputError, naming `path`, for a damaged one and for one that comes twice."""
+    entries = [MatrixEntry.from_row(row, path) for row in manifest.get("matrices", [])]
+    twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} is damaged: it has more than one entry for {twice[0]}.")
+    return entries
