@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -261,8 +262,9 @@ class Run:
             solved = solve_blocks(
                 model, batches, matrices, plan, recipe, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
-            for name in solved:
-                step(name)
+            with closing(solved):  # an error in a step must not leave a block half written
+                for name in solved:
+                    step(name)
         if recipe.reconstruct:
             self.reporter.say(reconstruction_line(journal.blocks))
 
