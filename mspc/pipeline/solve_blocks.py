@@ -139,7 +139,7 @@ def solve_one(
     dtype = model.source_dtypes[visit.matrix.parameter]
     stored = canonical.as_stored(solution, dtype)
     if not bool(torch.stack(stored.weight.aminmax()).isfinite().all()):  # NaN is passed on; faster than isfinite
-        raise ActivationError(f"{name}: its weights overflow {dtype} after the update; raise --damp, or skip it.")
+        raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
     install(visit.weight, stored.weight)
     error = output_error(weight, stored.weight.float(), stats.gram)
     return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens)
