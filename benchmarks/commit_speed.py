@@ -147,6 +147,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "hardware": f"CPU, {os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} at the end",
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version(),
         "shapes": SHAPES, "gb": GB, "dtype": "bfloat16", "grid": "4 bits, groups of 128, symmetric",
         "repeats": args.repeats, "rows": rows,
