@@ -194,7 +194,7 @@ def manifest_row(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, T
         **target_to_dict(planned.target),
         "sparsity": pruned / matrix.numel,
         "pruned": pruned,
-        "zeros": matrix.numel - int(torch.count_nonzero(stored.weight)),
+        "zeros": int(torch.count_nonzero(stored.weight == 0)),  # bools count faster than bfloat16
         "sensitivity": planned.sensitivity,
         "output_error": solved.output_error,
         "damp": stored.damp,
