@@ -150,7 +150,7 @@ def export(
     """Write an artifact in a format that a runtime loads, and verify it there; returns `out`.
 
     `format_name` is one of `exporters.formats.FORMATS`, and `options` are those of the format. Raises InputError for
-    an artifact that the format cannot hold, and VerificationError if the export does not compute what the artifact does.
+    an artifact that the format cannot hold, and VerificationError if the export computes something else.
     """
     path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
     return exporting.export(

@@ -1,5 +1,7 @@
 """Stored bits against golden bytes written out by hand, exact round trips, and the sizes that the layout promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from safetensors.torch import load, save
 
 from mspc.errors import InputError
 from mspc.formats.bits import pack_bits, unpack_bits
-from mspc.formats.layout import index_bits, pack, unpack
+from mspc.formats.layout import as_stored, digest, index_bits, pack, unpack
 from mspc.numerics.masking import num_pruned, prune_lowest, prune_n_of_m
 from mspc.numerics.quant import dequantize, round_to_nearest
 from mspc.solvers import SolverOptions
@@ -229,3 +231,41 @@ def test_two_of_four_by_hand():
 def test_only_what_the_target_needs_is_stored(pattern, grid, names):
     """Oracle: the table of the layout."""
     assert set(pack(compressed(pattern, grid), torch.float32)) == names
+
+
+def spoiled(matrix: CompressedLinear) -> CompressedLinear:
+    """The same target with weights and scales that overflow, pruned values other than zero, and odd strides."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.where(matrix.mask, 1e4 * matrix.weight, torch.tensor([[-0.0, torch.inf, torch.nan]]).repeat(1, 32))
+    weight[::3] = torch.finfo(torch.float32).max
+    codes = matrix.codes
+    if codes is not None and matrix.target.grid is not None:
+        highest = 2**matrix.target.grid.bits
+        noise = torch.randint(0, highest, codes.values.shape, generator=generator, dtype=torch.uint8)
+        values = torch.where(matrix.mask, codes.values, noise)
+        codes = Codes(values.T.contiguous().T, torch.full_like(codes.scales, 6e4), codes.zeros.T.contiguous().T)
+    return replace(matrix, weight=weight.T.contiguous().T, mask=matrix.mask.T.contiguous().T, codes=codes)
+
+
+def assert_same_bits(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+    assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_as_stored_is_bit_for_bit_what_is_unpacked(pattern, dtype):
+    """Oracle: unpack(pack(.)), with and without codes; one shape is larger than what is rounded at a time."""
+    matrices = [compressed(pattern, grid) for grid in (None, *GRIDS)]
+    matrices += [spoiled(matrix) for matrix in matrices]
+    matrices += [compressed(pattern, grid, (3000, 96)) for grid in (None, Grid(3, 48, False))]
+    for matrix in matrices:
+        rounded = as_stored(matrix, dtype)
+        back = unpack(pack(matrix, dtype), matrix.mask.shape, matrix.target, dtype)
+        assert_same_bits(rounded.weight, back.weight)
+        assert_same_bits(rounded.mask, back.mask)
+        assert digest(rounded) == digest(back)
+        assert (rounded.codes is None) == (back.codes is None)
+        if rounded.codes is not None and back.codes is not None:
+            for part in ("values", "scales", "zeros"):
+                assert_same_bits(getattr(rounded.codes, part), getattr(back.codes, part))

@@ -1,23 +1,33 @@
 """Nothing solved is lost: a run killed anywhere and resumed ends with the bytes of an undisturbed one (the oracle)."""
 
+import errno
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import mspc
-from mspc.errors import InputError
+from mspc.errors import ActivationError, InputError, StorageError
 from mspc.pipeline import run as pipeline
+from mspc.pipeline import solve_blocks
 from mspc.progress import Silent
+from mspc.solvers import SOLVERS
 from mspc.solvers.obs import Sweep
+from mspc.storage import files
+from mspc.types import CompressedLinear, Target
 
 TIMINGS = ("seconds", "peak_memory_bytes")
 
@@ -127,14 +137,98 @@ def test_a_resumed_run_solves_no_block_again(
     llama: Path, recipe: mspc.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    first_block = 5 * 32 + 32 + 64  # columns of q, k, v, o, gate, up and down
-    assert killed_at(first_block + 1, Sweep, "settle_column", lambda: run(llama, recipe, out))
+    assert killed_at(2, solve_blocks, "write_tensors", lambda: run(llama, recipe, out))  # the first is committed
     solved = []
     original = Sweep.__post_init__
     monkeypatch.setattr(Sweep, "__post_init__", lambda self: (solved.append(self.name), original(self))[1])
     run(llama, recipe, out, resume=True)
     assert solved
     assert all(".layers.1." in name for name in solved)
+
+
+def at_second_block(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Do `action` whenever the solver begins a matrix of the second block."""
+    original = Sweep.__post_init__
+
+    def begin(sweep: Sweep) -> None:
+        if ".layers.1." in sweep.name:
+            action()
+        original(sweep)
+
+    monkeypatch.setattr(Sweep, "__post_init__", begin)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_block_is_written_while_the_next_is_solved(
+    llama: Path,
+    recipe: mspc.Recipe,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    interrupted: bool,
+) -> None:
+    """The first file waits for the second block, and what is being written when an interrupt comes is committed."""
+    second, waits, original = threading.Event(), [], solve_blocks.write_tensors
+
+    def slow(*args: Any) -> None:
+        waits.append(second.wait(timeout=20))
+        time.sleep(0.2)
+        original(*args)
+
+    def begin() -> None:
+        second.set()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(solve_blocks, "write_tensors", slow)
+        at_second_block(patched, begin)
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            run(llama, recipe, tmp_path)
+    assert waits == [True] * (1 if interrupted else 2)
+    if interrupted:
+        assert '"block": 0' in (tmp_path / "journal.jsonl").read_text()
+        run(llama, recipe, tmp_path, resume=True)
+    assert content(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_full_disk_while_a_block_is_written_ends_the_run(
+    block: int,
+    llama: Path,
+    recipe: mspc.Recipe,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error of the writing thread is raised by the run, which can be resumed."""
+    original = files.save_file
+
+    def full(tensors: dict[str, Any], path: Path, **options: Any) -> None:
+        if f"{block:05d}" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "save_file", full)
+        with pytest.raises(StorageError, match=rf"Cannot write .*0000{block}.*No space left.*--resume"):
+            run(llama, recipe, tmp_path)
+    assert (tmp_path / "journal.jsonl").read_text().count('"block": ') == block
+    run(llama, recipe, tmp_path, resume=True)
+    assert content(tmp_path) == undisturbed
+
+
+def test_weights_that_overflow_are_an_error_that_names_the_matrix(
+    llama: Path, recipe: mspc.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def infinite(wanted: Tensor, stats: object, target: Target, options: object, name: str) -> CompressedLinear:
+        return CompressedLinear(wanted / 0, torch.ones_like(wanted, dtype=torch.bool), target)
+
+    monkeypatch.setitem(SOLVERS, "mask", infinite)
+    dense = {"bits": 16, "sparsity": 0.0, "solver": "mask", "allocator": "uniform"}
+    with pytest.raises(ActivationError, match=r"q_proj: its weights overflow torch\.float32 .*--damp"):
+        run(llama, mspc.Recipe(**recipe.to_dict() | dense), tmp_path)
 
 
 @pytest.mark.parametrize("made", [False, True])

@@ -1,9 +1,9 @@
-"""Tuning the kept weights of a part of a block, its attention or its MLP, towards the output of the dense model's part.
+"""Tune the kept weights of a part of a block, its attention or its MLP, towards the output of the dense model's part.
 
-A matrix alone can only make good what shows in its own output; the matrices of a part together can do more, as
-blockwise fine-tuning (EBFT, arXiv:2402.12419) and the reconstruction of submodules (arXiv:2510.14444) have shown. No
-labels are needed, and no zero moves. A part is a direct child of the block that is called as a whole and holds more
-than one compressed matrix.
+A solver that sees one matrix can only correct the error in the output of that matrix. Tuned together, the matrices of a
+part correct more, as blockwise fine-tuning (EBFT, arXiv:2402.12419) and the reconstruction of submodules
+(arXiv:2510.14444) have shown. No labels are needed, and masks do not change. A part is a direct child of the block that
+the block calls as a whole and that holds more than one compressed matrix.
 """
 
 import math
@@ -24,19 +24,19 @@ from mspc.passes.gradients import seed_of
 from mspc.types import Matrix
 
 TOKENS_PER_STEP = 1024
-"""A step sees one batch, of at most about so many tokens."""
-HELD_BACK = 8
-"""One in so many batches, the last ones, is not tuned on, but decides whether the tuned weights are better."""
+"""Number of tokens of a batch, at most; a step of Adam sees one batch."""
+BATCHES_PER_VALIDATION_BATCH = 8
+"""One batch in eight, from the end, is validation text, which decides whether the tuned weights are better."""
 RATE = 0.03
-"""The first step of a weight, as a share of the root mean square of the kept weights of its matrix."""
+"""Size of the first step, as a share of the root mean square of the kept weights of a matrix."""
 BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part after tuning: `weights` (O, I) by matrix in the checkpoint's dtype, or none if nothing was gained.
+class TunedPart:
+    """A part after tuning: `weights` (O, I) by matrix in the checkpoint's dtype, empty if the error did not fall.
 
-    `before` and `after` are ||Y - Y^||^2 / ||Y||^2 on the batches that were held back, with Y of the dense model.
+    `before` and `after` are ||Y - Y^||^2 / ||Y||^2 on the validation batches, where Y is the output of the dense part.
     """
 
     name: str
@@ -53,20 +53,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """How a part is called for one batch, and what the dense model's part returns (B, T, D)."""
+class Sample:
+    """The arguments of a part for one batch, and the output (B, T, D) of the dense model's part."""
 
     call: Call
-    wanted: Tensor
+    output: Tensor
 
 
 class _Captured(Exception):
-    """Raised to leave a block when what it was run for is known."""
+    """Raised to leave a block as soon as the part has been called."""
 
 
 def batch_size(num_sequences: int, length: int) -> int:
-    """Sequences of a batch, which makes one step: few, and so that some batches can be held back."""
-    return max(1, min(TOKENS_PER_STEP // length, num_sequences // HELD_BACK))
+    """Number of sequences of a batch, small enough that several batches are left for validation."""
+    return max(1, min(TOKENS_PER_STEP // length, num_sequences // BATCHES_PER_VALIDATION_BATCH))
 
 
 def reconstruct(
@@ -78,11 +78,11 @@ def reconstruct(
     steps: int,
     seed: int,
     spill: Path | None = None,
-) -> Iterator[Part]:
+) -> Iterator[TunedPart]:
     """Tune the parts of block `index` in the order of execution; the caller installs each before it resumes.
 
-    `blocks` and `streams`, of two batches at least, are the compressed and the dense one; `masks` (O, I), True = kept,
-    come in the order of execution.
+    `blocks` and `streams` are pairs: the compressed model's, then the dense model's. A stream has at least two batches.
+    `masks` (O, I), True = kept, come in the order of execution.
     """
     for name, matrices in _parts(model, index, masks).items():
         samples = _samples(model, index, name, blocks, streams, spill)
@@ -91,18 +91,18 @@ def reconstruct(
         full, child = f"{model.block_name(index)}.{name}", blocks[0].get_submodule(name)
         names = {matrix: model.name_in_block(index, matrix).removeprefix(name + ".") for matrix in matrices}
         kept = {names[matrix]: matrix.read(masks[matrix]).to(model.device) for matrix in matrices}
-        num_held = max(1, len(samples) // HELD_BACK)
-        order = _order(len(samples) - num_held, steps, seed_of(seed, full))
-        tuned = _tuned(child, kept, [samples[i] for i in order])
+        num_validation = max(1, len(samples) // BATCHES_PER_VALIDATION_BATCH)
+        order = _order(len(samples) - num_validation, steps, seed_of(seed, full))
+        tuned = tune(child, kept, [samples[i] for i in order])
         rounded = {names[m]: tuned[names[m]].to(model.source_dtypes[m.parameter]) for m in matrices}
-        before, after = (_relative_error(child, weights, samples[-num_held:]) for weights in ({}, rounded))
+        before, after = (_relative_error(child, weights, samples[-num_validation:]) for weights in ({}, rounded))
         is_better = after < before
         weights = {matrix: matrix.read(rounded[names[matrix]]) for matrix in matrices} if is_better else {}
-        yield Part(full, matrices, weights, before, after if is_better else before)
+        yield TunedPart(full, matrices, weights, before, after if is_better else before)
 
 
 def _parts(model: StreamedModel, index: int, masks: dict[Matrix, Tensor]) -> dict[str, list[Matrix]]:
-    """The compressed matrices of each child of a block that has more than one, by the child's name."""
+    """The compressed matrices of each child of a block that has at least two, by the child's name."""
     parts: dict[str, list[Matrix]] = {}
     for matrix in masks:
         parts.setdefault(model.name_in_block(index, matrix).partition(".")[0], []).append(matrix)
@@ -116,8 +116,8 @@ def _samples(
     blocks: tuple[nn.Module, nn.Module],
     streams: tuple[Sequence[Batch], Sequence[Batch]],
     spill: Path | None,
-) -> list[_Sample]:
-    """One of each batch; none at all if the block does not call the part as a whole."""
+) -> list[Sample]:
+    """One sample per batch; an empty list if the block does not call the part as a whole."""
     calls: list[Call] = []
     outputs: list[Tensor] = []
 
@@ -142,11 +142,11 @@ def _samples(
     finally:
         for handle in handles:
             handle.remove()
-    return [_Sample(call, output) for call, output in zip(calls, outputs, strict=True)]
+    return [Sample(call, output) for call, output in zip(calls, outputs, strict=True)]
 
 
 def _put(value: Any, spill: Path | None) -> Any:
-    """Activations (B, T, D) go to host memory; all else is shared by the batches, and stays."""
+    """Move activations (B, T, D) to host memory or to `spill`. All else is shared by the batches and stays."""
     return stored(value, spill) if isinstance(value, Tensor) and value.ndim == 3 else value
 
 
@@ -155,24 +155,24 @@ def _first(output: Any) -> Tensor:
 
 
 def _order(num_samples: int, steps: int, seed: int) -> list[int]:
-    """Which sample each step sees: all in a random order, and again in another."""
+    """The sample of each step: every round passes all samples in a new random order."""
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-steps // num_samples)
     return torch.cat([torch.randperm(num_samples, generator=generator) for _ in range(rounds)])[:steps].tolist()
 
 
-def _run(child: nn.Module, weights: dict[str, Tensor], sample: _Sample) -> tuple[Tensor, Tensor]:
-    """What a part with these weights returns for a sample, and what it should, both float32."""
+def _run(child: nn.Module, weights: dict[str, Tensor], sample: Sample) -> tuple[Tensor, Tensor]:
+    """Run a part with these weights on a sample: its output and that of the dense part, both float32."""
     own = {name: weight.to(child.get_parameter(name)) for name, weight in weights.items()}
     device = next(child.parameters()).device
     here: Callable[[Any], Any] = lambda value: value.to(device) if isinstance(value, Tensor) else value  # noqa: E731
     kwargs = {key: here(value) for key, value in sample.call.kwargs.items()}
     output = functional_call(child, own, tuple(map(here, sample.call.args)), kwargs)
-    return _first(output).float(), sample.wanted.to(device).float()
+    return _first(output).float(), sample.output.to(device).float()
 
 
-def _tuned(child: nn.Module, kept: dict[str, Tensor], samples: Sequence[_Sample]) -> dict[str, Tensor]:
-    """The parameters of a part in float32 after a step of Adam on each sample, with zeros where nothing is kept."""
+def tune(child: nn.Module, kept: dict[str, Tensor], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Take a step of Adam on each sample: the parameters of a part in float32, zero where `kept` is False."""
     leaves = {name: child.get_parameter(name).float().clone().requires_grad_() for name in kept}
     groups = [
         {"params": [leaf], "size": float((leaf.detach().square().sum() / kept[name].sum().clamp(min=1)).sqrt())}
@@ -184,30 +184,30 @@ def _tuned(child: nn.Module, kept: dict[str, Tensor], samples: Sequence[_Sample]
             group["lr"] = RATE * group["size"] * (1 + math.cos(math.pi * step / len(samples))) / 2
         optimizer.zero_grad()
         with torch.enable_grad():
-            output, wanted = _run(child, {name: leaf * kept[name] for name, leaf in leaves.items()}, sample)
-            (output - wanted).square().sum().backward()
+            output, dense = _run(child, {name: leaf * kept[name] for name, leaf in leaves.items()}, sample)
+            (output - dense).square().sum().backward()
         optimizer.step()
     return {name: leaf.detach() * kept[name] for name, leaf in leaves.items()}
 
 
-def _relative_error(child: nn.Module, weights: dict[str, Tensor], samples: Sequence[_Sample]) -> float:
+def _relative_error(child: nn.Module, weights: dict[str, Tensor], samples: Sequence[Sample]) -> float:
     error = scale = 0.0
     with torch.no_grad():
         for sample in samples:
-            output, wanted = _run(child, weights, sample)
-            error += float((output - wanted).double().square().sum())
-            scale += float(wanted.double().square().sum())
+            output, dense = _run(child, weights, sample)
+            error += float((output - dense).double().square().sum())
+            scale += float(dense.double().square().sum())
     return error / scale if scale > 0 else 0.0
 
 
 def reconstruction_line(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """What tuning gained over all parts, from the commits of the blocks; errors are means of relative ones."""
+    """Summarize the gain of tuning over all parts, from the commits of the blocks: means of their relative errors."""
     parts = [part for block in blocks for part in block["reconstruction"]]
     if not parts:
         return "Reconstruction: no block has a part with several compressed matrices, so nothing was tuned."
     before, after = (sum(part[f"error_{when}"] for part in parts) / len(parts) for when in ("before", "after"))
     seconds, tuned = sum(block["seconds"] for block in blocks), sum(part["tuned"] for part in parts)
     return (
-        f"Reconstruction: {tuned} of {len(parts)} parts are nearer to the dense model on text held back, mean relative "
-        f"error {before:.4f} before and {after:.4f} after, {seconds:.1f} s."
+        f"Reconstruction: {tuned} of {len(parts)} parts are nearer to the dense model on validation text, mean "
+        f"relative error {before:.4f} before and {after:.4f} after, {seconds:.1f} s."
     )

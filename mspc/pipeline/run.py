@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -247,13 +248,14 @@ class Run:
             solved = solve_blocks(
                 model, batches, matrices, plan, settings, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
-            for row in solved:
-                step(row["name"], row)
-                block = block_of[row["name"]]
-                solved_of[block] += 1
-                if self.progress.stopped and solved_of[block] == len(matrices[block]):
-                    solved.close()
-                    raise Stopped.at("Compressing")
+            with closing(solved):  # an error in a step must not leave a block half written
+                for found in solved:
+                    step(found.matrix.name, found.row())
+                    block = block_of[found.matrix.name]
+                    solved_of[block] += 1
+                    if self.progress.stopped and solved_of[block] == len(matrices[block]):
+                        solved.close()  # waits until the block is committed
+                        raise Stopped.at("Compressing")
         if settings.reconstruct:
             log.info(reconstruction_line(journal.blocks))
 

@@ -1,17 +1,19 @@
-"""Walk through a model, solve every matrix by the plan, and commit each block as soon as it is solved."""
+"""Walk through a model, solve every matrix by the plan, and commit each block while the next one is solved."""
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mspc.errors import ActivationError
 from mspc.formats import layout
-from mspc.formats.targets import target_from_dict, target_to_dict
+from mspc.formats.decoding import check_indices
+from mspc.formats.targets import target_to_dict
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
 from mspc.passes.blocks import Batch
@@ -29,6 +31,37 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear, MatricesByBlock, Matrix, PlannedMatrix
 
 
+@dataclass(frozen=True)
+class SolvedMatrix:
+    """A matrix that is solved and installed, but not committed yet."""
+
+    matrix: Matrix
+    planned: PlannedMatrix
+    stored: CompressedLinear
+    """The matrix as it is stored, on the solver's device."""
+    output_error: float
+    propagation_damp: float
+    num_tokens: int
+
+    def row(self) -> dict[str, Any]:
+        """What is known before the matrix is packed, under the names of the manifest."""
+        return {
+            "name": self.matrix.name,
+            "shape": list(self.matrix.shape),
+            **target_to_dict(self.planned.target),
+            "sensitivity": self.planned.sensitivity,
+            "output_error": self.output_error,
+            "damp": self.stored.damp,
+            "propagation_damp": self.propagation_damp,
+            "num_tokens": self.num_tokens,
+        }
+
+    def with_weight(self, weight: Tensor, dense: Tensor, gram: Tensor) -> "SolvedMatrix":
+        """Replace the weight (O, I) and keep the mask; `dense` is the original weight in float32."""
+        stored = layout.as_stored(replace(self.stored, weight=weight), self.stored.weight.dtype)
+        return replace(self, stored=stored, output_error=output_error(dense, stored.weight.float(), gram))
+
+
 def solve_blocks(
     model: StreamedModel,
     batches: Sequence[Batch],
@@ -41,78 +74,59 @@ def solve_blocks(
     dense: Sequence[Batch] = (),
     fisher: dict[str, Tensor] | None = None,
     spill: Path | None = None,
-) -> Generator[dict[str, Any]]:
-    """The row of each matrix in the manifest, when it is solved. Blocks in the journal are installed, not solved again.
+) -> Generator[SolvedMatrix]:
+    """Yield each matrix when it is solved. Blocks that the journal holds are installed, not solved again.
 
-    `dense` are the batches once more, for propagation and reconstruction, which keeps activations in `spill`; `fisher`
-    the Fisher factors by matrix name.
+    `dense` are the batches once more, for propagation and reconstruction, which keeps activations in `spill`. `fisher`
+    holds the Fisher factors by matrix name. A thread packs, writes and commits each block while the next is solved. Its
+    errors are raised here at the next commit. It has ended when this generator has, so close a generator that is not
+    used up.
     """
-    planned = {matrix.name: matrix for matrix in plan}
-    options = solver_options(settings)
-    solved: dict[Matrix, Solved] = {}
+    planned, options = {matrix.name: matrix for matrix in plan}, solver_options(settings)
+    solved: dict[Matrix, SolvedMatrix] = {}
+    grams: dict[Matrix, Tensor] = {}
+    pending: Future[None] | None = None
 
     def commit(block: int, **more: Any) -> None:
-        file = f"{MATRICES}/{block:05d}.safetensors"
-        for of in solved.values():
-            of.row["file"] = file
-        write_tensors(
-            folder / file, {f"{m.name}.{part}": t for m, of in solved.items() for part, t in of.tensors.items()}
-        )
-        rows, digest = [of.row for of in solved.values()], sha256_of(folder / file)
-        journal.commit({"block": block, "file": file, "sha256": digest, "matrices": rows} | more)
+        nonlocal pending
+        if pending is not None:
+            pending.result()  # at most one block waits, which bounds the memory
+        pending = writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
         solved.clear()
+        grams.clear()
 
-    def finish(index: int, block: nn.Module, dense_block: nn.Module) -> None:
+    def on_block_end(index: int, block: nn.Module, dense_block: nn.Module) -> None:
         begin, parts = time.monotonic(), []
-        masks = {matrix: of.read().mask for matrix, of in solved.items()}
+        masks = {matrix: found.stored.mask for matrix, found in solved.items()}
         for part in reconstruct(
             model, index, (block, dense_block), (batches, dense), masks, settings.reconstruct, settings.seed, spill
         ):
             for matrix, weight in part.weights.items():
                 dense_weight = matrix_of(model, dense_block, index, matrix).float()
-                install(matrix_of(model, block, index, matrix), solved[matrix].replace(weight, dense_weight))
+                solved[matrix] = solved[matrix].with_weight(weight, dense_weight, grams[matrix])
+                install(matrix_of(model, block, index, matrix), solved[matrix].stored.weight)
             parts.append(part.to_dict())
         commit(index, reconstruction=parts, seconds=time.monotonic() - begin)
 
-    known, at_end = _committed(folder, journal.blocks), finish if settings.reconstruct else None
-    for visit in walk(model, batches, matrices, known, dense=dense, finish=at_end):
-        matrix = visit.matrix
-        factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
-        row, tensors = solve_one(model, visit, planned[matrix.name], settings, options, factor)
-        solved[matrix] = Solved(row, tensors, visit.stats.gram if settings.reconstruct else None)
-        if visit.is_last_of_block and not settings.reconstruct:
-            commit(visit.block)
-        yield row
+    at_end = on_block_end if settings.reconstruct else None
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as writer:
+        for visit in walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end):
+            matrix = visit.matrix
+            factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
+            found = solve_one(model, visit, planned[matrix.name], settings, options, factor)
+            solved[matrix] = found
+            if settings.reconstruct:
+                grams[matrix] = visit.stats.gram
+            elif visit.is_last_of_block:
+                commit(visit.block)
+            yield found
+        if pending is not None:
+            pending.result()
 
 
-@dataclass
-class Solved:
-    """A matrix of a block that is not committed yet: its row of the manifest, its tensors as they are stored, and the
-    Gram that its error is measured by, where its weights may still change."""
-
-    row: dict[str, Any]
-    tensors: dict[str, Tensor]
-    gram: Tensor | None
-
-    def read(self) -> CompressedLinear:
-        num_out, num_in = self.row["shape"]
-        dtype = getattr(torch, self.row["dtype"])
-        return layout.unpack(self.tensors, (num_out, num_in), target_from_dict(self.row), dtype, self.row["name"])
-
-    def replace(self, weight: Tensor, dense: Tensor) -> Tensor:
-        """Store another weight (O, I) on the same mask, and return it as it is stored; `dense` is the original."""
-        self.tensors = layout.pack(replace(self.read(), weight=weight), weight.dtype)
-        result, gram = self.read(), cast(Tensor, self.gram)
-        installed = result.weight.to(dense.device)
-        self.row["sha256"], self.row["zeros"] = layout.digest(result), int((result.weight == 0).sum())
-        self.row["output_error"] = output_error(dense, installed.float(), gram)
-        return installed
-
-
-def _committed(folder: Path, entries: Sequence[dict[str, Any]]) -> Callable[[int], dict[str, Tensor] | None]:
-    """The weights of a block by matrix name, for blocks that were solved before."""
-
-    rows_of = {entry["block"]: entry["matrices"] for entry in entries}
+def solved_weights(folder: Path, journal: Journal) -> Callable[[int], dict[str, Tensor] | None]:
+    """Make a function that reads the weights of a block by matrix name, or returns None for one not yet committed."""
+    rows_of = {entry["block"]: entry["matrices"] for entry in journal.blocks}
 
     def weights(block: int) -> dict[str, Tensor] | None:
         if block not in rows_of:
@@ -130,44 +144,72 @@ def solve_one(
     settings: Settings,
     options: SolverOptions,
     fisher: Tensor | None,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Solve and install one matrix: its row of the manifest, and its tensors as they are stored.
+) -> SolvedMatrix:
+    """Solve and install one matrix.
 
-    What is installed, judged and later exported is what was stored, not what the solver held.
+    What is installed, judged and later exported is what will be stored, not what the solver held.
     """
-    matrix, name = visit.matrix, visit.matrix.name
-    weight = visit.weight.float().clone()
+    name, weight = visit.matrix.name, visit.weight.float().clone()
     stats = replace(visit.stats, output_fisher=fisher)
-    wanted, propagation_damp = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
-    solution = SOLVERS[str(settings.solver)](wanted, stats, planned.target, options, name)
-    dtype = model.source_dtypes[matrix.parameter]
-    tensors = layout.pack(solution, dtype)
-    result = layout.unpack(tensors, matrix.shape, planned.target, dtype)
-    if not bool(result.weight.isfinite().all()):
-        raise ActivationError(f"{name}: its weights overflow {dtype} after the update; raise --damp, or skip it.")
-    installed = result.weight.to(weight.device)
-    install(visit.weight, installed)
-    pruned = matrix.numel - int(result.mask.sum())
-    row = {
-        "name": name,
-        "parameter": matrix.parameter,
-        "tensor": model.tensor_key(matrix),
-        "index": matrix.index,
-        "transposed": matrix.transposed,
-        "shape": list(matrix.shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "stored": list(tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "sha256": layout.digest(result),
-        **target_to_dict(planned.target),
-        "sparsity": pruned / matrix.numel,
-        "pruned": pruned,
-        "zeros": int((result.weight == 0).sum()),
-        "sensitivity": planned.sensitivity,
-        "output_error": output_error(weight, installed.float(), visit.stats.gram),
-        "damp": solution.damp,
-        "propagation_damp": propagation_damp,
-        "precision": str(solution.precision).removeprefix("torch."),
-        "num_tokens": visit.stats.num_tokens,
-    }
-    return row, tensors
+    wanted, propagation_damp = compensated(weight, stats, settings.propagation, options.damp, name)
+    solution = SOLVERS[settings.solver](wanted, stats, planned.target, options, name)
+    dtype = model.source_dtypes[visit.matrix.parameter]
+    stored = layout.as_stored(solution, dtype)
+    if not bool(torch.stack(stored.weight.aminmax()).isfinite().all()):  # NaN is passed on; faster than isfinite
+        raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
+    install(visit.weight, stored.weight)
+    error = output_error(weight, stored.weight.float(), stats.gram)
+    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens)
+
+
+def commit_block(
+    model: StreamedModel,
+    block: int,
+    solved: Sequence[SolvedMatrix],
+    folder: Path,
+    journal: Journal,
+    more: dict[str, Any],
+) -> None:
+    """Pack the matrices of a block, write them to its file and commit it to the journal, with `more` in its entry.
+
+    Raises StorageError when the disk is full, and InputError for a matrix whose mask does not fit its target.
+    """
+    file = f"{MATRICES}/{block:05d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    rows = []
+    for found in solved:
+        packed = layout.pack(found.stored, found.stored.weight.dtype)
+        entry = entry_of(model, found, packed, file)
+        check_packed(packed, entry)
+        rows.append(entry.to_row())
+        tensors |= {f"{found.matrix.name}.{part}": tensor for part, tensor in packed.items()}
+    write_tensors(folder / file, tensors)
+    journal.commit({"block": block, "file": file, "sha256": sha256_of(folder / file), "matrices": rows} | more)
+
+
+def check_packed(packed: dict[str, Tensor], entry: MatrixEntry) -> None:
+    """Raise InputError for a matrix whose tensors are not those that its target needs."""
+    check_indices(layout.with_offsets(packed, entry.stored, entry.name), entry.stored, entry.name)
+
+
+def entry_of(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, Tensor], file: str) -> MatrixEntry:
+    """The entry of a matrix in the manifest: its address, its tensors, its target, and how well it was solved."""
+    stored, planned = solved.stored, solved.planned
+    return MatrixEntry(
+        address=solved.matrix,
+        source_key=model.tensor_key(solved.matrix),
+        target=planned.target,
+        dtype=stored.weight.dtype,
+        parts=tuple(packed),
+        num_bytes=sum(tensor.nbytes for tensor in packed.values()),
+        digest=layout.digest(stored),
+        pruned=solved.matrix.numel - int(torch.count_nonzero(stored.mask)),
+        zeros=int(torch.count_nonzero(stored.weight == 0)),  # bools count faster than bfloat16
+        sensitivity=planned.sensitivity,
+        output_error=solved.output_error,
+        damp=stored.damp,
+        propagation_damp=solved.propagation_damp,
+        precision=str(stored.precision).removeprefix("torch."),
+        num_tokens=solved.num_tokens,
+        file=file,
+    )
