@@ -3,7 +3,7 @@
     python examples/train_tiny.py --out examples/tiny_llama --tokens 12000000
 
 The text is the calibration split of `mspc.text.builtin` read three times as often as the interpreter's own tests (where
-they are installed); modules of the test split are never seen, neither by the model nor by its tokenizer. About 75
+they are installed); modules of the held-out split are never seen, neither by the model nor by its tokenizer. About 75
 minutes on two CPU cores. Writes config, tokenizer, bf16 safetensors and `training.json` with what was measured.
 """
 
