@@ -31,12 +31,12 @@ def main() -> None:
     compressed = mspc.evaluate(args.out, max_windows=WINDOWS)
     manifest = artifact.manifest
 
-    table = Table(title=f"{MODEL.name}: 50% of the weights zero, shared out by sensitivity, the others int4")
+    table = Table(title=f"{MODEL.name}: 50% of the weights zero, allocated by sensitivity, the others int4")
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row(f"perplexity, {WINDOWS} held-out windows", f"{dense.perplexity:.3f}", f"{compressed.perplexity:.3f}")
+    table.add_row(f"perplexity, {WINDOWS} test windows", f"{dense.perplexity:.3f}", f"{compressed.perplexity:.3f}")
     table.add_row("sparsity of the pruned matrices", "0%", f"{manifest['sparsity']['achieved']:.2%}")
-    table.add_row("bits per weight of these", "16", f"{manifest['bits_per_weight']:.3f}")
+    table.add_row("bits per weight of the pruned matrices", "16", f"{manifest['bits_per_weight']:.3f}")
     sizes = [f"{weight_bytes(folder) / 1e6:.2f} MB" for folder in (MODEL, args.out)]
     table.add_row("all weights, embeddings included", *sizes)
     table.add_row("seconds to compress", "", f"{manifest['seconds']:.1f}")
