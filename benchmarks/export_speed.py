@@ -22,7 +22,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 import mspc
-from mspc.progress import Silent
 
 SETTINGS = {
     "50%": ({"sparsity": 0.5}, ("dense", "sparse")),
@@ -60,12 +59,12 @@ def main() -> None:
                 **options, solver="mask", criterion="magnitude", allocator="uniform", num_sequences=1,
                 sequence_length=32,
             )  # fmt: skip
-            artifact = mspc.compress(model, recipe, out=work / "artifact", overwrite=True, reporter=Silent())
+            artifact = mspc.compress(model, recipe, out=work / "artifact", overwrite=True, progress=False)
             for format_name in formats:
                 extra = {"weights": "matmulnbits"} if format_name == "onnx" else {}
                 begin = time.perf_counter()
                 out = artifact.export(
-                    format_name, work / "out", overwrite=True, verified=False, reporter=Silent(), **extra
+                    format_name, work / "out", overwrite=True, verified=False, progress=False, **extra
                 )
                 seconds = time.perf_counter() - begin
                 read = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9

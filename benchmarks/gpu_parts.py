@@ -24,7 +24,7 @@ from mspc.formats import layout
 from mspc.kernels import KERNELS, cusparselt, dispatch
 from mspc.kernels.timings import Choice
 from mspc.numerics.linalg import add_gram, precise_matmul, symmetrize
-from mspc.progress import ConsoleReporter, Reporter
+from mspc.progress import Console, Progress
 from mspc.runtime.linear import SparseLinear
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.types import GramStats
@@ -67,7 +67,7 @@ class Slot:
 
     device: torch.device
     is_dry: bool = False
-    reporter: Reporter = field(default_factory=ConsoleReporter)
+    progress: Progress = field(default_factory=Console)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +92,7 @@ class Slot:
 
     @cached_property
     def operations(self) -> tuple[Operations, str]:
-        return choose_operations(self.device, self.reporter)
+        return choose_operations(self.device, self.progress)
 
     def plan(self) -> Plan:
         """The steps of the end-to-end parts."""
@@ -197,7 +197,7 @@ def decode(slot: Slot, name: str) -> Iterator[Unit]:
             outer.append(random_outer(shape, plan.length, slot.device))
         label = "int4 (torch)" if format_name == TINYGEMM else format_name
         candidate = Candidate(label, shape, format_name, baseline=baselines.get(format_name))
-        row = measure(candidate, plan, outer[0], slot.operations[0], slot.ceilings, slot.reporter)
+        row = measure(candidate, plan, outer[0], slot.operations[0], slot.ceilings, slot.progress)
         least, greatest = predicted(shape, format_name, slot.ceilings.copy["median"])
         return {"bench": row, "predicted_seconds": [least, greatest]}
 

@@ -77,9 +77,7 @@ def size_of(folder: Path) -> int:
 
 def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
     recipe = mspc.Recipe(**ARTIFACTS[setting], allocator="uniform", num_sequences=16, sequence_length=64)
-    artifact = mspc.compress(
-        model_folder(model, work), recipe, out=work / "artifact", overwrite=True, reporter=Silent()
-    )
+    artifact = mspc.compress(model_folder(model, work), recipe, out=work / "artifact", overwrite=True, progress=False)
     rows: list[dict[str, object]] = []
     sizes: dict[str, int] = {}
     for label, (format_name, options) in EXPORTS.items():
@@ -89,7 +87,7 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
         rows.append(row)
         begin = time.perf_counter()
         try:
-            artifact.export(format_name, out, verified=False, reporter=Silent(), **options)
+            artifact.export(format_name, out, verified=False, progress=False, **options)
         except InputError as refusal:
             row["refused"] = str(refusal)
             continue

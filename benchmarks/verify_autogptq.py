@@ -38,7 +38,6 @@ import mspc
 from exporters.reference import PROMPT, Reference, compute_reference
 from exporters.runtimes import FLOAT32
 from exporters.verification import comparable_tokens
-from mspc.progress import Silent
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "autogptq-requirements.txt"
@@ -96,12 +95,10 @@ def make_cases(model: str, bits: int, work: Path, *, asymmetric: bool) -> list[C
         bits=bits, sparsity=0.5, group_size=128, asymmetric=asymmetric, allocator="uniform", num_sequences=16,
         sequence_length=64,
     )  # fmt: skip
-    artifact = mspc.compress(
-        model_folder(model, work), recipe, out=work / "artifact", overwrite=True, reporter=Silent()
-    )
+    artifact = mspc.compress(model_folder(model, work), recipe, out=work / "artifact", overwrite=True, progress=False)
     reference = compute_reference(artifact.path)
     checkpoint_format = "gptq_v2" if asymmetric else "gptq"
-    folder = artifact.export("gptq", work / f"{model}-int{bits}-{checkpoint_format}", verified=False, reporter=Silent())
+    folder = artifact.export("gptq", work / f"{model}-int{bits}-{checkpoint_format}", verified=False, progress=False)
     reference.save(folder)
     tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     cases = [Case(model, bits, checkpoint_format, "tied" if tied else "own", folder, reference)]

@@ -12,7 +12,7 @@ from exporters.formats import FORMATS, load
 from exporters.manifest import write_export_manifest
 from exporters.verification import failures, in_short, verify
 from mspc.errors import InputError, VerificationError, unknown
-from mspc.progress import Reporter, Silent
+from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
 from mspc.storage.output_folder import held, publish, recover, sibling
@@ -27,14 +27,14 @@ def export(
     overwrite: bool = False,
     verified: bool = True,
     options: dict[str, Any] | None = None,
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write `artifact` in a format of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
     Raises InputError for an unknown format or option, for what the format cannot hold, and for an existing
     output. Raises VerificationError when the export does not hold or compute the same as the artifact.
     """
-    reporter = reporter or Silent()
+    progress = progress or Silent()
     source = ArtifactSource(artifact)
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
     chosen = check(format_name, [entry.planned for entry in source.entries], config, options or {})
@@ -47,13 +47,13 @@ def export(
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
-            with reporter.stage(f"Exporting {format_name}", len(source.keys())) as step:
+            with progress.stage(f"Exporting {format_name}", len(source.keys())) as step:
                 module.export(source, partial, chosen, step)
             for note in module.notes(source.entries, chosen):
-                reporter.say(note)
+                log.info(note)
             write_export_manifest(partial, format_name, chosen, source)
             if verified:
-                _verify(partial, artifact, reporter)
+                _verify(partial, artifact, progress)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -98,7 +98,7 @@ def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
             raise InputError(f"{out} holds an older export; choose another --out, or --overwrite it.")
 
 
-def _verify(folder: Path, artifact: Path, reporter: Reporter) -> None:
-    result = verify(folder, artifact, reporter)
+def _verify(folder: Path, artifact: Path, progress: Progress) -> None:
+    result = verify(folder, artifact, progress)
     if found := failures(result):
         raise VerificationError(f"The export is wrong and was not kept: {in_short(found)}.")

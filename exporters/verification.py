@@ -27,7 +27,7 @@ from exporters.manifest import ExportManifest, read_export_manifest
 from exporters.reading import Decoded, reader_of
 from exporters.reference import Reference, compute_reference, load_reference
 from mspc.errors import InputError, MspcError
-from mspc.progress import Reporter
+from mspc.progress import Progress, log
 from mspc.storage.artifact import REPORT, ArtifactSource
 from mspc.storage.files import sha256_of, write_json
 from mspc.storage.manifest import EXPORT_MANIFEST, MatrixEntry
@@ -38,7 +38,7 @@ UNREADABLE = (MspcError, OSError, LookupError, TypeError, ValueError)
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, Any]:
+def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, Any]:
     """The report, which is also written to `verification.json`.
 
     Without `against`, matrices are compared with the digests in the export manifest, and logits with those of
@@ -49,7 +49,7 @@ def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, 
     if artifact:
         _check_origin(folder, manifest, artifact)
     if against:
-        with reporter.stage("Reference logits", 1) as step:
+        with progress.stage("Reference logits", 1) as step:
             reference = compute_reference(against)
             step("")
         reference.save(folder)
@@ -59,15 +59,15 @@ def verify(folder: Path, against: Path | None, reporter: Reporter) -> dict[str, 
         "format": manifest.format,
         "against": "artifact" if against else "export manifest",
         "files": _check_files(folder, manifest),
-        "weights": _check_weights(folder, manifest, artifact, reporter),
+        "weights": _check_weights(folder, manifest, artifact, progress),
         "runtimes": {},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     for name in FORMATS[manifest.format].runtimes:
-        with reporter.stage(f"Verifying in {name}", 1) as step:
+        with progress.stage(f"Verifying in {name}", 1) as step:
             report["runtimes"][name] = result = check_runtime(name, folder, manifest, reference)
             step(result["status"])
-        reporter.say(f"{name}: {in_words(result)}")
+        log.info(f"{name}: {in_words(result)}")
     write_json(folder / REPORT, report)
     return report
 
@@ -112,14 +112,14 @@ def _check_files(folder: Path, manifest: ExportManifest) -> dict[str, Any]:
 
 
 def _check_weights(
-    folder: Path, manifest: ExportManifest, artifact: ArtifactSource | None, reporter: Reporter
+    folder: Path, manifest: ExportManifest, artifact: ArtifactSource | None, progress: Progress
 ) -> dict[str, Any]:
     wrong, zeros = [], 0
     try:
         read = reader_of(manifest.format, folder)
     except UNREADABLE as error:
         return {"matrices": 0, "zeros": 0, "wrong": [f"the weights cannot be read back ({error!r})"]}
-    with reporter.stage("Reading weights back", len(manifest.entries)) as step:
+    with progress.stage("Reading weights back", len(manifest.entries)) as step:
         for entry in artifact.entries if artifact else manifest.entries:
             expected = artifact.matrix(entry) if artifact else None
             try:

@@ -155,7 +155,7 @@ def export(
     path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
     return exporting.export(
         path, format_name, Path(out), overwrite=overwrite, verified=verify, options=options,
-        reporter=as_progress(progress),
+        progress=as_progress(progress),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from mspc.errors import Stopped
 
@@ -45,8 +45,6 @@ class Progress(Protocol):
     def stage(self, title: str, total: int, *, in_blocks: bool = False) -> AbstractContextManager[Step]:
         """A stage `in_blocks` is not left at a step: it looks at `stopped` after each block."""
 
-    def say(self, line: str) -> None: ...
-
 
 class Silent:
     """Shows nothing."""
@@ -56,9 +54,6 @@ class Silent:
     @contextmanager
     def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
         yield lambda matrix="", row=None: None
-
-    def say(self, line: str) -> None:
-        log.info(line)
 
 
 class Callback:
@@ -83,9 +78,6 @@ class Callback:
         self.stopped = self.on_event(event) is False or self.stopped
         if self.stopped and not in_blocks:
             raise Stopped.at(event.stage)
-
-    def say(self, line: str) -> None:
-        log.info(line)
 
 
 class Console:
@@ -138,9 +130,6 @@ class Console:
             console=self.console,
         )
 
-    def say(self, line: str) -> None:
-        log.info(line)
-
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -152,7 +141,3 @@ def as_progress(progress: "bool | Callable[[Event], object] | Progress") -> Prog
     if isinstance(progress, Console | Silent | Callback):
         return progress
     return Callback(progress)  # type: ignore[arg-type]
-
-
-Reporter: TypeAlias = Progress  # until all rooms say Progress
-ConsoleReporter = Console

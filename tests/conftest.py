@@ -14,7 +14,6 @@ import torch
 import transformers
 
 import mspc
-from mspc.progress import Silent
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
 
@@ -49,9 +48,9 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another text, to evaluate on: 20 windows of 32 tokens."""
-    path = tmp_path_factory.mktemp("text") / "heldout.txt"
+    path = tmp_path_factory.mktemp("text") / "test_text.txt"
     path.write_text(tiny.text(20 * tiny.LENGTH, seed=2))
     return path
 
@@ -74,7 +73,7 @@ def artifact_of(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                 **{"bits": 4, "group_size": 32, "allocator": "uniform"} | options,
                 calibration="builtin" if bundled else str(calibration), num_sequences=4, sequence_length=32,
             )  # fmt: skip
-            made[key] = mspc.compress(model, recipe, out=folder / "artifact", reporter=Silent())
+            made[key] = mspc.compress(model, recipe, out=folder / "artifact", progress=False)
         return made[key]
 
     return get
@@ -89,4 +88,4 @@ def mixed(artifact_of: Callable[..., mspc.Artifact], tmp_path_factory: pytest.Te
     plan["matrices"][0] |= {"bits": 8}
     (folder / "plan.json").write_text(json.dumps(plan))
     recipe = mspc.Recipe(**artifact.manifest["recipe"] | {"plan": str(folder / "plan.json")})
-    return mspc.compress(artifact.path.parent / "model", recipe, out=folder / "artifact", reporter=Silent())
+    return mspc.compress(artifact.path.parent / "model", recipe, out=folder / "artifact", progress=False)

@@ -154,10 +154,10 @@ def test_a_callable_that_returns_false_stops_after_the_block_and_resume_goes_on(
 
 
 @pytest.mark.parametrize("work", ["evaluate", "export", "verify"])
-def test_the_other_functions_stop_too(work, artifact, heldout, tmp_path):
+def test_the_other_functions_stop_too(work, artifact, test_text, tmp_path):
     dense = mspc.export(artifact, "dense", tmp_path / "dense", progress=False)
     calls = {
-        "evaluate": lambda: mspc.evaluate(artifact, heldout, sequence_length=32, progress=lambda event: False),
+        "evaluate": lambda: mspc.evaluate(artifact, test_text, sequence_length=32, progress=lambda event: False),
         "export": lambda: mspc.export(artifact, "sparse", tmp_path / "sparse", progress=lambda event: False),
         "verify": lambda: mspc.verify(dense, artifact, progress=lambda event: False),
     }
@@ -214,16 +214,16 @@ def test_what_is_no_artifact_is_named(tmp_path):
 # Evaluation
 
 
-def test_a_model_in_memory_has_the_perplexity_of_its_folder(artifact, model, llama, heldout):
+def test_a_model_in_memory_has_the_perplexity_of_its_folder(artifact, model, llama, test_text):
     """Oracle: the evaluation of the folders, a block at a time."""
     options = {"sequence_length": 32, "progress": False}
-    expected = mspc.evaluate(artifact, heldout, against=llama, **options)
+    expected = mspc.evaluate(artifact, test_text, against=llama, **options)
     sparse, tokenizer = artifact.load(device="cpu"), AutoTokenizer.from_pretrained(llama)
     model.train()
     for found in (
-        mspc.evaluate(sparse, heldout, tokenizer=tokenizer, against=model, **options),
-        mspc.evaluate(sparse, heldout, tokenizer=tokenizer, against=str(llama), **options),
-        mspc.evaluate(artifact, [heldout.read_text()], tokenizer=tokenizer, against=model, **options),
+        mspc.evaluate(sparse, test_text, tokenizer=tokenizer, against=model, **options),
+        mspc.evaluate(sparse, test_text, tokenizer=tokenizer, against=str(llama), **options),
+        mspc.evaluate(artifact, [test_text.read_text()], tokenizer=tokenizer, against=model, **options),
     ):
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
         assert found.divergence == pytest.approx(expected.divergence, rel=1e-3)
@@ -231,18 +231,18 @@ def test_a_model_in_memory_has_the_perplexity_of_its_folder(artifact, model, lla
     assert model.training
 
 
-def test_given_ids_are_evaluated(artifact, llama, heldout):
-    ids = windows_of_test_text(AutoTokenizer.from_pretrained(llama), str(heldout), 32, None).ids
-    expected = mspc.evaluate(artifact, heldout, sequence_length=32, max_windows=3, progress=False)
+def test_given_ids_are_evaluated(artifact, llama, test_text):
+    ids = windows_of_test_text(AutoTokenizer.from_pretrained(llama), str(test_text), 32, None).ids
+    expected = mspc.evaluate(artifact, test_text, sequence_length=32, max_windows=3, progress=False)
     assert mspc.evaluate(artifact, ids, max_windows=3, progress=False) == expected
     with pytest.raises(mspc.InputError, match="sequence_length is 16"):
         mspc.evaluate(artifact, ids, sequence_length=16, progress=False)
 
 
-def test_a_model_in_memory_and_a_name_need_a_tokenizer(model, heldout):
+def test_a_model_in_memory_and_a_name_need_a_tokenizer(model, test_text):
     model.config.name_or_path = ""
     with pytest.raises(mspc.InputError, match="tokenizer="):
-        mspc.evaluate(model, heldout, sequence_length=32, progress=False)
+        mspc.evaluate(model, test_text, sequence_length=32, progress=False)
 
 
 def test_types_are_published():

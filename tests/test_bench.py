@@ -88,7 +88,7 @@ def compressed(
         recipe = mspc.Recipe(
             calibration=str(calibration), num_sequences=2, sequence_length=16, **given | settings
         )  # fmt: skip
-        mspc.compress(folder_of(family), recipe, out=out, exports=["sparse"], reporter=Silent())
+        mspc.compress(folder_of(family), recipe, out=out, exports=["sparse"], progress=False)
         return out
 
     return get
@@ -144,7 +144,7 @@ def test_the_decoder_computes_what_transformers_does(family, changes, tmp_path):
 def test_compressed_models_run_as_they_are_stored(family, settings, name, is_joined, compressed):
     """Oracle: the dense export of the same artifact in transformers; the bytes of the files."""
     artifact = compressed(family, **settings)
-    mspc.Artifact(artifact).export("dense", artifact.with_name("dense"), verified=False, reporter=Silent())
+    mspc.Artifact(artifact).export("dense", artifact.with_name("dense"), verify=False, progress=False)
     ids = tiny.ids(2)
     with torch.no_grad():
         logits = tiny.reference(artifact.with_name("dense"))(input_ids=ids, use_cache=False).logits
@@ -183,11 +183,11 @@ def test_operations_that_do_not_compile_are_plain_and_reported(error, told, monk
     def fails(*args):
         raise error
 
-    said, ones, reporter = [], torch.ones, Silent()
-    monkeypatch.setattr(reporter, "say", said.append)
+    said, ones, progress = [], torch.ones, Silent()
+    monkeypatch.setattr(progress, "say", said.append)
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     monkeypatch.setattr(Operations, "compiled", lambda operations: Operations(fails, fails, fails))
-    operations, kind = bench_run.choose_operations(torch.device("cuda"), reporter)
+    operations, kind = bench_run.choose_operations(torch.device("cuda"), progress)
     assert (operations, kind) == (Operations(), "plain")
     assert said[0].endswith(f": {told}")
 
@@ -401,7 +401,7 @@ def test_memory_that_runs_out_is_an_error_that_says_what_to_do(wide, monkeypatch
 
     monkeypatch.setattr(bench_run, "measure_decode", full)
     with pytest.raises(MspcError, match="dense: the memory of cpu was not enough .* Choose smaller --shapes"):
-        bench(Request((str(wide),), shapes="from-model", formats=("2:4",)), reporter=Silent())
+        bench(Request((str(wide),), shapes="from-model", formats=("2:4",)), progress=False)
 
 
 # Results
@@ -462,11 +462,11 @@ def test_models_have_a_perplexity(wide, calibration, tmp_path):
         pattern="2:4", bits=4, solver="mask", criterion="magnitude", allocator="uniform", calibration=str(calibration),
         num_sequences=2, sequence_length=16,
     )  # fmt: skip
-    mspc.compress(wide, recipe, out=artifact, exports=["sparse"], reporter=Silent())
+    mspc.compress(wide, recipe, out=artifact, exports=["sparse"], progress=False)
     saved = []
     paths = str(wide), str(artifact), str(artifact / "exports" / "sparse")
     request = Request(paths, baseline="int4", batches=(1,), contexts=(8,), prefills=(8,), repeats=1)
-    result = bench(request, reporter=Silent(), save=lambda found: saved.append(len(found["rows"])))
+    result = bench(request, progress=False, save=lambda found: saved.append(len(found["rows"])))
     check_schema(result)
     dense, torch_int4, *rest = result["rows"]
     assert saved == [1, 2, 3, 4]
@@ -475,7 +475,7 @@ def test_models_have_a_perplexity(wide, calibration, tmp_path):
     assert [row["format"] for row in rest] == ["2:4+int4", "2:4+int4"]
     assert compared_with(result) == "int4"
     assert compared_with({"configuration": result["configuration"] | {"baseline": "bf16"}}) == "dense float32"
-    expected = [mspc.evaluate(path, max_windows=20, reporter=Silent()).perplexity for path in paths]
+    expected = [mspc.evaluate(path, max_windows=20, progress=False).perplexity for path in paths]
     assert [dense["perplexity"], *(row["perplexity"] for row in rest)] == expected
     assert expected[1] == expected[2] != expected[0]
 
@@ -515,7 +515,7 @@ def test_embeddings_of_random_weights_are_not_there_while_a_model_is_measured(wi
         return row_of(candidate.name, 1.0, candidate.baseline)
 
     monkeypatch.setattr(bench_run, "measure", measure)
-    bench(Request((str(wide), str(wide)), contexts=(8,), prefills=(8,)), reporter=Silent())
+    bench(Request((str(wide), str(wide)), contexts=(8,), prefills=(8,)), progress=False)
     names = [(candidate.name, is_there) for candidate, is_there in there.items()]
     assert names == [(str(wide), False), ("int4 (torch)", True), (str(wide), False)]
 
@@ -573,7 +573,7 @@ def test_stored_dtypes_are_those_of_the_files(dtype, calibration, tmp_path):
         pattern="2:4", bits=4, group_size=16, solver="mask", criterion="magnitude", calibration=str(calibration),
         num_sequences=1, sequence_length=8,
     )  # fmt: skip
-    artifact = mspc.compress(source, recipe, out=tmp_path / "artifact", exports=["sparse"], reporter=Silent()).path
+    artifact = mspc.compress(source, recipe, out=tmp_path / "artifact", exports=["sparse"], progress=False).path
     assert {tensor.dtype for tensor in tiny.tensors(source).values()} == {dtype}
     assert {stored_dtype(path) for path in (source, artifact, artifact / "exports" / "sparse")} == {dtype}
 

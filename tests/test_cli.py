@@ -390,11 +390,11 @@ def test_a_skip_without_effect_is_said(arguments, note, compress, tmp_path):
 
 
 @pytest.mark.parametrize("windows", [3, None])
-def test_eval_prints_one_object(windows, llama, artifact, heldout):
+def test_eval_prints_one_object(windows, llama, artifact, test_text):
     """Oracle: cross entropy of transformers' own forward pass."""
     most = () if windows is None else ("--max-windows", windows)
     for folder in (llama, artifact):
-        result = mspc_cli("eval", folder, "--text", heldout, "--sequence-length", tiny.LENGTH, "--json", *most)
+        result = mspc_cli("eval", folder, "--text", test_text, "--sequence-length", tiny.LENGTH, "--json", *most)
         values = only_json(result)
         assert list(values) == ["perplexity", "nll", "tokens", "windows", "sequence_length"]
         assert values["windows"] == (windows or 20)
@@ -402,14 +402,14 @@ def test_eval_prints_one_object(windows, llama, artifact, heldout):
         assert values["tokens"] == values["windows"] * (tiny.LENGTH - 1)
         assert values["perplexity"] == math.exp(values["nll"])
         if folder == llama:
-            ids = torch.tensor(tiny.byte_tokenizer()(heldout.read_text())["input_ids"]).view(-1, tiny.LENGTH)
+            ids = torch.tensor(tiny.byte_tokenizer()(test_text.read_text())["input_ids"]).view(-1, tiny.LENGTH)
             with torch.no_grad():
                 expected = tiny.losses(tiny.reference(llama), ids[: values["windows"]]).double().mean()
             assert values["nll"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_eval_in_words(llama, heldout):
-    result = mspc_cli("eval", llama, "--text", heldout, "--sequence-length", 32, "--max-windows", 2)
+def test_eval_in_words(llama, test_text):
+    result = mspc_cli("eval", llama, "--text", test_text, "--sequence-length", 32, "--max-windows", 2)
     assert re.fullmatch(r"perplexity \d+\.\d{4} over 62 tokens, 2 windows of 32\n", result.stdout)
 
 

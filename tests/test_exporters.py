@@ -34,7 +34,7 @@ def recipe(calibration: Path) -> mspc.Recipe:
 
 @pytest.fixture(scope="module")
 def artifact(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("exporters") / "artifact", reporter=Silent()).path
+    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("exporters") / "artifact", progress=False).path
 
 
 def export(artifact: Path, out: Path, *, overwrite: bool = False, verified: bool = False) -> Path:
@@ -153,7 +153,7 @@ def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
 def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
     """What an export says of itself does not travel on: an export would replace the artifact as an older one."""
     dense = export(artifact, tmp_path / "dense", verified=True)
-    again = mspc.compress(dense, recipe, out=tmp_path / "again", reporter=Silent()).path
+    again = mspc.compress(dense, recipe, out=tmp_path / "again", progress=False).path
     left_behind = {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()}
     assert left_behind >= {EXPORT_MANIFEST, REPORT}
     before = content(again)
@@ -164,14 +164,14 @@ def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
 
 def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
     with pytest.raises(InputError, match="Unknown format 'gptk'"):
-        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptk"], reporter=Silent())
+        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptk"], progress=False)
     assert not (tmp_path / "out").exists()
-    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], reporter=Silent())
+    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], progress=False)
     out = artifact.path / "exports" / "dense"
     first = content(out)
     assert verification.failures(verification.verify(out, artifact.path, Silent())) == []
     shutil.rmtree(artifact.path / "exports")
-    mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], resume=True, reporter=Silent())
+    mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], resume=True, progress=False)
     again = content(out)
     assert {name: again[name] for name in first if name != "verification.npz"} == {
         name: first[name] for name in first if name != "verification.npz"
@@ -183,7 +183,7 @@ def sliced(folder_of, recipe, tmp_path_factory) -> tuple[Path, dict[int, torch.T
     """An artifact with two slices of one 3-D parameter, added by hand; and their weights (O, I) by index."""
     out, name = tmp_path_factory.mktemp("sliced") / "artifact", "model.layers.0.mlp.experts.down_proj"
     asked = mspc.Recipe(**recipe.to_dict() | {"group_size": 16, "skip": ["experts"]})
-    mspc.compress(folder_of("gpt_oss"), asked, out=out, reporter=Silent())
+    mspc.compress(folder_of("gpt_oss"), asked, out=out, progress=False)
     manifest = json.loads((out / MANIFEST).read_text())
     fused, weights = tiny.tensors(folder_of("gpt_oss"))[name], {}
     for index in (1, 3):

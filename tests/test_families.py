@@ -26,7 +26,7 @@ def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
 
 
 def perplexity(folder: Path, text: Path) -> float:
-    result = mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", reporter=QUIET)
+    result = mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", progress=False)
     assert (result.windows, result.tokens) == (20, 20 * (tiny.LENGTH - 1))
     return result.perplexity
 
@@ -58,12 +58,14 @@ class Case:
 def case(request, folder_of, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = folder_of(request.param)
-    artifact = mspc.compress(source, recipe(calibration), out=folder / "artifact", reporter=QUIET)
+    artifact = mspc.compress(source, recipe(calibration), out=folder / "artifact", progress=False)
     return Case(request.param, source, artifact, artifact.export("dense", folder / "dense"))
 
 
-def test_perplexity_equals_transformers(case, heldout):
-    assert perplexity(case.source, heldout) == pytest.approx(perplexity_by_transformers(case.source, heldout), rel=1e-5)
+def test_perplexity_equals_transformers(case, test_text):
+    assert perplexity(case.source, test_text) == pytest.approx(
+        perplexity_by_transformers(case.source, test_text), rel=1e-5
+    )
 
 
 def test_manifest_has_every_matrix_in_execution_order_and_the_exact_sparsity(case):
@@ -93,7 +95,7 @@ def test_the_plan_follows_the_loss_curves(case):
 
 def test_sparsity_falls_with_sensitivity(llama, calibration, tmp_path):
     """Trace-rank: the more sensitive, the denser; all within alpha = 0.1 of 0.5, plus the shift of the mean."""
-    artifact = mspc.compress(llama, recipe(calibration, allocator="trace-rank"), out=tmp_path / "out", reporter=QUIET)
+    artifact = mspc.compress(llama, recipe(calibration, allocator="trace-rank"), out=tmp_path / "out", progress=False)
     rows = sorted(artifact.manifest["matrices"], key=lambda row: row["sensitivity"])
     sparsities = [row["sparsity"] for row in rows]
     assert sparsities == sorted(sparsities, reverse=True)
@@ -101,12 +103,12 @@ def test_sparsity_falls_with_sensitivity(llama, calibration, tmp_path):
     assert len({row["sensitivity"] for row in rows}) == len(rows)
 
 
-def test_dense_export_is_the_artifact(case, heldout):
+def test_dense_export_is_the_artifact(case, test_text):
     """Oracle: transformers on the exported folder. The source scores otherwise, so this compares compressed models."""
-    expected = perplexity_by_transformers(case.dense, heldout)
-    assert perplexity(case.artifact.path, heldout) == pytest.approx(expected, rel=1e-5)
-    assert perplexity(case.dense, heldout) == pytest.approx(expected, rel=1e-5)
-    assert perplexity_by_transformers(case.source, heldout) != pytest.approx(expected, rel=1e-4)
+    expected = perplexity_by_transformers(case.dense, test_text)
+    assert perplexity(case.artifact.path, test_text) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(case.dense, test_text) == pytest.approx(expected, rel=1e-5)
+    assert perplexity_by_transformers(case.source, test_text) != pytest.approx(expected, rel=1e-4)
 
 
 def test_dense_export_has_the_zeros_and_the_grid_of_the_manifest(case):
@@ -143,23 +145,23 @@ def test_each_matrix_was_solved_on_what_the_compressed_ones_before_it_give(case,
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("solver", ["obs", "mask"])
-def test_two_of_four(solver, bits, llama, calibration, heldout, tmp_path):
+def test_two_of_four(solver, bits, llama, calibration, test_text, tmp_path):
     """Oracle: counting in every four weights of a row; perplexity by transformers."""
     asked = recipe(calibration, sparsity=None, pattern="2:4", solver=solver, bits=bits)
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
     dense = artifact.export("dense", tmp_path / "dense")
     whole = tiny.reference(dense)
     for row in artifact.manifest["matrices"]:
         assert int((weight_of(whole, row).reshape(-1, 4) != 0).sum(1).max()) == 2
         assert (row["pattern"], row["sensitivity"]) == ("2:4", None)
     assert artifact.manifest["sparsity"]["achieved"] == 0.5
-    assert perplexity(artifact.path, heldout) == pytest.approx(perplexity_by_transformers(dense, heldout), rel=1e-5)
+    assert perplexity(artifact.path, test_text) == pytest.approx(perplexity_by_transformers(dense, test_text), rel=1e-5)
 
 
 def test_n_of_sixteen(llama, calibration, tmp_path):
     """Oracle: counting in every sixteen weights of a row. The total is as near as one N in the smallest matrix."""
     asked = recipe(calibration, sparsity=0.6, pattern="N:16")
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
     rows = artifact.manifest["matrices"]
     whole = tiny.reference(artifact.export("dense", tmp_path / "dense"))
     for row in rows:
@@ -175,7 +177,7 @@ def test_n_of_sixteen(llama, calibration, tmp_path):
 def test_mask_solver_keeps_the_weights(llama, calibration, tmp_path):
     """Oracle: the weights of the source; without a grid, a weight is either zero or what it was."""
     asked = recipe(calibration, solver="mask", bits=16)
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
     before, after = tiny.tensors(llama), tiny.tensors(artifact.export("dense", tmp_path / "dense"))
     for row in artifact.manifest["matrices"]:
         old, new = before[row["tensor"]], after[row["tensor"]]
@@ -200,7 +202,7 @@ def mean_squared_inputs(whole: PreTrainedModel, names: list[str], ids: torch.Ten
 def test_other_sensitivities(sensitivity, oracle, llama, calibration, tmp_path):
     """Oracle: autograd, and hooks, on the whole transformers model and the same calibration sequences."""
     asked = recipe(calibration, allocator="trace-rank", sensitivity=sensitivity)
-    rows = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET).manifest["matrices"]
+    rows = mspc.compress(llama, asked, out=tmp_path / "out", progress=False).manifest["matrices"]
     ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 8, tiny.LENGTH, asked.seed).ids
     expected = oracle(tiny.reference(llama), [row["name"] for row in rows], ids)
     assert [row["sensitivity"] for row in rows] == pytest.approx(expected, rel=1e-4)
@@ -209,7 +211,7 @@ def test_other_sensitivities(sensitivity, oracle, llama, calibration, tmp_path):
 def test_skipped_matrices_stay_dense(llama, calibration, tmp_path):
     """Oracle: the tensors of the source. What is skipped does not count for the sparsity."""
     asked = recipe(calibration, skip=("down_proj", r"layers\.0\.self_attn"))
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", reporter=QUIET)
+    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
     before, after = tiny.tensors(llama), tiny.tensors(artifact.export("dense", tmp_path / "dense"))
     changed = [key.removeprefix("model.layers.") for key in before if not torch.equal(before[key], after[key])]
     expected = [f"{block}.mlp.{name}_proj.weight" for block in (0, 1) for name in ("gate", "up")]
@@ -219,21 +221,21 @@ def test_skipped_matrices_stay_dense(llama, calibration, tmp_path):
 
 def test_fused_experts_are_refused_by_name(folder_of, calibration, tmp_path):
     with pytest.raises(InputError) as caught:
-        mspc.compress(folder_of("mixtral"), recipe(calibration), out=tmp_path / "out", reporter=QUIET)
+        mspc.compress(folder_of("mixtral"), recipe(calibration), out=tmp_path / "out", progress=False)
     for part in ("mlp.experts.gate_up_proj (4, 128, 32)", "mlp.experts.down_proj (4, 32, 64)", "--skip experts"):
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("sensitivity", ["hutchinson", "fisher"])
-def test_mixture_of_experts_without_its_experts(sensitivity, folder_of, calibration, heldout, tmp_path):
+def test_mixture_of_experts_without_its_experts(sensitivity, folder_of, calibration, test_text, tmp_path):
     """Oracle: transformers. Attention is compressed, experts and routers are not; names in the files are the old."""
     source = folder_of("mixtral")
-    assert perplexity(source, heldout) == pytest.approx(perplexity_by_transformers(source, heldout), rel=1e-5)
+    assert perplexity(source, test_text) == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
     asked = recipe(calibration, skip=("experts",), sensitivity=sensitivity)
-    artifact = mspc.compress(source, asked, out=tmp_path / "out", reporter=QUIET)
+    artifact = mspc.compress(source, asked, out=tmp_path / "out", progress=False)
     dense = artifact.export("dense", tmp_path / "dense")
     before, after = tiny.tensors(source), tiny.tensors(dense)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {f"model.layers.{block}.self_attn.{name}_proj.weight" for block in (0, 1) for name in "qkvo"}
-    assert perplexity(artifact.path, heldout) == pytest.approx(perplexity_by_transformers(dense, heldout), rel=1e-5)
+    assert perplexity(artifact.path, test_text) == pytest.approx(perplexity_by_transformers(dense, test_text), rel=1e-5)

@@ -206,7 +206,7 @@ def compress(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
                 **{"bits": 4, "group_size": 32, "allocator": "uniform"} | options,
                 calibration="builtin" if bundled else str(calibration), num_sequences=4, sequence_length=32,
             )  # fmt: skip
-            kept[key] = mspc.compress(model, recipe, out=folder / "artifact", reporter=Silent())
+            kept[key] = mspc.compress(model, recipe, out=folder / "artifact", progress=False)
         return kept[key]
 
     return get
@@ -240,7 +240,7 @@ def types_of(folder: Path) -> dict[str, str]:
 )
 def test_exports_hold_and_compute_the_artifact(grid, dtype, matrices, compress, tmp_path):
     artifact = compress(dtype=dtype, **grid)
-    out = artifact.export("gguf", tmp_path / "out", reporter=Silent())
+    out = artifact.export("gguf", tmp_path / "out", progress=False)
     for against in (artifact.path, None):
         assert verification.verify(out, against, Silent())["weights"]["wrong"] == []
     assert relative_error(out) < 1e-6
@@ -264,7 +264,7 @@ def test_exports_hold_and_compute_the_artifact(grid, dtype, matrices, compress, 
 )
 def test_shapes_of_models(family, changes, compress, tmp_path):
     """With and without a head of its own, heads of their own size, other constants."""
-    out = compress(family, changes=changes).export("gguf", tmp_path / "out", reporter=Silent())
+    out = compress(family, changes=changes).export("gguf", tmp_path / "out", progress=False)
     assert relative_error(out) < 1e-6
     assert ("output.weight" in types_of(out)) == (not changes.get("tie_word_embeddings"))
 
@@ -276,8 +276,8 @@ def test_a_mixed_plan_has_a_type_for_every_matrix(compress, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     recipe = mspc.Recipe(**artifact.manifest["recipe"] | {"plan": str(tmp_path / "plan.json")})
     source = artifact.path.parent / "model"
-    mixed = mspc.compress(source, recipe, out=tmp_path / "artifact", reporter=Silent())
-    out = mixed.export("gguf", tmp_path / "out", reporter=Silent())
+    mixed = mspc.compress(source, recipe, out=tmp_path / "artifact", progress=False)
+    out = mixed.export("gguf", tmp_path / "out", progress=False)
     assert relative_error(out) < 1e-6
     types = types_of(out)
     assert [types[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_k", "ffn_down")] == ["Q8_0", "Q4_0", "F32"]
@@ -286,7 +286,7 @@ def test_a_mixed_plan_has_a_type_for_every_matrix(compress, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [{"bits": 4}, {"bits": 8, "pattern": "2:4"}], ids=str)
 def test_the_trained_model_writes_the_same_text(grid, compress, tmp_path):
-    out = compress("bundled", **grid).export("gguf", tmp_path / "out", reporter=Silent())
+    out = compress("bundled", **grid).export("gguf", tmp_path / "out", progress=False)
     result = in_transformers(out)
     assert result["status"] == "verified"
     assert result["relative_error"] < 1e-6
@@ -298,8 +298,8 @@ def test_rows_in_the_order_of_the_model_are_noticed(compress, tmp_path, monkeypa
     artifact = compress()
     monkeypatch.setattr(exporter, "pairs_from_halves", lambda matrix, heads: matrix)
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.q_proj: .* codes differ"):
-        artifact.export("gguf", tmp_path / "out", reporter=Silent())
-    out = artifact.export("gguf", tmp_path / "out", verified=False, reporter=Silent())
+        artifact.export("gguf", tmp_path / "out", progress=False)
+    out = artifact.export("gguf", tmp_path / "out", verify=False, progress=False)
     verification.verify(out, artifact.path, Silent())
     assert relative_error(out) > 0.1
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import mspc
 from mspc.errors import InputError
-from mspc.progress import Silent
 from mspc.storage.manifest import MANIFEST, read_entries, read_manifest
 
 
@@ -22,7 +21,7 @@ def compress(llama: Path, calibration: Path):
 
     def make(out: Path, **values: Any) -> mspc.Artifact:
         values = {"allocator": "uniform", "num_sequences": 2, "sequence_length": 16, "group_size": 32} | values
-        return mspc.compress(llama, mspc.Recipe(calibration=str(calibration), **values), out=out, reporter=Silent())
+        return mspc.compress(llama, mspc.Recipe(calibration=str(calibration), **values), out=out, progress=False)
 
     return make
 
@@ -151,11 +150,11 @@ def test_a_plan_that_was_edited_since_is_another_run(compress, llama, tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text((artifact.path / "plan.json").read_text())
     recipe = mspc.Recipe(**mspc.Recipe.from_toml(artifact.path / "recipe.toml").to_dict() | {"plan": str(plan)})
-    mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent())
-    mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent(), resume=True)
+    mspc.compress(llama, recipe, out=tmp_path / "obedient", progress=False)
+    mspc.compress(llama, recipe, out=tmp_path / "obedient", progress=False, resume=True)
     plan.write_text(plan.read_text().replace("0.5", "0.25", 1))
     with pytest.raises(InputError, match=r"differs from this one: plan was '\w{64}' and is '\w{64}'\."):
-        mspc.compress(llama, recipe, out=tmp_path / "obedient", reporter=Silent(), resume=True)
+        mspc.compress(llama, recipe, out=tmp_path / "obedient", progress=False, resume=True)
 
 
 def test_entries_are_written_as_they_were_read(artifact):

@@ -136,7 +136,7 @@ def test_weights_beyond_float16_are_refused(artifact_of, tmp_path):
         tmp_path / "model",
         mspc.Recipe(sensitivity="gram", calibration=artifact_of("llama").manifest["recipe"]["calibration"],
                     num_sequences=2, sequence_length=16),
-        out=tmp_path / "artifact", reporter=Silent(),
+        out=tmp_path / "artifact", progress=False,
     )  # fmt: skip
     with pytest.raises(InputError, match=r"model.embed_tokens.weight has weights that do not fit into torch.float16"):
         export(artifact, tmp_path / "out", weights="float16")
@@ -172,7 +172,7 @@ def only_genai(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gptq(artifact: mspc.Artifact, out: Path) -> dict[str, object]:
-    artifact.export("gptq", out, reporter=Silent())
+    artifact.export("gptq", out, progress=False)
     return json.loads((out / "verification.json").read_text())["runtimes"]["onnxruntime-genai"]
 
 
@@ -202,7 +202,7 @@ def test_gptq_that_genai_does_not_read(family, options, reason, only_genai, arti
     ("options", "reason"), [({"bits": 3}, "Unpacking for 3-bit"), ({"skip": ("down_proj",)}, "'NoneType' object")]
 )
 def test_known_failures_of_the_builder(options, reason, artifact_of, tmp_path):
-    exporting.export(artifact_of("llama", **options).path, "gptq", tmp_path / "out", verified=False)
+    exporting.export(artifact_of("llama", **options).path, "gptq", tmp_path / "out", verify=False)
     (tmp_path / "built").mkdir()
     with pytest.raises(RuntimeError, match=reason):
         genai_runtime.build(tmp_path / "out", tmp_path / "built")
@@ -212,7 +212,7 @@ def test_known_failures_of_the_builder(options, reason, artifact_of, tmp_path):
 def test_gptq_v2_in_genai_is_a_mismatch(only_genai, artifact_of, tmp_path, monkeypatch):
     """Its builder adds one to zero points whatever the version, so such a folder is not run without need."""
     monkeypatch.setattr(genai_runtime, "_check_gptq", lambda *_: None)
-    out = exporting.export(artifact_of("llama", asymmetric=True).path, "gptq", tmp_path / "out", verified=False)
+    out = exporting.export(artifact_of("llama", asymmetric=True).path, "gptq", tmp_path / "out", verify=False)
     report = verification.verify(out, artifact_of("llama", asymmetric=True).path, Silent())
     assert report["weights"]["wrong"] == []
     assert report["runtimes"]["onnxruntime-genai"]["status"] == "mismatch"

@@ -93,7 +93,7 @@ def only_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_codes_are_read_back_exactly(grid, format_name, artifact_of, tmp_path, monkeypatch):
     only_weights(monkeypatch)
     artifact = artifact_of("llama", **grid)
-    out = artifact.export(format_name, tmp_path / "out", reporter=Silent())
+    out = artifact.export(format_name, tmp_path / "out", progress=False)
     for against in (artifact.path, None):
         assert verification.verify(out, against, Silent())["weights"]["wrong"] == []
 
@@ -104,19 +104,19 @@ def test_every_storage_of_matrices_is_read_back(family, format_name, artifact_of
     """GPT-2 stores its matrices transposed."""
     only_weights(monkeypatch)
     artifact = artifact_of(family)
-    out = artifact.export(format_name, tmp_path / "out", reporter=Silent())
+    out = artifact.export(format_name, tmp_path / "out", progress=False)
     assert verification.verify(out, None, Silent())["weights"]["wrong"] == []
 
 
 def test_dense_and_mixed_matrices_are_named_where_loaders_look(mixed, tmp_path):
-    gptq = mixed.export("gptq", tmp_path / "gptq", verified=False, reporter=Silent())
+    gptq = mixed.export("gptq", tmp_path / "gptq", verify=False, progress=False)
     config = json.loads((gptq / "config.json").read_text())["quantization_config"]
     assert config == json.loads((gptq / "quantize_config.json").read_text())
     assert config["dynamic"] == {
         r"-:^model\.layers\.0\.mlp\.down_proj$": {},
         r"+:^model\.layers\.0\.self_attn\.q_proj$": {"bits": 8, "group_size": 32},
     }
-    ct = mixed.export("compressed-tensors", tmp_path / "ct", verified=False, reporter=Silent())
+    ct = mixed.export("compressed-tensors", tmp_path / "ct", verify=False, progress=False)
     config = json.loads((ct / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head", "model.embed_tokens", "model.layers.0.mlp.down_proj"]
     assert config["sparsity_config"] == {}
@@ -140,14 +140,14 @@ def test_dense_and_mixed_matrices_are_named_where_loaders_look(mixed, tmp_path):
 )
 def test_what_a_format_cannot_hold_is_refused_before_any_work(options, format_name, message, artifact_of, tmp_path):
     with pytest.raises(InputError, match=message):
-        artifact_of("llama", **options).export(format_name, tmp_path / "out", reporter=Silent())
+        artifact_of("llama", **options).export(format_name, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_compress_refuses_an_export_that_cannot_be_before_it_solves(llama, calibration, tmp_path):
     recipe = mspc.Recipe(allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32)
     with pytest.raises(InputError, match="no matrix has a grid"):
-        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptq"], reporter=Silent())
+        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptq"], progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -156,9 +156,9 @@ def test_shapes_that_no_kernel_takes_are_refused(calibration, tmp_path):
     recipe = mspc.Recipe(
         bits=4, group_size=None, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
     )
-    artifact = mspc.compress(model, recipe, out=tmp_path / "artifact", reporter=Silent())
+    artifact = mspc.compress(model, recipe, out=tmp_path / "artifact", progress=False)
     with pytest.raises(InputError, match=r"k_proj: .* divisible by 32, not 32 and 16; leave it out with --skip"):
-        artifact.export("gptq", tmp_path / "out", reporter=Silent())
+        artifact.export("gptq", tmp_path / "out", progress=False)
 
 
 def test_weights_that_float16_cannot_hold_are_refused(calibration, tmp_path):
@@ -169,7 +169,7 @@ def test_weights_that_float16_cannot_hold_are_refused(calibration, tmp_path):
     recipe = mspc.Recipe(
         bits=4, group_size=32, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
     )
-    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", reporter=Silent())
+    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", progress=False)
     with pytest.raises(InputError, match=r"embed_tokens\.weight: its largest weight, 99840, does not fit"):
-        artifact.export("gptq", tmp_path / "out", reporter=Silent())
+        artifact.export("gptq", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

@@ -45,7 +45,7 @@ def runtimes_of(folder: Path) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=SLOW), pytest.param("opt", marks=SLOW)])
 def test_families_in_their_runtimes(family, format_name, artifact_of, tmp_path):
-    for result in runtimes_of(artifact_of(family).export(format_name, tmp_path / "out", reporter=Silent())).values():
+    for result in runtimes_of(artifact_of(family).export(format_name, tmp_path / "out", progress=False)).values():
         assert result["status"] == "verified"
         assert result["relative_error"] < 0.02
 
@@ -58,7 +58,7 @@ def test_families_in_their_runtimes(family, format_name, artifact_of, tmp_path):
 )
 def test_grids_in_their_runtimes(grid, format_name, artifact_of, tmp_path):
     for result in runtimes_of(
-        artifact_of("llama", **grid).export(format_name, tmp_path / "out", reporter=Silent())
+        artifact_of("llama", **grid).export(format_name, tmp_path / "out", progress=False)
     ).values():
         assert result["status"] == "verified"
 
@@ -67,7 +67,7 @@ def test_grids_in_their_runtimes(grid, format_name, artifact_of, tmp_path):
 def test_the_trained_model_writes_the_same_text_everywhere(artifact_of, tmp_path):
     artifact = artifact_of("bundled", pattern="2:4", bits=8)
     for format_name in ("dense", "gptq", "compressed-tensors"):
-        results = runtimes_of(artifact.export(format_name, tmp_path / format_name, reporter=Silent()))
+        results = runtimes_of(artifact.export(format_name, tmp_path / format_name, progress=False))
         for result in results.values():
             assert result["greedy_tokens_equal"] == 16
 
@@ -75,14 +75,14 @@ def test_the_trained_model_writes_the_same_text_everywhere(artifact_of, tmp_path
 @SLOW
 def test_stdout_is_json_whatever_a_runtime_prints(artifact_of, tmp_path):
     """In a process of its own: the banner comes with the first import."""
-    out = artifact_of("llama").export("gptq", tmp_path / "out", reporter=Silent())
+    out = artifact_of("llama").export("gptq", tmp_path / "out", progress=False)
     command = [sys.executable, "-m", "mspc", "verify", str(out), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["runtimes"]["gptqmodel"]["status"] == "verified"
 
 
 def test_gpt2_is_read_by_gptqmodel_and_known_to_fail_in_transformers(artifact_of, tmp_path):
-    out = artifact_of("gpt2").export("gptq", tmp_path / "out", reporter=Silent())
+    out = artifact_of("gpt2").export("gptq", tmp_path / "out", progress=False)
     assert runtimes_of(out)["gptqmodel"]["status"] == "verified"
     assert runtimes_of(out)["transformers"]["status"] == "unsupported"
     with pytest.raises(AttributeError, match="weight"):
@@ -90,12 +90,12 @@ def test_gpt2_is_read_by_gptqmodel_and_known_to_fail_in_transformers(artifact_of
 
 
 def test_mixed_bits_are_read_by_gptqmodel_and_known_to_fail_in_transformers(mixed, tmp_path):
-    out = mixed.export("gptq", tmp_path / "gptq", reporter=Silent())
+    out = mixed.export("gptq", tmp_path / "gptq", progress=False)
     assert runtimes_of(out)["gptqmodel"]["status"] == "verified"
     assert runtimes_of(out)["transformers"]["status"] == "unsupported"
     with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
         transformers_runtime.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
-    out = mixed.export("compressed-tensors", tmp_path / "ct", reporter=Silent())
+    out = mixed.export("compressed-tensors", tmp_path / "ct", progress=False)
     assert runtimes_of(out)["transformers"]["status"] == "verified"
 
 
@@ -121,7 +121,7 @@ def spoiled(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tens
 @pytest.mark.parametrize("asymmetric", [False, pytest.param(True, marks=SLOW)])
 def test_zero_points_of_the_other_version_are_noticed(asymmetric, artifact_of, tmp_path):
     """The loaders read them without a word, one step off."""
-    folder = artifact_of("llama", asymmetric=asymmetric).export("gptq", tmp_path / "out", reporter=Silent())
+    folder = artifact_of("llama", asymmetric=asymmetric).export("gptq", tmp_path / "out", progress=False)
 
     def change(tensors, config):
         config["checkpoint_format"] = "gptq" if asymmetric else "gptq_v2"
@@ -134,7 +134,7 @@ def test_zero_points_of_the_other_version_are_noticed(asymmetric, artifact_of, t
 
 def test_sparse_compressed_tensors_become_random_weights_and_are_noticed(artifact_of, tmp_path):
     """The loader finds no compressor for the format, and reports its tensors as unexpected only."""
-    folder = artifact_of("llama", pattern="2:4").export("compressed-tensors", tmp_path / "out", reporter=Silent())
+    folder = artifact_of("llama", pattern="2:4").export("compressed-tensors", tmp_path / "out", progress=False)
 
     def change(tensors, config):
         for name in [name for name in tensors if name.endswith(".weight_packed")]:
@@ -168,8 +168,8 @@ def test_a_zero_point_of_zero_in_the_first_version_is_noticed(calibration, tmp_p
         bits=4, group_size=32, asymmetric=True, solver="mask", criterion="magnitude", allocator="uniform",
         calibration=str(calibration), num_sequences=4, sequence_length=32,
     )  # fmt: skip
-    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", reporter=Silent())
-    folder = artifact.export("gptq", tmp_path / "out", reporter=Silent())
+    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", progress=False)
+    folder = artifact.export("gptq", tmp_path / "out", progress=False)
 
     def change(tensors, config):
         config["checkpoint_format"] = "gptq"

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import mspc
 import mspc.hf
-from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 
@@ -97,8 +96,8 @@ def test_a_prepared_model_writes_the_export_again_and_generates_the_same(calibra
         pattern="2:4", calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH, effort="fast"
     )
     source = tiny.build(tmp_path / "source", "llama", dtype=BF16)
-    artifact = mspc.compress(source, recipe, out=tmp_path / "out", reporter=Silent())
-    folder = artifact.export("sparse", tmp_path / "sparse", verified=False, reporter=Silent())
+    artifact = mspc.compress(source, recipe, out=tmp_path / "out", progress=False)
+    folder = artifact.export("sparse", tmp_path / "sparse", verify=False, progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
     prompt = tiny.ids(1)[:, :4]
     before = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)

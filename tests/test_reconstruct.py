@@ -54,7 +54,7 @@ def compress(folder_of: Callable[[str], Path], calibration: Path) -> Compress:
     def make(out: Path, family: str = "llama", run: dict[str, Any] | None = None, **values: Any) -> mspc.Artifact:
         values = {"solver": "obs", "allocator": "uniform", "sparsity": 0.6, "reconstruct": STEPS} | values
         recipe = mspc.Recipe(calibration=str(calibration), num_sequences=SEQUENCES, sequence_length=32, **values)
-        return mspc.compress(folder_of(family), recipe, out=out, **{"reporter": Silent()} | (run or {}))
+        return mspc.compress(folder_of(family), recipe, out=out, **{"progress": False} | (run or {}))
 
     return make
 
@@ -180,7 +180,7 @@ def test_a_linear_part_reaches_the_least_squares_answer(transposed):
 def test_twice_the_same_bytes_and_a_summary(compress, tuned, tmp_path):
     """With activations on disk the second time."""
     lines = Lines()
-    again = compress(tmp_path / "again", run={"spill": tmp_path / "spill", "reporter": lines})
+    again = compress(tmp_path / "again", run={"spill": tmp_path / "spill", "progress": lines})
     assert content(again.path) == content(tuned.path)
     parts = again.manifest["reconstruction"]
     before, after = (sum(part[f"error_{when}"] for part in parts) / 4 for when in ("before", "after"))
@@ -213,7 +213,7 @@ def test_what_gains_nothing_keeps_its_weights(compress, tmp_path, monkeypatch):
     still = compress(tmp_path / "still")
     monkeypatch.setattr("mspc.pipeline.reconstruct.RATE", 100.0)
     lines = Lines()
-    wild = compress(tmp_path / "wild", run={"reporter": lines})
+    wild = compress(tmp_path / "wild", run={"progress": lines})
     assert "Reconstruction: 0 of 4 parts are nearer" in lines.lines[-1]
     for part in wild.manifest["reconstruction"]:
         assert not part["tuned"]

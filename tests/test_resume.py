@@ -23,7 +23,6 @@ import mspc
 from mspc.errors import ActivationError, InputError, StorageError
 from mspc.pipeline import run as pipeline
 from mspc.pipeline import solve_blocks
-from mspc.progress import Silent
 from mspc.solvers import SOLVERS
 from mspc.solvers.obs import Sweep
 from mspc.storage import files
@@ -47,7 +46,7 @@ def undisturbed(llama: Path, recipe: mspc.Recipe, tmp_path_factory: pytest.TempP
 
 
 def run(model: Path, recipe: mspc.Recipe, out: Path, **options: bool) -> mspc.Artifact:
-    return mspc.compress(model, recipe, out=out, reporter=Silent(), **options)
+    return mspc.compress(model, recipe, out=out, progress=False, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -252,7 +251,13 @@ def test_resume_of_a_finished_run_changes_nothing(llama: Path, recipe: mspc.Reci
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_resume_names_what_differs(
-    llama: Path, folder_of: Callable[[str], Path], recipe: mspc.Recipe, heldout: Path, tmp_path: Path, *, finished: bool
+    llama: Path,
+    folder_of: Callable[[str], Path],
+    recipe: mspc.Recipe,
+    test_text: Path,
+    tmp_path: Path,
+    *,
+    finished: bool,
 ) -> None:
     out = tmp_path / "out"
     if finished:
@@ -262,7 +267,7 @@ def test_resume_names_what_differs(
     with pytest.raises(InputError, match=r"recipe\.sparsity was 0\.5 and is 0\.6"):
         run(llama, mspc.Recipe(**recipe.to_dict() | {"sparsity": 0.6}), out, resume=True)
     with pytest.raises(InputError, match=r"calibration\.sha256 was"):
-        run(llama, mspc.Recipe(**recipe.to_dict() | {"calibration": str(heldout)}), out, resume=True)
+        run(llama, mspc.Recipe(**recipe.to_dict() | {"calibration": str(test_text)}), out, resume=True)
     with pytest.raises(InputError, match=r"source\.sha256\.model\.safetensors was"):
         run(folder_of("qwen2"), recipe, out, resume=True)
 
@@ -291,9 +296,9 @@ def test_kept_measurements_are_used_and_change_no_byte(
     llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "measurements"
-    mspc.compress(llama, recipe, out=tmp_path / "first", measurements=kept, reporter=Silent())
+    mspc.compress(llama, recipe, out=tmp_path / "first", measurements=kept, progress=False)
     monkeypatch.setattr("mspc.planning.measurements.by_gram", lambda *args: pytest.fail("measured again"))
-    mspc.compress(llama, recipe, out=tmp_path / "second", measurements=kept, reporter=Silent())
+    mspc.compress(llama, recipe, out=tmp_path / "second", measurements=kept, progress=False)
     assert content(tmp_path / "second") == undisturbed
 
 

@@ -185,9 +185,9 @@ def make_case(family: str, source: Path, calibration: Path, folder: Path, offset
     ]
     write_plan(folder / "plan.json", plan)
     asked = recipe(calibration, plan=str(folder / "plan.json"), allocator=None)
-    artifact = mspc.compress(source, asked, out=folder / "artifact", reporter=Silent())
-    sparse = artifact.export("sparse", folder / "sparse", verified=False, reporter=Silent())
-    dense = artifact.export("dense", folder / "dense", verified=False, reporter=Silent())
+    artifact = mspc.compress(source, asked, out=folder / "artifact", progress=False)
+    sparse = artifact.export("sparse", folder / "sparse", verify=False, progress=False)
+    dense = artifact.export("dense", folder / "dense", verify=False, progress=False)
     ids = tiny.ids(3)
     logits = logits_of(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32), ids)
     return Case(family, artifact, sparse, dense, ids, logits)
@@ -255,7 +255,7 @@ def test_options_of_transformers_are_passed_on(placement, of, pruned, llama, tmp
     artifact, sparse = pruned[0]
     folder = {"artifact": artifact, "sparse": sparse, "checkpoint": llama}.get(of)
     if folder is None:
-        folder = mspc.Artifact(artifact).export("dense", tmp_path / "dense", verified=False, reporter=Silent())
+        folder = mspc.Artifact(artifact).export("dense", tmp_path / "dense", verify=False, progress=False)
     options = PLACEMENTS[placement]
     model = mspc.load(folder, **options)
     assert model.device.type == "cpu"
@@ -311,9 +311,9 @@ def pruned(calibration, tmp_path_factory) -> list[tuple[Path, Path]]:
     source = tiny.build(folder / "source", "llama", hidden_size=48, intermediate_size=80)
     for number, changes in enumerate(({"pattern": "2:4"}, {"sparsity": 0.5, "bits": 4, "group_size": 16})):
         artifact = mspc.compress(
-            source, recipe(calibration, **changes), out=folder / f"artifact{number}", reporter=Silent()
+            source, recipe(calibration, **changes), out=folder / f"artifact{number}", progress=False
         )
-        found.append((artifact.path, artifact.export("sparse", folder / f"sparse{number}", reporter=Silent())))
+        found.append((artifact.path, artifact.export("sparse", folder / f"sparse{number}", progress=False)))
     return found
 
 
@@ -390,12 +390,10 @@ def test_names_without_the_prefix_of_the_model(calibration, tmp_path):
 def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
     """Its files have other names than its parameters, and experts that transformers fuses, and is saved so."""
     source = tiny.build(tmp_path / "source", "mixtral")
-    artifact = mspc.compress(
-        source, recipe(calibration, skip=("experts",)), out=tmp_path / "artifact", reporter=Silent()
-    )
-    sparse = artifact.export("sparse", tmp_path / "sparse", verified=False, reporter=Silent())
+    artifact = mspc.compress(source, recipe(calibration, skip=("experts",)), out=tmp_path / "artifact", progress=False)
+    sparse = artifact.export("sparse", tmp_path / "sparse", verify=False, progress=False)
     dense = AutoModelForCausalLM.from_pretrained(
-        artifact.export("dense", tmp_path / "dense", verified=False, reporter=Silent())
+        artifact.export("dense", tmp_path / "dense", verify=False, progress=False)
     )
     ids = tiny.ids(2)
     for number, path in enumerate((sparse, artifact.path)):
@@ -409,9 +407,7 @@ def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
 def test_slices_of_fused_experts_in_an_artifact_become_dense(calibration, tmp_path):
     """Nothing makes them yet: the artifact is edited by hand. Oracle: the layer that transformers has without it."""
     source = tiny.build(tmp_path / "source", "gpt_oss")
-    artifact = mspc.compress(
-        source, recipe(calibration, skip=("experts",)), out=tmp_path / "artifact", reporter=Silent()
-    )
+    artifact = mspc.compress(source, recipe(calibration, skip=("experts",)), out=tmp_path / "artifact", progress=False)
     manifest = json.loads((artifact.path / MANIFEST).read_text())
     row, parameter = dict(manifest["matrices"][0]), "model.layers.0.mlp.experts.down_proj"
     before = mspc.load(artifact.path)

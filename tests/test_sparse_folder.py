@@ -17,7 +17,6 @@ from oracles import few
 
 import mspc
 from mspc.errors import InputError
-from mspc.progress import Silent
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.sparse_export import read_sparse
 
@@ -40,8 +39,8 @@ def exported(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         recipe = mspc.Recipe(
             **setting, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
         )
-        artifact = mspc.compress(model, recipe, out=folder / f"artifact{number}", reporter=Silent())
-        found.append((artifact, artifact.export("sparse", folder / f"sparse{number}", reporter=Silent())))
+        artifact = mspc.compress(model, recipe, out=folder / f"artifact{number}", progress=False)
+        found.append((artifact, artifact.export("sparse", folder / f"sparse{number}", progress=False)))
     return found
 
 

@@ -30,12 +30,12 @@ def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
 
 def compressed(source: Path, asked: mspc.Recipe, folder: Path) -> tuple[mspc.Artifact, Path]:
     """The artifact, and its dense export."""
-    artifact = mspc.compress(source, asked, out=folder / "artifact", reporter=QUIET)
+    artifact = mspc.compress(source, asked, out=folder / "artifact", progress=False)
     return artifact, artifact.export("dense", folder / "dense")
 
 
 def perplexity(folder: Path, text: Path) -> float:
-    return mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", reporter=QUIET).perplexity
+    return mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", progress=False).perplexity
 
 
 def perplexity_by_transformers(folder: Path, text: Path) -> float:
@@ -61,28 +61,28 @@ def rewrite(folder: Path, **changes: Tensor | None) -> None:
 
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, calibration, heldout, tmp_path):
+def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", dtype=HALVES[dtype])
     artifact, dense = compressed(source, recipe(calibration, bits=bits, group_size=32), tmp_path)
     assert {tensor.dtype for tensor in tiny.tensors(dense).values()} == {HALVES[dtype]}
     assert {row["dtype"] for row in artifact.manifest["matrices"]} == {dtype}
-    assert_same_scores(source, artifact, dense, heldout)
+    assert_same_scores(source, artifact, dense, test_text)
     for row in artifact.manifest["matrices"]:
         assert int((tiny.tensors(dense)[row["tensor"]] == 0).sum()) == row["zeros"] >= row["pruned"]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_forward_passes_in_half_precision(dtype, llama, calibration, heldout, tmp_path):
+def test_forward_passes_in_half_precision(dtype, llama, calibration, test_text, tmp_path):
     """The precision of the forward passes is not that of the file, and changes the result little."""
     asked = recipe(calibration, dtype=dtype, allocator="trace-rank", sensitivity_sequences=2)
     _, dense = compressed(llama, asked, tmp_path)
     assert {tensor.dtype for tensor in tiny.tensors(dense).values()} == {torch.float32}
     _, precise = compressed(llama, recipe(calibration, allocator="trace-rank", sensitivity_sequences=2), tmp_path / "p")
-    assert perplexity(dense, heldout) == pytest.approx(perplexity(precise, heldout), rel=0.1)
-    assert perplexity(dense, heldout) != perplexity(precise, heldout)
+    assert perplexity(dense, test_text) == pytest.approx(perplexity(precise, test_text), rel=0.1)
+    assert perplexity(dense, test_text) != perplexity(precise, test_text)
 
 
-def test_mixed_precisions_in_one_checkpoint(calibration, heldout, tmp_path):
+def test_mixed_precisions_in_one_checkpoint(calibration, test_text, tmp_path):
     """Each tensor keeps its own dtype, as in checkpoints with float32 norms."""
     source = tiny.build(tmp_path / "source", "llama", dtype=torch.bfloat16)
     half = tiny.tensors(source)
@@ -91,10 +91,10 @@ def test_mixed_precisions_in_one_checkpoint(calibration, heldout, tmp_path):
     before, after = tiny.tensors(source), tiny.tensors(dense)
     assert {key: tensor.dtype for key, tensor in before.items()} == {key: tensor.dtype for key, tensor in after.items()}
     assert len({tensor.dtype for tensor in after.values()}) == 2
-    assert_same_scores(source, artifact, dense, heldout)
+    assert_same_scores(source, artifact, dense, test_text)
 
 
-def test_shards_keep_their_files_and_names(calibration, heldout, tmp_path):
+def test_shards_keep_their_files_and_names(calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", sharded=True)
     artifact, dense = compressed(source, recipe(calibration), tmp_path)
     before, after = (json.loads((folder / INDEX).read_text()) for folder in (source, dense))
@@ -103,37 +103,39 @@ def test_shards_keep_their_files_and_names(calibration, heldout, tmp_path):
     assert after["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tiny.tensors(dense).values())
     for shard in set(before["weight_map"].values()):
         assert tiny.keys_of(dense / shard) == tiny.keys_of(source / shard)
-    assert_same_scores(source, artifact, dense, heldout)
+    assert_same_scores(source, artifact, dense, test_text)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_tied_embeddings_stay_tied(sharded, calibration, heldout, tmp_path):
+def test_tied_embeddings_stay_tied(sharded, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", sharded=sharded, tie_word_embeddings=True)
     assert "lm_head.weight" not in tiny.tensors(source)
     artifact, dense = compressed(source, recipe(calibration), tmp_path)
     assert tiny.tensors(dense).keys() == tiny.tensors(source).keys()
-    assert_same_scores(source, artifact, dense, heldout)
+    assert_same_scores(source, artifact, dense, test_text)
 
 
-def test_head_is_read_where_the_checkpoint_has_one(heldout, tmp_path):
+def test_head_is_read_where_the_checkpoint_has_one(test_text, tmp_path):
     """The config ties it to the embedding, but the file holds another: transformers then unties them."""
     source = tiny.build(tmp_path, "llama", tie_word_embeddings=True)
-    tied = perplexity(source, heldout)
+    tied = perplexity(source, test_text)
     rewrite(source, **{"lm_head.weight": tiny.tensors(source)["model.embed_tokens.weight"].roll(1, 0).contiguous()})
-    assert perplexity(source, heldout) == pytest.approx(perplexity_by_transformers(source, heldout), rel=1e-5)
-    assert perplexity(source, heldout) != pytest.approx(tied, rel=1e-3)
+    assert perplexity(source, test_text) == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
+    assert perplexity(source, test_text) != pytest.approx(tied, rel=1e-3)
 
 
-def test_embedding_may_be_stored_as_the_head(heldout, tmp_path):
+def test_embedding_may_be_stored_as_the_head(test_text, tmp_path):
     source = tiny.build(tmp_path, "llama", tie_word_embeddings=True)
-    tied = perplexity(source, heldout)
+    tied = perplexity(source, test_text)
     embedding = tiny.tensors(source)["model.embed_tokens.weight"]
     rewrite(source, **{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
-    assert perplexity(source, heldout) == tied == pytest.approx(perplexity_by_transformers(source, heldout), rel=1e-5)
+    assert (
+        perplexity(source, test_text) == tied == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
+    )
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("opt", "model.")])
-def test_checkpoints_of_the_base_model(family, prefix, calibration, heldout, tmp_path):
+def test_checkpoints_of_the_base_model(family, prefix, calibration, test_text, tmp_path):
     """Published GPT-2 and OPT files name `h.0` what the causal LM calls `transformer.h.0`; the names stay."""
     model = tiny.make(family)
     source = tiny.save(model.base_model, tmp_path / "source")
@@ -142,7 +144,7 @@ def test_checkpoints_of_the_base_model(family, prefix, calibration, heldout, tmp
     artifact, dense = compressed(source, recipe(calibration), tmp_path)
     assert tiny.tensors(dense).keys() == keys
     assert all(row["parameter"] == prefix + row["tensor"] for row in artifact.manifest["matrices"])
-    assert_same_scores(source, artifact, dense, heldout)
+    assert_same_scores(source, artifact, dense, test_text)
 
 
 @pytest.mark.parametrize(
@@ -154,32 +156,32 @@ def test_checkpoints_of_the_base_model(family, prefix, calibration, heldout, tmp
         ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
     ],
 )
-def test_stored_buffers_that_are_computed_today_are_kept_and_ignored(family, stale, calibration, heldout, tmp_path):
+def test_stored_buffers_that_are_computed_today_are_kept_and_ignored(family, stale, calibration, test_text, tmp_path):
     """Old files hold masks and rotary frequencies. They are passed on, but not used: transformers computes them."""
     source = tiny.build(tmp_path / "source", family)
-    expected = perplexity_by_transformers(source, heldout)
+    expected = perplexity_by_transformers(source, test_text)
     rewrite(source, **{stale: torch.full((4,), 7.0)})
-    assert perplexity(source, heldout) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(source, test_text) == pytest.approx(expected, rel=1e-5)
     _, dense = compressed(source, recipe(calibration), tmp_path)
     assert tiny.tensors(dense).keys() == tiny.tensors(source).keys()
     assert torch.equal(tiny.tensors(dense)[stale], torch.full((4,), 7.0))
 
 
 @pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_missing_tensors_are_named(key, calibration, heldout, tmp_path):
+def test_missing_tensors_are_named(key, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama")
     rewrite(source, **{key: None})
     with pytest.raises(InputError, match=f"The checkpoint holds no {key}.* incomplete"):
-        mspc.compress(source, recipe(calibration), out=tmp_path / "out", reporter=QUIET)
+        mspc.compress(source, recipe(calibration), out=tmp_path / "out", progress=False)
     with pytest.raises(InputError, match=f"The checkpoint holds no {key}"):
-        perplexity(source, heldout)
+        perplexity(source, test_text)
 
 
-def test_tensors_of_another_shape_are_named(heldout, tmp_path):
+def test_tensors_of_another_shape_are_named(test_text, tmp_path):
     source = tiny.build(tmp_path, "llama")
     rewrite(source, **{"model.layers.1.mlp.up_proj.weight": torch.ones(64, 31)})
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has shape \(64, 31\).*\(64, 32\)"):
-        perplexity(source, heldout)
+        perplexity(source, test_text)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

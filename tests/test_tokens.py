@@ -116,7 +116,7 @@ def test_evaluation_windows_are_slices_of_one_tokenization(tmp_path):
     assert ids.shape == (10, 32)
 
 
-def test_documents_are_joined_by_blank_lines_and_tokenized_as_one_text(tmp_path, heldout):
+def test_documents_are_joined_by_blank_lines_and_tokenized_as_one_text(tmp_path, test_text):
     tokenizer = tiny.byte_tokenizer()
     (tmp_path / "b.txt").write_text("second é\n")
     (tmp_path / "a.txt").write_text("first " * 20)
@@ -134,11 +134,11 @@ def words(lengths: list[int]) -> str:
 
 
 @pytest.mark.parametrize("max_windows", [1, 2, 5, 19, 20, 1000])
-def test_max_windows_are_the_first_of_all(max_windows, heldout):
+def test_max_windows_are_the_first_of_all(max_windows, test_text):
     tokenizer = tiny.byte_tokenizer()
-    everything = windows_of_test_text(tokenizer, str(heldout), 32, None).ids
+    everything = windows_of_test_text(tokenizer, str(test_text), 32, None).ids
     assert len(everything) == 20
-    assert torch.equal(windows_of_test_text(tokenizer, str(heldout), 32, max_windows).ids, everything[:max_windows])
+    assert torch.equal(windows_of_test_text(tokenizer, str(test_text), 32, max_windows).ids, everything[:max_windows])
 
 
 @pytest.mark.parametrize("characters", [1, 4, 10, 11, 12, 13, 16, 33, 400])

@@ -32,12 +32,12 @@ def artifact(llama: Path, calibration: Path, tmp_path_factory: pytest.TempPathFa
     recipe = mspc.Recipe(
         pattern="2:4", sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
     )
-    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("verify") / "artifact", reporter=Silent())
+    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("verify") / "artifact", progress=False)
 
 
 @pytest.fixture(scope="module")
 def exported(artifact: mspc.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return artifact.export("dense", tmp_path_factory.mktemp("verify") / "dense", reporter=Silent())
+    return artifact.export("dense", tmp_path_factory.mktemp("verify") / "dense", progress=False)
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_folders_that_are_no_exports(artifact):
 
 
 def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
-    out = artifact.export("dense", tmp_path / "dense", verified=False, reporter=Silent())
+    out = artifact.export("dense", tmp_path / "dense", verify=False, progress=False)
     assert not (out / "verification.npz").exists()
     with pytest.raises(InputError, match="give --against ARTIFACT"):
         check(out)
@@ -160,7 +160,7 @@ def test_another_artifact_is_not_compared_and_leaves_the_report_alone(folder, ll
     check(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     recipe = mspc.Recipe(effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=32)
-    other = mspc.compress(llama, recipe, out=tmp_path / "other", reporter=Silent())
+    other = mspc.compress(llama, recipe, out=tmp_path / "other", progress=False)
     with pytest.raises(InputError, match=r"dense was not exported from .*other: 14 of 14 matrices are others there"):
         check(folder, other.path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -267,5 +267,5 @@ def test_an_export_that_is_wrong_is_not_kept(runtime, artifact, tmp_path):
 
     runtime.load = broken
     with pytest.raises(VerificationError, match=r"was not kept: transformers: RuntimeError: size mismatch"):
-        artifact.export("dense", tmp_path / "dense", reporter=Silent())
+        artifact.export("dense", tmp_path / "dense", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from mspc.bench.models import (
 from mspc.bench.request import Candidate, Plan, Request, make_plan
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
 from mspc.errors import InputError, MspcError
-from mspc.progress import ConsoleReporter, Reporter
+from mspc.progress import Console, Progress, log
 
 TEXT, MAX_WINDOWS = "builtin", 20
 """The text and the number of windows of perplexities."""
@@ -35,24 +35,24 @@ CPU_LABEL = "CPU, plain torch: not what the kernels do"
 Save = Callable[[dict[str, Any]], None]
 
 
-def bench(request: Request, *, reporter: Reporter | None = None, save: Save | None = None) -> dict[str, Any]:
+def bench(request: Request, *, progress: Progress | None = None, save: Save | None = None) -> dict[str, Any]:
     """The result that docs/benchmark.md describes. `save` receives the result so far after each decoder.
 
     Raises InputError for a request that cannot be measured, before it measures, and MspcError if memory runs out.
     """
-    reporter = reporter or ConsoleReporter()
+    progress = progress or Console()
     plan = make_plan(request)
     for reason in plan.left_out:
-        reporter.say(f"torch's int4 is left out: {reason}")
+        log.info(f"torch's int4 is left out: {reason}")
     # Graphs and kernels run on the current device, which --device cuda:1 does not change.
     with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
-        return run(request, plan, reporter, save)
+        return run(request, plan, progress, save)
 
 
-def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> dict[str, Any]:
+def run(request: Request, plan: Plan, progress: Progress, save: Save | None) -> dict[str, Any]:
     """The measurements of a plan."""
-    operations, kind = choose_operations(plan.device, reporter)
-    with reporter.stage("Ceilings of the device", 1) as step:
+    operations, kind = choose_operations(plan.device, progress)
+    with progress.stage("Ceilings of the device", 1) as step:
         ceilings = measure_ceilings(plan.device, compute_dtype(plan.device), plan.repeats)
         step("")
     result = header(request, plan, kind, ceilings)
@@ -64,7 +64,7 @@ def run(request: Request, plan: Plan, reporter: Reporter, save: Save | None) -> 
                 outer = None  # a model has its own, and this would count as its memory
             elif outer is None:
                 outer = random_outer(candidate.shape, plan.length, plan.device)
-            row = measure(candidate, plan, outer, operations, ceilings, reporter)
+            row = measure(candidate, plan, outer, operations, ceilings, progress)
             rows.append(row)
             result["rows"].append(row)
             compare(rows)
@@ -102,7 +102,7 @@ def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) ->
     }
 
 
-def choose_operations(device: torch.device, reporter: Reporter) -> tuple[Operations, str]:
+def choose_operations(device: torch.device, progress: Progress) -> tuple[Operations, str]:
     """The operations between products: on CUDA one compiled kernel each, plain ones if that fails or on a CPU."""
     if device.type != "cuda":
         return Operations(), "plain"
@@ -115,7 +115,7 @@ def choose_operations(device: torch.device, reporter: Reporter) -> tuple[Operati
             compiled.gated(x)
     except Exception as error:  # whatever a compiler that is missing or broken raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reporter.say(f"Norms and rotations are not compiled, which costs every format the same time: {reason}")
+        log.info(f"Norms and rotations are not compiled, which costs every format the same time: {reason}")
         return Operations(add_norm, rotate, gated), "plain"
     return compiled, "compiled"
 
@@ -126,11 +126,11 @@ def measure(
     outer: OuterLayers | None,
     operations: Operations,
     ceilings: Ceilings,
-    reporter: Reporter,
+    progress: Progress,
 ) -> dict[str, Any]:
     """One row of the result."""
     device, steps = plan.device, len(plan.batches) * len(plan.contexts) + len(plan.prefills)
-    with reporter.stage(f"{candidate.shape.name}, {candidate.name}", steps + 1) as step:
+    with progress.stage(f"{candidate.shape.name}, {candidate.name}", steps + 1) as step:
         try:
             decoder = make(candidate, plan, outer, operations)
             step("made")
@@ -157,7 +157,7 @@ def measure(
         gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
     if candidate.folder is not None:
-        row["perplexity"] = perplexity_of(candidate, plan, reporter)
+        row["perplexity"] = perplexity_of(candidate, plan, progress)
     return row
 
 
@@ -197,15 +197,15 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def perplexity_of(candidate: Candidate, plan: Plan, reporter: Reporter) -> float | None:
+def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress) -> float | None:
     """Perplexity of the model of a folder on test text, or None if it has no tokenizer."""
     assert candidate.folder is not None
     try:
         measured = evaluate(
-            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), progress=reporter
+            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), progress=progress
         )  # fmt: skip
     except InputError as error:
-        reporter.say(f"{candidate.name}: no perplexity. {error}")
+        log.info(f"{candidate.name}: no perplexity. {error}")
         return None
     return measured.perplexity
 

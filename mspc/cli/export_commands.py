@@ -61,7 +61,7 @@ def export(
         from exporters.formats import FORMATS
         from exporters.runtimes import RUNTIMES
         from mspc.cli.tables import format_table
-        from mspc.progress import ConsoleReporter
+        from mspc.progress import Console, log
 
         if show_list:
             print_table(format_table(FORMATS, RUNTIMES))
@@ -70,13 +70,13 @@ def export(
             raise InputError("Give ARTIFACT, FORMAT and --out; `mspc export --list` shows the formats.")
         from exporters.exporting import export as export_artifact
 
-        reporter = ConsoleReporter()
+        progress = Console()
         asked = {"weights": weights, "accuracy_level": accuracy_level}
         options = {name: value for name, value in asked.items() if value is not None}
         export_artifact(
-            artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, reporter=reporter
+            artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, progress=progress
         )
-        reporter.say(f"{out} written.")
+        log.info(f"{out} written.")
 
 
 def verify(
@@ -103,9 +103,9 @@ def verify(
         from exporters.verification import failures, in_short
         from exporters.verification import verify as verify_export
         from mspc.cli.tables import verification_table
-        from mspc.progress import ConsoleReporter
+        from mspc.progress import Console
 
-        result = verify_export(folder, against, ConsoleReporter())
+        result = verify_export(folder, against, Console())
         wrong = failures(result)
         if as_json:
             print_json(result)
