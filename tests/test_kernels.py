@@ -21,8 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import KERNELS, kernel_for
-from mspc.planning.allocation import ROUNDED_BITS
-from mspc.types import NM, Grid, Unstructured
+from mspc.types import BITS, NM, Grid, Unstructured
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
@@ -136,8 +135,8 @@ def test_the_kernel_for_a_matrix(pattern, grid, columns, dtype, name):
 
 @pytest.mark.parametrize("pattern", [DENSE, HALF, NM(2, 4), NM(4, 8), *(NM(n, 16) for n in range(1, 16))], ids=repr)
 def test_all_that_a_budget_of_bits_chooses_from_has_a_kernel(pattern):
-    """Oracle: the patterns and `ROUNDED_BITS` of mspc.planning.allocation."""
-    for bits, group_size, symmetric in product(ROUNDED_BITS, (32, 64, 128, None), (True, False)):
+    """Oracle: the patterns and `BITS` of mspc.planning.allocation."""
+    for bits, group_size, symmetric in product(BITS, (32, 64, 128, None), (True, False)):
         assert kernel_for(StoredMatrix((16, 512), pattern, Grid(bits, group_size, symmetric), BF16), BF16)
     assert pattern == DENSE or kernel_for(StoredMatrix((16, 512), pattern, None, BF16), BF16)
 
