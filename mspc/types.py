@@ -13,7 +13,7 @@ from mspc.errors import InputError
 BITS = (8, 4, 3, 2)
 """The bits that a grid may have."""
 UNQUANTIZED_BITS = 16
-"""What files say of a matrix without a grid, whatever its dtype is."""
+"""Bits in recipes, plans and manifests of weights that are not quantized. In memory their grid is None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,6 @@ def parse_nm(text: str) -> NM:
     if not match:
         raise InputError(f"Unknown pattern {text!r}: use unstructured, N:M such as 2:4 or 8:16, or the literal N:16.")
     return NM(int(match[1]), int(match[2]))
-
-
-BITS = (8, 4, 3, 2)
-"""Bits that a code may have."""
-UNQUANTIZED_BITS = 16
-"""How recipes, plans and manifests write that weights are not quantized; in memory the grid is None."""
 
 
 @dataclass(frozen=True, slots=True)

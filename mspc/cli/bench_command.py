@@ -1,4 +1,4 @@
-"""The verb `bench` of the command line."""
+"""The verb `bench`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from mspc.cli.console import DebugOption, option, print_table, reported
 from mspc.errors import InputError
 
-WHAT, HOW, OUT = "What to measure", "How to measure it", "Results"
+WHAT, HOW, OUT = "Models and formats", "Measurement", "Results"
 
 
 def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
@@ -39,8 +39,8 @@ def bench(
     formats: Annotated[
         str | None,
         option(
-            "Of random weights, with commas between: dense; int8, int4, int3, int2; N:M such as 2:4; S% such as 50%; a "
-            "pattern with bits such as 2:4+int4.",
+            "Formats of random weights, separated by commas: dense; int8, int4, int3, int2; N:M such as 2:4; S% such "
+            "as 50%; a pattern with bits such as 2:4+int4.",
             "dense,int4,2:4,8:16,6:16,2:4+int4",
             "--format",
             rich_help_panel=WHAT,
@@ -49,21 +49,23 @@ def bench(
     baseline: Annotated[
         str,
         typer.Option(
-            help="What is 1: bf16 (the library's dense product; on a CPU in float32) or int4 (torch's own). Both are "
-            "measured.",
+            help="Baseline of the speedups: bf16 (torch's dense product; float32 on a CPU) or int4 (torch's kernel). "
+            "Both are measured.",
             rich_help_panel=WHAT,
         ),
     ] = "bf16",
     batch: Annotated[
-        str | None, option("Sequences decoded together.", "1,4,8,32; on a CPU 1", rich_help_panel=HOW)
+        str | None, option("Numbers of sequences decoded together.", "1,4,8,32; on a CPU 1", rich_help_panel=HOW)
     ] = None,
     context: Annotated[
         str | None,
-        option("Tokens that a decoding step attends to.", "128,2048; on a CPU 128", rich_help_panel=HOW),
+        option("Numbers of tokens that a decoding step attends to.", "128,2048; on a CPU 128", rich_help_panel=HOW),
     ] = None,
-    prefill: Annotated[str | None, option("Tokens of a prompt.", "512,2048; on a CPU 128", rich_help_panel=HOW)] = None,
+    prefill: Annotated[
+        str | None, option("Numbers of tokens in a prompt.", "512,2048; on a CPU 128", rich_help_panel=HOW)
+    ] = None,
     repeats: Annotated[
-        int | None, option("Samples of each measurement, if 10 s are enough.", "200; on a CPU 5", rich_help_panel=HOW)
+        int | None, option("Number of samples per measurement, within 10 s.", "200; on a CPU 5", rich_help_panel=HOW)
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
     json_file: Annotated[
@@ -71,7 +73,7 @@ def bench(
         typer.Option(
             "--json",
             metavar="FILE",
-            help="Write every figure, with versions and configuration, here.",
+            help="File for all figures, with versions and configuration.",
             show_default=False,
             rich_help_panel=OUT,
         ),
@@ -81,14 +83,14 @@ def bench(
         typer.Option(
             "--plot",
             metavar="FILE.png",
-            help="Draw speedup over batch size, and perplexity over tokens/s.",
+            help="File for a plot: speedup over batch size, perplexity over tokens/s.",
             show_default=False,
             rich_help_panel=OUT,
         ),
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """What compressed models gain in speed and memory, beside dense and int4 baselines of the same run.
+    """Measure speed and memory of compressed models against dense and int4 baselines.
 
     \b
     mspc bench MODEL out/small                           with perplexity
@@ -96,13 +98,13 @@ def bench(
     mspc bench MODEL --shapes from-model --format 2:4    the same, its shapes
     mspc bench --shapes 1b --baseline int4 --json r.json --plot r.png
 
-    Decoding is one new token for each sequence, prefill the whole prompt. On CUDA
+    Decoding is one new token per sequence; prefill is the whole prompt. On CUDA
     every step is one graph, and all formats share attention, head and fusions.
-    Beside each time stands what its bytes alone would take; what is no faster
-    than the baseline is "no gain". On a CPU the figures say nothing of the
-    kernels. What is measured: docs/benchmark.md.
+    Each time is shown with the time that its bytes need at full bandwidth.
+    Formats that are not faster than the baseline are marked "no gain". Figures
+    of a CPU say nothing about the kernels. See docs/benchmark.md.
     """
-    with reported(debug, "What was measured, if anything, is in the --json file."):
+    with reported(debug, "Figures measured so far are in the --json file."):
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run
@@ -115,10 +117,10 @@ def bench(
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-                raise InputError(f"{file} cannot be written: name a file in a folder that exists.")
+                raise InputError(f"{file} cannot be written. Name a file in a folder that exists.")
         if plot_file is not None:
             if plot_file.suffix != ".png":
-                raise InputError(f"--plot draws a PNG; name it {plot_file.stem}.png, not {plot_file.name}.")
+                raise InputError(f"--plot draws a PNG. Name it {plot_file.stem}.png, not {plot_file.name}.")
             check_installed()
         result = run(request, save=None if json_file is None else lambda found: write_json(json_file, found))
         if plot_file is not None:

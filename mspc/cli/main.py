@@ -43,8 +43,8 @@ def eval_(
     text: Annotated[
         str,
         typer.Option(
-            help="Test text: builtin (Python's own documentation), c4, wikitext2 or a dataset id, of which the test "
-            "split is used; or a .txt, .jsonl or .parquet file, or a folder of them."
+            help="Test text: the test split of builtin (Python's own documentation), c4, wikitext2 or a dataset id; "
+            "or a .txt, .jsonl or .parquet file, or a folder of them."
         ),
     ] = "builtin",
     sequence_length: LengthOption = None,

@@ -44,7 +44,7 @@ class SolvedMatrix:
     num_tokens: int
 
     def row(self) -> dict[str, Any]:
-        """What is known before the matrix is packed, under the names of the manifest."""
+        """The values that are known before the matrix is packed, under their names in the manifest."""
         return {
             "name": self.matrix.name,
             "shape": list(self.matrix.shape),

@@ -152,7 +152,7 @@ def _given(documents: Sequence[str]) -> list[str]:
 
 
 def name_of(source: str | Sequence[str]) -> str:
-    """How messages and manifests name a source."""
+    """The name of a source in messages and manifests."""
     return source if isinstance(source, str) else f"a list of {len(source)} documents"
 
 
