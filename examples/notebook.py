@@ -32,7 +32,7 @@ def keep_errors(event: mspc.Event) -> None:
         errors[event.matrix] = event.row["output_error"]
 
 
-recipe = mspc.Recipe(bits_per_weight=3.25, group_size=64, num_sequences=16, sequence_length=256)
+recipe = mspc.Recipe(bits_per_weight=3.25, group_size=64, effort="fast", num_sequences=8, sequence_length=256)
 artifact = mspc.compress(model, recipe, tokenizer=tokenizer, out=OUT / "small", progress=keep_errors, overwrite=True)
 artifact  # noqa: B018  in a notebook: a table with a row for each matrix
 
