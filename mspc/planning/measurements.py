@@ -59,7 +59,7 @@ class Measurements:
             sequences, probes = settings.sensitivity_sequences, settings.sensitivity_probes
             key |= {"sequences": sequences, "probes": probes, "seed": settings.seed}
         rows = self._cached(
-            "Sensitivity", "sensitivity", ".json", key,
+            "Sensitivity", "sensitivity-{}.json", key,
             read=_read_rows, write=lambda file, rows: write_json(file, {"of": key, "matrices": rows}),
             measure=lambda: {name: _row(mean) for name, mean in self._means(measure).items()},
         )  # fmt: skip
@@ -68,7 +68,7 @@ class Measurements:
     def fisher_factors(self) -> dict[str, Tensor]:
         """The Fisher factors of the outputs (see `OutputFisher`), in host memory."""
         return self._cached(
-            "Gradients", "fisher", ".safetensors", self._key(sequences=self.settings.sensitivity_sequences),
+            "Gradients", "fisher-{}.safetensors", self._key(sequences=self.settings.sensitivity_sequences),
             read=load_file, write=write_tensors, measure=self._fisher_factors,
         )  # fmt: skip
 
@@ -84,7 +84,7 @@ class Measurements:
             quantization=[settings.group_size, settings.asymmetric] if settings.has_budget else None,
         )
         return self._cached(
-            "Loss curves", "curves", ".json", key,
+            "Loss curves", "curves-{}.json", key,
             read=read_curves, write=write_curves,
             measure=lambda: measure_curves(dense, fisher, settings, solver_options(settings), self.progress),
         )  # fmt: skip
@@ -92,8 +92,7 @@ class Measurements:
     def _cached(
         self,
         title: str,
-        kind: str,
-        suffix: str,
+        file_name: str,
         key: dict[str, Any],
         *,
         read: Callable[[Path], T],
@@ -104,7 +103,7 @@ class Measurements:
         if self.folder is None:
             return measure()
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        file = self.folder / f"{kind}-{digest}{suffix}"
+        file = self.folder / file_name.format(digest)
         if not file.is_file():
             value = measure()
             write(file, value)
@@ -120,15 +119,12 @@ class Measurements:
     def _key(self, **own: Any) -> dict[str, Any]:
         """Everything that a measurement depends on: what all depend on, and what only this one does."""
         names = "\n".join(matrix.name for matrix in flatten(self.matrices))
-        return (
-            self.identity
-            | own
-            | {
-                "dtype": str(self.model.dtype),
-                "device": self.model.device.type,
-                "matrices": hashlib.sha256(names.encode()).hexdigest(),
-            }
-        )
+        common = {
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "matrices": hashlib.sha256(names.encode()).hexdigest(),
+        }
+        return self.identity | common | own
 
     def _means(self, measure: str) -> dict[str, RunningMean]:
         model, ids, matrices, progress = self.model, self.ids, self.matrices, self.progress
