@@ -24,7 +24,7 @@ from mspc.passes.walk import DenseWalk, walk
 from mspc.planning.allocation import allocate, allocate_bytes, check_bytes
 from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import SPARSITIES, curve_of
-from mspc.planning.knapsack import by_curves, cheapest
+from mspc.planning.knapsack import cheapest, cheapest_sparsities
 from mspc.planning.measurements import Measurements
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Silent
@@ -84,13 +84,13 @@ def test_between_levels_the_logarithm_is_straight():
 
 def test_equal_curves_share_equally_and_steep_ones_stay_dense():
     numels = [128, 384, 128, 384]
-    even = by_curves([curve(1.0)] * 4, [128] * 4, 0.5)
+    even = cheapest_sparsities([curve(1.0)] * 4, [128] * 4, 0.5)
     assert even == pytest.approx([0.5] * 4)
     # 1/2 c s^2 under a mean of s: s is proportional to n / c, so one of equal size and ten times the loss has a tenth.
-    first, second = by_curves([curve(1.0), curve(10.0)], [128, 128], 0.4)
+    first, second = cheapest_sparsities([curve(1.0), curve(10.0)], [128, 128], 0.4)
     assert first / second == pytest.approx(10, rel=0.25)
     assert sum(
-        n * s for n, s in zip(numels, by_curves([curve(c) for c in (1, 2, 3, 4)], numels, 0.6), strict=True)
+        n * s for n, s in zip(numels, cheapest_sparsities([curve(c) for c in (1, 2, 3, 4)], numels, 0.6), strict=True)
     ) >= (0.6 * sum(numels) - 1e-6)
 
 

@@ -10,7 +10,7 @@ from mspc.numerics.masking import check_divides, num_pruned
 from mspc.numerics.quant import groups_of
 from mspc.planning.curve import Curve
 from mspc.planning.exact_sparsity import exact_counts, exact_keeps
-from mspc.planning.knapsack import by_curves, cheapest, mixture
+from mspc.planning.knapsack import cheapest, cheapest_sparsities, cheapest_targets
 from mspc.published.allocators import ALLOCATORS
 from mspc.settings import AUTO, CURVES, MIXED_OF, MIXED_PATTERN, Settings
 from mspc.types import BITS, NM, Grid, MatricesByBlock, Matrix, Pattern, PlannedMatrix, Target, Unstructured, flatten
@@ -118,7 +118,7 @@ def _wished_by_curves(settings: Settings, matrices: MatricesByBlock, curves: dic
     flat = flatten(matrices)
     group = MIXED_OF if settings.pattern == MIXED_PATTERN else None
     numels = [matrix.numel for matrix in flat]
-    return by_curves([curves[matrix.name] for matrix in flat], numels, settings.target_sparsity, group)
+    return cheapest_sparsities([curves[matrix.name] for matrix in flat], numels, settings.target_sparsity, group)
 
 
 def _exact(settings: Settings, matrices: MatricesByBlock, wished: Sequence[float]) -> Sequence[Pattern]:
@@ -159,15 +159,15 @@ def allocate_bytes(
     """
     flat = flatten(matrices)
     options, in_order = _options(settings, matrices, dtype), [curves[matrix.name] for matrix in flat]
-    chosen = {"mixed": mixture(in_order, options, num_bytes)}
+    chosen = {"mixed": cheapest_targets(in_order, options, num_bytes)}
     if settings.allocator == AUTO:
         for weight in QUANTIZATION_WEIGHTS:
             weighted = [curve.weighted(weight) for curve in in_order]
-            chosen[f"mixed, quantization loss x{weight:g}"] = mixture(weighted, options, num_bytes)
+            chosen[f"mixed, quantization loss x{weight:g}"] = cheapest_targets(weighted, options, num_bytes)
         for bits in BITS:
             alike = [[(target, size) for target, size in own if target.bits == bits] for own in options]
             if _smallest(alike) <= num_bytes:
-                chosen[f"{bits} bits"] = mixture(in_order, alike, num_bytes)
+                chosen[f"{bits} bits"] = cheapest_targets(in_order, alike, num_bytes)
     return _distinct(
         {
             name: [

@@ -21,7 +21,9 @@ STEPS = 128
 """Number of steps between sparsity 0 and 1."""
 
 
-def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None) -> list[float]:
+def cheapest_sparsities(
+    curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None
+) -> list[float]:
     """The sparsities with the lowest predicted loss that keep at most (1 - sparsity) of all weights.
 
     With `of` they are those of N:of patterns, with N >= 1 even if that keeps more.
@@ -33,7 +35,9 @@ def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, o
     return [1 - shares[i] for i in cheapest(options, kept * sum(numels))]
 
 
-def mixture(curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int) -> list[Target]:
+def cheapest_targets(
+    curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int
+) -> list[Target]:
     """The target of each matrix, chosen from (target, bytes) pairs for the lowest predicted loss within the budget.
 
     Raises ValueError if the smallest targets exceed the budget.
