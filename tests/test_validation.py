@@ -160,17 +160,17 @@ def test_without_validation_text_the_lowest_predicted_loss_decides_and_a_note_sa
     assert "too little text to validate plans" in caplog.text
 
 
-def test_divergence_of_an_evaluation(llama, heldout, tmp_path):
+def test_divergence_of_an_evaluation(llama, calibration, tmp_path):
     """Oracle: both models whole in transformers."""
     other = tiny.build(tmp_path / "other", "llama", seed=3)
-    result = mspc.evaluate(other, str(heldout), sequence_length=tiny.LENGTH, against=llama, progress=False)
-    ids = torch.tensor(load_tokenizer(llama)(heldout.read_text())["input_ids"])
+    result = mspc.evaluate(other, str(calibration), sequence_length=tiny.LENGTH, against=llama, progress=False)
+    ids = torch.tensor(load_tokenizer(llama)(calibration.read_text())["input_ids"])
     windows = ids[: result.windows * tiny.LENGTH].view(-1, tiny.LENGTH)
     expected = divergence(tiny.reference(llama), tiny.reference(other), windows)
     assert result.divergence == pytest.approx(expected, rel=1e-4)
-    same = mspc.evaluate(llama, str(heldout), sequence_length=tiny.LENGTH, against=llama, progress=False)
+    same = mspc.evaluate(llama, str(calibration), sequence_length=tiny.LENGTH, against=llama, progress=False)
     assert same.divergence == 0
-    assert mspc.evaluate(llama, str(heldout), sequence_length=tiny.LENGTH, progress=False).divergence is None
+    assert mspc.evaluate(llama, str(calibration), sequence_length=tiny.LENGTH, progress=False).divergence is None
     deeper = tiny.build(tmp_path / "deeper", "llama", num_hidden_layers=3)
     with pytest.raises(InputError, match="differ in blocks or vocabulary"):
-        mspc.evaluate(deeper, str(heldout), sequence_length=tiny.LENGTH, against=llama, progress=False)
+        mspc.evaluate(deeper, str(calibration), sequence_length=tiny.LENGTH, against=llama, progress=False)
