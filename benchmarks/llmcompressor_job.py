@@ -2,10 +2,10 @@
 
     python llmcompressor_job.py MODEL TOKENS.safetensors OUT [--sparsity 0.5] [--batch-size 1] [--dampening 0.01]
 
-TOKENS holds `ids` (N, T) int64, the calibration sequences. Everything is computed in float32, block by block; OUT gets
-a plain dense checkpoint in the precision of MODEL. The last line printed is a JSON object: seconds of importing, of
-loading, of the call of `oneshot` (`cpu_seconds`: of all its threads) and of saving; peak memory; versions; and by
-comparing the files of OUT with those of MODEL, the sparsity of every tensor that changed.
+TOKENS holds the calibration sequences, `ids` (N, T) int64. Everything is computed in float32, block by block. OUT gets
+a plain dense checkpoint in the dtype of MODEL. The last line of output is a JSON object with the seconds of importing,
+loading, calling `oneshot` (`cpu_seconds`: of all threads) and saving; with peak memory and versions; and with the
+sparsity of every tensor that differs between OUT and MODEL.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 IGNORE = "re:.*lm_head"
-"""SparseGPTModifier matches names with a dot behind them, so a plain `lm_head` leaves the head in: it would be pruned,
-and with it the embeddings of a model that ties the two."""
+"""Regular expression for the head. SparseGPTModifier appends a dot to names, so a plain `lm_head` would not match: the
+head would be pruned, together with embeddings that are tied to it."""
 
 
 def peak_memory() -> int:
     """Peak resident memory of this process in bytes.
 
-    On Linux not from getrusage, which begins with the peak of the process that started this one.
+    Linux has it in /proc; its getrusage would start from the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--folder DIR]
 
-Writes a random checkpoint of that shape (16 layers, 2048/8192, bf16, about 2.5 GB) and compresses it in a process of
-its own with 16 sequences of 512 tokens and gram sensitivity.
+Writes a random checkpoint of that shape (16 layers, 2048/8192, bf16, about 2.5 GB). A process of its own compresses it
+with 16 sequences of 512 tokens.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CONFIG = LlamaConfig(
 
 
 def write_model(folder: Path) -> None:
-    """One shard a layer, so that writing needs no more memory than a layer either."""
+    """Write one shard per layer, so that writing needs the memory of one layer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG)
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +70,7 @@ def main() -> None:
     if not model.exists():
         model.mkdir(parents=True)
         write_model(model)
-    options = ["--sparsity", "0.5", "--sensitivity", "gram", "--num-sequences", "16", "--sequence-length", "512"]
+    options = ["--sparsity", "0.5", "--num-sequences", "16", "--sequence-length", "512"]
     command = [sys.executable, "-m", "mspc", "compress", str(model), "--out", str(folder / "out"), "--overwrite"]
     subprocess.run([*command, *options], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     manifest = json.loads((folder / "out" / "mspc.json").read_text())

@@ -1,4 +1,4 @@
-"""The sparsity that an artifact's plan gives every matrix, block by block, and the loss it predicts for each.
+"""Plot the sparsity and the predicted loss of every matrix of an artifact, by block. For plans by loss curves.
 
 python benchmarks/plot_plan.py ARTIFACT OUT.png
 """
@@ -23,9 +23,11 @@ def plot(folder: str, out: str) -> None:
         below.plot([1e3 * loss for _, loss in points], marker="o")
     achieved = manifest["sparsity"]["achieved"]
     above.axhline(achieved, color="black", linewidth=1, linestyle=":", label=f"all: {achieved:.1%}")
-    above.set(ylabel="sparsity", ylim=(0, 1), title=f"{manifest['source']['name']}, {manifest['recipe']['allocator']}")
+    above.set(
+        ylabel="sparsity", ylim=(0, 1), title=f"{manifest['source']['name']}, {manifest['settings']['allocator']}"
+    )
     above.legend(ncols=2, fontsize="small")
-    below.set(xlabel="block", ylabel="predicted loss, millinats a token", ylim=(0, None))
+    below.set(xlabel="block", ylabel="predicted loss, millinats per token", ylim=(0, None))
     figure.savefig(out, dpi=110)
 
 

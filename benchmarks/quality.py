@@ -1,13 +1,17 @@
-"""Perplexity of every method at equal exact sparsity: the table to trust before any other.
+"""Perplexity of every method at equal exact sparsity or size.
 
     python benchmarks/quality.py examples/tiny_llama --seeds 3 [--plot quality.png]
 
-Each result is appended to --results as soon as it is there, and a rerun skips what it finds, so a long comparison can
-be cut off. `gap` is the mean over the texts of log(perplexity / dense perplexity); the table has its mean, the spread
-over calibration seeds, and its ratio to the uniform OBS sweep of the same setting. `KL` is the divergence of the
-predictions from those of the dense model, in nats a token. No method finds measurements of another: `seconds` is all.
+Each result is written to --results at once, and a rerun skips the results that it finds there. So a long comparison can
+be interrupted.
 
---plot draws perplexity against bits per weight, with rounding alone as a line, to show where zeros pay.
+    gap      mean over the texts of log(perplexity / dense perplexity), averaged over the seeds
+    spread   standard deviation of the gap over the seeds, which choose the calibration text
+    ratio    gap / gap of the uniform OBS sweep of the same setting
+    KL       divergence of the predictions from those of the dense model, in nats per token
+    seconds  whole run; no method uses the measurements of another
+
+--plot draws the gap against bits per weight, with a line for quantization alone.
 """
 
 import argparse
@@ -75,12 +79,14 @@ ONLY_IF_NAMED = ("search",)
 """Methods that take minutes."""
 BASELINE = "obs uniform"
 ANNOTATED = "default"
-ROUNDING = ("int8", "int4", "int3", "int2")
+QUANTIZATION = ("int8", "int4", "int3", "int2")
 
 
 def fits(setting: str, method: str) -> bool:
-    """Whether the two make a run that is not another's: a fixed pattern or rounding alone leaves nothing to allocate,
-    and only the whole method chooses its bits."""
+    """True if the two make a run of its own.
+
+    A fixed pattern or quantization alone leaves nothing to allocate, and a size budget fits the efforts only.
+    """
     if "effort" in METHODS[method]:
         return True
     if "bits_per_weight" in SETTINGS[setting]:
@@ -90,7 +96,7 @@ def fits(setting: str, method: str) -> bool:
 
 
 def configuration(args: argparse.Namespace) -> dict[str, object]:
-    """What results depend on, besides setting, method and seed."""
+    """Everything that a result depends on, except setting, method and seed."""
     return {
         "model": Path(args.model).resolve().name,
         "text": [Path(text).name for text in args.text],
@@ -104,7 +110,7 @@ def configuration(args: argparse.Namespace) -> dict[str, object]:
 
 
 def measure(args: argparse.Namespace, recipe: mspc.Recipe, out: Path) -> dict[str, object]:
-    artifact = mspc.compress(args.model, recipe, out=out, overwrite=True)
+    artifact = mspc.compress(args.model, recipe, out=out, progress=False)
     manifest = artifact.manifest
     results = [evaluate(artifact.path, text, args, args.model) for text in args.text]
     shutil.rmtree(out)
@@ -120,8 +126,8 @@ def measure(args: argparse.Namespace, recipe: mspc.Recipe, out: Path) -> dict[st
 
 def evaluate(path: str | Path, text: str, args: argparse.Namespace, against: str | None = None) -> mspc.Perplexity:
     return mspc.evaluate(
-        path, text, sequence_length=args.sequence_length, max_windows=args.max_windows, against=against
-    )  # fmt: skip
+        path, text, sequence_length=args.sequence_length, max_windows=args.max_windows, against=against, progress=False
+    )
 
 
 def gap(perplexities: list[float], dense: list[float]) -> float:
@@ -130,19 +136,10 @@ def gap(perplexities: list[float], dense: list[float]) -> float:
 
 def table_of(results: dict[str, dict], dense: list[float], args: argparse.Namespace) -> Table:
     table = Table(title=f"{Path(args.model).name}, dense perplexity {' / '.join(f'{d:.2f}' for d in dense)}")
-    for heading in (
-        "setting",
-        "method",
-        "perplexity",
-        "gap",
-        "spread",
-        "ratio",
-        "KL",
-        "sparsity",
-        "bits",
-        "seconds",
-    ):
-        table.add_column(heading, justify="left" if heading in ("setting", "method") else "right")
+    for heading in ("setting", "method"):
+        table.add_column(heading)
+    for heading in ("perplexity", "gap", "spread", "ratio", "KL", "sparsity", "bits", "seconds"):
+        table.add_column(heading, justify="right")
     for setting in args.settings:
         baseline = None
         for method in args.methods:
@@ -170,7 +167,7 @@ def table_of(results: dict[str, dict], dense: list[float], args: argparse.Namesp
 
 
 def plot(results: dict[str, dict], dense: list[float], args: argparse.Namespace) -> None:
-    """Gap against bits per weight of every method, and rounding alone as a line."""
+    """Gap against bits per weight of every method, with a line for quantization alone."""
     import matplotlib.pyplot as plt
 
     points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -186,10 +183,10 @@ def plot(results: dict[str, dict], dense: list[float], args: argparse.Namespace)
             setting: (runs[0][0], statistics.mean(value for _, value in runs))
             for setting, runs in points[method].items()
         }
-        rounded = [means[setting] for setting in ROUNDING if setting in means]
-        if rounded:
-            axes.plot(*zip(*rounded, strict=True), marker="s", color=color)
-        pruned = [point for setting, point in means.items() if setting not in ROUNDING]
+        quantized = [means[setting] for setting in QUANTIZATION if setting in means]
+        if quantized:
+            axes.plot(*zip(*quantized, strict=True), marker="s", color=color)
+        pruned = [point for setting, point in means.items() if setting not in QUANTIZATION]
         axes.scatter([bits for bits, _ in pruned], [value for _, value in pruned], color=color, label=method)
         if method == ANNOTATED:
             for setting, point in means.items():
@@ -198,7 +195,7 @@ def plot(results: dict[str, dict], dense: list[float], args: argparse.Namespace)
     axes.set(xlabel="bits per weight", ylabel="log(perplexity / dense)", yscale="log", xscale="log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_title(f"{Path(args.model).name}: lines with squares are rounding alone")
+    axes.set_title(f"{Path(args.model).name}: lines with squares are quantization alone")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(args.plot, dpi=110)
 
@@ -206,7 +203,7 @@ def plot(results: dict[str, dict], dense: list[float], args: argparse.Namespace)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--text", action="append", help="held-out text, repeatable [builtin]")
+    parser.add_argument("--text", action="append", help="test text, repeatable [builtin]")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="[all but search]")
@@ -224,7 +221,7 @@ def main() -> None:
     results = json.loads(args.results.read_text()) if args.results.exists() else {"of": configuration(args)}
     if results.get("of") != configuration(args):
         sys.exit(
-            f"{args.results} holds results of {results.get('of')}, not of {configuration(args)}; name another file."
+            f"{args.results} holds results of {results.get('of')}, not of {configuration(args)}. Name another file."
         )
     results.setdefault("dense", [evaluate(args.model, text, args).perplexity for text in args.text])
     for seed in range(args.seeds):
@@ -232,9 +229,7 @@ def main() -> None:
         for setting in args.settings:
             for method in args.methods:
                 key = f"{setting}|{method}|{seed}"
-                if key in results:
-                    continue
-                if not fits(setting, method):
+                if key in results or not fits(setting, method):
                     continue
                 recipe = mspc.Recipe(
                     **SETTINGS[setting],
@@ -245,6 +240,7 @@ def main() -> None:
                     seed=seed,
                 )
                 results[key] = measure(args, recipe, out)
+                print(f"{key}: {results[key]['seconds']:.1f} s", flush=True)
                 args.results.write_text(json.dumps(results, indent=1))
         shutil.rmtree(out.parent)
     Console(width=160).print(table_of(results, results["dense"], args))

@@ -2,17 +2,19 @@
 
     python benchmarks/speed.py examples/tiny_llama [MODEL...] [--random 300m] [--repeats 3] [--threads 2]
 
-The job: 50% unstructured sparsity of the matrices in the decoder blocks, the same in every one (but for `default`,
-which shares it out), from the same 128 x 256 calibration tokens, in float32 on the CPU. llm-compressor runs SparseGPT
-in an environment of its own, with what llmcompressor-requirements.txt names, made again only when that file changes.
-Every run is a process of its own with
-the same OMP_NUM_THREADS; the tools take turns, and the medians are compared.
+The job is 50% unstructured sparsity of the matrices in the decoder blocks, in float32 on the CPU. It uses the same
+128 x 256 calibration tokens for all. Every matrix gets the same sparsity, except with `default`, which allocates it.
+llm-compressor runs SparseGPT in an environment of its own, installed from llmcompressor-requirements.txt, and again if
+that file changes. Every run is a process of its own with the same OMP_NUM_THREADS. The tools take turns, and the
+medians are compared.
 
-`seconds` of mspc is the whole of `compress`: reading text and weights, pruning, writing the artifact. `seconds` of
-llm-compressor is the call of `oneshot` alone, with the model and the tokens in memory; loading and saving are in the
-JSON. `process` is from the start of a process to its end, imports too. `cpu` counts the seconds of all threads, which
-other work on the machine changes less. `gap` is log(perplexity / dense perplexity), a value a text; a random model has
-none. The exit code is 1 if a result is not what was asked for: other matrices, or another sparsity.
+    seconds  mspc: the whole of `compress`, with reading and writing. llm-compressor: the call of `oneshot` alone, with
+             model and tokens in memory; seconds of loading and saving are in the JSON.
+    process  from the start of the process to its end, with imports
+    cpu      seconds of all threads; other work on the machine changes them less
+    gap      log(perplexity / dense perplexity) of each text; a random model has none
+
+The exit code is 1 if a result has other matrices or another sparsity than the job.
 """
 
 import argparse
@@ -41,7 +43,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import mspc
 from mspc.model.hub import load_tokenizer
-from mspc.progress import Silent
 from mspc.text.tokens import calibration_tokens
 
 TIERS: dict[str, dict[str, Any]] = {
@@ -49,7 +50,7 @@ TIERS: dict[str, dict[str, Any]] = {
     "fast": {"effort": "fast"},
     "default": {"effort": "default"},
 }
-"""What mspc runs, as fields of a recipe. The first is the algorithm that llm-compressor runs."""
+"""Recipes of mspc. The first is the algorithm that llm-compressor runs."""
 
 BASELINE = "llm-compressor"
 SPARSITY, DAMPING, SEED = 0.5, 0.01, 0
@@ -74,7 +75,7 @@ RANDOM = {
     },
 }  # fmt: skip
 MSPC_JOB = "--mspc-job"
-"""First argument of this script where it is the process that runs mspc; the second is a file with the job."""
+"""First argument of this script in the process that runs mspc; the second argument is a file with the job."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ class Model:
 
 
 def environment(folder: Path) -> Path:
-    """The Python of llm-compressor's environment, installed anew unless it has the requirements as they are now."""
+    """The Python of llm-compressor's environment, which is installed if its requirements have changed."""
     stamp, python = folder / "requirements.txt", folder / "bin" / "python"
     wanted = REQUIREMENTS.read_text(encoding="utf-8")
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        sys.exit(f"{folder} is not a virtual environment; choose another --venv.")
+        sys.exit(f"{folder} is not a virtual environment. Choose another --venv.")
     shutil.rmtree(folder, ignore_errors=True)
     print(f"Installing {BASELINE} into {folder}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -102,7 +103,7 @@ def environment(folder: Path) -> Path:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(
-            f"{done.stderr[-2000:]}\npip could not install {REQUIREMENTS.name}. It needs a package index: check the "
+            f"{done.stderr[-2000:]}\npip could not install {REQUIREMENTS.name}. It needs a package index. Check the "
             f"network or pip's settings (`pip config list`), and run this again."
         )
     stamp.write_text(wanted, encoding="utf-8")
@@ -130,8 +131,8 @@ def prepare(args: argparse.Namespace, folder: Path, work: Path, *, is_random: bo
 
 
 def run_process(command: list[str], threads: int) -> tuple[dict[str, Any], float]:
-    """The JSON on the last line that it prints, and seconds from its start to its end."""
-    # Of this process's variables, these two would change which packages another Python finds.
+    """The JSON on the last line of output, and the seconds that the process took."""
+    # Another Python would look for its packages where these two variables say.
     hidden = () if command[0] == sys.executable else ("PYTHONPATH", "PYTHONHOME")
     variables = {name: value for name, value in os.environ.items() if name not in hidden}
     variables |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
@@ -167,18 +168,18 @@ def run_mspc(args: argparse.Namespace, tier: str, model: Model, out: Path) -> di
     report, seconds = run_process([sys.executable, str(Path(__file__).resolve()), MSPC_JOB, str(job)], args.threads)
     manifest = json.loads((out / "mspc.json").read_text())
     if manifest["calibration"]["sha256"] != model.calibration_sha256:
-        sys.exit("mspc calibrated on other tokens than those that llm-compressor was given.")
+        sys.exit("mspc and llm-compressor had different calibration tokens.")
     report["seconds"], report["achieved"] = manifest["seconds"], manifest["sparsity"]["achieved"]
     report["sparsity"] = {row["parameter"]: row["sparsity"] for row in manifest["matrices"]}
     return report | {"process_seconds": seconds}
 
 
 def mspc_job(file: Path) -> None:
-    """The process that runs mspc: what it prints, `run_mspc` reads."""
+    """Run a job of `run_mspc` in this process, and print the result for it."""
     job = json.loads(file.read_text())
-    recipe, compress = mspc.Recipe.from_dict(job["recipe"]), mspc.compress
+    recipe, compress = mspc.Recipe.from_dict(job["recipe"]), mspc.compress  # imported before the clock starts
     cpu = time.process_time()
-    compress(job["model"], recipe, out=job["out"], reporter=Silent())
+    compress(job["model"], recipe, out=job["out"], progress=False)
     cpu = time.process_time() - cpu
     threads = torch.get_num_threads()
     report = {"cpu_seconds": cpu, "dtype": recipe.dtype, "threads": threads, "peak_memory_bytes": peak_memory()}
@@ -186,28 +187,28 @@ def mspc_job(file: Path) -> None:
 
 
 def compare(args: argparse.Namespace, python: Path, model: Model, work: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The runs of every tool in turns, and the folder of the last result of each."""
+    """The runs of every tool, which take turns, and the folder of the last result of each."""
     runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in (BASELINE, *args.tiers)}
     folders = {tool: work / f"{model.name}-{tool.replace(' ', '-')}" for tool in runs}
     for repeat in range(args.repeats):
-        for tool, of_tool in runs.items():
+        for tool, own in runs.items():
             shutil.rmtree(folders[tool], ignore_errors=True)
             load = os.getloadavg()[0]
             if tool == BASELINE:
                 run = run_llmcompressor(args, python, model, folders[tool])
             else:
                 run = run_mspc(args, tool, model, folders[tool])
-            of_tool.append(run | {"load_average_before": load})
+            own.append(run | {"load_average_before": load})
             print(f"{model.name} {repeat + 1}/{args.repeats} {tool}: {run['seconds']:.1f} s", flush=True)
     return runs, folders
 
 
 def wrong(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> list[str]:
-    """What is not as it was asked for."""
+    """Descriptions of results that differ from the job."""
     found = []
     matrices = set(runs[args.tiers[0]][0]["sparsity"])
-    for tool, of_tool in runs.items():
-        for run in of_tool:
+    for tool, own in runs.items():
+        for run in own:
             if other := matrices ^ set(run["sparsity"]):
                 found.append(f"{tool}: pruned by one tool only: {', '.join(sorted(other))}")
             shares = {"all together": run["achieved"]} if "achieved" in run else run["sparsity"]
@@ -222,32 +223,32 @@ def wrong(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> li
 def rows_of(runs: dict[str, list[dict[str, Any]]], perplexities: dict[str, list[float]]) -> list[dict[str, Any]]:
     medians = ("seconds", "process_seconds", "cpu_seconds", "import_seconds", "load_seconds", "save_seconds")
     rows: list[dict[str, Any]] = []
-    for tool, of_tool in runs.items():
+    for tool, own in runs.items():
         row: dict[str, Any] = {"tool": tool}
-        row |= {name: statistics.median(run[name] for run in of_tool) for name in medians if name in of_tool[0]}
+        row |= {name: statistics.median(run[name] for run in own) for name in medians if name in own[0]}
         first = rows[0] if rows else row
         for name in ("seconds", "process_seconds", "cpu_seconds"):
             row[f"{name}_ratio"] = row[name] / first[name]
-        shares = [share for run in of_tool for share in run["sparsity"].values()]
-        row["sparsity"] = {"matrices": len(of_tool[0]["sparsity"]), "least": min(shares), "most": max(shares)}
-        row["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in of_tool)
-        row["dtype"], row["threads"] = of_tool[0]["dtype"], of_tool[0]["threads"]
+        shares = [share for run in own for share in run["sparsity"].values()]
+        row["sparsity"] = {"matrices": len(own[0]["sparsity"]), "least": min(shares), "most": max(shares)}
+        row["peak_memory_bytes"] = max(run["peak_memory_bytes"] for run in own)
+        row["dtype"], row["threads"] = own[0]["dtype"], own[0]["threads"]
         if tool in perplexities:
             row["perplexity"] = perplexities[tool]
             row["gap"] = [math.log(p / d) for p, d in zip(perplexities[tool], perplexities["dense"], strict=True)]
         hidden = ("sparsity", "versions", "dtype", "threads")
-        row["runs"] = [{name: value for name, value in run.items() if name not in hidden} for run in of_tool]
+        row["runs"] = [{name: value for name, value in run.items() if name not in hidden} for run in own]
         rows.append(row)
     return rows
 
 
 def shown(argument: str) -> str:
-    """An argument without where on this machine it is, if it is an absolute path."""
+    """An argument; only the name, if it is an absolute path."""
     return Path(argument).name if argument.startswith("/") else argument
 
 
 def evaluate(folder: Path, texts: list[str]) -> list[float]:
-    options: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "max_windows": MAX_WINDOWS, "reporter": Silent()}
+    options: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "max_windows": MAX_WINDOWS, "progress": False}
     return [mspc.evaluate(folder, text, **options).perplexity for text in texts]
 
 
@@ -305,7 +306,7 @@ def on_meta(folder: Path) -> torch.nn.Module:
 
 
 def benchmark(args: argparse.Namespace, python: Path, model: Model, work: Path) -> list[str]:
-    """Runs, shows and writes the comparison for one model; what was wrong with it."""
+    """Run, show and write the comparison for one model. Returns what was wrong with it."""
     runs, folders = compare(args, python, model, work)
     perplexities: dict[str, list[float]] = {}
     if not model.is_random:
@@ -321,15 +322,17 @@ def benchmark(args: argparse.Namespace, python: Path, model: Model, work: Path) 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*", help="checkpoint folders")
-    parser.add_argument("--random", nargs="+", default=[], choices=list(RANDOM), help="random Llamas of such sizes too")
+    parser.add_argument("--random", nargs="+", default=[], choices=list(RANDOM), help="sizes of random Llamas to add")
     parser.add_argument("--tiers", nargs="+", default=list(TIERS), choices=list(TIERS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--num-sequences", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--text", action="append", help="held-out text, repeatable [builtin]")
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences at once, of llm-compressor [its default]")
+    parser.add_argument("--text", action="append", help="test text, repeatable [builtin]")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="sequences per batch of llm-compressor [1, its default]"
+    )
     parser.add_argument("--venv", type=Path, default=HERE.parent / "out" / "llmcompressor-venv")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""The main job on the bundled model, offline: half of the weights to zero where it hurts least, the rest to 4 bits.
+"""Compress the bundled model to 3.25 bits per weight, offline, and show it next to the dense model.
 
 python examples/demo.py [--out out/demo]
 """
 
 import argparse
+import logging
 import time
 from pathlib import Path
 
@@ -13,35 +14,38 @@ from rich.table import Table
 import mspc
 
 MODEL = Path(__file__).parent / "tiny_llama"
-WINDOWS = 200
+# The default, 128 sequences, takes half as long again and gives a slightly better model.
+RECIPE = mspc.Recipe(bits_per_weight=3.25, group_size=64, num_sequences=16)
+WINDOWS = 50
 
 
-def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+def megabytes(folder: Path) -> str:
+    """Size of all weights in a folder."""
+    return f"{sum(file.stat().st_size for file in folder.rglob('*.safetensors')) / 1e6:.2f} MB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the artifact")
     args = parser.parse_args()
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("mspc").setLevel(logging.INFO)
     begin = time.monotonic()
-    artifact = mspc.compress(MODEL, mspc.Recipe(sparsity=0.5, bits=4), out=args.out, overwrite=True)
+    artifact = mspc.compress(MODEL, RECIPE, out=args.out, overwrite=True)
     dense = mspc.evaluate(MODEL, max_windows=WINDOWS)
-    compressed = mspc.evaluate(args.out, max_windows=WINDOWS)
+    compressed = mspc.evaluate(artifact, max_windows=WINDOWS)
     manifest = artifact.manifest
 
-    table = Table(title=f"{MODEL.name}: 50% of the weights zero, allocated by sensitivity, the others int4")
+    table = Table(title=f"{MODEL.name} at {RECIPE.bits_per_weight} bits per weight")
     for heading in ("", "dense", "compressed"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row(f"perplexity, {WINDOWS} test windows", f"{dense.perplexity:.3f}", f"{compressed.perplexity:.3f}")
-    table.add_row("sparsity of the pruned matrices", "0%", f"{manifest['sparsity']['achieved']:.2%}")
-    table.add_row("bits per weight of the pruned matrices", "16", f"{manifest['bits_per_weight']:.3f}")
-    sizes = [f"{weight_bytes(folder) / 1e6:.2f} MB" for folder in (MODEL, args.out)]
-    table.add_row("all weights, embeddings included", *sizes)
-    table.add_row("seconds to compress", "", f"{manifest['seconds']:.1f}")
-    table.add_row("seconds in all", "", f"{time.monotonic() - begin:.1f}")
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row(f"perplexity on {WINDOWS} test windows", f"{dense.perplexity:.2f}", f"{compressed.perplexity:.2f}")
+    table.add_row("bits per weight of the compressed matrices", "16", f"{manifest['bits_per_weight']:.3f}")
+    table.add_row("zeros in these matrices", "0%", f"{manifest['sparsity']['achieved']:.1%}")
+    table.add_row("size of all weights, embeddings included", megabytes(MODEL), megabytes(args.out))
     Console(width=100).print(table)
+    print(f"{manifest['seconds']:.0f} s to compress, {time.monotonic() - begin:.0f} s in all.")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python examples/train_tiny.py --out examples/tiny_llama --tokens 12000000
 
-The text is the calibration split of `mspc.text.builtin` read three times as often as the interpreter's own tests (where
-they are installed); modules of the test split are never seen, neither by the model nor by its tokenizer. About 75
-minutes on two CPU cores. Writes config, tokenizer, bf16 safetensors and `training.json` with what was measured.
+The text is the calibration split of `mspc.text.builtin`, three times, and the tests of the interpreter once, if they
+are installed. Neither the model nor its tokenizer sees modules of the test split. Training takes about 75 minutes on
+two CPU cores. It writes config, tokenizer, bf16 safetensors, and `training.json` with the test loss and two samples.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
 
 
 @torch.no_grad()
-def heldout_loss(model: LlamaForCausalLM, ids: torch.Tensor, windows: int) -> float:
+def mean_loss(model: LlamaForCausalLM, ids: torch.Tensor, windows: int) -> float:
     batches = ids[: windows * CONTEXT].view(-1, CONTEXT).split(16)
     total = sum(float(model(input_ids=b, labels=b, use_cache=False).loss) * len(b) for b in batches)
     return total / sum(len(b) for b in batches)
@@ -83,8 +83,8 @@ def main() -> None:
     documents = library * 3 + tests
     order.shuffle(documents)
     ids = encode(tokenizer, documents)
-    heldout = encode(tokenizer, builtin_text.documents("test"))
-    print(f"{len(ids):,} training tokens, {len(heldout):,} test tokens", flush=True)
+    test_ids = encode(tokenizer, builtin_text.documents("test"))
+    print(f"{len(ids):,} training tokens, {len(test_ids):,} test tokens", flush=True)
 
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -138,18 +138,18 @@ def main() -> None:
         if step % 100 == 0:
             print(f"step {step}/{steps} loss {loss.item():.3f} {time.time() - begin:.0f} s", flush=True)
         if step % 1000 == 999 or step == steps - 1:
-            save(args, model, tokenizer, step + 1, len(ids), heldout, time.time() - begin)
+            save(args, model, tokenizer, step + 1, len(ids), test_ids, time.time() - begin)
 
 
-def save(args, model, tokenizer, step, corpus_tokens, heldout, seconds) -> None:
+def save(args, model, tokenizer, step, corpus_tokens, test_ids, seconds) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    loss = heldout_loss(model, heldout, windows=400)
+    loss = mean_loss(model, test_ids, windows=400)
     record = {
         "python": platform.python_version(),
         "tokens_seen": step * args.batch * CONTEXT,
         "corpus_tokens": corpus_tokens,
-        "heldout_loss": round(loss, 4),
-        "heldout_perplexity": round(math.exp(loss), 3),
+        "test_loss": round(loss, 4),
+        "test_perplexity": round(math.exp(loss), 3),
         "seconds": round(seconds),
         "seed": args.seed,
         "samples": [sample(model, tokenizer, prompt) for prompt in PROMPTS],

@@ -170,7 +170,12 @@ def flatten(matrices: MatricesByBlock) -> list[Matrix]:
 
 @dataclass(frozen=True, slots=True)
 class PlannedMatrix:
-    """One matrix of a plan: its target, and the sensitivity by which the target was chosen (if any)."""
+    """One matrix of a plan: its target, and the sensitivity by which the target was chosen (if any).
+
+    Its meaning depends on the allocator. Curves, auto and search: the predicted loss of the target in nats per token.
+    Alpha: the exponent of the spectrum, where less is more sensitive. The others: a mean per weight, such as the mean
+    trace, or the share of outliers, where more is more sensitive.
+    """
 
     name: str
     shape: tuple[int, int]

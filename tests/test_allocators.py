@@ -10,10 +10,11 @@ from oracles import few
 
 from mspc.errors import InputError
 from mspc.numerics.masking import num_pruned
-from mspc.planning.allocation import allocate, check_plan, planned_sparsity, wants_curves, wants_sensitivity
-from mspc.planning.budget import exact_counts, exact_keeps, shifted
-from mspc.published.allocators import ALLOCATORS, NEEDS_SENSITIVITY, layer_trace_rank, trace_rank
+from mspc.planning.allocation import allocate, check_plan, planned_sparsity
+from mspc.planning.exact_sparsity import exact_counts, exact_keeps, shifted
+from mspc.published.allocators import ALLOCATORS, layer_trace_rank, trace_rank
 from mspc.recipe import Recipe
+from mspc.settings import SPREADS, Settings
 from mspc.types import NM, Grid, Matrix, Unstructured
 
 ALPHAS = [0.0, 0.05, 0.1, 0.5]
@@ -171,22 +172,24 @@ def test_no_matrix_goes_below_one_of_sixteen():
     assert exact_keeps([0.99] * 2, [64, 128], 0.99, 16) == [1, 1]
 
 
-def test_every_allocator_that_ranks_is_told_to_measure():
-    assert NEEDS_SENSITIVITY == {"trace-rank", "layer-trace-rank", "owl", "alpha"} < set(ALLOCATORS)
-    for allocator, wants in (("trace-rank", wants_sensitivity), ("curves", wants_curves)):
-        recipe = Recipe(allocator=allocator)
-        assert wants(recipe)
-        assert wants(replace(recipe, pattern="N:16"))
-        assert not wants(replace(recipe, pattern="2:4"))
-        assert not wants(replace(recipe, sparsity=0.0))
-        assert not wants(replace(recipe, allocator="uniform"))
-        assert not wants(replace(recipe, plan="plan.json"))
+def settings(**asked) -> Settings:
+    return Recipe(**asked).settings()
+
+
+def test_every_allocator_that_ranks_needs_a_measurement():
+    assert set(SPREADS) == {"trace-rank", "layer-trace-rank", "owl", "alpha"} == set(ALLOCATORS) - {"uniform"}
+    for allocator, needs in (("trace-rank", Settings.needs_sensitivity), ("curves", Settings.needs_curves)):
+        assert needs.fget(settings(allocator=allocator))
+        assert needs.fget(settings(allocator=allocator, pattern="N:16"))
+        for changes in ({"allocator": "uniform"}, {"pattern": "2:4"}, {"sparsity": 0.0}, {"plan": "plan.json"}):
+            assert not needs.fget(replace(settings(allocator=allocator), **changes))
 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.95])
 def test_a_plan_prunes_exactly_the_budget(allocator, sparsity):
-    plan = allocate(Recipe(sparsity=sparsity, allocator=allocator, bits=4), MODEL, SENSITIVITIES)
+    asked = replace(settings(allocator=allocator, bits=4), sparsity=sparsity)
+    plan = allocate(asked, MODEL, SENSITIVITIES)
     total = sum(matrix.numel for matrix in plan)
     assert sum(num_pruned(matrix.numel, matrix.target.pattern.sparsity) for matrix in plan) == round(sparsity * total)
     assert planned_sparsity(plan) == pytest.approx(sparsity, abs=0.5 / total)
@@ -196,7 +199,7 @@ def test_a_plan_prunes_exactly_the_budget(allocator, sparsity):
 
 
 def test_a_layer_is_one_sparsity_within_a_weight():
-    plan = allocate(Recipe(allocator="layer-trace-rank"), MODEL, SENSITIVITIES)
+    plan = allocate(settings(allocator="layer-trace-rank"), MODEL, SENSITIVITIES)
     for layer in (plan[:3], plan[3:]):
         shares = [matrix.target.pattern.sparsity for matrix in layer]
         assert max(shares) - min(shares) < 1 / 64 + 1e-9
@@ -204,30 +207,31 @@ def test_a_layer_is_one_sparsity_within_a_weight():
 
 
 def test_patterns_of_a_recipe():
-    assert {m.target.pattern for m in allocate(Recipe(pattern="2:4"), MODEL, {})} == {NM(2, 4)}
-    mixed = [m.target.pattern for m in allocate(Recipe(pattern="N:16", allocator="trace-rank"), MODEL, SENSITIVITIES)]
+    assert {m.target.pattern for m in allocate(settings(pattern="2:4"), MODEL, {})} == {NM(2, 4)}
+    ranked = allocate(settings(pattern="N:16", allocator="trace-rank"), MODEL, SENSITIVITIES)
+    mixed = [m.target.pattern for m in ranked]
     assert {pattern.of for pattern in mixed} == {16}
     assert len({pattern.keep for pattern in mixed}) > 1
     assert mixed[1].keep > mixed[2].keep  # 0.k is far more sensitive than 0.up
     numels = [m.numel for of_block in MODEL for m in of_block]
     assert sum(n * p.keep for n, p in zip(numels, mixed, strict=True)) == 8 * sum(numels)
-    assert {type(m.target.pattern) for m in allocate(Recipe(), MODEL, SENSITIVITIES)} == {Unstructured}
+    assert {type(m.target.pattern) for m in allocate(settings(), MODEL, SENSITIVITIES)} == {Unstructured}
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"),
+    ("asked", "message"),
     [
-        (Recipe(pattern="3:5"), r"0\.q: the pattern 3:5 needs in features divisible by 5, got 16"),
-        (Recipe(bits=4, group_size=12), r"0\.q: group size 12 does not divide its 16 in features"),
+        ({"pattern": "3:5"}, r"0\.q: the pattern 3:5 needs in features divisible by 5, got 16"),
+        ({"bits": 4, "group_size": 12}, r"0\.q: group size 12 does not divide its 16 in features"),
     ],
 )
-def test_what_does_not_divide_is_named(recipe, message):
+def test_what_does_not_divide_is_named(asked, message):
     with pytest.raises(InputError, match=message):
-        check_plan(allocate(recipe, MODEL, {}))
+        check_plan(allocate(settings(**asked), MODEL, {}))
 
 
 def test_what_divides_passes():
-    check_plan(allocate(Recipe(pattern="4:8", bits=4, group_size=None), MODEL, {}))
+    check_plan(allocate(settings(pattern="4:8", bits=4, group_size="row"), MODEL, {}))
 
 
 def test_counts_are_exact_at_the_size_of_a_large_model():

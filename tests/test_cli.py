@@ -22,7 +22,7 @@ import mspc
 from mspc.cli.main import app
 from mspc.errors import MspcError
 from mspc.pipeline import run as pipeline
-from mspc.planning import planner as planning
+from mspc.planning.measurements import Measurements
 from mspc.recipe import Recipe
 
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
@@ -270,7 +270,7 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
 )
 def test_what_is_wrong_is_said_before_any_work(options, message, compress, tmp_path, monkeypatch):
     for measure in ("sensitivities", "fisher_factors", "loss_curves"):
-        monkeypatch.setattr(planning, measure, lambda *args: pytest.fail("measured"))
+        monkeypatch.setattr(Measurements, measure, lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(pipeline, "solve_blocks", lambda *args, **kwargs: pytest.fail("solved"))
     assert message in refused(*compress(tmp_path / "out", *options))
     assert not (tmp_path / "out").exists()

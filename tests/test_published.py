@@ -2,7 +2,6 @@
 on weights and inputs that transformers gives."""
 
 import math
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,21 +16,13 @@ from oracles import few, problem
 import mspc
 from mspc.errors import InputError
 from mspc.numerics.masking import num_pruned
-from mspc.planning.allocation import allocate, half_width, wants_sensitivity
-from mspc.planning.budget import exact_counts
-from mspc.planning.measurements import measure_of
-from mspc.progress import Silent
-from mspc.published.allocators import (
-    ALLOCATORS,
-    HALF_WIDTHS,
-    NEEDS_SENSITIVITY,
-    OWN_MEASURES,
-    alpha_pruning,
-    owl,
-)
+from mspc.planning.allocation import allocate
+from mspc.planning.exact_sparsity import exact_counts
+from mspc.published.allocators import alpha_pruning, owl
 from mspc.published.heavy_tail import spectrum, tail_exponent
 from mspc.published.outliers import outlier_share
 from mspc.recipe import Recipe
+from mspc.settings import SPREADS
 from mspc.text.tokens import calibration_tokens
 from mspc.types import Matrix
 
@@ -71,8 +62,8 @@ def test_more_outliers_and_heavier_tails_are_denser():
 @pytest.mark.parametrize("name", BY_BLOCK)
 def test_blocks_that_do_not_differ_get_the_budget(name):
     """One block, and blocks with equal values."""
-    assert BY_BLOCK[name]([0.0, 0.0], [4, 4], 0.37, HALF_WIDTHS[name]) == pytest.approx([0.37, 0.37])
-    assert BY_BLOCK[name]([2.0, 2.0, 2.0], [0, 1, 1], 0.37, HALF_WIDTHS[name]) == pytest.approx([0.37] * 3)
+    assert BY_BLOCK[name]([0.0, 0.0], [4, 4], 0.37, SPREADS[name]) == pytest.approx([0.37, 0.37])
+    assert BY_BLOCK[name]([2.0, 2.0, 2.0], [0, 1, 1], 0.37, SPREADS[name]) == pytest.approx([0.37] * 3)
 
 
 @few
@@ -98,7 +89,7 @@ def test_a_plan_of_unequal_blocks_is_exact_and_flat_within_a_block(allocator, sp
     sizes = [[(8, 16)], [(8, 32), (16, 16)], [(4, 8), (8, 8)]]
     matrices = [[Matrix(f"{b}.{i}.weight", shape) for i, shape in enumerate(of)] for b, of in enumerate(sizes)]
     measured = {"0.0": 1.5, "1.0": 2.0, "1.1": 2.5, "2.0": 4.0, "2.1": 4.5}
-    plan = allocate(Recipe(sparsity=sparsity, allocator=allocator), matrices, measured)
+    plan = allocate(Recipe(sparsity=sparsity, allocator=allocator).settings(), matrices, measured)
     pruned = [num_pruned(matrix.numel, matrix.target.pattern.sparsity) for matrix in plan]
     assert sum(pruned) == round(sparsity * (128 + 512 + 96))
     shares = [count / matrix.numel for count, matrix in zip(pruned, plan, strict=True)]
@@ -107,24 +98,16 @@ def test_a_plan_of_unequal_blocks_is_exact_and_flat_within_a_block(allocator, sp
     assert max(shares) - min(shares) > 0.1
 
 
-# What an allocator goes by, and its half-width
-
-
-def test_every_allocator_has_a_half_width_but_uniform():
-    assert set(HALF_WIDTHS) == set(ALLOCATORS) - {"uniform"}
-    assert {"alpha", "owl"} == set(OWN_MEASURES) < NEEDS_SENSITIVITY
-    assert half_width(Recipe(allocator="owl")) == HALF_WIDTHS["owl"] == 0.08
-    assert half_width(Recipe(allocator="owl", alpha=0.0)) == 0
-    assert half_width(Recipe()) is half_width(Recipe(allocator="uniform")) is None
-
-
-def test_the_allocator_decides_what_is_measured():
-    assert measure_of(Recipe(allocator="owl", sensitivity="fisher")) == "outliers"
-    assert measure_of(Recipe(allocator="alpha")) == "exponents"
-    assert measure_of(Recipe(allocator="trace-rank", sensitivity="fisher")) == "fisher"
-    assert wants_sensitivity(Recipe(allocator="owl"))
-    assert wants_sensitivity(Recipe(allocator="alpha", pattern="N:16"))
-    assert not wants_sensitivity(Recipe(allocator="owl", pattern="2:4"))
+def test_the_allocator_decides_what_is_measured_and_its_alpha():
+    for asked, measure, alpha in (
+        ({"allocator": "owl"}, "outliers", 0.08),
+        ({"allocator": "owl", "alpha": 0.0}, "outliers", 0.0),
+        ({"allocator": "alpha"}, "exponents", 0.2),
+        ({"allocator": "trace-rank", "sensitivity": "fisher"}, "fisher", 0.1),
+        ({"allocator": "uniform"}, "hutchinson", None),
+    ):
+        settings = Recipe(**asked).settings()
+        assert (settings.measure, settings.alpha) == (measure, alpha)
 
 
 # Outliers
@@ -235,7 +218,7 @@ def test_owl_on_a_model(uneven, calibration, tmp_path):
     """Oracle: hooks on the transformers model, and loops over all weights of a block."""
     asked = recipe(calibration, allocator="owl", sparsity=0.7)
     kept = tmp_path / "kept"
-    artifact = mspc.compress(uneven, asked, out=tmp_path / "out", measurements=kept, reporter=Silent())
+    artifact = mspc.compress(uneven, asked, out=tmp_path / "out", measurements=kept, progress=False)
     rows = artifact.manifest["matrices"]
     ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 4, tiny.LENGTH, seed=0).ids
     expected = expected_outliers(uneven, ids)
@@ -244,15 +227,12 @@ def test_owl_on_a_model(uneven, calibration, tmp_path):
     sparsities = [row["sparsity"] for row in rows]
     assert sparsities == pytest.approx([0.78] * 7 + [0.62] * 7, abs=2e-3)
     assert artifact.manifest["sparsity"]["achieved"] == pytest.approx(0.7, abs=1e-4)
-    assert tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())["alpha"] == 0.08
+    assert artifact.manifest["settings"]["alpha"] == 0.08
     (file,) = kept.iterdir()
     before = file.stat().st_mtime_ns
-    mspc.compress(
-        uneven, replace(asked, sparsity=0.3, sensitivity="gram"), out=tmp_path / "b", measurements=kept,
-        reporter=Silent(),
-    )  # fmt: skip
+    mspc.compress(uneven, replace(asked, sparsity=0.3), out=tmp_path / "b", measurements=kept, progress=False)
     assert [(path, path.stat().st_mtime_ns) for path in kept.iterdir()] == [(file, before)]
-    mspc.compress(uneven, replace(asked, seed=1), out=tmp_path / "c", measurements=kept, reporter=Silent())
+    mspc.compress(uneven, replace(asked, seed=1), out=tmp_path / "c", measurements=kept, progress=False)
     assert len(list(kept.iterdir())) == 2  # other text
 
 
@@ -260,7 +240,7 @@ def test_alpha_pruning_on_a_model(uneven, calibration, tmp_path):
     """Oracle: numpy on the weights that transformers loads. No text decides anything: other text finds them."""
     asked = recipe(calibration, allocator="alpha", sparsity=0.5)
     kept = tmp_path / "kept"
-    artifact = mspc.compress(uneven, asked, out=tmp_path / "out", measurements=kept, reporter=Silent())
+    artifact = mspc.compress(uneven, asked, out=tmp_path / "out", measurements=kept, progress=False)
     rows = artifact.manifest["matrices"]
     model = tiny.reference(uneven)
     exponents = [
@@ -272,8 +252,8 @@ def test_alpha_pruning_on_a_model(uneven, calibration, tmp_path):
     expected = [0.6] * 7 + [0.4] * 7 if first > second else [0.4] * 7 + [0.6] * 7
     assert [row["sparsity"] for row in rows] == pytest.approx(expected, abs=2e-3)
     assert artifact.manifest["sparsity"]["achieved"] == 0.5
-    assert tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())["alpha"] == 0.2
-    mspc.compress(uneven, replace(asked, seed=1), out=tmp_path / "b", measurements=kept, reporter=Silent())
+    assert artifact.manifest["settings"]["alpha"] == 0.2
+    mspc.compress(uneven, replace(asked, seed=1), out=tmp_path / "b", measurements=kept, progress=False)
     assert len(list(kept.iterdir())) == 1
 
 
@@ -285,8 +265,8 @@ def test_a_matrix_without_a_tail_is_named(calibration, tmp_path):
     source = tiny.save(model, tmp_path / "source")
     asked = recipe(calibration, allocator="alpha")
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: its eigenvalues have no power law"):
-        mspc.compress(source, asked, out=tmp_path / "out", reporter=Silent())
-    mspc.compress(source, replace(asked, skip=(r"1\.mlp\.up",)), out=tmp_path / "other", reporter=Silent())
+        mspc.compress(source, asked, out=tmp_path / "out", progress=False)
+    mspc.compress(source, replace(asked, skip=(r"1\.mlp\.up",)), out=tmp_path / "other", progress=False)
 
 
 @pytest.mark.parametrize("allocator", ["owl", "alpha"])
@@ -294,7 +274,7 @@ def test_weights_that_are_stored_transposed(allocator, folder_of, calibration, t
     """Oracle: the same loops and numpy on GPT-2, whose weights are (I, O)."""
     source = folder_of("gpt2")
     asked = recipe(calibration, allocator=allocator)
-    rows = mspc.compress(source, asked, out=tmp_path / "out", reporter=Silent()).manifest["matrices"]
+    rows = mspc.compress(source, asked, out=tmp_path / "out", progress=False).manifest["matrices"]
     model = tiny.reference(source)
     weights = [model.get_submodule(row["name"]).weight.detach().T for row in rows]
     if allocator == "owl":

@@ -23,13 +23,13 @@ from mspc.planning.allocation import cheapest_levels, planned_levels
 from mspc.planning.curve import Curve
 from mspc.planning.curve_measurement import SPARSITIES
 from mspc.planning.evolution import Space, evolve
-from mspc.planning.measurements import fisher_factors
+from mspc.planning.measurements import Measurements
 from mspc.planning.plan_file import write_plan
-from mspc.planning.search import Found, dense_predictions, judge_of, make_weights, search
+from mspc.planning.search import SearchResult, dense_predictions, judge_of, make_weights, search
 from mspc.progress import Silent
 from mspc.recipe import Recipe
 from mspc.text.tokens import calibration_tokens
-from mspc.types import Matrix, PlannedMatrix
+from mspc.types import Matrix, PlannedMatrix, flatten
 
 CPU = torch.device("cpu")
 SHORT = {
@@ -44,13 +44,13 @@ TWO = (r"layers\.0", "mlp", "[kv]_proj")
 
 
 def counting_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time that passes by a second whenever it is asked for: how far a search gets is then the same every time."""
+    """A clock that advances one second per call, so that a search is the same every time."""
     seconds = iter(range(10**6))
     monkeypatch.setattr(searching.time, "monotonic", lambda: float(next(seconds)))
 
 
-def divergence_of(artifact: mspc.Artifact, model, held_out: torch.Tensor) -> float:
-    *_, result = measure(open_model(artifact.path, device=CPU), held_out, model)
+def divergence_of(artifact: mspc.Artifact, model, validation: torch.Tensor) -> float:
+    *_, result = measure(open_model(artifact.path, device=CPU), validation, model)
     return result.divergence
 
 
@@ -59,24 +59,27 @@ class Tiny:
 
     def __init__(self, folder, skip=(), **recipe) -> None:
         self.recipe = Recipe(skip=skip, **SHORT | recipe).settings()
-        self.model, self.ids, self.held_out = open_model(folder, device=CPU), tiny.ids(8), tiny.ids(3, seed=1)
-        self.matrices = self.model.matrices(skip)
-        self.flat = [matrix for of_block in self.matrices for matrix in of_block]
-        self.fisher = fisher_factors(self.model, self.ids, self.matrices, self.recipe, {}, None, Silent())
+        self.model, self.validation = open_model(folder, device=CPU), tiny.ids(3, seed=1)
+        self.flat = flatten(self.model.matrices(skip))
+        self.use(tiny.ids(8))
+
+    def use(self, ids) -> None:
+        """Measure and solve on these ids (N, T)."""
+        matrices = self.model.matrices(self.recipe.skip)
+        self.measurements = Measurements(self.model, ids, matrices, self.recipe, {}, None, Silent())
+        self.fisher = self.measurements.fisher_factors()
 
     def weights(self, plan, window):
-        return make_weights(
-            self.model, self.ids, self.matrices, self.fisher, plan, window, self.recipe, lambda name: False
-        )
+        return make_weights(self.measurements, self.fisher, plan, window, lambda name: False)
 
     def divergence(self, plan) -> float:
-        """Of a plan in a walk of its own."""
-        dense, weights = dense_predictions(self.model, self.held_out), self.weights(plan, 0)
+        """The divergence of a plan in a walk of its own."""
+        dense, weights = dense_predictions(self.model, self.validation), self.weights(plan, 0)
         with torch.no_grad(), self.model.whole():
-            return judge_of(self.model, self.held_out, dense, self.flat, weights)(plan, range(len(self.held_out)))
+            return judge_of(self.model, self.validation, dense, self.flat, weights)(plan, range(len(self.validation)))
 
-    def search(self, start) -> Found:
-        return search(self.model, self.ids, self.held_out, self.matrices, self.fisher, start, self.recipe, Silent())
+    def search(self, start) -> SearchResult:
+        return search(self.measurements, self.validation, self.fisher, start)
 
 
 # Evolution
@@ -121,7 +124,7 @@ def test_evolution_finds_the_best_plan(seed):
 
 
 def test_evolution_judges_on_all_sequences_in_the_end():
-    """What is better on some sequences only takes nobody's place; known plans are never judged."""
+    """A plan that is better on some sequences only replaces no parent. Known plans are never judged."""
     asked = []
 
     def judge(plan, sequences):
@@ -176,12 +179,11 @@ def test_the_first_plan_is_the_cheapest_in_sixteenths(costs, sparsity):
 def test_levels_are_what_the_run_itself_makes(family, recipe, folder_of, calibration, tmp_path):
     """Oracle: the artifact of a run by the same plan, and its divergence by `mspc.passes.perplexity`."""
     folder = folder_of(family)
-    of = Tiny(folder, **recipe)
-    model, plan = of.model, tuple(random.Random(0).choices(range(4, 12), k=len(of.flat)))
-    of.ids = calibration_tokens(load_tokenizer(folder), str(calibration), 8, tiny.LENGTH, 0).ids
-    of.fisher = fisher_factors(model, of.ids, of.matrices, of.recipe, {}, None, Silent())
-    targets = [searching.target_of(of.recipe, level) for level in plan]
-    rows = [PlannedMatrix(m.name, m.shape, t) for m, t in zip(of.flat, targets, strict=True)]
+    case = Tiny(folder, **recipe)
+    model, plan = case.model, tuple(random.Random(0).choices(range(4, 12), k=len(case.flat)))
+    case.use(calibration_tokens(load_tokenizer(folder), str(calibration), 8, tiny.LENGTH, 0).ids)
+    targets = [searching.target_of(case.recipe, level) for level in plan]
+    rows = [PlannedMatrix(m.name, m.shape, t) for m, t in zip(case.flat, targets, strict=True)]
     write_plan(tmp_path / "plan.json", rows)
     values = SHORT | {"plan": str(tmp_path / "plan.json"), "calibration": str(calibration)} | recipe
     for decided in ("sparsity", "pattern", "allocator", "search_minutes", "bits", "group_size"):
@@ -189,18 +191,18 @@ def test_levels_are_what_the_run_itself_makes(family, recipe, folder_of, calibra
     artifact = mspc.compress(folder, Recipe(**values), out=tmp_path / "out", progress=False)
     assert artifact.manifest["allocation"] == {"chosen": None, "tried": {}}  # a given plan leaves nothing to search
     pruned = open_model(artifact.path, device=CPU)
-    for matrix, weights in zip(of.flat, of.weights(plan, 1), strict=True):
-        own = plan[of.flat.index(matrix)]
+    for matrix, weights in zip(case.flat, case.weights(plan, 1), strict=True):
+        own = plan[case.flat.index(matrix)]
         assert list(weights) == [own - 1, own, own + 1]
         assert torch.equal(weights[own], matrix.read(pruned.read_parameter(matrix.parameter)))
-    assert of.divergence(plan) == pytest.approx(divergence_of(artifact, model, of.held_out), rel=1e-4)
+    assert case.divergence(plan) == pytest.approx(divergence_of(artifact, model, case.validation), rel=1e-4)
 
 
 def test_a_judge_puts_back_what_it_installed(llama):
-    of = Tiny(llama, skip=TWO)
-    weights, dense = of.weights((8, 8), 1), dense_predictions(of.model, of.held_out)
-    with torch.no_grad(), of.model.whole():
-        judge = judge_of(of.model, of.held_out, dense, of.flat, weights)
+    case = Tiny(llama, skip=TWO)
+    weights, dense = case.weights((8, 8), 1), dense_predictions(case.model, case.validation)
+    with torch.no_grad(), case.model.whole():
+        judge = judge_of(case.model, case.validation, dense, case.flat, weights)
         first, other, again = (judge(plan, [0, 2]) for plan in ((8, 8), (9, 7), (8, 8)))
         each = [judge((8, 8), [n]) for n in (0, 2)]
     assert first == again != other
@@ -213,11 +215,11 @@ def test_a_judge_puts_back_what_it_installed(llama):
 def test_search_finds_the_best_plan_of_two_matrices(llama, monkeypatch):
     """Oracle: every plan, each in a walk of its own."""
     counting_clock(monkeypatch)
-    of = Tiny(llama, skip=TWO, search_minutes=1.0)
-    assert len(of.flat) == 2
-    reached = {(level, 16 - level): of.divergence((level, 16 - level)) for level in range(2, 15)}
+    case = Tiny(llama, skip=TWO, search_minutes=1.0)
+    assert len(case.flat) == 2
+    reached = {(level, 16 - level): case.divergence((level, 16 - level)) for level in range(2, 15)}
     start = max(reached, key=lambda plan: reached[plan])
-    found = of.search(start)
+    found = case.search(start)
     assert found.levels == min(reached, key=lambda plan: reached[plan])
     assert found.divergence == pytest.approx(min(reached.values()))
     assert found.first == pytest.approx(reached[start])
@@ -227,24 +229,24 @@ def test_search_is_the_same_again_and_never_worse(llama, monkeypatch):
     results = []
     for _ in range(2):
         counting_clock(monkeypatch)
-        of = Tiny(llama, skip=(r"layers\.0",), search_minutes=0.7)
-        results.append(of.search((8,) * len(of.flat)))
+        case = Tiny(llama, skip=(r"layers\.0",), search_minutes=0.7)
+        results.append(case.search((8,) * len(case.flat)))
     assert results[0] == results[1]
     assert results[0].divergence < results[0].first
-    assert results[0].divergence == pytest.approx(of.divergence(results[0].levels))
+    assert results[0].divergence == pytest.approx(case.divergence(results[0].levels))
     assert results[0].generations > searching.GENERATIONS
 
 
 def test_time_that_is_up_at_once_leaves_the_first_plan(llama, monkeypatch):
     counting_clock(monkeypatch)
-    of = Tiny(llama, search_minutes=1 / 60)
-    found = of.search((8,) * len(of.flat))
-    assert (found.levels, found.generations, found.divergence) == ((8,) * len(of.flat), 0, found.first)
+    case = Tiny(llama, search_minutes=1 / 60)
+    found = case.search((8,) * len(case.flat))
+    assert (found.levels, found.generations, found.divergence) == ((8,) * len(case.flat), 0, found.first)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "N:16"])
 def test_a_run_by_search_has_its_budget_and_its_plan_makes_it_again(pattern, llama, calibration, tmp_path):
-    """Oracles: the counts, the files of the run by --plan, and the divergence on the text held out."""
+    """Oracles: the counts, the files of the run by --plan, and the divergence on the validation text."""
     outs = tmp_path / "out", tmp_path / "again"
     given = ["--sparsity", 0.5, "--pattern", pattern, "--calibration", calibration, "--num-sequences", 8]
     given += ["--sequence-length", tiny.LENGTH, "--iterations", 4, "--allocator", "search", "--search-minutes", 0.03]
@@ -262,14 +264,14 @@ def test_a_run_by_search_has_its_budget_and_its_plan_makes_it_again(pattern, lla
     assert sum(row["pruned"] for row in rows) == sum(row["shape"][0] * row["shape"][1] for row in rows) // 2
     assert again["files"] == manifest["files"]
     assert again["matrices"] == rows
-    held_out = calibration_tokens(load_tokenizer(llama), str(calibration), 9, tiny.LENGTH, 0).ids[8:]
-    reached = divergence_of(mspc.Artifact(outs[0]), open_model(llama, device=CPU), held_out)
+    validation = calibration_tokens(load_tokenizer(llama), str(calibration), 9, tiny.LENGTH, 0).ids[8:]
+    reached = divergence_of(mspc.Artifact(outs[0]), open_model(llama, device=CPU), validation)
     assert reached == pytest.approx(allocation["tried"]["search"], rel=1e-3)
 
 
 def test_memory_that_is_short_is_said_before_any_work(llama, calibration, tmp_path, monkeypatch):
     """Oracle: the model's parameters, five levels of its matrices, and the predictions for one sequence, by hand."""
-    monkeypatch.setattr(mspc.planning.planner, "fisher_factors", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(Measurements, "fisher_factors", lambda *_: pytest.fail("measured"))
     model = tiny.reference(llama)
     numel = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight"))
     numbers = (2 * searching.WINDOW + 1) * numel + sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Trying plans: divergences against plain transformers models with the same weights, and what is made of them."""
+"""Validating plans: divergences against plain transformers models with the same weights, and what is made of them."""
 
 import json
 
@@ -18,9 +18,9 @@ from mspc.planning import planner as planning
 from mspc.planning.allocation import allocate, allocate_bytes, candidates, planned_sparsity
 from mspc.planning.curve import Curve
 from mspc.planning.curve_measurement import SPARSITIES
-from mspc.planning.measurements import fisher_factors
+from mspc.planning.measurements import Measurements
 from mspc.planning.solver_options import solver_options
-from mspc.planning.validation import try_plans
+from mspc.planning.validation import validate_plans
 from mspc.progress import Silent
 from mspc.recipe import Recipe
 from mspc.solvers.admm import error_path
@@ -41,7 +41,7 @@ def divergence(dense: torch.nn.Module, other: torch.nn.Module, ids: Tensor) -> f
 
 
 def curves_like(sizes: list[float]) -> dict[str, Curve]:
-    """size * s^3, and rounding that costs ever more with fewer bits."""
+    """size * s^3, and quantization that costs more with fewer bits."""
     return {
         name: Curve(
             SPARSITIES,
@@ -52,40 +52,42 @@ def curves_like(sizes: list[float]) -> dict[str, Curve]:
     }
 
 
-def test_divergences_are_those_of_models_with_the_stand_in_weights(llama):
+def test_divergences_are_those_of_models_with_the_approximate_weights(llama):
     """Oracle: transformers with the weights replaced, one plan each; the second skips block 0."""
-    model, ids, held_out = open_model(llama, device=CPU), tiny.ids(4), tiny.ids(3, seed=1)
+    model, ids, validation = open_model(llama, device=CPU), tiny.ids(4), tiny.ids(3, seed=1)
     recipe = Recipe().settings()
     for skip in ((), ("layers.0",)):
         matrices = model.matrices(skip)
         flat = [matrix for of_block in matrices for matrix in of_block]
-        fisher = fisher_factors(model, ids, matrices, recipe, {}, None, Silent())
+        fisher = Measurements(model, ids, matrices, recipe, {}, None, Silent()).fisher_factors()
         plans = {
             name: [PlannedMatrix(m.name, m.shape, Target(Unstructured(sparsity), Grid(4, 16))) for m in flat]
             for name, sparsity in (("dense", 0.0), ("half", 0.5))
         }
-        tried = try_plans(DenseWalk(model, ids, matrices), held_out, fisher, plans, solver_options(recipe), Silent())
+        tried = validate_plans(
+            DenseWalk(model, ids, matrices), validation, fisher, plans, solver_options(recipe), Silent()
+        )
         dense, pruned = tiny.reference(llama), tiny.reference(llama)
         for visit in walk(model, batches_of(model, ids), matrices):
             form = quadratic(visit.weight, visit.stats, fisher[visit.matrix.name], recipe.damp, "q")
             weight, _ = next(error_path(form, [Unstructured(0.5)]))
             pruned.get_parameter(visit.matrix.parameter).copy_(weight)
-        assert tried["dense"] == pytest.approx(0.0, abs=1e-6)  # all have one grid, so nothing is rounded
-        assert tried["half"] == pytest.approx(divergence(dense, pruned, held_out), rel=1e-3)
+        assert tried["dense"] == pytest.approx(0.0, abs=1e-6)  # all have one grid, so nothing is quantized
+        assert tried["half"] == pytest.approx(divergence(dense, pruned, validation), rel=1e-3)
         assert tried["half"] > 1e-3
 
 
-def test_where_plans_differ_in_bits_the_weights_are_rounded(llama):
-    model, ids = open_model(llama, device=CPU), tiny.ids(4)
+def test_weights_are_quantized_if_plans_differ_in_bits(llama):
+    model, ids, recipe = open_model(llama, device=CPU), tiny.ids(4), Recipe().settings()
     matrices = model.matrices(())
     flat = [matrix for of_block in matrices for matrix in of_block]
-    fisher = fisher_factors(model, ids, matrices, Recipe().settings(), {}, None, Silent())
+    fisher = Measurements(model, ids, matrices, recipe, {}, None, Silent()).fisher_factors()
     plans = {
         str(bits): [PlannedMatrix(m.name, m.shape, Target(Unstructured(0.0), Grid(bits, 16))) for m in flat]
         for bits in (8, 4, 2)
     }
-    options = solver_options(Recipe().settings())
-    tried = try_plans(DenseWalk(model, ids, matrices), tiny.ids(3, seed=1), fisher, plans, options, Silent())
+    options = solver_options(recipe)
+    tried = validate_plans(DenseWalk(model, ids, matrices), tiny.ids(3, seed=1), fisher, plans, options, Silent())
     assert 0 < 10 * tried["8"] < tried["4"] < tried["2"] / 4
 
 
@@ -103,7 +105,7 @@ def test_candidates_have_one_size_and_come_from_uniform_and_curves(sparsity):
         assert less == pytest.approx(0.75 * whole, abs=1 / matrix.numel + 1e-2)
 
 
-def test_hopeless_and_equal_plans_are_not_tried():
+def test_hopeless_and_equal_plans_are_not_validated():
     recipe = Recipe(sparsity=0.5).settings()
     steep = candidates(recipe, MODEL, curves_like([1e6, 1.0, 1e3, 1.0]))
     assert list(steep) == ["curves"]  # a quarter of the way back to uniform costs more than twice as much
@@ -134,7 +136,7 @@ def test_the_plan_that_did_best_is_used_and_recorded(best, llama, calibration, t
         seen.update(validation=validation, plans=plans)
         return {name: float(name != best) for name in plans}
 
-    monkeypatch.setattr(planning, "try_plans", tried)
+    monkeypatch.setattr(planning, "validate_plans", tried)
     recipe = Recipe(calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH)
     artifact = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False)
     assert artifact.manifest["allocation"]["chosen"] == best
@@ -158,17 +160,17 @@ def test_without_validation_text_the_lowest_predicted_loss_decides_and_a_note_sa
     assert "too little text to validate plans" in caplog.text
 
 
-def test_divergence_of_an_evaluation(llama, heldout, tmp_path):
+def test_divergence_of_an_evaluation(llama, calibration, tmp_path):
     """Oracle: both models whole in transformers."""
     other = tiny.build(tmp_path / "other", "llama", seed=3)
-    result = mspc.evaluate(other, str(heldout), sequence_length=tiny.LENGTH, against=llama, progress=False)
-    ids = torch.tensor(load_tokenizer(llama)(heldout.read_text())["input_ids"])
+    result = mspc.evaluate(other, str(calibration), sequence_length=tiny.LENGTH, against=llama, progress=False)
+    ids = torch.tensor(load_tokenizer(llama)(calibration.read_text())["input_ids"])
     windows = ids[: result.windows * tiny.LENGTH].view(-1, tiny.LENGTH)
     expected = divergence(tiny.reference(llama), tiny.reference(other), windows)
     assert result.divergence == pytest.approx(expected, rel=1e-4)
-    same = mspc.evaluate(llama, str(heldout), sequence_length=tiny.LENGTH, against=llama, progress=False)
+    same = mspc.evaluate(llama, str(calibration), sequence_length=tiny.LENGTH, against=llama, progress=False)
     assert same.divergence == 0
-    assert mspc.evaluate(llama, str(heldout), sequence_length=tiny.LENGTH, progress=False).divergence is None
+    assert mspc.evaluate(llama, str(calibration), sequence_length=tiny.LENGTH, progress=False).divergence is None
     deeper = tiny.build(tmp_path / "deeper", "llama", num_hidden_layers=3)
     with pytest.raises(InputError, match="differ in blocks or vocabulary"):
-        mspc.evaluate(deeper, str(heldout), sequence_length=tiny.LENGTH, against=llama, progress=False)
+        mspc.evaluate(deeper, str(calibration), sequence_length=tiny.LENGTH, against=llama, progress=False)

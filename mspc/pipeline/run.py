@@ -26,7 +26,7 @@ from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
 from mspc.planning.allocation import allocate, check_plan, planned_sparsity
 from mspc.planning.plan_file import read_plan, write_plan
-from mspc.planning.planner import Chosen, Planner, mixture_lines
+from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
@@ -167,10 +167,10 @@ class Run:
         if journal.entries:  # the plan is committed first
             return read_plan(file, flatten(planner.matrices))
         given = self.given_plan(planner.matrices)
-        chosen = Chosen(given) if given else planner.plan(model, fisher)
+        chosen = PlanChoice(given) if given else planner.plan(model, fisher)
         plan = chosen.plan
         write_plan(file, self.checked(plan))
-        how = {"chosen": chosen.name, "tried": chosen.tried, **chosen.took}
+        how = {"chosen": chosen.name, "tried": chosen.divergences, **chosen.search}
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:

@@ -1,1 +1,1 @@
-"""How sparse each matrix shall be, and of how many bits."""
+"""Planning: choosing the pattern, sparsity and bits of each matrix."""

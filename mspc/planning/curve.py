@@ -1,4 +1,4 @@
-"""The loss curve of a matrix: what pruning and rounding it is predicted to cost."""
+"""The loss curve of a matrix: the predicted loss of pruning and quantizing it."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 
-from mspc.errors import InputError
 from mspc.storage.files import write_json
 
 
@@ -59,10 +58,7 @@ def write_curves(file: Path, curves: dict[str, Curve]) -> None:
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    try:
-        return {name: _curve_from(row) for name, row in json.loads(file.read_text()).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read as a measurement ({error!r}); delete it to measure again.") from error
+    return {name: _curve_from(row) for name, row in json.loads(file.read_text()).items()}
 
 
 def _curve_from(row: dict[str, Any]) -> Curve:

@@ -1,4 +1,4 @@
-"""Loss curves of a model: what every matrix would cost at a few sparsities, measured in the dense model."""
+"""Measuring loss curves: a short run of the solver at a few sparsities of each matrix of the dense model."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -19,11 +19,11 @@ from mspc.types import NM, GramStats, Grid, Pattern, Target, Unstructured
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
 KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
-ROUNDED = (0, 1, 2, 4)
-"""Where rounding is measured under a budget: without pruning, and at these places of the path, counted from 1."""
+QUANTIZED = (0, 1, 2, 4)
+"""Points where the loss of quantization is measured under a size budget: 0 is the dense matrix, n the n-th pattern."""
 SWEPT_BITS = (4, 3, 2)
 SAMPLED = 2
-"""Blocks of outputs that the curve of a matrix is measured on, where its Fisher factor has more of them."""
+"""Number of blocks of the Fisher factor that a curve is measured on, if there are more."""
 
 
 def patterns_of(settings: Settings) -> list[Pattern]:
@@ -41,7 +41,7 @@ def measure_curves(
     options: SolverOptions,
     progress: Progress,
 ) -> dict[str, Curve]:
-    """The curve of each matrix by name: 1/2 tr(S dW H dW^T) a token, with dW from a short run of the solver."""
+    """The curve of each matrix by name: 1/2 tr(S dW H dW^T) per token, with dW from a short run of the solver."""
     curves = {}
     with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step:
         for visit in dense:
@@ -53,18 +53,18 @@ def measure_curves(
 
 
 def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:
-    """The curve of one matrix (O, I), with what rounding costs where the recipe leaves the bits open."""
+    """The curve of one matrix (O, I). Under a size budget it has the loss of quantization too."""
     patterns = patterns_of(settings)
     form = quadratic(weight, stats, stats.output_fisher, options.damp, name)
     half_tokens = 1 / (2 * stats.num_tokens)
     if stats.output_fisher is not None and not bool(stats.output_fisher.any()):
-        half_tokens = 0.0  # nothing depends on its outputs; the form would take them for equally important
+        half_tokens = 0.0  # nothing depends on its outputs, but the form would weigh them equally
     elif stats.output_fisher is not None and len(stats.output_fisher) > SAMPLED:
-        some, of_some = _sampled(weight, stats)
-        part = quadratic(some, of_some, of_some.output_fisher, options.damp, name)
-        if (removed := part.loss(torch.zeros_like(some))) > 0:
+        sample, sample_stats = _sampled(weight, stats)
+        sample_form = quadratic(sample, sample_stats, sample_stats.output_fisher, options.damp, name)
+        if (removed := sample_form.loss(torch.zeros_like(sample))) > 0:
             half_tokens *= form.loss(torch.zeros_like(weight)) / removed
-            weight, stats, form = some, of_some, part
+            weight, stats, form = sample, sample_stats, sample_form
     if settings.solver in ("kfac", "admm"):
         path = error_path(form, patterns)
     else:
@@ -72,31 +72,31 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         solved = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
         path = ((result, form.loss(result * form.scale)) for result in solved)
     losses: list[float] = []
-    rounded: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    quantized: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for i, (pattern, (kept, loss)) in enumerate(
         zip((Unstructured(0.0), *patterns), chain([(weight, 0.0)], path), strict=True)
     ):
         losses.append(max([loss, *losses]))  # a short run may not rise everywhere
-        if not settings.has_budget or i not in ROUNDED:
+        if not settings.has_budget or i not in QUANTIZED:
             continue
         for bits in SWEPT_BITS:
             grid = Grid(bits, settings.group_size, not settings.asymmetric)
             swept = obs(kept, stats, Target(pattern, grid), options, name, kept != 0).weight
             more = max(form.loss(swept * form.scale) - loss, 0.0) * half_tokens
-            rounded[bits].append((pattern.sparsity, more))
-            if bits == 4:  # sixteen times the levels, so a 256th of the error
-                rounded[8].append((pattern.sparsity, more / 256))
+            quantized[bits].append((pattern.sparsity, more))
+            if bits == 4:  # 16 times as many levels: 1/256 of the squared error
+                quantized[8].append((pattern.sparsity, more / 256))
     return Curve(
         tuple(pattern.sparsity for pattern in patterns),
         tuple(loss * half_tokens for loss in losses[1:]),
-        {bits: tuple(points) for bits, points in rounded.items()},
+        {bits: tuple(points) for bits, points in quantized.items()},
     )
 
 
 def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:
-    """Some blocks of outputs, in equal distances, where the Fisher factor has more of them."""
+    """`SAMPLED` blocks of outputs at equal distances: their rows of the weight, and the statistics."""
     fisher = stats.output_fisher
     assert fisher is not None
     count = len(fisher)
-    places = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
-    return weight.view(count, -1, weight.shape[1])[places].flatten(0, 1), replace(stats, output_fisher=fisher[places])
+    indices = [count * (2 * i + 1) // (2 * SAMPLED) for i in range(SAMPLED)]
+    return weight.view(count, -1, weight.shape[1])[indices].flatten(0, 1), replace(stats, output_fisher=fisher[indices])

@@ -1,7 +1,7 @@
 """The evolutionary search of EvoPress (Sieber et al., arXiv:2410.14649) over plans in levels, for any judge of plans.
 
-Offspring of the best plan so far differ from it by a few switches within the budget. Many are judged on a little text
-and few on all of it, and only one that is better on all of it takes its parent's place.
+The offspring of the best plan so far differ from it by a few switches within the budget. Many are judged on a part of
+the validation text, and few on all of it. A plan replaces its parent only if it is better on all of the text.
 """
 
 import random
@@ -10,32 +10,30 @@ from dataclasses import dataclass
 
 OFFSPRING = 32
 ROUNDS = ((16, 8), (4, 2), (1, 1))
-"""They are judged on a 16th of the held-out sequences, the best 8 on a quarter, and the best 2 of those on all."""
+"""Rounds of judging: (divisor of the number of validation sequences, number of plans that survive)."""
 SWITCHES = 3
+"""Maximum number of random steps in one direction that make an offspring."""
 
 Levels = tuple[int, ...]
-"""How many parts of every matrix are zero, in the order of the plan."""
+"""Number of parts of each matrix that are zero, in the order of the plan."""
 Judge = Callable[[Levels, Sequence[int]], float]
-"""How bad a plan is on the held-out sequences of these numbers."""
+"""Loss of a plan on the validation sequences with these numbers."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The plans that may be: levels of every matrix within its range that prune at least `budget` in all.
-
-    A level of a matrix prunes its `sizes`.
-    """
+    """The allowed plans: each level lies in the range of its matrix, and sum(size * level) >= `budget`."""
 
     sizes: Sequence[int]
     ranges: Sequence[range]
     budget: float
 
     def excess(self, levels: Sequence[int]) -> float:
-        """What they prune beyond the budget."""
+        """sum(size * level) - budget."""
         return sum(size * level for size, level in zip(self.sizes, levels, strict=True)) - self.budget
 
     def switched(self, levels: Levels, rng: random.Random) -> Levels:
-        """One to three random steps up, or down, and as many the other way as the budget needs and allows."""
+        """Take 1 to `SWITCHES` random steps up or down, and those in the other direction that the budget requires."""
         plan, direction = list(levels), rng.choice((-1, 1))
 
         def move(step: int, at_most: float) -> bool:
@@ -58,9 +56,9 @@ class Space:
 def evolve(
     start: Levels, judge: Judge, space: Space, num_sequences: int, rng: random.Random, known: Collection[Levels] = ()
 ) -> Iterator[tuple[Levels, float]]:
-    """The best levels and what they are judged on all sequences: the start, then of every generation. It never rises.
+    """Yields the best levels and their loss on all sequences, for the start and after each generation.
 
-    Levels that are `known` are not drawn. Ends when nothing else is.
+    The loss never rises. Levels that are `known` are not drawn; the search ends when no others are.
     """
     everything = range(num_sequences)
     best, least = start, judge(start, everything)

@@ -1,10 +1,9 @@
-"""Allocation by loss curves: the least total of predicted losses within one budget.
+"""Allocation by loss curves: the lowest sum of predicted losses within one budget.
 
-Every matrix has options, each with a cost and a predicted loss. Which one of each keeps the sum of costs within the
-budget at the least sum of losses is a multiple-choice knapsack, solved exactly by dynamic programming over the cost:
-costs of real models are multiples of a large number, so there are few sums. Where they are not, what options cost above
-the cheapest of their matrix is rounded up to a fraction of what the budget leaves for it, and what that left unused is
-spent on single better options, as far as it goes.
+Every matrix has options, each with a cost and a predicted loss. Choosing one per matrix is a multiple-choice knapsack.
+Dynamic programming over the cost solves it exactly: the costs of real models are multiples of a large number, so there
+are few sums. For other costs, the part of a cost above that of the cheapest option is rounded up to a multiple of
+1 / `SUMS` of the budget. Whatever that leaves unused is then spent on better options, one at a time.
 """
 
 import math
@@ -17,14 +16,17 @@ from mspc.planning.curve import Curve
 from mspc.types import Target
 
 SUMS = 1 << 15
+"""Maximum number of different sums of costs."""
 STEPS = 128
-"""Sparsities tried for each matrix, as parts of 1."""
+"""Number of steps between sparsity 0 and 1."""
 
 
-def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None) -> list[float]:
-    """Sparsities of least predicted loss with at most (1 - sparsity) of all weights kept.
+def cheapest_sparsities(
+    curves: Sequence[Curve], numels: Sequence[int], sparsity: float, of: int | None = None
+) -> list[float]:
+    """The sparsities with the lowest predicted loss that keep at most (1 - sparsity) of all weights.
 
-    With `of`, those of N:of patterns; a matrix then keeps at least one of each group, whatever is asked.
+    With `of` they are those of N:of patterns, with N >= 1 even if that keeps more.
     """
     steps = of or STEPS
     shares = [k / steps for k in range(1 if of else 0, steps + 1)]
@@ -33,35 +35,37 @@ def by_curves(curves: Sequence[Curve], numels: Sequence[int], sparsity: float, o
     return [1 - shares[i] for i in cheapest(options, kept * sum(numels))]
 
 
-def mixture(curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int) -> list[Target]:
-    """One of the targets of each matrix, which come with their size in bytes: least predicted loss within the budget.
+def cheapest_targets(
+    curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int
+) -> list[Target]:
+    """The target of each matrix, chosen from (target, bytes) pairs for the lowest predicted loss within the budget.
 
-    Raises ValueError when not even the smallest fit.
+    Raises ValueError if the smallest targets exceed the budget.
     """
     priced = [
-        [(float(size), curve.at(t.pattern.sparsity, t.bits)) for t, size in of_matrix]
-        for curve, of_matrix in zip(curves, options, strict=True)
+        [(float(size), curve.at(t.pattern.sparsity, t.bits)) for t, size in own]
+        for curve, own in zip(curves, options, strict=True)
     ]
-    return [of_matrix[i][0] for of_matrix, i in zip(options, cheapest(priced, budget), strict=True)]
+    return [own[i][0] for own, i in zip(options, cheapest(priced, budget), strict=True)]
 
 
 def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
-    """One of the options (cost, loss) of each matrix: least sum of losses with the sum of costs at most `budget`.
+    """Index of the option (cost, loss) of each matrix, for the lowest sum of losses at a sum of costs <= `budget`.
 
-    Raises ValueError when even the cheapest are more than the budget.
+    Raises ValueError if the cheapest options exceed the budget.
     """
-    least = [min(cost for cost, _ in of_matrix) for of_matrix in options]
+    least = [min(cost for cost, _ in own) for own in options]
     room = budget - sum(least)
     if room < -1e-9 * budget:
         raise ValueError("no choice of options fits the budget")
-    above = [[(cost - low, loss) for cost, loss in of] for of, low in zip(options, least, strict=True)]
-    unit, size = _unit([cost for of_matrix in above for cost, _ in of_matrix], max(room, 0.0))
+    above = [[(cost - low, loss) for cost, loss in own] for own, low in zip(options, least, strict=True)]
+    unit, size = _unit([cost for own in above for cost, _ in own], max(room, 0.0))
     best = numpy.zeros(size + 1)
     choices: list[NDArray[numpy.int32]] = []
-    for of_matrix in above:
+    for own in above:
         extended = numpy.full(size + 1, math.inf)
         chosen: NDArray[numpy.int32] = numpy.zeros(size + 1, dtype=numpy.int32)
-        for i, (cost, loss) in enumerate(of_matrix):
+        for i, (cost, loss) in enumerate(own):
             units = math.ceil(cost / unit - 1e-9)
             if units > size:
                 continue
@@ -72,21 +76,21 @@ def cheapest(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
         best = extended
         choices.append(chosen)
     picked, left = list[int](), size
-    for of_matrix, last in zip(reversed(above), reversed(choices), strict=True):
+    for own, last in zip(reversed(above), reversed(choices), strict=True):
         picked.append(int(last[left]))
-        left -= math.ceil(of_matrix[picked[-1]][0] / unit - 1e-9)
+        left -= math.ceil(own[picked[-1]][0] / unit - 1e-9)
     return _spend_rest(above, picked[::-1], room)
 
 
 def _spend_rest(options: Sequence[Sequence[tuple[float, float]]], picked: list[int], room: float) -> list[int]:
-    """Exchange one option at a time, that which gains most, while the costs leave room."""
-    left = room - sum(of_matrix[i][0] for of_matrix, i in zip(options, picked, strict=True))
+    """Exchange one option at a time, the one with the largest gain, while the budget leaves room."""
+    left = room - sum(own[i][0] for own, i in zip(options, picked, strict=True))
     while True:
         gains = [
-            (of_matrix[now][1] - loss, matrix, i)
-            for matrix, (of_matrix, now) in enumerate(zip(options, picked, strict=True))
-            for i, (cost, loss) in enumerate(of_matrix)
-            if cost - of_matrix[now][0] <= left and loss < of_matrix[now][1]
+            (own[now][1] - loss, matrix, i)
+            for matrix, (own, now) in enumerate(zip(options, picked, strict=True))
+            for i, (cost, loss) in enumerate(own)
+            if cost - own[now][0] <= left and loss < own[now][1]
         ]
         if not gains:
             return picked
@@ -96,7 +100,7 @@ def _spend_rest(options: Sequence[Sequence[tuple[float, float]]], picked: list[i
 
 
 def _unit(costs: Sequence[float], budget: float) -> tuple[float, int]:
-    """What costs are counted in, and how many of it the budget is: their divisor, if that is not too small."""
+    """The unit of cost, and the budget in units: the greatest common divisor of the costs unless it is too small."""
     if all(float(cost).is_integer() for cost in costs):
         divisor = math.gcd(*(int(cost) for cost in costs))
         if divisor and budget / divisor <= SUMS:

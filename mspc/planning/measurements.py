@@ -1,12 +1,14 @@
-"""Sensitivities, gradients and loss curves of a model, measured once: kept in a folder, another budget finds them.
+"""Measurements of a model for its plan. Each is kept in a folder, where runs with another budget find it.
 
-A measurement is named by the hash of everything that it depends on, so a folder may hold those of many models.
+The name of a file has the hash of everything that the measurement depends on, so a folder may hold several models.
 """
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,147 +21,139 @@ from mspc.passes.gradients import OutputFisher, reverse_walk
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import measure_curves, patterns_of
-from mspc.planning.sensitivity import by_exponents, by_gradients, by_gram, by_outliers
+from mspc.planning.sensitivity import RunningMean, by_exponents, by_gradients, by_gram, by_outliers
+from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
-from mspc.published.allocators import OWN_MEASURES
 from mspc.published.outliers import OUTLIER
 from mspc.settings import Settings
-from mspc.solvers import SolverOptions
 from mspc.storage.files import write_json, write_tensors
-from mspc.types import MatricesByBlock
+from mspc.types import MatricesByBlock, flatten
+
+T = TypeVar("T")
 
 
-def measure_of(settings: Settings) -> str:
-    """What the allocator of a recipe goes by: its own measure, or the sensitivity asked for."""
-    return OWN_MEASURES.get(str(settings.allocator), settings.sensitivity)
+@dataclass(frozen=True)
+class Measurements:
+    """Sensitivities, Fisher factors and loss curves of one model, each by matrix name."""
 
+    model: StreamedModel
+    ids: Tensor
+    """Calibration sequences (N, T)."""
+    matrices: MatricesByBlock
+    settings: Settings
+    identity: dict[str, Any]
+    """Hashes of the checkpoint (`source`) and of the calibration text (`calibration`)."""
+    folder: Path | None
+    """Folder that keeps measurements. None: nothing is kept."""
+    progress: Progress
 
-def sensitivities(
-    model: StreamedModel,
-    ids: Tensor,
-    matrices: MatricesByBlock,
-    settings: Settings,
-    identity: dict[str, Any],
-    folder: Path | None,
-    progress: Progress,
-) -> dict[str, float]:
-    """What the allocator goes by, by matrix name; read from `folder` if it was measured before, else kept there.
+    def sensitivities(self) -> dict[str, float]:
+        """The measure that the allocator needs (see `mspc.planning.sensitivity`)."""
+        settings, measure = self.settings, self.settings.measure
+        key = self._key(sensitivity=measure)
+        if measure == "exponents":
+            key.pop("calibration")  # they depend on the weights alone
+        elif measure == "outliers":
+            key["threshold"] = OUTLIER
+        elif measure != "gram":
+            sequences, probes = settings.sensitivity_sequences, settings.sensitivity_probes
+            key |= {"sequences": sequences, "probes": probes, "seed": settings.seed}
+        rows = self._cached(
+            "Sensitivity", "sensitivity-{}.json", key,
+            read=_read_rows, write=lambda file, rows: write_json(file, {"of": key, "matrices": rows}),
+            measure=lambda: {name: _row(mean) for name, mean in self._means(measure).items()},
+        )  # fmt: skip
+        return {name: row["mean"] for name, row in rows.items()}
 
-    `identity` says which model and text this is; `ids` (N, T) are the calibration sequences.
-    """
-    measure = settings.measure
-    key = _key(model, matrices, identity) | {"sensitivity": measure}
-    if measure == "exponents":
-        key.pop("calibration")  # of the weights alone
-    elif measure == "outliers":
-        key["threshold"] = OUTLIER
-    elif measure != "gram":
-        key |= {
-            "sequences": settings.sensitivity_sequences,
-            "probes": settings.sensitivity_probes,
-            "seed": settings.seed,
+    def fisher_factors(self) -> dict[str, Tensor]:
+        """The Fisher factors of the outputs (see `OutputFisher`), in host memory."""
+        return self._cached(
+            "Gradients", "fisher-{}.safetensors", self._key(sequences=self.settings.sensitivity_sequences),
+            read=load_file, write=write_tensors, measure=self._fisher_factors,
+        )  # fmt: skip
+
+    def loss_curves(self, dense: DenseWalk, fisher: dict[str, Tensor]) -> dict[str, Curve]:
+        """The loss curves, measured in one iteration of `dense`."""
+        settings = self.settings
+        key = self._key(
+            patterns=[str(pattern) + str(pattern.sparsity) for pattern in patterns_of(settings)],
+            solver="admm" if settings.solver in ("admm", "kfac") else [settings.solver, settings.criterion],
+            damp=settings.damp,
+            activation_order=settings.activation_order,
+            sequences=settings.sensitivity_sequences,
+            quantization=[settings.group_size, settings.asymmetric] if settings.has_budget else None,
+        )
+        return self._cached(
+            "Loss curves", "curves-{}.json", key,
+            read=read_curves, write=write_curves,
+            measure=lambda: measure_curves(dense, fisher, settings, solver_options(settings), self.progress),
+        )  # fmt: skip
+
+    def _cached(
+        self,
+        title: str,
+        file_name: str,
+        key: dict[str, Any],
+        *,
+        read: Callable[[Path], T],
+        write: Callable[[Path, T], None],
+        measure: Callable[[], T],
+    ) -> T:
+        """The content of the file for `key`, or else a new measurement, which is then written to it."""
+        if self.folder is None:
+            return measure()
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        file = self.folder / file_name.format(digest)
+        if not file.is_file():
+            value = measure()
+            write(file, value)
+            return value
+        log.info(f"{title}: taken from {file}.")
+        try:
+            return read(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise InputError(
+                f"{file} cannot be read as a measurement ({error!r}). Delete it to measure again."
+            ) from error
+
+    def _key(self, **own: Any) -> dict[str, Any]:
+        """Everything that a measurement depends on: what all depend on, and what only this one does."""
+        names = "\n".join(matrix.name for matrix in flatten(self.matrices))
+        common = {
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "matrices": hashlib.sha256(names.encode()).hexdigest(),
         }
-    file = folder / f"sensitivity-{_digest(key)}.json" if folder else None
-    if file and file.is_file():
-        log.info(f"Sensitivity: taken from {file}.")
-        return _read(file)
-    if measure == "gram":
-        means = by_gram(model, ids, matrices, progress)
-    elif measure == "outliers":
-        means = by_outliers(model, ids, matrices, progress)
-    elif measure == "exponents":
-        means = by_exponents(model, matrices, progress)
-    else:
-        means = by_gradients(model, ids[: settings.sensitivity_sequences], matrices, settings, progress)
-    if file:
-        rows = {
-            name: {"mean": m.mean, "standard_error": m.standard_error if m.count > 1 else None, "samples": m.count}
-            for name, m in means.items()
-        }
-        write_json(file, {"of": key, "matrices": rows})
-    return {name: mean.mean for name, mean in means.items()}
+        return self.identity | common | own
+
+    def _means(self, measure: str) -> dict[str, RunningMean]:
+        model, ids, matrices, progress = self.model, self.ids, self.matrices, self.progress
+        if measure == "gram":
+            return by_gram(model, ids, matrices, progress)
+        if measure == "outliers":
+            return by_outliers(model, ids, matrices, progress)
+        if measure == "exponents":
+            return by_exponents(model, matrices, progress)
+        return by_gradients(model, ids[: self.settings.sensitivity_sequences], matrices, self.settings, progress)
+
+    def _fisher_factors(self) -> dict[str, Tensor]:
+        ids = self.ids[: self.settings.sensitivity_sequences]
+        sums: dict[str, Tensor] = {}
+        rounds = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
+        with self.progress.stage("Gradients", len(rounds) * sum(map(len, self.matrices))) as step:
+            for part in rounds:
+                for sample in reverse_walk(self.model, part, self.matrices, OutputFisher()):
+                    name, value = sample.matrix.name, sample.value.cpu() * (len(part) / len(ids))
+                    sums[name] = sums[name].add_(value) if name in sums else value
+                    step(name)
+        return sums
 
 
-def fisher_factors(
-    model: StreamedModel,
-    ids: Tensor,
-    matrices: MatricesByBlock,
-    settings: Settings,
-    identity: dict[str, Any],
-    folder: Path | None,
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """The Fisher factor of every matrix by name (see `OutputFisher`), in host memory; kept in `folder` likewise."""
-    key = _key(model, matrices, identity) | {"sequences": settings.sensitivity_sequences}
-    file = folder / f"fisher-{_digest(key)}.safetensors" if folder else None
-    if file and file.is_file():
-        log.info(f"Gradients: taken from {file}.")
-        return _read_tensors(file)
-    ids = ids[: settings.sensitivity_sequences]
-    sums: dict[str, Tensor] = {}
-    rounds = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
-    with progress.stage("Gradients", len(rounds) * sum(map(len, matrices))) as step:
-        for part in rounds:
-            for sample in reverse_walk(model, part, matrices, OutputFisher()):
-                name, value = sample.matrix.name, sample.value.cpu() * (len(part) / len(ids))
-                sums[name] = sums[name].add_(value) if name in sums else value
-                step(name)
-    if file:
-        write_tensors(file, sums)
-    return sums
+def _row(mean: RunningMean) -> dict[str, Any]:
+    error = mean.standard_error if mean.count > 1 else None
+    return {"mean": mean.mean, "standard_error": error, "samples": mean.count}
 
 
-def loss_curves(
-    dense: DenseWalk,
-    fisher: dict[str, Tensor],
-    settings: Settings,
-    options: SolverOptions,
-    identity: dict[str, Any],
-    folder: Path | None,
-    progress: Progress,
-) -> dict[str, Curve]:
-    """The loss curve of every matrix by name; kept in `folder` likewise."""
-    method = {
-        "patterns": [str(pattern) + str(pattern.sparsity) for pattern in patterns_of(settings)],
-        "solver": "admm" if settings.solver in ("admm", "kfac") else [settings.solver, settings.criterion],
-        "damp": settings.damp,
-        "activation_order": settings.activation_order,
-        "sequences": settings.sensitivity_sequences,
-        "rounding": [settings.group_size, settings.asymmetric] if settings.has_budget else None,
-    }
-    key = _key(dense.model, dense.matrices, identity) | method
-    file = folder / f"curves-{_digest(key)}.json" if folder else None
-    if file and file.is_file():
-        log.info(f"Loss curves: taken from {file}.")
-        return read_curves(file)
-    curves = measure_curves(dense, fisher, settings, options, progress)
-    if file:
-        write_curves(file, curves)
-    return curves
-
-
-def _key(model: StreamedModel, matrices: MatricesByBlock, identity: dict[str, Any]) -> dict[str, Any]:
-    names = [matrix.name for of_block in matrices for matrix in of_block]
-    return identity | {
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "matrices": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-    }
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read as a measurement ({error}); delete it to measure again.") from error
-
-
-def _read(file: Path) -> dict[str, float]:
-    try:
-        return {name: float(row["mean"]) for name, row in json.loads(file.read_text())["matrices"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read as a measurement ({error!r}); delete it to measure again.") from error
+def _read_rows(file: Path) -> dict[str, Any]:
+    rows = json.loads(file.read_text())["matrices"]
+    return {name: row | {"mean": float(row["mean"])} for name, row in rows.items()}

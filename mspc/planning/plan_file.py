@@ -1,7 +1,7 @@
-"""The plan: pattern, sparsity and grid of every matrix, as JSON that a person can read, edit and pass back.
+"""The plan: pattern, sparsity and grid of each matrix, as JSON that can be read, edited and passed back.
 
-One matrix a line. Only `name`, `pattern`, `sparsity`, `bits`, `group_size` and `symmetric` decide anything; `shape` and
-`sensitivity` are there for the reader.
+Each matrix has one line. `name`, `pattern`, `sparsity`, `bits`, `group_size` and `symmetric` decide the result; `shape`
+and `sensitivity` are information (see `PlannedMatrix`).
 """
 
 import json
@@ -31,8 +31,7 @@ def write_plan(path: Path, plan: Sequence[PlannedMatrix]) -> None:
 def read_plan(path: Path, matrices: Sequence[Matrix]) -> list[PlannedMatrix]:
     """The plan for exactly these matrices, in their order.
 
-    Raises InputError for a line that makes no sense or comes twice, a matrix the model does not have, and one that the
-    plan leaves out.
+    Raises InputError for a line that is invalid or comes twice, for an unknown matrix, and for a missing one.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -55,8 +54,8 @@ def read_plan(path: Path, matrices: Sequence[Matrix]) -> list[PlannedMatrix]:
     missing = [matrix.name for matrix in matrices if matrix.name not in by_name]
     if missing:
         raise InputError(
-            f"Plan {path} leaves out {', '.join(missing[:3])} and {len(missing)} in all: every matrix needs "
-            "a line (sparsity 0 and bits 16 prune and round nothing), or --skip."
+            f"Plan {path} leaves out {', '.join(missing[:3])} and {len(missing)} in all. Add a line for every matrix "
+            "(sparsity 0 and bits 16 leave it dense), or leave it out with --skip."
         )
     return [_planned(path, matrix, by_name[matrix.name]) for matrix in matrices]
 

@@ -1,4 +1,4 @@
-"""Making a plan: what has to be measured for it, and the allocation that follows."""
+"""Making a plan: the measurements that the settings need, and the choice of a plan by them."""
 
 import re
 from collections import defaultdict
@@ -21,66 +21,67 @@ from mspc.planning.allocation import (
     planned_levels,
 )
 from mspc.planning.curve import Curve
-from mspc.planning.measurements import fisher_factors, loss_curves, sensitivities
+from mspc.planning.measurements import Measurements
 from mspc.planning.search import check_memory, search
 from mspc.planning.solver_options import solver_options
-from mspc.planning.validation import try_plans
+from mspc.planning.validation import validate_plans
 from mspc.progress import Progress, log
 from mspc.settings import CURVES, SEARCH, Settings
 from mspc.storage.checkpoint import Checkpoint
 from mspc.types import MatricesByBlock, PlannedMatrix, flatten
 
 HEADER_BYTES = 600
-"""Of a matrix's tensors in the header of a safetensors file, at most about."""
+"""Upper estimate for the entries of one matrix in the header of a safetensors file."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A plan; its name, the KL divergence from the dense model of each plan that was tried, where some were, and what a
-    search took."""
+class PlanChoice:
+    """A plan and how it was chosen."""
 
     plan: list[PlannedMatrix]
     name: str | None = None
-    tried: dict[str, float] = field(default_factory=dict)
-    took: dict[str, float] = field(default_factory=dict)
+    divergences: dict[str, float] = field(default_factory=dict)
+    """KL divergence from the dense model of each plan that was validated, in nats per token."""
+    search: dict[str, float] = field(default_factory=dict)
+    """Generations and minutes of the search, if one was made."""
 
 
 @dataclass(frozen=True)
 class Planner:
-    """One run's measurements, kept in `folder`, and its plan."""
+    """Measures what a run needs, and chooses its plan. Measurements are kept in `folder`."""
 
     settings: Settings
     checkpoint: Checkpoint
     open_model: Callable[..., StreamedModel]
     ids: Tensor
-    held_out: Tensor | None
-    """Sequences (N, T) that nothing is measured on, to try plans on."""
+    validation: Tensor | None
+    """Sequences (N, T) on which plans are compared and nothing is measured."""
     matrices: MatricesByBlock
     identity: dict[str, Any]
     folder: Path
     progress: Progress
 
-    def fisher(self, model: StreamedModel) -> dict[str, Tensor]:
-        """The Fisher factors by matrix name, where solver or allocator need them."""
-        if self.settings.solver != "kfac" and not self.settings.needs_curves:
-            return {}
-        return fisher_factors(
+    def measurements(self, model: StreamedModel) -> Measurements:
+        return Measurements(
             model, self.ids, self.matrices, self.settings, self.identity, self.folder, self.progress
         )  # fmt: skip
 
-    def plan(self, model: StreamedModel, fisher: dict[str, Tensor]) -> Chosen:
+    def fisher(self, model: StreamedModel) -> dict[str, Tensor]:
+        """The Fisher factors by matrix name; empty if neither the solver nor the allocator needs them."""
+        needed = self.settings.solver == "kfac" or self.settings.needs_curves
+        return self.measurements(model).fisher_factors() if needed else {}
+
+    def plan(self, model: StreamedModel, fisher: dict[str, Tensor]) -> PlanChoice:
         settings = self.settings
-        measured: dict[str, float] = {}
+        sensitivities: dict[str, float] = {}
         if settings.needs_sensitivity:
             # Fused attention has no second derivative.
-            on = self.open_model(eager=True) if settings.measure == "hutchinson" else model
-            measured = sensitivities(on, self.ids, self.matrices, settings, self.identity, self.folder, self.progress)
+            differentiable = self.open_model(eager=True) if settings.measure == "hutchinson" else model
+            sensitivities = self.measurements(differentiable).sensitivities()
         if not settings.needs_curves:
-            return Chosen(allocate(settings, self.matrices, measured))
+            return PlanChoice(allocate(settings, self.matrices, sensitivities))
         dense = DenseWalk(model, self.ids[: settings.sensitivity_sequences], self.matrices)
-        curves = loss_curves(
-            dense, fisher, settings, solver_options(settings), self.identity, self.folder, self.progress
-        )  # fmt: skip
+        curves = self.measurements(model).loss_curves(dense, fisher)
         if settings.has_budget:
             plans = allocate_bytes(settings, self.matrices, curves, self.num_bytes(), self.dtype())
         elif settings.allocator == SEARCH:
@@ -88,25 +89,27 @@ class Planner:
         elif settings.validates_plans:
             plans = candidates(settings, self.matrices, curves)
         else:
-            return Chosen(allocate(settings, self.matrices, measured, curves))
+            return PlanChoice(allocate(settings, self.matrices, sensitivities, curves))
         return self.best_of(dense, fisher, plans)
 
-    def best_of(self, dense: DenseWalk, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> Chosen:
-        """The plan that does least harm on the held-out text; the first, where there is none or nothing to choose."""
-        likeliest = next(iter(plans))
-        if len(plans) == 1 or not self.settings.validates_plans or self.held_out is None:
-            return Chosen(plans[likeliest], likeliest)
-        tried = try_plans(dense, self.held_out, fisher, plans, solver_options(self.settings), self.progress)
-        best = min(tried, key=lambda name: tried[name])
-        log.info(f"Plan: {best} ({', '.join(f'{name} {kl:.4f}' for name, kl in tried.items())} nats of KL).")
-        return Chosen(plans[best], best, tried)
+    def best_of(self, dense: DenseWalk, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> PlanChoice:
+        """The plan with the lowest divergence on the validation text; the first plan if nothing is validated."""
+        first = next(iter(plans))
+        if len(plans) == 1 or not self.settings.validates_plans or self.validation is None:
+            return PlanChoice(plans[first], first)
+        options = solver_options(self.settings)
+        divergences = validate_plans(dense, self.validation, fisher, plans, options, self.progress)
+        best = min(divergences, key=lambda name: divergences[name])
+        shown = ", ".join(f"{name} {kl:.4f}" for name, kl in divergences.items())
+        log.info(f"Plan: {best} (KL in nats per token: {shown}).")
+        return PlanChoice(plans[best], best, divergences)
 
-    def searched(self, model: StreamedModel, fisher: dict[str, Tensor], curves: dict[str, Curve]) -> Chosen:
-        """The best plan that a search finds, from that of least predicted loss on."""
-        assert self.held_out is not None
+    def searched(self, model: StreamedModel, fisher: dict[str, Tensor], curves: dict[str, Curve]) -> PlanChoice:
+        """The best plan that a search finds from the plan with the lowest predicted loss."""
+        assert self.validation is not None
         start = cheapest_levels(self.settings, self.matrices, curves)
-        found = search(model, self.ids, self.held_out, self.matrices, fisher, start, self.settings, self.progress)
-        return Chosen(
+        found = search(self.measurements(model), self.validation, fisher, start)
+        return PlanChoice(
             planned_levels(self.settings, self.matrices, found.levels, curves),
             SEARCH,
             {CURVES: found.first, SEARCH: found.divergence},
@@ -114,11 +117,11 @@ class Planner:
         )
 
     def check(self, model: StreamedModel) -> None:
-        """Raises InputError, before anything is measured, for a size that cannot be reached or memory that is short."""
+        """Raises InputError, before anything is measured, for a size that is too small or a lack of memory."""
         if self.settings.has_budget:
             check_bytes(self.settings, self.matrices, self.num_bytes(), self.dtype())
-        if self.settings.allocator == SEARCH and self.held_out is not None:
-            check_memory(model, self.held_out, self.matrices)
+        if self.settings.allocator == SEARCH and self.validation is not None:
+            check_memory(model, self.validation, self.matrices)
 
     def unmatched_skips(self, model: StreamedModel) -> Iterator[str]:
         """A note for each --skip that matches no matrix."""
@@ -135,7 +138,7 @@ class Planner:
                 )
 
     def num_bytes(self) -> int:
-        """What the recipe's budget leaves for the matrices."""
+        """Number of bytes that the size budget leaves for the matrices."""
         flat = flatten(self.matrices)
         numel = sum(matrix.numel for matrix in flat)
         if self.settings.bits_per_weight is not None:
@@ -145,13 +148,13 @@ class Planner:
         return self.settings.target_bytes - rest
 
     def dtype(self) -> torch.dtype:
-        """Of the checkpoint's weights."""
+        """The dtype of the checkpoint's weights."""
         name = next(key for key in self.checkpoint.keys() if key.endswith("weight"))  # noqa: SIM118
         return next(tensor.dtype for _, tensor in self.checkpoint.read([name]))
 
 
 def mixture_lines(plan: Sequence[PlannedMatrix]) -> list[str]:
-    """What a plan is made of, in one line for each number of bits."""
+    """A summary of a plan, with one line for each number of bits."""
     parts: dict[int, list[PlannedMatrix]] = defaultdict(list)
     for matrix in plan:
         parts[matrix.target.grid.bits if matrix.target.grid else 16].append(matrix)

@@ -1,12 +1,14 @@
-"""How much the loss minds a change of one matrix, per weight. The rank is what allocators use.
+"""Measures of how strongly the loss depends on each matrix, per weight. Published allocators rank matrices by them.
 
     hutchinson  mean diagonal of the Hessian of the cross entropy, z^T H z / n with random signs z (arXiv:2310.09499,
-                eq. 5 and 6; signs have less variance than the paper's Gaussian z and the same mean)
-    fisher      mean squared gradient of a sequence's loss
+                eq. 5 and 6). Signs have less variance than the paper's Gaussian z, and the same mean.
+    fisher      mean squared gradient of the loss of a sequence
     gram        mean diagonal of the layer's own Gram X X^T; needs no gradient
+    outliers    share of outliers in the block (`outlier_share`); the allocator owl uses it
+    exponents   power-law exponent of the spectrum (`tail_exponent`); the allocator alpha uses it. A smaller value means
+                a more sensitive matrix; for all others, a larger one does.
 
-Each is a mean over samples that arrive one by one (`RunningMean`). Allocators that say themselves what is measured for
-them have `outliers` (`outlier_share` of the block) or `exponents` (`tail_exponent`; here less is more sensitive).
+Each value is a mean over samples that arrive one by one (`RunningMean`).
 """
 
 import math
@@ -25,19 +27,21 @@ from mspc.published.heavy_tail import spectrum, tail_exponent
 from mspc.published.hutchinson import HessianTrace
 from mspc.published.outliers import outlier_share
 from mspc.settings import Settings
-from mspc.types import MatricesByBlock, Matrix
-
-SENSITIVITIES = ("fisher", "gram", "hutchinson")
+from mspc.types import MatricesByBlock, Matrix, flatten
 
 SEQUENCES_PER_ROUND = 8
-
-
+"""Number of sequences between two checks for convergence."""
 TOLERANCE = 0.1
+"""Measuring stops at this relative standard error of the median matrix."""
 
 
 class RunningMean:
-    def __init__(self) -> None:
+    """Mean and standard error of values that arrive one by one."""
+
+    def __init__(self, *values: float) -> None:
         self.count, self.mean, self._squares = 0, 0.0, 0.0
+        for value in values:
+            self.add(value)
 
     def add(self, value: float) -> None:
         self.count += 1
@@ -47,16 +51,16 @@ class RunningMean:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean; infinite until there are two values."""
+        """Standard error of the mean; infinite for fewer than two values."""
         if self.count < 2:
             return math.inf
         return math.sqrt(self._squares / (self.count - 1) / self.count)
 
 
 def converged(means: Iterable[RunningMean], tolerance: float) -> bool:
-    """Whether the standard error of the median matrix is below `tolerance` of its mean.
+    """True if the standard error of the median matrix is at most `tolerance` times its mean.
 
-    The allocators rank matrices whose sensitivities differ by orders of magnitude, so more would buy nothing.
+    Allocators only rank the matrices. Their sensitivities differ by orders of magnitude, so more samples change little.
     """
     return median(m.standard_error / max(abs(m.mean), 1e-300) for m in means) <= tolerance
 
@@ -65,7 +69,8 @@ def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progre
     means: dict[str, RunningMean] = {}
     with progress.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
-            means[visit.matrix.name] = _single(float(visit.stats.gram.diagonal().mean()) / visit.stats.num_tokens)
+            mean = float(visit.stats.gram.diagonal().mean()) / visit.stats.num_tokens
+            means[visit.matrix.name] = RunningMean(mean)
             step(visit.matrix.name)
     return means
 
@@ -73,17 +78,17 @@ def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progre
 def by_outliers(
     model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress
 ) -> dict[str, RunningMean]:
-    """Every matrix gets the share of its block."""
+    """Give every matrix the share of outliers in its block."""
     means: dict[str, RunningMean] = {}
-    of_block: list[tuple[Matrix, Tensor, Tensor]] = []
+    block: list[tuple[Matrix, Tensor, Tensor]] = []
     with progress.stage("Sensitivity (outliers)", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
-            of_block.append((visit.matrix, visit.weight, visit.stats.gram.diagonal().clone()))
+            block.append((visit.matrix, visit.weight, visit.stats.gram.diagonal().clone()))
             if visit.is_last_of_block:
-                seen, weights, diagonals = zip(*of_block, strict=True)
+                seen, weights, diagonals = zip(*block, strict=True)
                 share = outlier_share(weights, diagonals)
-                means |= {matrix.name: _single(share) for matrix in seen}
-                of_block.clear()
+                means |= {matrix.name: RunningMean(share) for matrix in seen}
+                block.clear()
             step(visit.matrix.name)
     return means
 
@@ -92,31 +97,25 @@ def by_exponents(model: StreamedModel, matrices: MatricesByBlock, progress: Prog
     """Raises InputError for a matrix whose spectrum has no exponent."""
     means: dict[str, RunningMean] = {}
     with progress.stage("Sensitivity (exponents)", sum(map(len, matrices))) as step:
-        for index, of_block in enumerate(matrices):
+        for index, in_block in enumerate(matrices):
             with model.loaded(index) as block:
-                for matrix in of_block:
+                for matrix in in_block:
                     exponent = tail_exponent(spectrum(matrix_of(model, block, index, matrix)))
                     if not math.isfinite(exponent):
                         raise InputError(
-                            f"{matrix.name}: its eigenvalues have no power law, which the allocator alpha needs; leave "
-                            "it dense with --skip REGEX or choose another allocator."
+                            f"{matrix.name}: its eigenvalues have no power law, which the allocator alpha needs. "
+                            "Leave it dense with --skip REGEX, or choose another allocator."
                         )
-                    means[matrix.name] = _single(exponent)
+                    means[matrix.name] = RunningMean(exponent)
                     step(matrix.name)
     return means
-
-
-def _single(value: float) -> RunningMean:
-    mean = RunningMean()
-    mean.add(value)
-    return mean
 
 
 def by_gradients(
     model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, settings: Settings, progress: Progress
 ) -> dict[str, RunningMean]:
-    """Samples by the reverse walk, some sequences a round, until their mean has converged or the text is used up."""
-    means = {matrix.name: RunningMean() for of_block in matrices for matrix in of_block}
+    """Sample by reverse walks over a few sequences each, until the means have converged or the text is used up."""
+    means = {matrix.name: RunningMean() for matrix in flatten(matrices)}
     probes = settings.sensitivity_probes if settings.sensitivity == "hutchinson" else 1
     with progress.stage(f"Sensitivity ({settings.sensitivity})", probes * len(ids) * len(means)) as step:
         for probe in range(probes):

@@ -1,4 +1,4 @@
-"""The solver options of a run."""
+"""The options of the solvers, as the settings of a run give them."""
 
 from mspc.published.criteria import CRITERIA
 from mspc.settings import Settings

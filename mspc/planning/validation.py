@@ -1,8 +1,8 @@
-"""Trying plans before one is chosen: what each costs the model on text that nothing was measured on.
+"""Validating plans before one is chosen: the divergence of each from the dense model, on text used for nothing else.
 
-All plans are tried in one walk through the dense model. Every matrix gets a quick stand-in for the solver, a few of its
-iterations (fewer would flatter rounding against pruning), and is rounded if the plans differ in that. The held-out text
-goes through each block once for every plan.
+All plans are validated in one walk through the dense model. Each matrix gets approximate weights from a few iterations
+of the solver; fewer iterations would make pruning look worse compared with quantization. The weights are quantized if
+the plans differ in bits. The validation text passes each block once for every plan.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,35 +23,35 @@ from mspc.solvers.quadratic import Quadratic, quadratic
 from mspc.types import Matrix, PlannedMatrix, Target
 
 
-def try_plans(
+def validate_plans(
     visits: DenseWalk,
-    held_out: Tensor,
+    validation: Tensor,
     fisher: Mapping[str, Tensor],
     plans: Mapping[str, Sequence[PlannedMatrix]],
     options: SolverOptions,
     progress: Progress,
 ) -> dict[str, float]:
-    """KL divergence from the dense model on `held_out` (N, T), nats a token, by name of the plan.
+    """KL divergence from the dense model on `validation` (N, T), in nats per token, by name of the plan.
 
-    `visits` give the Grams, `fisher` the Fisher factors by matrix name.
+    `visits` has the Grams, and `fisher` the Fisher factors by matrix name.
     """
     model = visits.model
     targets = {name: {matrix.name: matrix.target for matrix in plan} for name, plan in plans.items()}
-    round_too = len({target.grid for of_plan in targets.values() for target in of_plan.values()}) > 1
-    dense = batches_of(model, held_out)
-    streams = {name: batches_of(model, held_out) for name in plans}
+    quantizes = len({target.grid for by_name in targets.values() for target in by_name.values()}) > 1
+    dense = batches_of(model, validation)
+    streams = {name: batches_of(model, validation) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
-    with progress.stage("Trying plans", sum(map(len, visits.matrices))) as step:
-        # The walk is at the next block when a group ends, so this one can be loaded again.
-        for index, of_block in groupby(visits, key=lambda visit: visit.block):
-            for visit in of_block:
+    with progress.stage("Validating plans", sum(map(len, visits.matrices))) as step:
+        # When a group ends, the walk has left this block, so the block can be loaded again.
+        for index, in_block in groupby(visits, key=lambda visit: visit.block):
+            for visit in in_block:
                 form = _form(visit, fisher, options)
-                for name, of_plan in targets.items():
-                    target = of_plan[visit.matrix.name]
-                    if not round_too:
+                for name, by_name in targets.items():
+                    target = by_name[visit.matrix.name]
+                    if not quantizes:
                         target = Target(target.pattern)
-                    weights[name][visit.matrix] = _stand_in(visit, form, target, options)
+                    weights[name][visit.matrix] = approximate_weights(visit, form, target, options)
                 step(visit.matrix.name)
             for block in range(passed, index + 1):
                 _pass(model, block, dense, {})
@@ -70,8 +70,8 @@ def _form(visit: Visit, fisher: Mapping[str, Tensor], options: SolverOptions) ->
     return quadratic(weight, visit.stats, fisher[name].to(weight.device), options.damp, name)
 
 
-def _stand_in(visit: Visit, form: Quadratic, target: Target, options: SolverOptions) -> Tensor:
-    """Weights (O, I) of about the loss that the solver would reach."""
+def approximate_weights(visit: Visit, form: Quadratic, target: Target, options: SolverOptions) -> Tensor:
+    """Weights (O, I) with about the loss that the solver would reach."""
     kept, _ = next(error_path(form, [target.pattern]))
     if target.grid is None:
         return kept
@@ -79,7 +79,7 @@ def _stand_in(visit: Visit, form: Quadratic, target: Target, options: SolverOpti
 
 
 def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:
-    """Move batches through a block that has these weights, and its own for the rest."""
+    """Pass batches through a block whose matrices have these weights; the others are dense."""
     with model.loaded(index) as block:
         for matrix, weight in weights.items():
             install(matrix_of(model, block, index, matrix), weight)

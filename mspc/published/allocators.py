@@ -1,7 +1,7 @@
 """Published allocators: sensitivities -> a sparsity for every matrix. Python numbers in, Python numbers out.
 
-An allocator only orders the matrices from dense to sparse. `planning.budget` then makes the parameter-weighted total
-exact in whole weights (or whole N of N:M). Here p is the sparsity of the whole and w is `alpha`.
+An allocator only orders the matrices from dense to sparse. `planning.exact_sparsity` then makes the sparsity of the
+whole exact in whole weights (or whole N of N:M). Here p is the sparsity of the whole and w is `alpha`.
 
     trace-rank         The seed paper's allocation by rank of sensitivity (arXiv:2310.09499, Algorithm 1):
                        sparsity_i = p + w - 2 w rank_i / (n - 1), with rank 0 = least sensitive
@@ -15,8 +15,8 @@ exact in whole weights (or whole N of N:M). Here p is the sparsity of the whole 
 Algorithm 1 as printed assigns its values to "sparsity" but builds them from 1 - p, so they are densities. In this
 reading the most sensitive matrix stays densest. Its sensitivity is per weight (mean trace).
 
-The mean over matrices (trace-rank) or blocks (the others) is p. Where their sizes differ, `budget` shifts all of
-them. The authors of owl weigh all blocks equally; those of alpha weigh them by size, with a factor instead of a shift.
+The mean over matrices (trace-rank) or blocks (the others) is p. If their sizes differ, `exact_sparsity` shifts them
+all. The authors of owl weigh all blocks equally; those of alpha weigh them by size, with a factor instead of a shift.
 """
 
 from collections import defaultdict
@@ -90,8 +90,3 @@ ALLOCATORS: dict[str, Allocator] = {
     "trace-rank": trace_rank,
     "uniform": uniform,
 }
-HALF_WIDTHS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
-"""Default `alpha` of each allocator. Those of owl and alpha are their authors' with SparseGPT on LLaMA-7B."""
-NEEDS_SENSITIVITY = frozenset(HALF_WIDTHS)
-OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
-"""Measures of the allocators that ignore `--sensitivity`."""

@@ -1,13 +1,13 @@
-"""From wished sparsities to exact ones: one shift for all matrices, then whole weights, or whole N of N:M.
+"""From the sparsities that an allocator wishes to exact ones: whole weights, or whole N of N:M.
 
-The shift keeps the differences that the allocator asked for and makes the parameter-weighted mean exact; what it pushes
-outside a matrix's possible range is clipped and taken up by the others.
+All wishes are shifted by the same number, which makes their mean over all weights exact and keeps their differences.
+Sparsities outside the possible range are clipped, and the other matrices make up for it.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 
-BISECTIONS = 100  # halve an interval of width 2 down to nothing in float64
+BISECTIONS = 100  # more than float64 can resolve
 
 
 def shifted(wished: Sequence[float], numels: Sequence[int], sparsity: float, highest: float = 1.0) -> list[float]:
@@ -22,21 +22,21 @@ def shifted(wished: Sequence[float], numels: Sequence[int], sparsity: float, hig
 
 
 def exact_counts(wished: Sequence[float], numels: Sequence[int], sparsity: float) -> list[int]:
-    """Weights to prune in each matrix: their sum is exactly round(sparsity * total)."""
+    """Number of weights to prune in each matrix; the sum is round(sparsity * sum(numels))."""
     shares = [s * n for s, n in zip(shifted(wished, numels, sparsity), numels, strict=True)]
     counts = [int(share) for share in shares]
     missing = round(sparsity * sum(numels)) - sum(counts)
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-    for i in by_remainder[:missing]:  # each has a remainder, and so room
+    for i in by_remainder[:missing]:  # a remainder above 0 leaves room for one more
         counts[i] += 1
     return counts
 
 
 def exact_keeps(wished: Sequence[float], numels: Sequence[int], sparsity: float, of: int) -> list[int]:
-    """N of N:`of` for each matrix, at least 1: the sum of kept weights nearest to what the sparsity asks for.
+    """N of N:`of` for each matrix, at least 1, so that the sum of kept weights is as near as possible to the target.
 
-    Every N is the whole number below or above the exact share. Which ones are rounded up is decided by the largest
-    remainders, except that matrices of one size are exchanged for those of another where that brings the total nearer.
+    Each N is its exact share, rounded down or up. Those with the largest remainders are rounded up. Matrices of one
+    size are exchanged for matrices of another size if that brings the sum nearer to the target.
     """
     shares = [(1 - s) * of for s in shifted(wished, numels, sparsity, highest=1 - 1 / of)]
     floors = [min(max(int(share + 1e-9), 1), of) for share in shares]
@@ -54,7 +54,7 @@ def exact_keeps(wished: Sequence[float], numels: Sequence[int], sparsity: float,
 
 
 def _nearest_counts(raisable: dict[int, list[int]], remainder: Sequence[float], wanted: float) -> list[int]:
-    """How many matrices of each size to round up: total size nearest to `wanted`, then largest sum of remainders."""
+    """Number of matrices to round up for each size: total size nearest to `wanted`, then largest sum of remainders."""
     reached: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for size, members in raisable.items():
         extended: dict[int, tuple[float, list[int]]] = {}
