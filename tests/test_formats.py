@@ -220,17 +220,16 @@ def test_two_of_four_by_hand():
 @pytest.mark.parametrize(
     ("pattern", "grid", "names"),
     [
-        (Unstructured(0.5), None, {"values", "mask"}),
-        (Unstructured(0.0), None, {"values"}),
-        (NM(4, 4), None, {"values"}),
-        (NM(2, 4), Grid(4, 32), {"codes", "scales", "indices"}),
-        (Unstructured(0.5), Grid(4, 32, False), {"codes", "scales", "zeros", "mask"}),
+        (Unstructured(0.5), None, "values mask"),
+        (Unstructured(0.0), None, "values"),
+        (NM(4, 4), None, "values"),
+        (NM(2, 4), Grid(4, 32), "codes scales indices"),
+        (Unstructured(0.5), Grid(4, 32, False), "codes scales zeros mask"),
     ],
-    ids=repr,
 )
 def test_only_what_the_target_needs_is_stored(pattern, grid, names):
     """Oracle: the table of the layout."""
-    assert set(pack(compressed(pattern, grid), torch.float32)) == names
+    assert set(pack(compressed(pattern, grid), torch.float32)) == set(names.split())
 
 
 def spoiled(matrix: CompressedLinear) -> CompressedLinear:

@@ -78,9 +78,8 @@ def solve_blocks(
     """Yield each matrix when it is solved. Blocks that the journal holds are installed, not solved again.
 
     `dense` are the batches once more, for propagation and reconstruction, which keeps activations in `spill`. `fisher`
-    holds the Fisher factors by matrix name. A thread packs, writes and commits each block while the next is solved. Its
-    errors are raised here at the next commit. It has ended when this generator has, so close a generator that is not
-    used up.
+    holds the Fisher factors by matrix name. A thread packs, writes and commits each block while the next is solved; its
+    errors are raised here at the next commit. It ends with this generator, so close one that is not used up.
     """
     planned, options = {matrix.name: matrix for matrix in plan}, solver_options(settings)
     solved: dict[Matrix, SolvedMatrix] = {}
@@ -113,8 +112,7 @@ def solve_blocks(
         for visit in walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end):
             matrix = visit.matrix
             factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
-            found = solve_one(model, visit, planned[matrix.name], settings, options, factor)
-            solved[matrix] = found
+            solved[matrix] = found = solve_one(model, visit, planned[matrix.name], settings, options, factor)
             if settings.reconstruct:
                 grams[matrix] = visit.stats.gram
             elif visit.is_last_of_block:
