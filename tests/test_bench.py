@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from test_cli import mspc_cli, refused
 
@@ -43,17 +42,15 @@ from mspc.bench.models import (
 from mspc.bench.request import Request, check_memory, make_plan
 from mspc.bench.run import bench
 from mspc.bench.tables import compared_with, gain, notes, tables, verdicts
-from mspc.bench.timing import Ceilings, device_seconds, measure_ceilings, spread
+from mspc.bench.timing import Ceilings, device_seconds, spread
 from mspc.bench.tinygemm import TinygemmLinear
-from mspc.cli.main import app
 from mspc.errors import InputError, MspcError
 from mspc.formats import layout
 from mspc.formats.decoding import decode_mask
 from mspc.progress import Silent
-from mspc.runtime import linear
 from mspc.runtime.joined import ConcatenatedLinear
 from mspc.runtime.linear import SparseLinear
-from mspc.types import NM, Grid
+from mspc.types import NM
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).parents[1] / "docs" / "benchmark.md"
@@ -246,17 +243,6 @@ def test_the_int4_of_torch_multiplies_by_its_codes():
     torch.testing.assert_close(layer.dense().double(), weight, rtol=1e-5, atol=1e-7)
     x = torch.randn(2, 3, 256)
     torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "grid"),
-    [
-        *(("dense", "unstructured", None), ("6:16", "6:16", None), ("int3", "unstructured", 3), ("2:4+int8", "2:4", 8)),
-    ],
-)
-def test_formats_have_names(name, pattern, grid):
-    target = parse_format(name)
-    assert (str(target.pattern), target.grid) == (pattern, None if grid is None else Grid(grid, 128))
 
 
 # Bytes
@@ -506,20 +492,6 @@ def test_every_path_is_checked_before_anything_is_measured(of, damage, message, 
     assert make_plan(Request((str(folder),), shapes="from-model", formats=("2:4",))).groups  # its weights are not used
 
 
-def test_embeddings_of_random_weights_are_not_there_while_a_model_is_measured(wide, monkeypatch):
-    """They would be in its peak memory."""
-    there = {}
-
-    def measure(candidate, plan, outer, *_):
-        there[candidate] = outer is not None
-        return row_of(candidate.name, 1.0, candidate.baseline)
-
-    monkeypatch.setattr(bench_run, "measure", measure)
-    bench(Request((str(wide), str(wide)), contexts=(8,), prefills=(8,)), progress=False)
-    names = [(candidate.name, is_there) for candidate, is_there in there.items()]
-    assert names == [(str(wide), False), ("int4 (torch)", True), (str(wide), False)]
-
-
 def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, object]:
     times = dict.fromkeys(("p10", "median", "p90"), seconds)
     step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}
@@ -578,12 +550,6 @@ def test_stored_dtypes_are_those_of_the_files(dtype, calibration, tmp_path):
     assert {stored_dtype(path) for path in (source, artifact, artifact / "exports" / "sparse")} == {dtype}
 
 
-def test_ceilings_are_positive():
-    ceilings = measure_ceilings(CPU, torch.float32, 2)
-    assert ceilings.copy["median"] > 0
-    assert ceilings.seconds(0, 2 * ceilings.gemm["median"]) == 2
-
-
 # benchmarks/gpu.py
 
 
@@ -606,18 +572,6 @@ def test_what_is_predicted_is_what_the_documentation_says(gpu):
             found = gpu.gpu_parts.predicted(SHAPES[shape], {"bf16": "dense"}.get(name, name), 4.3e12)
             assert found[1] == pytest.approx(greatest, rel=0.04)
             assert found[0] == pytest.approx(least[0] if least else greatest, rel=0.06)
-
-
-def test_layers_are_measured_as_a_decoder_runs_them(gpu, monkeypatch):
-    """Arranged for their kernels. The device only says that it can run these."""
-    parts, ran, forward = gpu.gpu_parts, [], SparseLinear.forward
-    monkeypatch.setattr(linear, "compiles_for", lambda device: True)
-    monkeypatch.setattr(parts, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: ran.append(self.prepared_for) or forward(self, x))
-    rows = list(parts._layer_rows(parts.Slot(CPU, True, Silent()), "down", (128, 256), (1,)))
-    assert [row["format"] for row in rows] == list(parts.FORMATS)
-    assert len(ran) >= 8
-    assert set(ran) == {torch.bfloat16}
 
 
 def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -714,15 +668,6 @@ def test_without_a_gpu_it_says_so(gpu, monkeypatch):
 
 
 # The command line
-
-
-def test_bench_has_exactly_these_options():
-    """Frozen: an option is a promise."""
-    command = typer.main.get_command(app).commands["bench"]
-    assert {flag for option in command.params for flag in option.opts} == {
-        *("paths", "--shapes", "--format", "--baseline", "--batch", "--context", "--prefill", "--repeats"),
-        *("--device", "--json", "--plot", "--debug"),
-    }
 
 
 def test_wrong_usage():

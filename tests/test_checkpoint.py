@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mspc.errors import InputError, StorageError
 from mspc.storage.checkpoint import INDEX, SINGLE, Checkpoint, read_file
-from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors
+from mspc.storage.files import write_atomically, write_json, write_tensors
 
 TENSORS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -150,18 +150,6 @@ def test_written_tensors_are_read_by_safetensors_itself(tmp_path):
     assert_equal(load_file(path))
     assert path.stat().st_mode & 0o777 == 0o644
     assert [file.name for file in path.parent.iterdir()] == ["x.safetensors"]
-
-
-def test_the_same_tensors_are_the_same_bytes(tmp_path):
-    write_tensors(tmp_path / "x", TENSORS)
-    write_tensors(tmp_path / "y", dict(reversed(TENSORS.items())))
-    assert sha256_of(tmp_path / "x") == sha256_of(tmp_path / "y")
-
-
-def test_json_is_read_by_json_itself(tmp_path):
-    value = {"a": [1, 2.5, None], "ключ": "é"}
-    write_json(tmp_path / "x.json", value)
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
 
 
 def assert_untouched(folder: Path) -> None:

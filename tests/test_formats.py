@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from mspc.errors import InputError
 from mspc.formats.bits import pack_bits, unpack_bits
-from mspc.formats.layout import as_stored, digest, index_bits, pack, unpack
+from mspc.formats.layout import as_stored, digest, pack, unpack
 from mspc.numerics.masking import num_pruned, prune_lowest, prune_n_of_m
 from mspc.numerics.quant import dequantize, round_to_nearest
 from mspc.solvers import SolverOptions
@@ -113,12 +113,6 @@ def test_zeros_among_the_kept_weights_stay_kept():
     assert torch.equal(unpack(pack(matrix, torch.float16), SHAPE, matrix.target, torch.float16).mask, matrix.mask)
 
 
-@pytest.mark.parametrize(("of", "bits"), [(1, 0), (2, 1), (4, 2), (5, 3), (8, 3), (16, 4), (256, 8)])
-def test_index_bits(of, bits):
-    """Oracle: the places 0 .. M - 1 written in binary."""
-    assert index_bits(NM(1, of)) == (len(f"{of - 1:b}") if of > 1 else 0) == bits
-
-
 @pytest.mark.parametrize("of", [128, 256])
 def test_places_in_the_largest_groups_come_back(of):
     matrix = compressed(NM(3, of), shape=(6, 512))
@@ -215,22 +209,6 @@ def test_two_of_four_by_hand():
         "indices": [[0b10_00_11_01]],
     }
     assert torch.equal(unpack(tensors, (1, 8), target, torch.float32).weight, weight)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "grid", "names"),
-    [
-        (Unstructured(0.5), None, {"values", "mask"}),
-        (Unstructured(0.0), None, {"values"}),
-        (NM(4, 4), None, {"values"}),
-        (NM(2, 4), Grid(4, 32), {"codes", "scales", "indices"}),
-        (Unstructured(0.5), Grid(4, 32, False), {"codes", "scales", "zeros", "mask"}),
-    ],
-    ids=repr,
-)
-def test_only_what_the_target_needs_is_stored(pattern, grid, names):
-    """Oracle: the table of the layout."""
-    assert set(pack(compressed(pattern, grid), torch.float32)) == names
 
 
 def spoiled(matrix: CompressedLinear) -> CompressedLinear:

@@ -86,16 +86,6 @@ def test_the_reference_package_sees_the_same_weights(bits):
     assert np.array_equal(weights, dequantize(codes).numpy())
 
 
-def test_golden_blocks():
-    values = torch.arange(32, dtype=torch.uint8)[None] % 16
-    codes = Codes(values, torch.tensor([[0.5]]).half(), torch.tensor([[8]], dtype=torch.uint8))
-    assert bytes(pack_blocks(codes, 4)[0].tolist()).hex() == "0038" + "00112233445566778899aabbccddeeff"
-    values = 8 * torch.arange(32, dtype=torch.uint8)[None]
-    codes = Codes(values, torch.tensor([[-2.0]]).half(), torch.tensor([[128]], dtype=torch.uint8))
-    expected = "00c0" + "80889098a0a8b0b8c0c8d0d8e0e8f0f8" + "0008101820283038" + "4048505860687078"
-    assert bytes(pack_blocks(codes, 8)[0].tolist()).hex() == expected
-
-
 @pytest.mark.parametrize(("num_rows", "heads"), [(32, 4), (12, 1), (128, 2)])
 def test_rows_of_a_head_are_paired(num_rows, heads):
     """Rotary embedding joins rows i and i + size / 2 of a head; the format keeps them side by side."""

@@ -95,11 +95,6 @@ def test_a_damaged_cache_is_an_empty_one(tmp_path):
     assert timings.read("a GPU", "m") == [Choice(8, "fused", 0)]
 
 
-def test_keys_of_the_cache_name_what_changes_the_time():
-    assert timings.matrix_key(SPARSE.matrix, BF16) == "2:4 32x256 bfloat16"
-    assert timings.matrix_key(INT4.matrix, BF16) == "unstructured 100% int4 group 64 asymmetric 32x256 bfloat16"
-
-
 def test_matrices_and_devices_that_cusparselt_takes():
     assert cusparselt.missing(CPU) == "cpu is no CUDA device"
     assert dispatch.copy_for_cusparselt(SPARSE.kernel, SPARSE.repacked(), SPARSE.matrix, BF16) is None

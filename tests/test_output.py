@@ -12,7 +12,7 @@ import mspc
 from mspc.errors import InputError, StorageError
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import MANIFEST, read_manifest
-from mspc.storage.output_folder import check_space, held, publish, recover, sibling, working_folder
+from mspc.storage.output_folder import held, publish, recover, sibling, working_folder
 
 
 def filled(folder: Path, *files: str) -> Path:
@@ -75,12 +75,6 @@ def test_folders_of_others_are_not_touched(flags, tmp_path):
         fresh(out / "thesis.tex", **flags)
     assert names(out) == ["thesis.tex"]
     assert names(tmp_path) == ["out"]
-
-
-def test_resume_and_overwrite_exclude_each_other(tmp_path):
-    with pytest.raises(InputError, match="--resume and --overwrite exclude each other"):
-        fresh(tmp_path / "out", resume=True, overwrite=True)
-    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}], ids=str)
@@ -161,13 +155,6 @@ def test_nothing_is_put_back_while_another_process_publishes(tmp_path):
     with held(beside), pytest.raises(InputError, match=r"is being written by another mspc process"):
         recover(tmp_path / "out")
     assert names(tmp_path) == [".out.new", ".out.old"]
-
-
-def test_a_disk_too_small_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
-    check_space(tmp_path, 10**9)
-    with pytest.raises(StorageError, match=r"has 1\.00 GB free, and the output needs about 1\.50 GB"):
-        check_space(tmp_path, 15 * 10**8)
 
 
 @pytest.fixture(scope="module")

@@ -37,15 +37,6 @@ def test_words_equal_brute_force_and_are_read_back(num_rows, count, bits, seed):
     assert np.array_equal(little_endian_fields(words.numpy(), bits, count), values.numpy())
 
 
-def test_golden_words():
-    assert pack_words(torch.arange(8, dtype=torch.uint8)[None], 4).tolist() == [[0x76543210]]
-    assert pack_words(torch.full((1, 8), 7, dtype=torch.uint8), 4).tolist() == [[0x77777777]]
-    # Code 10 of three bits lies across the first two words, code 21 across the next two.
-    values = torch.zeros(1, 32, dtype=torch.uint8)
-    values[0, 10] = values[0, 21] = 7
-    assert pack_words(values, 3).tolist() == [[-(2**30), 1 - 2**31, 3]]
-
-
 def test_gptq_by_hand():
     """8 inputs, 8 outputs, one group: code i + o, zero point 8 (stored as 7 in the first version of the format)."""
     values = (torch.arange(8)[:, None] + torch.arange(8)).to(torch.uint8)

@@ -225,10 +225,6 @@ def test_what_gains_nothing_keeps_its_weights(compress, tmp_path, monkeypatch):
     assert wild.manifest["matrices"] == still.manifest["matrices"]
 
 
-def test_without_it_the_manifest_has_no_such_entry(untuned):
-    assert "reconstruction" not in untuned.manifest
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -540,12 +540,6 @@ def test_damaged_exports_are_refused_by_name(damage, read, pruned, tmp_path):
         assert message in str(caught.value)
 
 
-def test_nan_among_the_weights_is_no_damage(pruned, tmp_path):
-    folder = Path(shutil.copytree(pruned[0][1], tmp_path / "copy"))
-    spoil(folder, f"{NM_MATRIX}.values", lambda values: torch.full_like(values, torch.nan))
-    assert logits_of(mspc.load(folder), tiny.ids(1)).isnan().all()
-
-
 def test_load_names_what_it_cannot_read(pruned, llama, tmp_path):
     with pytest.raises(InputError, match="Unknown dtype 'float3'"):
         mspc.load(pruned[0][1], dtype="float3")

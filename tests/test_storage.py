@@ -15,10 +15,8 @@ from transformers import AutoTokenizer
 import mspc
 from mspc.errors import InputError
 from mspc.model.open import open_model
-from mspc.progress import Silent
 from mspc.storage.checkpoint import INDEX
 
-QUIET = Silent()
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
