@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import mspc
@@ -20,19 +20,6 @@ def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
     values: dict[str, Any] = {"sparsity": 0.5, "bits": 4, "group_size": 32, "device": "cpu"}
     values |= {"num_sequences": 8, "sequence_length": tiny.LENGTH, "sensitivity_sequences": 4}
     return mspc.Recipe(calibration=str(calibration), **values | changes)
-
-
-def perplexity(folder: Path, text: Path) -> float:
-    result = mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", progress=False)
-    assert (result.windows, result.tokens) == (20, 20 * (tiny.LENGTH - 1))
-    return result.perplexity
-
-
-def perplexity_by_transformers(folder: Path, text: Path) -> float:
-    """All windows in one forward pass of the whole model, the text cut by hand."""
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"])
-    with torch.no_grad():
-        return math.exp(tiny.losses(tiny.reference(folder), ids.view(-1, tiny.LENGTH)).double().mean())
 
 
 def weight_of(model: PreTrainedModel, row: dict[str, Any]) -> torch.Tensor:
@@ -57,12 +44,6 @@ def case(request, folder_of, calibration, tmp_path_factory):
     source = folder_of(request.param)
     artifact = mspc.compress(source, recipe(calibration), out=folder / "artifact", progress=False)
     return Case(request.param, source, artifact, artifact.export("dense", folder / "dense"))
-
-
-def test_perplexity_equals_transformers(case, test_text):
-    assert perplexity(case.source, test_text) == pytest.approx(
-        perplexity_by_transformers(case.source, test_text), rel=1e-5
-    )
 
 
 def test_manifest_has_every_matrix_in_execution_order_and_the_exact_sparsity(case):
@@ -102,10 +83,9 @@ def test_sparsity_falls_with_sensitivity(llama, calibration, tmp_path):
 
 def test_dense_export_is_the_artifact(case, test_text):
     """Oracle: transformers on the exported folder. The source scores otherwise, so this compares compressed models."""
-    expected = perplexity_by_transformers(case.dense, test_text)
-    assert perplexity(case.artifact.path, test_text) == pytest.approx(expected, rel=1e-5)
-    assert perplexity(case.dense, test_text) == pytest.approx(expected, rel=1e-5)
-    assert perplexity_by_transformers(case.source, test_text) != pytest.approx(expected, rel=1e-4)
+    after = tiny.agreed_perplexity(case.dense, test_text)
+    assert tiny.agreed_perplexity(case.artifact.path, test_text, case.dense) == pytest.approx(after, rel=1e-5)
+    assert tiny.agreed_perplexity(case.source, test_text) != pytest.approx(after, rel=1e-4)
 
 
 def test_dense_export_has_the_zeros_and_the_grid_of_the_manifest(case):
@@ -152,7 +132,7 @@ def test_two_of_four(solver, bits, llama, calibration, test_text, tmp_path):
         assert int((weight_of(whole, row).reshape(-1, 4) != 0).sum(1).max()) == 2
         assert (row["pattern"], row["sensitivity"]) == ("2:4", None)
     assert artifact.manifest["sparsity"]["achieved"] == 0.5
-    assert perplexity(artifact.path, test_text) == pytest.approx(perplexity_by_transformers(dense, test_text), rel=1e-5)
+    tiny.agreed_perplexity(artifact.path, test_text, dense)
 
 
 def test_n_of_sixteen(llama, calibration, tmp_path):
@@ -216,7 +196,7 @@ def test_fused_experts_are_refused_by_name(folder_of, calibration, tmp_path):
 def test_mixture_of_experts_without_its_experts(sensitivity, folder_of, calibration, test_text, tmp_path):
     """Oracle: transformers. Attention is compressed, experts and routers are not; names in the files are the old."""
     source = folder_of("mixtral")
-    assert perplexity(source, test_text) == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
+    tiny.agreed_perplexity(source, test_text)
     asked = recipe(calibration, skip=("experts",), sensitivity=sensitivity)
     artifact = mspc.compress(source, asked, out=tmp_path / "out", progress=False)
     dense = artifact.export("dense", tmp_path / "dense")
@@ -224,4 +204,4 @@ def test_mixture_of_experts_without_its_experts(sensitivity, folder_of, calibrat
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {f"model.layers.{block}.self_attn.{name}_proj.weight" for block in (0, 1) for name in "qkvo"}
-    assert perplexity(artifact.path, test_text) == pytest.approx(perplexity_by_transformers(dense, test_text), rel=1e-5)
+    tiny.agreed_perplexity(artifact.path, test_text, dense)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from oracles import few
 from safetensors.torch import load_file
 
-import mspc
 from exporters import verification
 from exporters.reading import little_endian_fields
 from mspc.errors import InputError
@@ -136,18 +135,15 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(options, format_na
 
 
 def test_compress_refuses_an_export_that_cannot_be_before_it_solves(llama, calibration, tmp_path):
-    recipe = mspc.Recipe(allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32)
     with pytest.raises(InputError, match="no matrix has a grid"):
-        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptq"], progress=False)
+        tiny.compress(llama, tmp_path / "out", calibration, exports=["gptq"], allocator="uniform")
     assert not (tmp_path / "out").exists()
 
 
 def test_shapes_that_no_kernel_takes_are_refused(calibration, tmp_path):
     model = tiny.build(tmp_path / "model", "llama")
-    recipe = mspc.Recipe(
-        bits=4, group_size=None, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
-    artifact = mspc.compress(model, recipe, out=tmp_path / "artifact", progress=False)
+    options = {"bits": 4, "group_size": None, "allocator": "uniform"}
+    artifact = tiny.compress(model, tmp_path / "artifact", calibration, **options)
     with pytest.raises(InputError, match=r"k_proj: .* divisible by 32, not 32 and 16; leave it out with --skip"):
         artifact.export("gptq", tmp_path / "out", progress=False)
 
@@ -157,10 +153,8 @@ def test_weights_that_float16_cannot_hold_are_refused(calibration, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 3] = 1e5
     tiny.save(model.bfloat16(), tmp_path / "model")
-    recipe = mspc.Recipe(
-        bits=4, group_size=32, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
-    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", progress=False)
+    options = {"bits": 4, "group_size": 32, "allocator": "uniform"}
+    artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, **options)
     with pytest.raises(InputError, match=r"embed_tokens\.weight: its largest weight, 99840, does not fit"):
         artifact.export("gptq", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

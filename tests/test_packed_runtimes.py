@@ -14,12 +14,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import mspc
 from exporters import formats, verification
 from exporters.runtimes import transformers as transformers_runtime
 from mspc.progress import Silent
-from mspc.storage.files import sha256_of
-from mspc.storage.manifest import EXPORT_MANIFEST
 
 pytest.importorskip("gptqmodel")
 pytest.importorskip("optimum")
@@ -100,10 +97,7 @@ def spoiled(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tens
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config))
     (out / "quantize_config.json").write_text(json.dumps(config["quantization_config"]))
-    manifest = json.loads((out / EXPORT_MANIFEST).read_text())
-    for name in ("model.safetensors", "config.json", "quantize_config.json"):
-        manifest["files"][name] = sha256_of(out / name)
-    (out / EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    tiny.redigest(out)
     return out
 
 
@@ -153,11 +147,8 @@ def test_a_zero_point_of_zero_in_the_first_version_is_noticed(calibration, tmp_p
         for name in ("gate_proj", "up_proj"):  # positive weights: the smallest is 0, which is then code 0
             model.model.layers[0].mlp.get_submodule(name).weight.abs_()
     tiny.save(model, tmp_path / "model")
-    recipe = mspc.Recipe(
-        bits=4, group_size=32, asymmetric=True, solver="mask", criterion="magnitude", allocator="uniform",
-        calibration=str(calibration), num_sequences=4, sequence_length=32,
-    )  # fmt: skip
-    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", progress=False)
+    options = {"bits": 4, "group_size": 32, "asymmetric": True, "solver": "mask", "criterion": "magnitude"}
+    artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, allocator="uniform", **options)
     folder = artifact.export("gptq", tmp_path / "out", progress=False)
 
     def change(tensors, config):

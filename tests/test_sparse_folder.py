@@ -36,10 +36,7 @@ def exported(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     model = tiny.build(folder / "model", "llama", dtype=torch.bfloat16, sharded=True)
     found = []
     for number, setting in enumerate(SETTINGS):
-        recipe = mspc.Recipe(
-            **setting, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
-        )
-        artifact = mspc.compress(model, recipe, out=folder / f"artifact{number}", progress=False)
+        artifact = tiny.compress(model, folder / f"artifact{number}", calibration, allocator="uniform", **setting)
         found.append((artifact, artifact.export("sparse", folder / f"sparse{number}", progress=False)))
     return found
 
