@@ -11,7 +11,7 @@ from mspc.errors import InputError, StorageError
 from mspc.storage.files import sha256_of
 from mspc.storage.journal import NAME, Journal
 
-HEADER = {"recipe": {"sparsity": 0.5, "skip": ["a"]}, "source": {"name": "m", "sha256": {"x": "12"}}, "version": 1}
+HEADER = {"settings": {"sparsity": 0.5, "skip": ["a"]}, "source": {"name": "m", "sha256": {"x": "12"}}, "version": 1}
 
 
 def solved(folder: Path, block: int) -> dict[str, object]:
@@ -77,17 +77,17 @@ def test_start_forgets_what_there_was(begun):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"recipe": {"sparsity": 0.6, "skip": ["a"]}}, r"recipe\.sparsity was 0\.5 and is 0\.6"),
-        ({"recipe": {"sparsity": 0.5, "skip": ["b"]}}, r"recipe\.skip was \['a'\] and is \['b'\]"),
-        ({"recipe": {"sparsity": 0.5}}, r"recipe\.skip was \['a'\] and is None"),
-        ({"recipe": {**HEADER["recipe"], "seed": 1}}, r"recipe\.seed was None and is 1"),
+        ({"settings": {"sparsity": 0.6, "skip": ["a"]}}, r"settings\.sparsity was 0\.5 and is 0\.6"),
+        ({"settings": {"sparsity": 0.5, "skip": ["b"]}}, r"settings\.skip was \['a'\] and is \['b'\]"),
+        ({"settings": {"sparsity": 0.5}}, r"settings\.skip was \['a'\] and is None"),
+        ({"settings": {**HEADER["settings"], "seed": 1}}, r"settings\.seed was None and is 1"),
         ({"source": {"name": "m", "sha256": {"x": "13"}}}, r"source\.sha256\.x was '12' and is '13'"),
-        (
-            {"source": {"name": "m", "sha256": {"y": "12"}}},
-            r"sha256\.x was '12' and is None; source\.sha256\.y",
-        ),
+        ({"source": {"name": "m", "sha256": {"y": "12"}}}, r"sha256\.x was '12' and is None; source\.sha256\.y"),
         ({"source": {"name": "n", "sha256": {"x": "12"}}}, r"source\.name was 'm' and is 'n'"),
-        ({"version": 2}, r"version was 1 and is 2"),
+        (
+            {"settings": {"sparsity": 0.6, "skip": ["a"]}, "version": 2},
+            r"settings\.sparsity was .*; version was 1 and is 2",
+        ),
     ],
 )
 def test_another_run_is_refused_with_what_differs(change, difference, begun):
@@ -98,7 +98,7 @@ def test_another_run_is_refused_with_what_differs(change, difference, begun):
 
 
 def test_tuples_and_lists_are_the_same_in_json(begun):
-    same = HEADER | {"recipe": {"sparsity": 0.5, "skip": ("a",)}}
+    same = HEADER | {"settings": {"sparsity": 0.5, "skip": ("a",)}}
     assert len(Journal.resume(begun, same).entries) == 3
 
 

@@ -1,6 +1,7 @@
 """ONNX layouts against brute force, golden bytes and the reference implementation of DequantizeLinear in onnx."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,21 +144,22 @@ def test_what_is_no_onnx_model_is_an_error(tmp_path):
         reader_of("onnx", tmp_path)
 
 
-@pytest.mark.parametrize("location", ["../elsewhere", "/etc/hostname"])
-def test_weights_outside_the_folder_are_not_read(location, tmp_path):
+def with_weights_in(location: str, folder: Path) -> Path:
+    """A model of one tensor that lies in another file."""
     tensor = onnx.TensorProto(name=MATRIX.parameter, dims=[64, 8], data_type=1, data_location=1)
     tensor.external_data.add(key="location", value=location)
     graph = onnx.helper.make_graph([], "one", [], [], [tensor])
-    (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    (folder / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    return folder
+
+
+@pytest.mark.parametrize("location", ["../elsewhere", "/etc/hostname"])
+def test_weights_outside_the_folder_are_not_read(location, tmp_path):
     with pytest.raises(InputError, match="points outside the folder"):
-        reader_of("onnx", tmp_path)(entry())
+        reader_of("onnx", with_weights_in(location, tmp_path))(entry())
 
 
 def test_a_data_file_cut_short_is_an_error(tmp_path):
-    tensor = onnx.TensorProto(name=MATRIX.parameter, dims=[64, 8], data_type=1, data_location=1)
-    tensor.external_data.add(key="location", value="model.onnx.data")
-    graph = onnx.helper.make_graph([], "one", [], [], [tensor])
-    (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     (tmp_path / "model.onnx.data").write_bytes(b"abcd")
     with pytest.raises(ValueError, match="reshape"):
-        reader_of("onnx", tmp_path)(entry())
+        reader_of("onnx", with_weights_in("model.onnx.data", tmp_path))(entry())

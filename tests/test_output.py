@@ -190,7 +190,7 @@ def test_killed_while_replacing_and_resumed(owner, name, least, llama, recipe, o
         if sibling(out, "new").is_dir() or content(out) == newer:
             run(llama, recipe, out, resume=True)
         else:  # nothing was begun yet, and so the older run is what there is to resume
-            with pytest.raises(InputError, match=r"recipe\.seed was 9 and is 0"):
+            with pytest.raises(InputError, match=r"settings\.seed was 9 and is 0"):
                 run(llama, recipe, out, resume=True)
             run(llama, recipe, out, overwrite=True)
         assert content(out) == newer, f"killed at {name} {kills}"

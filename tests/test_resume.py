@@ -32,9 +32,8 @@ TIMINGS = ("seconds", "peak_memory_bytes")
 
 @pytest.fixture(scope="module")
 def recipe(calibration: Path) -> mspc.Recipe:
-    return mspc.Recipe(
-        bits=4, group_size=32, sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
+    options = {"bits": 4, "group_size": 32, "sensitivity": "gram", "num_sequences": 4, "sequence_length": 32}
+    return mspc.Recipe(calibration=str(calibration), **options)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +83,7 @@ def killed_at(call: int, owner: object, name: str, action: Callable[[], object])
         os._exit(code)
 
 
-def test_killed_at_every_flush_to_disk_and_resumed_is_bitwise_the_undisturbed_run(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_killed_at_every_flush_to_disk_and_resumed_is_bitwise_the_undisturbed_run(llama, recipe, undisturbed, tmp_path):
     """Every durable step flushes: each file before its rename, the folder after it, every line of the journal."""
     kills = 0
     while True:
@@ -99,7 +96,7 @@ def test_killed_at_every_flush_to_disk_and_resumed_is_bitwise_the_undisturbed_ru
     assert kills > 15
 
 
-def test_blocks_without_matrices_do_not_confuse_a_resumed_run(llama: Path, recipe: mspc.Recipe, tmp_path: Path) -> None:
+def test_blocks_without_matrices_do_not_confuse_a_resumed_run(llama, recipe, tmp_path):
     """With the first block left dense, the first commit is that of the second."""
     skipping = mspc.Recipe(**recipe.to_dict() | {"skip": ["layers.0."]})
     run(llama, skipping, tmp_path / "undisturbed")
@@ -109,9 +106,7 @@ def test_blocks_without_matrices_do_not_confuse_a_resumed_run(llama: Path, recip
     assert content(out) == content(tmp_path / "undisturbed")
 
 
-def test_a_plan_that_was_changed_meanwhile_is_not_obeyed(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_plan_that_was_changed_meanwhile_is_not_obeyed(llama, recipe, undisturbed, tmp_path):
     out = tmp_path / "out"
     assert killed_at(1, pipeline, "write_json", lambda: run(llama, recipe, out))
     plan = out / "plan.json"
@@ -120,9 +115,7 @@ def test_a_plan_that_was_changed_meanwhile_is_not_obeyed(
     assert content(out) == undisturbed
 
 
-def test_a_resumed_run_solves_no_block_again(
-    llama: Path, recipe: mspc.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_solves_no_block_again(llama, recipe, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert killed_at(2, solve_blocks, "write_tensors", lambda: run(llama, recipe, out))  # the first is committed
     solved = []
@@ -146,15 +139,7 @@ def at_second_block(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_block_is_written_while_the_next_is_solved(
-    llama: Path,
-    recipe: mspc.Recipe,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    interrupted: bool,
-) -> None:
+def test_a_block_is_written_while_the_next_is_solved(llama, recipe, undisturbed, tmp_path, monkeypatch, interrupted):
     """The first file waits for the second block, and what is being written when an interrupt comes is committed."""
     second, waits, original = threading.Event(), [], solve_blocks.write_tensors
 
@@ -181,14 +166,7 @@ def test_a_block_is_written_while_the_next_is_solved(
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_a_full_disk_while_a_block_is_written_ends_the_run(
-    block: int,
-    llama: Path,
-    recipe: mspc.Recipe,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_full_disk_while_a_block_is_written_ends_the_run(block, llama, recipe, undisturbed, tmp_path, monkeypatch):
     """The error of the writing thread is raised by the run, which can be resumed."""
     original = files.save_file
 
@@ -206,9 +184,7 @@ def test_a_full_disk_while_a_block_is_written_ends_the_run(
     assert content(tmp_path) == undisturbed
 
 
-def test_weights_that_overflow_are_an_error_that_names_the_matrix(
-    llama: Path, recipe: mspc.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_overflow_are_an_error_that_names_the_matrix(llama, recipe, tmp_path, monkeypatch):
     def infinite(wanted: Tensor, stats: object, target: Target, options: object, name: str) -> CompressedLinear:
         return CompressedLinear(wanted / 0, torch.ones_like(wanted, dtype=torch.bool), target)
 
@@ -219,9 +195,7 @@ def test_weights_that_overflow_are_an_error_that_names_the_matrix(
 
 
 @pytest.mark.parametrize("made", [False, True])
-def test_resume_of_nothing_starts_fresh(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path, *, made: bool
-) -> None:
+def test_resume_of_nothing_starts_fresh(llama, recipe, undisturbed, tmp_path, made):
     out = tmp_path / "out"
     if made:
         out.mkdir()
@@ -230,21 +204,13 @@ def test_resume_of_nothing_starts_fresh(
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_resume_names_what_differs(
-    llama: Path,
-    folder_of: Callable[[str], Path],
-    recipe: mspc.Recipe,
-    test_text: Path,
-    tmp_path: Path,
-    *,
-    finished: bool,
-) -> None:
+def test_resume_names_what_differs(llama, folder_of, recipe, test_text, tmp_path, finished):
     out = tmp_path / "out"
     if finished:
         run(llama, recipe, out)
     else:
         assert killed_at(300, Sweep, "settle_column", lambda: run(llama, recipe, out))
-    with pytest.raises(InputError, match=r"recipe\.sparsity was 0\.5 and is 0\.6"):
+    with pytest.raises(InputError, match=r"settings\.sparsity was 0\.5 and is 0\.6"):
         run(llama, mspc.Recipe(**recipe.to_dict() | {"sparsity": 0.6}), out, resume=True)
     with pytest.raises(InputError, match=r"calibration\.sha256 was"):
         run(llama, mspc.Recipe(**recipe.to_dict() | {"calibration": str(test_text)}), out, resume=True)
@@ -252,17 +218,13 @@ def test_resume_names_what_differs(
         run(folder_of("qwen2"), recipe, out, resume=True)
 
 
-def test_the_written_recipe_reproduces_every_byte(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_the_written_recipe_reproduces_every_byte(llama, recipe, undisturbed, tmp_path):
     (tmp_path / "recipe.toml").write_bytes(undisturbed["recipe.toml"])
     run(llama, mspc.Recipe.from_toml(tmp_path / "recipe.toml"), tmp_path / "out")
     assert content(tmp_path / "out") == undisturbed
 
 
-def test_the_written_plan_gives_the_same_matrices(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_the_written_plan_gives_the_same_matrices(llama, recipe, undisturbed, tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_bytes(undisturbed["plan.json"])
     run(llama, mspc.Recipe(**recipe.to_dict() | {"plan": str(plan)}), tmp_path / "out")
@@ -272,9 +234,7 @@ def test_the_written_plan_gives_the_same_matrices(
     assert all(files[name] == undisturbed[name] for name in same)
 
 
-def test_kept_measurements_are_used_and_change_no_byte(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_measurements_are_used_and_change_no_byte(llama, recipe, undisturbed, tmp_path, monkeypatch):
     kept = tmp_path / "measurements"
     mspc.compress(llama, recipe, out=tmp_path / "first", measurements=kept, progress=False)
     monkeypatch.setattr("mspc.planning.measurements.by_gram", lambda *args: pytest.fail("measured again"))
@@ -282,9 +242,7 @@ def test_kept_measurements_are_used_and_change_no_byte(
     assert content(tmp_path / "second") == undisturbed
 
 
-def test_an_interrupt_exits_130_with_a_hint_and_can_be_resumed(
-    llama: Path, recipe: mspc.Recipe, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_an_interrupt_exits_130_with_a_hint_and_can_be_resumed(llama, recipe, undisturbed, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "recipe.toml").write_bytes(undisturbed["recipe.toml"])
     options = ["--out", str(out), "--recipe", str(tmp_path / "recipe.toml")]

@@ -265,16 +265,22 @@ def test_options_of_transformers_are_passed_on(placement, of, pruned, llama, tmp
     torch.testing.assert_close(logits_of(model, tiny.ids(1)), logits_of(mspc.load(folder), tiny.ids(1)))
 
 
-def test_one_option_places_a_model(pruned):
-    with pytest.raises(InputError, match=r"load: device='cpu' and device_map='auto' both place the model\. Give only"):
-        mspc.load(pruned[0][1], device="cpu", device_map="auto")
-
-
-def test_prefill_by_cusparselt_needs_a_device(pruned):
-    with pytest.raises(InputError, match="Unknown prefill 'cusparse': did you mean 'cusparselt'?"):
-        mspc.load(pruned[0][0], prefill="cusparse")
-    with pytest.raises(InputError, match=r"'cusparselt' needs a CUDA device .* but cpu is no CUDA device\."):
-        mspc.load(pruned[0][0], device="cpu", prefill="cusparselt")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"device": "cpu", "device_map": "auto"},
+            "load: device='cpu' and device_map='auto' both place the model",
+        ),
+        ({"prefill": "cusparse"}, "Unknown prefill 'cusparse': did you mean 'cusparselt'?"),
+        ({"device": "cpu", "prefill": "cusparselt"}, "'cusparselt' needs a CUDA device .* but cpu is no CUDA device."),
+        ({"dtype": "float3"}, "Unknown dtype 'float3'"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_obeyed_are_refused(options, message, pruned):
+    with pytest.raises(InputError, match=message):
+        mspc.load(pruned[0][1], **options)
 
 
 def test_logits_in_half_precision_are_near(case):
@@ -356,10 +362,6 @@ def test_saving_writes_the_export_again(loader, case, tmp_path):
     assert_same_export(case.sparse, saved)
     for again in (mspc.load(saved), AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)):
         torch.testing.assert_close(logits_of(again, case.ids), case.logits, rtol=1e-5, atol=1e-5)
-    before = {name: matrix.weight for name, _, matrix in read_sparse(case.sparse)}
-    after = {name: matrix.weight for name, _, matrix in read_sparse(saved)}
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_model_without_its_head_is_loaded_too(case):
@@ -463,12 +465,6 @@ def test_the_readme_of_an_export_says_what_works_and_what_does_not(pruned, tmp_p
     assert "MISSING" in ran.stderr
 
 
-def test_the_readme_of_an_export_may_be_edited(pruned, tmp_path):
-    export = Path(shutil.copytree(pruned[0][1], tmp_path / "copy"))
-    (export / "README.md").write_text("# Our model")
-    assert verification.failures(verification.verify(export, None, Silent())) == []
-
-
 # All readers of a damaged export raise the same message.
 
 
@@ -540,9 +536,7 @@ def test_damaged_exports_are_refused_by_name(damage, read, pruned, tmp_path):
         assert message in str(caught.value)
 
 
-def test_load_names_what_it_cannot_read(pruned, llama, tmp_path):
-    with pytest.raises(InputError, match="Unknown dtype 'float3'"):
-        mspc.load(pruned[0][1], dtype="float3")
+def test_load_names_what_it_cannot_read(pruned, tmp_path):
     folder = Path(shutil.copytree(pruned[0][1], tmp_path / "copy"))
     spoil(folder, "model.norm.weight", lambda _: None)
     with pytest.raises(InputError, match="holds no model.norm.weight, which the model needs"):

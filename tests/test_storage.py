@@ -38,11 +38,11 @@ def rewrite(folder: Path, **changes: Tensor | None) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (16, None)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, calibration, test_text, tmp_path):
+def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, group_size, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", dtype=HALVES[dtype])
-    artifact, dense = compressed(source, calibration, tmp_path, bits=bits, group_size=32)
+    artifact, dense = compressed(source, calibration, tmp_path, bits=bits, group_size=group_size)
     assert {tensor.dtype for tensor in tiny.tensors(dense).values()} == {HALVES[dtype]}
     assert {row["dtype"] for row in artifact.manifest["matrices"]} == {dtype}
     assert_same_scores(source, artifact, dense, test_text)
