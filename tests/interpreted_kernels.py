@@ -4,7 +4,6 @@ TRITON_INTERPRET has to be set before a kernel is defined, and changes how Trito
 """
 
 import sys
-from collections import defaultdict
 
 import numpy as np
 import ptx
@@ -44,18 +43,6 @@ def test_product_with_more_tokens(case):
     for num_tokens in (13, case.kernel.MAX_TOKENS):
         x = inputs(case, num_tokens)
         assert_product(case.product(x, repacked), x, case)
-
-
-@pytest.mark.parametrize(("num_tokens", "copies"), [(1, 0), (3, 1), (8, 1)])
-def test_gathered_inputs_are_copied_once_at_most(num_tokens, copies, monkeypatch):
-    """Every copy is a launch, which at one token costs about as much as a small product. Oracle: torch's profiler."""
-    case = next(case for case in CASES if case.kernel is nm)
-    repacked, x = case.repacked(), inputs(case, num_tokens)
-    gpu = launch.on_gpu("nm")
-    monkeypatch.setattr(gpu, "nm_matmul", defaultdict(lambda: lambda *args, **options: None))
-    with torch.profiler.profile() as profile:
-        nm.matmul(x, repacked, case.matrix)
-    assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
 
 
 @pytest.mark.parametrize("kernel", [codes, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)

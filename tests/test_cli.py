@@ -27,15 +27,7 @@ from mspc.recipe import Recipe
 
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
 RUN_FLAGS = {
-    "--export",
-    "--recipe",
-    "--measurements",
-    "--spill",
-    "--resume",
-    "--overwrite",
-    "--json",
-    "--debug",
-    "--out",
+    *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--effort", "--solver"),

@@ -25,9 +25,8 @@ from mspc.types import CompressedLinear, Matrix, Target, Unstructured
 
 @pytest.fixture(scope="module")
 def recipe(calibration: Path) -> mspc.Recipe:
-    return mspc.Recipe(
-        bits=4, group_size=32, sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
+    options = {"bits": 4, "group_size": 32, "allocator": "uniform", "num_sequences": 4, "sequence_length": 32}
+    return mspc.Recipe(calibration=str(calibration), **options)
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_weights_in_every_runtime(weights, artifact_of, tmp_path):
 
 @pytest.mark.parametrize("weights", ["matmulnbits", pytest.param("qdq", marks=SLOW)])
 def test_two_asymmetric_bits_and_rows(weights, artifact_of, tmp_path):
-    artifact = artifact_of("llama", bits=2, group_size=None, asymmetric=True, sparsity=0.3)
+    artifact = artifact_of("llama", bits=2, group_size="row", asymmetric=True, sparsity=0.3)
     results = export(artifact, tmp_path / "out", weights=weights)
     assert {name: result["status"] for name, result in results.items()} == {
         "onnxruntime": "verified",
@@ -131,7 +131,7 @@ def test_weights_beyond_float16_are_refused(calibration, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 0] = 1e6
     tiny.save(model, tmp_path / "model")
-    artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, sensitivity="gram")
+    artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, allocator="uniform")
     with pytest.raises(InputError, match=r"model.embed_tokens.weight has weights that do not fit into torch.float16"):
         export(artifact, tmp_path / "out", weights="float16")
 

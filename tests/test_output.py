@@ -105,31 +105,12 @@ def test_the_current_folder_and_links_are_folders_too(tmp_path, monkeypatch):
     assert names(tmp_path / "out") == []
 
 
-def test_publishing_replaces_the_older_and_leaves_nothing_else(tmp_path):
-    out, new = filled(tmp_path / "out", "old"), filled(tmp_path / ".out.new", "new")
-    filled(tmp_path / ".out.old", "older")  # of a run that was killed over removing it
-    publish(new, out)
-    assert names(tmp_path) == ["out"]
-    assert names(out) == ["new"]
-
-
 def test_publishing_in_place_removes_what_a_killed_run_left(tmp_path):
     out = filled(tmp_path / "out", "new")
     filled(tmp_path / ".out.old", "older")
     publish(out, out)
     assert names(tmp_path) == ["out"]
     assert names(out) == ["new"]
-
-
-def test_what_a_kill_inside_publish_moved_away_is_put_back(tmp_path):
-    out = filled(tmp_path / "out", MANIFEST)
-    new = filled(tmp_path / ".out.new", "new")
-    assert killed_at(2, Path, "rename", lambda: publish(new, out))
-    assert names(tmp_path) == [".out.new", ".out.old"]
-    with pytest.raises(InputError, match="out holds a finished artifact"):
-        fresh(out)
-    assert names(tmp_path) == [".out.new", "out"]
-    assert (out / MANIFEST).read_text() == "out"
 
 
 @pytest.mark.parametrize(

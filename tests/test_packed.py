@@ -65,7 +65,7 @@ def test_pack_quantized_by_hand():
 GRIDS = [
     {"bits": 2},
     {"bits": 3, "pattern": "2:4"},
-    {"bits": 4, "group_size": None},
+    {"bits": 4, "group_size": "row"},
     {"bits": 8, "sparsity": 0.0},
     {"bits": 4, "asymmetric": True},
     {"bits": 3, "asymmetric": True, "group_size": 64},
@@ -142,7 +142,7 @@ def test_compress_refuses_an_export_that_cannot_be_before_it_solves(llama, calib
 
 def test_shapes_that_no_kernel_takes_are_refused(calibration, tmp_path):
     model = tiny.build(tmp_path / "model", "llama")
-    options = {"bits": 4, "group_size": None, "allocator": "uniform"}
+    options = {"bits": 4, "group_size": "row", "allocator": "uniform"}
     artifact = tiny.compress(model, tmp_path / "artifact", calibration, **options)
     with pytest.raises(InputError, match=r"k_proj: .* divisible by 32, not 32 and 16; leave it out with --skip"):
         artifact.export("gptq", tmp_path / "out", progress=False)

@@ -48,7 +48,7 @@ def test_families_in_their_runtimes(family, format_name, artifact_of, tmp_path):
 @pytest.mark.parametrize("format_name", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize(
     "grid",
-    [{"bits": 2}, {"bits": 3}, {"bits": 8}, {"asymmetric": True}, {"pattern": "2:4", "group_size": None}],
+    [{"bits": 2}, {"bits": 3}, {"bits": 8}, {"asymmetric": True}, {"pattern": "2:4", "group_size": "row"}],
     ids=str,
 )
 def test_grids_in_their_runtimes(grid, format_name, artifact_of, tmp_path):

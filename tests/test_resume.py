@@ -32,8 +32,12 @@ TIMINGS = ("seconds", "peak_memory_bytes")
 
 @pytest.fixture(scope="module")
 def recipe(calibration: Path) -> mspc.Recipe:
-    options = {"bits": 4, "group_size": 32, "sensitivity": "gram", "num_sequences": 4, "sequence_length": 32}
-    return mspc.Recipe(calibration=str(calibration), **options)
+    options = {"bits": 4, "group_size": 32, "allocator": "trace-rank", "sensitivity": "gram"}
+    return on_text(str(calibration), **options)
+
+
+def on_text(calibration: str, **values: object) -> mspc.Recipe:
+    return mspc.Recipe(calibration=calibration, num_sequences=4, sequence_length=32, **values)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +195,7 @@ def test_weights_that_overflow_are_an_error_that_names_the_matrix(llama, recipe,
     monkeypatch.setitem(SOLVERS, "mask", infinite)
     dense = {"bits": 16, "sparsity": 0.0, "solver": "mask", "allocator": "uniform"}
     with pytest.raises(ActivationError, match=r"q_proj: its weights overflow torch\.float32 .*--damp"):
-        run(llama, mspc.Recipe(**recipe.to_dict() | dense), tmp_path)
+        run(llama, on_text(recipe.calibration, **dense), tmp_path)
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -227,7 +231,7 @@ def test_the_written_recipe_reproduces_every_byte(llama, recipe, undisturbed, tm
 def test_the_written_plan_gives_the_same_matrices(llama, recipe, undisturbed, tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_bytes(undisturbed["plan.json"])
-    run(llama, mspc.Recipe(**recipe.to_dict() | {"plan": str(plan)}), tmp_path / "out")
+    run(llama, on_text(recipe.calibration, plan=str(plan)), tmp_path / "out")
     files = content(tmp_path / "out")
     same = [name for name in files if name.startswith(("matrices/", "unchanged/"))]
     assert len(same) == 3

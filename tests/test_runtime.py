@@ -171,9 +171,9 @@ class Case:
     logits: Tensor
 
 
-def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
-    base = {"calibration": str(calibration), "num_sequences": 2, "sequence_length": 32, "sensitivity": "gram"}
-    return mspc.Recipe(**base | {"solver": "mask", "allocator": "uniform", "device": "cpu"} | changes)
+def compress(source: Path, out: Path, calibration: Path, **recipe: Any) -> mspc.Artifact:
+    quick = {"num_sequences": 2, "solver": "mask", "allocator": "uniform", "device": "cpu"}
+    return tiny.compress(source, out, calibration, **quick | recipe)
 
 
 def make_case(family: str, source: Path, calibration: Path, folder: Path, offset: int) -> Case:
@@ -184,8 +184,8 @@ def make_case(family: str, source: Path, calibration: Path, folder: Path, offset
         for number, matrix in enumerate(matrices)
     ]
     write_plan(folder / "plan.json", plan)
-    asked = recipe(calibration, plan=str(folder / "plan.json"), allocator=None)
-    artifact = mspc.compress(source, asked, out=folder / "artifact", progress=False)
+    asked = {"plan": str(folder / "plan.json"), "allocator": None}
+    artifact = compress(source, folder / "artifact", calibration, **asked)
     sparse = artifact.export("sparse", folder / "sparse", verify=False, progress=False)
     dense = artifact.export("dense", folder / "dense", verify=False, progress=False)
     ids = tiny.ids(3)
@@ -316,9 +316,7 @@ def pruned(calibration, tmp_path_factory) -> list[tuple[Path, Path]]:
     folder, found = tmp_path_factory.mktemp("pruned"), []
     source = tiny.build(folder / "source", "llama", hidden_size=48, intermediate_size=80)
     for number, changes in enumerate(({"pattern": "2:4"}, {"sparsity": 0.5, "bits": 4, "group_size": 16})):
-        artifact = mspc.compress(
-            source, recipe(calibration, **changes), out=folder / f"artifact{number}", progress=False
-        )
+        artifact = compress(source, folder / f"artifact{number}", calibration, **changes)
         found.append((artifact.path, artifact.export("sparse", folder / f"sparse{number}", progress=False)))
     return found
 
@@ -392,7 +390,7 @@ def test_names_without_the_prefix_of_the_model(calibration, tmp_path):
 def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
     """Its files have other names than its parameters, and experts that transformers fuses, and is saved so."""
     source = tiny.build(tmp_path / "source", "mixtral")
-    artifact = mspc.compress(source, recipe(calibration, skip=("experts",)), out=tmp_path / "artifact", progress=False)
+    artifact = compress(source, tmp_path / "artifact", calibration, skip=("experts",))
     sparse = artifact.export("sparse", tmp_path / "sparse", verify=False, progress=False)
     dense = AutoModelForCausalLM.from_pretrained(
         artifact.export("dense", tmp_path / "dense", verify=False, progress=False)
@@ -409,7 +407,7 @@ def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
 def test_slices_of_fused_experts_in_an_artifact_become_dense(calibration, tmp_path):
     """Nothing makes them yet: the artifact is edited by hand. Oracle: the layer that transformers has without it."""
     source = tiny.build(tmp_path / "source", "gpt_oss")
-    artifact = mspc.compress(source, recipe(calibration, skip=("experts",)), out=tmp_path / "artifact", progress=False)
+    artifact = compress(source, tmp_path / "artifact", calibration, skip=("experts",))
     manifest = json.loads((artifact.path / MANIFEST).read_text())
     row, parameter = dict(manifest["matrices"][0]), "model.layers.0.mlp.experts.down_proj"
     before = mspc.load(artifact.path)

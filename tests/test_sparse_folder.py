@@ -24,7 +24,7 @@ SETTINGS = [
     {"sparsity": 0.5},
     {"pattern": "2:4"},
     {"pattern": "8:16", "bits": 4, "group_size": 32},
-    {"sparsity": 0.6, "bits": 3, "group_size": None, "asymmetric": True},
+    {"sparsity": 0.6, "bits": 3, "group_size": "row", "asymmetric": True},
     {"sparsity": 0.0, "bits": 8, "group_size": 32},
 ]
 

@@ -30,7 +30,7 @@ MATRIX = "model.layers.1.mlp.up_proj"
 @pytest.fixture(scope="module")
 def artifact(llama: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> mspc.Artifact:
     out = tmp_path_factory.mktemp("verify") / "artifact"
-    return tiny.compress(llama, out, calibration, pattern="2:4", sensitivity="gram")
+    return tiny.compress(llama, out, calibration, pattern="2:4")
 
 
 @pytest.fixture(scope="module")
@@ -190,39 +190,33 @@ def result(folder: Path) -> tuple[str, str]:
     return of["status"], of.get("reason", "")
 
 
-def test_what_a_runtime_cannot_do_or_lacks_is_no_failure(runtime, folder):
-    def unsupported(*_):
-        raise Unsupported("it never could")
+def raising(error: Exception) -> Callable[..., object]:
+    def load(*_: object) -> object:
+        print("a banner")
+        raise error
 
-    runtime.load = unsupported
-    assert result(folder) == ("unsupported", "it never could")
+    return load
 
-    def missing(*_):
-        import a_package_that_is_not_there  # noqa: F401
 
-    runtime.load = missing
-    status, reason = result(folder)
-    assert status == "not installed"
-    assert reason == "a_package_that_is_not_there is missing: pip install it"
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (Unsupported("it never could"), "unsupported", "it never could"),
+        (ModuleNotFoundError(name="a_package"), "not installed", "a_package is missing: pip install it"),
+        (RuntimeError("size mismatch"), "failed", "RuntimeError: size mismatch"),
+    ],
+    ids=repr,
+)
+def test_only_a_runtime_that_raises_anything_else_has_failed(error, status, reason, runtime, folder):
+    runtime.load = raising(error)
+    assert result(folder) == (status, reason)
 
 
 def test_stdout_is_json_whatever_a_runtime_prints(runtime, folder):
-    def loud(*_):
-        print("a banner")
-        raise Unsupported("it never could")
-
-    runtime.load = loud
+    runtime.load = raising(Unsupported("it never could"))
     done = CliRunner().invoke(app, ["verify", str(folder), "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["runtimes"]["transformers"]["status"] == "unsupported"
-
-
-def test_a_runtime_that_raises_has_failed(runtime, folder):
-    def broken(*_):
-        raise RuntimeError("size mismatch")
-
-    runtime.load = broken
-    assert result(folder) == ("failed", "RuntimeError: size mismatch")
 
 
 @pytest.mark.parametrize("fault", ["none", "logits", "nan", "shape", "tokens", "tokens too close to call"])
@@ -256,10 +250,7 @@ def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
 
 
 def test_an_export_that_is_wrong_is_not_kept(runtime, artifact, tmp_path):
-    def broken(*_):
-        raise RuntimeError("size mismatch")
-
-    runtime.load = broken
+    runtime.load = raising(RuntimeError("size mismatch"))
     with pytest.raises(VerificationError, match=r"was not kept: transformers: RuntimeError: size mismatch"):
         artifact.export("dense", tmp_path / "dense", progress=False)
     assert list(tmp_path.iterdir()) == []
