@@ -3,8 +3,6 @@
 TRITON_INTERPRET has to be set before a kernel is defined, and changes how Triton behaves in the whole process.
 """
 
-import sys
-
 import numpy as np
 import ptx
 import pytest
@@ -74,37 +72,6 @@ def test_a_model_that_is_cast_after_it_was_prepared_stays_on_its_device(kernel, 
         assert torch.equal(layer.float()(x), expected)
         assert torch.equal(layer.weight, weight)
         monkeypatch.undo()
-
-
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
-def test_kernels_are_launched_on_the_device_of_their_tensors(kernel, monkeypatch):
-    """Triton takes the current one, which is another for some layers of a model on several."""
-    case = next(case for case in CASES if case.kernel is kernel)
-    repacked, out = case.repacked(), torch.empty(case.shape, dtype=case.dtype)
-    entered, launched = [], []
-    gpu = launch.on_gpu(kernel.__name__.rpartition(".")[2])
-
-    class Current(torch.cuda.device_of):
-        def __init__(self, tensor):
-            super().__init__(tensor)
-            self.pointer = tensor.data_ptr()
-
-        def __enter__(self):
-            entered.append(self.pointer)
-
-        def __exit__(self, *_):
-            entered.pop()
-
-    def noting(run):
-        return lambda *args: launched.append(list(entered)) or run(*args)
-
-    monkeypatch.setattr(sys.modules[kernel.__name__], "device_of", Current)
-    monkeypatch.setattr(gpu, "matmul", noting(gpu.matmul))
-    monkeypatch.setattr(gpu, "expand", noting(gpu.expand))
-    x = inputs(case, 3)
-    kernel.matmul(x, repacked, case.matrix)
-    kernel.expand(repacked, case.matrix, out)
-    assert launched == [[x.data_ptr()], [out.data_ptr()]]
 
 
 @pytest.mark.parametrize("case", WITH_ASSEMBLY, ids=str)

@@ -601,37 +601,6 @@ def test_what_fails_does_not_stop_the_rest(gpu, tmp_path, monkeypatch, capsys):
     assert "kernels: out of time before bad; the same command goes on there" in capsys.readouterr().out
 
 
-def test_what_broke_the_device_is_tried_again_last(gpu, tmp_path, monkeypatch, capsys):
-    """After an illegal address, every call of the process fails: here, synchronizing."""
-    tried, lost = [], []
-
-    def unit(name, breaks=False):
-        def measure():
-            tried.append(name)
-            if breaks:
-                lost.append(name)
-                raise RuntimeError("an illegal memory access was encountered")
-            return {"rows": [{"a": 1}]}
-
-        return name, measure
-
-    def synchronize(device):
-        if lost:
-            raise RuntimeError("an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(gpu, "check_usable", lambda device, check=gpu.check_usable: check(torch.device("cuda")))
-    monkeypatch.setattr(
-        gpu, "PARTS", {"one": lambda slot: map(unit, "abc", (0, 1, 0)), "two": lambda slot: [unit("d")]}
-    )
-    asked = ("--dry-run", "--results", tmp_path)
-    for _ in range(2):
-        tried.append("|")
-        assert "run the same command again" in run_gpu(gpu, monkeypatch, *asked)
-        lost.clear()
-    assert "".join(tried) == "|ab|dcb"
-
-
 def test_without_a_gpu_it_says_so(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "There is no CUDA device here" in run_gpu(gpu, monkeypatch)

@@ -186,6 +186,7 @@ def test_slices_of_one_tensor_are_all_written_or_refused(format_name, sliced, fo
     out = exporting.export(artifact, format_name, tmp_path / "out")  # read back, and run in transformers
     name = "model.layers.0.mlp.experts.down_proj"
     before, after = tiny.tensors(folder_of("gpt_oss"))[name], tiny.tensors(out)[name]
+    assert torch.equal(mspc.load(artifact).get_parameter(name), after)
     for index in range(len(before)):
         assert torch.equal(after[index].T, weights.get(index, before[index].T))
 

@@ -70,16 +70,6 @@ def test_the_plan_follows_the_loss_curves(case):
     assert len({row["sparsity"] for row in rows}) > 2
 
 
-def test_sparsity_falls_with_sensitivity(llama, calibration, tmp_path):
-    """Trace-rank: the more sensitive, the denser; all within alpha = 0.1 of 0.5, plus the shift of the mean."""
-    artifact = compressed(llama, tmp_path / "out", calibration, allocator="trace-rank")
-    rows = sorted(artifact.manifest["matrices"], key=lambda row: row["sensitivity"])
-    sparsities = [row["sparsity"] for row in rows]
-    assert sparsities == sorted(sparsities, reverse=True)
-    assert sparsities[0] - sparsities[-1] == pytest.approx(0.2, abs=0.01)
-    assert len({row["sensitivity"] for row in rows}) == len(rows)
-
-
 def test_dense_export_is_the_artifact(case, test_text):
     """Oracle: transformers on the exported folder. The source scores otherwise, so this compares compressed models."""
     after = tiny.agreed_perplexity(case.dense, test_text)
@@ -119,8 +109,7 @@ def test_each_matrix_was_solved_on_what_the_compressed_ones_before_it_give(case,
         weight.copy_(result)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (16, None)])
-@pytest.mark.parametrize("solver", ["obs", "mask"])
+@pytest.mark.parametrize(("solver", "bits", "group_size"), [("obs", 4, 32), ("mask", 16, None)])
 def test_two_of_four(solver, bits, group_size, llama, calibration, test_text, tmp_path):
     """Oracle: counting in every four weights of a row; perplexity by transformers."""
     options = {"pattern": "2:4", "solver": solver, "bits": bits, "group_size": group_size}

@@ -99,13 +99,6 @@ def test_codes_come_back_exactly(pattern, grid):
         assert torch.equal(getattr(back.codes, part), getattr(matrix.codes, part)), part
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounded_weights_have_the_dtype_of_the_checkpoint(dtype):
-    matrix = compressed(NM(2, 4), Grid(4, 32))
-    back = unpack(pack(matrix, dtype), SHAPE, matrix.target, dtype)
-    assert torch.equal(back.weight, matrix.weight.to(dtype))
-
-
 def test_zeros_among_the_kept_weights_stay_kept():
     """A mask is what the solver decided, not where zeros happen to be."""
     matrix = compressed(NM(2, 4))
@@ -143,13 +136,6 @@ def test_bits_per_weight_are_what_the_layout_says(pattern, grid, dtype, expected
     assert stored_bits(tensors) / (64 * 256) == expected
 
 
-def test_padding_is_less_than_a_byte_a_row():
-    matrix = compressed(Unstructured(0.5), Grid(3, 5, False), (7, 15))
-    kept, groups = int(matrix.mask.sum()), 7 * 3
-    least = 105 + 3 * kept + (16 + 3) * groups
-    assert least <= stored_bits(pack(matrix, torch.float32)) < least + (7 + 7 + 1) * 8
-
-
 @pytest.mark.parametrize("grid", [None, Grid(3, 32, False)], ids=repr)
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.0), NM(2, 4), NM(5, 16)], ids=repr)
 def test_tensors_of_another_shape_dtype_or_order_are_refused(pattern, grid):
@@ -166,16 +152,6 @@ def test_tensors_of_another_shape_dtype_or_order_are_refused(pattern, grid):
         rest = {name: other for name, other in tensors.items() if name != part}
         with pytest.raises(InputError, match=f"m: its {part} are missing"):
             unpack(rest, SHAPE, matrix.target, torch.float32, "m")
-
-
-@few
-@given(st.integers(1, 12), st.integers(1, 6), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.floats(0, 1))
-def test_odd_sizes_come_back_exactly(num_rows, num_groups, bits, symmetric, sparsity):
-    shape = (num_rows, 7 * num_groups)
-    matrix = compressed(Unstructured(sparsity), Grid(bits, 7, symmetric), shape)
-    back = unpack(pack(matrix, torch.float32), shape, matrix.target, torch.float32)
-    assert torch.equal(back.weight, matrix.weight)
-    assert torch.equal(back.mask, matrix.mask)
 
 
 @pytest.mark.parametrize("grid", [None, Grid(3, 32, False), Grid(4, None)], ids=repr)

@@ -119,9 +119,3 @@ def test_a_commit_is_flushed_before_it_counts(begun, monkeypatch):
     with pytest.raises(StorageError, match=r"journal\.jsonl .*No space left.*--resume"):
         journal.commit(solved(begun, 3))
     assert blocks(journal) == ["0", "1", "2"]
-
-
-def test_discard_twice_is_harmless(begun):
-    Journal.discard(begun)
-    Journal.discard(begun)
-    assert not (begun / NAME).exists()

@@ -4,7 +4,6 @@ Each limit is the count when it was written, plus 5%; they hold for Triton 3.6 a
 by memory if it needs at most 7.8 thread instructions a byte of weights (A100: 9.7).
 """
 
-import sys
 from collections import Counter
 
 import pytest
@@ -76,23 +75,6 @@ def bitmap(capability: int, bits: int) -> CompiledKernel:
     groups = {"BITS": bits, "NUM_GROUPS": 112, "GROUP_WORDS": 4, "SYMMETRIC": True}
     constants = {**groups, "TOKENS": 8, "S": 8, "PTX": True, "WIDE": False}
     return sass.build(bitmap_matmul, {**pointers, **numbers}, constants, capability, 8, 3 if bits == 16 else 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("assembly", [False, True])
-@pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (64, True), (128, False), (2944, True)])
-def test_what_is_cut_off_compiles(monkeypatch, group_size, symmetric, assembly):
-    """2888 columns are no multiple of a block, nor their blocks of a step; also the branch without assembly."""
-    monkeypatch.setattr(sys.modules[__name__], "COLUMNS", 2888)
-    constants = fragment_constants
-    monkeypatch.setattr(
-        sys.modules[__name__], "fragment_constants", lambda *args: {**constants(*args), "PTX": assembly}
-    )
-    for dtype in (BF16, FP16):
-        for bits in (2, 3, 4, 8):
-            assert codes(90, dtype, bits, group_size, symmetric, 8).asm["cubin"]
-        assert sparse24(90, dtype, True, symmetric, 8).asm["cubin"]
-        assert sparse24(90, dtype, False, True, 8).asm["cubin"]
 
 
 BF16, FP16 = "*bf16", "*fp16"

@@ -194,14 +194,6 @@ def test_half_precision_weights_give_their_float32_values():
     assert torch.equal(results[0].weight, results[1].weight)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.0), NM(16, 16), NM(4, 4)], ids=repr)
-def test_sparsity_zero_changes_nothing(pattern):
-    case = problem(16, 16, 208, dead=[0, 150])
-    result = run_obs(case, pattern)
-    assert torch.equal(result.weight, case.weight)
-    assert bool(result.mask.all())
-
-
 # Refusals
 
 

@@ -39,7 +39,6 @@ from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
 from mspc.storage.artifact import ArtifactSource
-from mspc.storage.manifest import MANIFEST
 from mspc.storage.sparse_export import read_sparse
 from mspc.types import NM, CompressedLinear, Grid, PlannedMatrix, Target, Unstructured
 
@@ -402,27 +401,6 @@ def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
         torch.testing.assert_close(logits_of(model, ids), logits_of(dense, ids))
         model.save_pretrained(tmp_path / f"saved{number}")
         assert_same_export(sparse, tmp_path / f"saved{number}")
-
-
-def test_slices_of_fused_experts_in_an_artifact_become_dense(calibration, tmp_path):
-    """Nothing makes them yet: the artifact is edited by hand. Oracle: the layer that transformers has without it."""
-    source = tiny.build(tmp_path / "source", "gpt_oss")
-    artifact = compress(source, tmp_path / "artifact", calibration, skip=("experts",))
-    manifest = json.loads((artifact.path / MANIFEST).read_text())
-    row, parameter = dict(manifest["matrices"][0]), "model.layers.0.mlp.experts.down_proj"
-    before = mspc.load(artifact.path)
-    fused = before.get_parameter(parameter)
-    matrix = compressed(Unstructured(0.5), None, tuple(fused.shape[1:]))
-    tensors = layout.pack(matrix, torch.float32)
-    row |= {"name": f"{parameter}[1]", "parameter": parameter, "tensor": parameter, "index": 1, "sparsity": 0.5}
-    row |= {"shape": list(fused.shape[1:]), "stored": list(tensors), "file": "matrices/slice.safetensors"}
-    save_file({f"{row['name']}.{part}": tensor for part, tensor in tensors.items()}, artifact.path / row["file"])
-    manifest["matrices"].append(row)
-    (artifact.path / MANIFEST).write_text(json.dumps(manifest))
-    after = mspc.load(artifact.path)
-    assert len(sparse_layers(after)) == 8
-    assert torch.equal(after.get_parameter(parameter)[1], matrix.weight)
-    assert torch.equal(after.get_parameter(parameter)[0], fused[0])
 
 
 @pytest.mark.parametrize("shown", [True, False])

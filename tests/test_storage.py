@@ -126,7 +126,6 @@ def test_checkpoints_of_the_base_model(family, prefix, calibration, test_text, t
 @pytest.mark.parametrize(
     ("family", "stale"),
     [
-        ("llama", "model.rotary_emb.inv_freq"),
         ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
         ("gpt2", "transformer.h.0.attn.bias"),
         ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),

@@ -96,25 +96,6 @@ def test_later_grams_see_what_was_installed_before(family, folder_of):
         module.weight.copy_(replacement.T if isinstance(module, Conv1D) else replacement)
 
 
-def test_known_blocks_are_installed_and_not_visited(llama):
-    """Oracle: the same walk, in which the caller installs."""
-    ids = tiny.ids(2)
-    model = opened(llama)
-    matrices = model.matrices(())
-    solved = {matrix.name: torch.full(matrix.shape, 0.01) for matrix in matrices[0]}
-    expected = batches_of(model, ids)
-    grams = {}
-    for visit in walk(model, expected, matrices):
-        grams[visit.matrix.name] = visit.stats.gram
-        if visit.block == 0:
-            install(visit.weight, solved[visit.matrix.name])
-    batches = batches_of(model, ids)
-    visits = list(walk(model, batches, matrices, lambda index: solved if index == 0 else None))
-    assert [visit.matrix.name for visit in visits] == list(grams)[len(matrices[0]) :]
-    assert all(torch.equal(visit.stats.gram, grams[visit.matrix.name]) for visit in visits)
-    assert torch.equal(batches[0].hidden, expected[0].hidden)
-
-
 def test_weights_that_change_at_the_end_of_a_block_are_those_that_its_batches_pass(llama):
     """Oracle: the same changes made by known blocks, which are installed before anything passes."""
     model, ids = opened(llama), tiny.ids(3)
