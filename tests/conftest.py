@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: no network, one thread (tiny matrices gain nothing from more), model folders."""
+"""Shared by the end-to-end tests: no network, one thread (tiny matrices gain nothing from more), model folders."""
 
 import os
 

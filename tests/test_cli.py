@@ -93,7 +93,7 @@ def test_there_is_an_option_for_every_field_of_the_recipe():
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
-    """What recipe some arguments of compress make."""
+    """Get the recipe that some arguments of compress make."""
     recipes: list[Recipe] = []
 
     def compress(model, recipe, **options):

@@ -1,4 +1,4 @@
-"""What `export` does around every format: an old output is there until a new one is; bad artifacts are refused."""
+"""Exports of every format: an old output is there until a new one is; bad artifacts are refused."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
 
 
 def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
-    """What an export says of itself does not travel on: an export would replace the artifact as an older one."""
+    """The files that an export is known by do not travel on: an export would replace the artifact as an older one."""
     dense = export(artifact, tmp_path / "dense", verified=True)
     again = mspc.compress(dense, recipe, out=tmp_path / "again", progress=False).path
     left_behind = {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()}

@@ -28,7 +28,7 @@ SHAPE = (10, 96)
 
 
 def compressed(pattern: Pattern, grid: Grid | None = None, shape: tuple[int, int] = SHAPE) -> CompressedLinear:
-    """What a solver delivers: random weights, pruned by magnitude, rounded to nearest."""
+    """The result of a solver: random weights, pruned by magnitude, rounded to nearest."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if isinstance(pattern, NM):
         mask = prune_n_of_m(weight.abs(), pattern)

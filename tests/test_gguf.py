@@ -194,7 +194,7 @@ def in_transformers(folder: Path) -> dict[str, object]:
 
 
 def relative_error(folder: Path) -> float:
-    """Of transformers' logits on the tokens that the export was verified with."""
+    """The error of transformers' logits on the tokens that the export was verified with."""
     return in_transformers(folder)["relative_error"]
 
 

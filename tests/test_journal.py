@@ -1,4 +1,4 @@
-"""The journal: what was committed holds, what was torn or changed never was, and another run is told apart."""
+"""The journal: what was committed holds, what was torn or changed never was, and another run is recognized."""
 
 import errno
 import json

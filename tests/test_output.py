@@ -1,4 +1,4 @@
-"""Where a run may write, and that an old output is there, whole, until the new one is: checked after every kill."""
+"""Output folders: an old output is there, whole, until the new one is. Checked after every kill."""
 
 import os
 import shutil
@@ -57,7 +57,7 @@ def test_resume_goes_on_beside_where_the_run_was(tmp_path):
 
 
 def test_a_run_begun_anew_is_not_resumed_as_an_older_one(tmp_path):
-    """What an interrupted --overwrite left beside goes when the next run neither resumes nor replaces."""
+    """A folder that an interrupted --overwrite left goes when the next run neither resumes nor replaces."""
     out = filled(tmp_path / "out", MANIFEST)
     (fresh(out, overwrite=True) / JOURNAL).write_text("")
     shutil.rmtree(out)

@@ -1,4 +1,4 @@
-"""What `verify` must catch, each fault made by hand in an export that was right; and what it must not call a fault."""
+"""Faults that `verify` must catch, each made by hand in an export that was right; and what it must not call a fault."""
 
 import json
 import shutil
