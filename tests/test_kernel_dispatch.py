@@ -5,14 +5,13 @@ Nothing here needs a GPU. Oracle of the values: float64.
 
 import pytest
 import torch
-from kernel_cases import BF16, CASES, DENSE, ONE_OF_EACH, Case, assert_product, inputs
+from kernel_cases import BF16, CASES, ONE_OF_EACH, Case, assert_product, inputs
 
 from mspc.kernels import cusparselt, dispatch, timings
 from mspc.kernels.dispatch import ANY_NUMBER, COPY, Choice, matmul, measure, schedule, usable
 from mspc.types import NM, Grid
 
 SPARSE = Case("sparse24", NM(2, 4), None, (32, 256), BF16)
-INT4 = Case("codes", DENSE, Grid(4, 64, False), (32, 256), BF16)
 CPU = torch.device("cpu")
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import mspc.hf  # noqa: F401  transformers reads sparse exports then
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 

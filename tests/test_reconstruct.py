@@ -201,24 +201,20 @@ def test_what_gains_nothing_keeps_its_weights(compress, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits": 4}, r"reconstruct tunes weights that are not rounded, and bits is 4; leave one of the two out"),
-        ({"bits_per_weight": 3.0, "sparsity": None, "allocator": None}, r"not rounded, and a budget chooses bits"),
+        ({"bits_per_weight": 3.0}, r"weights that are not quantized, and a size budget chooses bits\. Leave one"),
         ({"reconstruct": -1}, r"reconstruct must be at least 0, not -1"),
+        ({"num_sequences": 1}, r"reconstruct needs num_sequences above 1"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused(values, message, compress, tmp_path):
+def test_what_cannot_be_tuned_is_refused(values, message):
     with pytest.raises(InputError, match=message):
-        compress(tmp_path / "out", **values)
+        mspc.Recipe(**{"reconstruct": 1} | values)
 
 
-def test_one_sequence_is_too_few():
-    with pytest.raises(InputError, match=r"so num_sequences must be above 1"):
-        mspc.Recipe(reconstruct=1, num_sequences=1)
-
-
-def test_a_plan_that_rounds_is_refused(compress, untuned, tmp_path):
+def test_a_plan_that_quantizes_is_refused(compress, untuned, tmp_path):
     plan = json.loads((untuned.path / "plan.json").read_text())
     plan["matrices"][1] |= {"bits": 4, "group_size": 32}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(InputError, match=r"k_proj: the plan rounds it to 4 bits, .*; set its bits to 16, or leave"):
-        compress(tmp_path / "out", plan=str(tmp_path / "plan.json"))
+    options = {"plan": str(tmp_path / "plan.json"), "sparsity": None, "allocator": None}
+    with pytest.raises(InputError, match=r"k_proj: the plan quantizes it to 4 bits, but reconstruct tunes "):
+        compress(tmp_path / "out", **options)
