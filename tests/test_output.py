@@ -197,7 +197,7 @@ def test_an_unfinished_run_is_no_artifact_yet(llama, recipe, tmp_path):
     assert killed_at(12, os, "fsync", lambda: run(llama, recipe, out))
     with pytest.raises(InputError, match=r"out holds an unfinished run; finish it with `mspc compress .* --resume`"):
         read_manifest(out)
-    with pytest.raises(InputError, match="out is an mspc artifact already; compress the original"):
+    with pytest.raises(InputError, match="out is an mspc artifact already. Compress the original"):
         run(out, recipe, tmp_path / "again")
     with pytest.raises(InputError, match="holds an unfinished run"):
         mspc.Artifact(out).export("dense", tmp_path / "dense")
