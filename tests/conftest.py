@@ -1,6 +1,5 @@
-"""What the end-to-end tests share: no network, one thread (tiny matrices gain nothing from more), model folders."""
+"""Shared by the end-to-end tests: no network, one thread (tiny matrices gain nothing from more), model folders."""
 
-import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,23 +56,23 @@ def test_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def artifact_of(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., mspc.Artifact]:
-    """`artifact_of(family, **recipe)`: int4 in groups of 32 unless the recipe says otherwise, made once.
+    """`artifact_of(family or folder, **recipe)`: int4 in groups of 32 unless the recipe says otherwise, made once.
 
     All matrices have multiples of 32 features. The family `bundled` is the trained model. Not to be written to.
     """
     made: dict[str, mspc.Artifact] = {}
 
-    def get(family: str, **options: object) -> mspc.Artifact:
+    def get(family: str | Path, **options: object) -> mspc.Artifact:
         key = f"{family}{sorted(options.items())}"
         if key not in made:
             folder = tmp_path_factory.mktemp("artifacts")
             bundled = family == "bundled"
-            model = BUNDLED if bundled else tiny.build(folder / "model", family, hidden_size=64)
-            recipe = mspc.Recipe(
-                **{"bits": 4, "group_size": 32, "allocator": "uniform"} | options,
-                calibration="builtin" if bundled else str(calibration), num_sequences=4, sequence_length=32,
-            )  # fmt: skip
-            made[key] = mspc.compress(model, recipe, out=folder / "artifact", progress=False)
+            model = family if isinstance(family, Path) else BUNDLED
+            if not bundled and isinstance(family, str):
+                model = tiny.build(folder / "model", family, hidden_size=64)
+            given = {"bits": 4, "allocator": "uniform", **({} if options.get("bits") == 16 else {"group_size": 32})}
+            text = "builtin" if bundled else calibration
+            made[key] = tiny.compress(model, folder / "artifact", text, **given | options)
         return made[key]
 
     return get
@@ -82,10 +81,5 @@ def artifact_of(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def mixed(artifact_of: Callable[..., mspc.Artifact], tmp_path_factory: pytest.TempPathFactory) -> mspc.Artifact:
     """The first matrix in 8 bits, one left dense, the others in 4 bits."""
-    folder = tmp_path_factory.mktemp("mixed")
     artifact = artifact_of("llama", skip=("layers.0.mlp.down_proj",))
-    plan = json.loads((artifact.path / "plan.json").read_text())
-    plan["matrices"][0] |= {"bits": 8}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    recipe = mspc.Recipe(**artifact.manifest["recipe"] | {"plan": str(folder / "plan.json")})
-    return mspc.compress(artifact.path.parent / "model", recipe, out=folder / "artifact", progress=False)
+    return tiny.mixed(artifact, artifact.path.parent / "model", tmp_path_factory.mktemp("mixed"))

@@ -3,9 +3,6 @@
 TRITON_INTERPRET has to be set before a kernel is defined, and changes how Triton behaves in the whole process.
 """
 
-import sys
-from collections import defaultdict
-
 import numpy as np
 import ptx
 import pytest
@@ -46,18 +43,6 @@ def test_product_with_more_tokens(case):
         assert_product(case.product(x, repacked), x, case)
 
 
-@pytest.mark.parametrize(("num_tokens", "copies"), [(1, 0), (3, 1), (8, 1)])
-def test_gathered_inputs_are_copied_once_at_most(num_tokens, copies, monkeypatch):
-    """Every copy is a launch, which at one token costs about as much as a small product. Oracle: torch's profiler."""
-    case = next(case for case in CASES if case.kernel is nm)
-    repacked, x = case.repacked(), inputs(case, num_tokens)
-    gpu = launch.on_gpu("nm")
-    monkeypatch.setattr(gpu, "nm_matmul", defaultdict(lambda: lambda *args, **options: None))
-    with torch.profiler.profile() as profile:
-        nm.matmul(x, repacked, case.matrix)
-    assert sum(event.count for event in profile.key_averages() if event.key == "aten::copy_") == copies
-
-
 @pytest.mark.parametrize("kernel", [codes, sparse24, nm, bitmap], ids=lambda kernel: kernel.__name__)
 def test_operators_are_as_they_are_declared(kernel, monkeypatch):
     """Oracle: torch.library.opcheck, of shapes, aliases and what is written to."""
@@ -87,37 +72,6 @@ def test_a_model_that_is_cast_after_it_was_prepared_stays_on_its_device(kernel, 
         assert torch.equal(layer.float()(x), expected)
         assert torch.equal(layer.weight, weight)
         monkeypatch.undo()
-
-
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
-def test_kernels_are_launched_on_the_device_of_their_tensors(kernel, monkeypatch):
-    """Triton takes the current one, which is another for some layers of a model on several."""
-    case = next(case for case in CASES if case.kernel is kernel)
-    repacked, out = case.repacked(), torch.empty(case.shape, dtype=case.dtype)
-    entered, launched = [], []
-    gpu = launch.on_gpu(kernel.__name__.rpartition(".")[2])
-
-    class Current(torch.cuda.device_of):
-        def __init__(self, tensor):
-            super().__init__(tensor)
-            self.pointer = tensor.data_ptr()
-
-        def __enter__(self):
-            entered.append(self.pointer)
-
-        def __exit__(self, *_):
-            entered.pop()
-
-    def noting(run):
-        return lambda *args: launched.append(list(entered)) or run(*args)
-
-    monkeypatch.setattr(sys.modules[kernel.__name__], "device_of", Current)
-    monkeypatch.setattr(gpu, "matmul", noting(gpu.matmul))
-    monkeypatch.setattr(gpu, "expand", noting(gpu.expand))
-    x = inputs(case, 3)
-    kernel.matmul(x, repacked, case.matrix)
-    kernel.expand(repacked, case.matrix, out)
-    assert launched == [[x.data_ptr()], [out.data_ptr()]]
 
 
 @pytest.mark.parametrize("case", WITH_ASSEMBLY, ids=str)

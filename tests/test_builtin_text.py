@@ -67,23 +67,6 @@ def test_splits_share_no_document():
     assert not calibration & test
 
 
-def test_excluded_packages_are_left_out():
-    """Oracle: their files on disk, where they are installed."""
-    everything = set(texts("calibration")) | set(texts("test"))
-    own = {text for name, text in files().items() if included(name)}
-    excluded = {name: text for name, text in files().items() if not included(name) and text and text not in own}
-    assert any(name.startswith("encodings.") for name in excluded)
-    assert not [name for name, text in excluded.items() if text in everything]
-
-
-def test_statement_topics_and_library_sources_are_there():
-    """By name: the language reference on `with`, and the decoder of json."""
-    assert topics["with"] in texts(split_of("pydoc_data.topics.with"))
-    assert files()["json.decoder"] in texts(split_of("json.decoder"))
-    assert sum(map(len, texts("calibration"))) > 5_000_000
-    assert sum(map(len, texts("test"))) > 500_000
-
-
 @pytest.mark.parametrize(
     ("name", "split"),
     [

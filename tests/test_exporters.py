@@ -1,6 +1,5 @@
-"""What `export` does around every format: an old output is there until a new one is; bad artifacts are refused."""
+"""Exports of every format: an old output is there until a new one is; bad artifacts are refused."""
 
-import errno
 import json
 import os
 import shutil
@@ -14,9 +13,8 @@ from test_resume import killed_at
 
 import mspc
 from exporters import exporting, verification
-from exporters import folder as folder_module
 from exporters.formats import FORMATS
-from mspc.errors import InputError, StorageError
+from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.progress import Silent
 from mspc.storage.artifact import REPORT
@@ -27,9 +25,8 @@ from mspc.types import CompressedLinear, Matrix, Target, Unstructured
 
 @pytest.fixture(scope="module")
 def recipe(calibration: Path) -> mspc.Recipe:
-    return mspc.Recipe(
-        bits=4, group_size=32, sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
+    options = {"bits": 4, "group_size": 32, "allocator": "uniform", "num_sequences": 4, "sequence_length": 32}
+    return mspc.Recipe(calibration=str(calibration), **options)
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +83,6 @@ def test_killed_while_the_older_is_replaced(owner, name, call, artifact, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "out"]
 
 
-def test_a_full_disk_leaves_the_older(artifact, tmp_path, monkeypatch):
-    out = export(artifact, tmp_path / "out")
-    older = content(out)
-
-    def full(*_):
-        raise StorageError(f"Cannot write: {os.strerror(errno.ENOSPC)}")
-
-    monkeypatch.setattr(folder_module, "write_tensors", full)
-    with pytest.raises(StorageError, match="No space left"):
-        export(artifact, out, overwrite=True)
-    assert content(out) == older
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_folder_in_use_is_not_touched(artifact, tmp_path):
     partial = sibling(tmp_path / "out", "new")
     partial.mkdir()
@@ -123,18 +106,6 @@ def test_a_damaged_artifact_is_refused(artifact, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_artifact_that_cannot_be_read_is_refused(artifact, tmp_path):
-    source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
-    manifest = json.loads((source / MANIFEST).read_text())
-    (source / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(InputError, match="was written in format 99.*upgrade mspc"):
-        export(source, tmp_path / "out")
-    del manifest["matrices"][0]["pruned"]
-    (source / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"the entry of model\.layers\.0\.self_attn\.q_proj lacks pruned"):
-        export(source, tmp_path / "out")
-
-
 def test_a_tokenizer_that_is_gone_is_named(artifact, tmp_path):
     source = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     (source / "tokenizer.json").unlink()
@@ -151,7 +122,7 @@ def test_unknown_formats_and_options_are_refused(artifact, tmp_path):
 
 
 def test_an_artifact_made_of_an_export_is_no_export(artifact, recipe, tmp_path):
-    """What an export says of itself does not travel on: an export would replace the artifact as an older one."""
+    """The files that an export is known by do not travel on: an export would replace the artifact as an older one."""
     dense = export(artifact, tmp_path / "dense", verified=True)
     again = mspc.compress(dense, recipe, out=tmp_path / "again", progress=False).path
     left_behind = {path.name for path in dense.iterdir()} - {path.name for path in again.iterdir()}
@@ -215,6 +186,7 @@ def test_slices_of_one_tensor_are_all_written_or_refused(format_name, sliced, fo
     out = exporting.export(artifact, format_name, tmp_path / "out")  # read back, and run in transformers
     name = "model.layers.0.mlp.experts.down_proj"
     before, after = tiny.tensors(folder_of("gpt_oss"))[name], tiny.tensors(out)[name]
+    assert torch.equal(mspc.load(artifact).get_parameter(name), after)
     for index in range(len(before)):
         assert torch.equal(after[index].T, weights.get(index, before[index].T))
 

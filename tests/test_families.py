@@ -8,34 +8,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import mspc
 from mspc.errors import InputError
-from mspc.progress import Silent
 from mspc.text.tokens import calibration_tokens
 
-QUIET = Silent()
 
-
-def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
-    values: dict[str, Any] = {"sparsity": 0.5, "bits": 4, "group_size": 32, "device": "cpu"}
-    values |= {"num_sequences": 8, "sequence_length": tiny.LENGTH, "sensitivity_sequences": 4}
-    return mspc.Recipe(calibration=str(calibration), **values | changes)
-
-
-def perplexity(folder: Path, text: Path) -> float:
-    result = mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", progress=False)
-    assert (result.windows, result.tokens) == (20, 20 * (tiny.LENGTH - 1))
-    return result.perplexity
-
-
-def perplexity_by_transformers(folder: Path, text: Path) -> float:
-    """All windows in one forward pass of the whole model, the text cut by hand."""
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"])
-    with torch.no_grad():
-        return math.exp(tiny.losses(tiny.reference(folder), ids.view(-1, tiny.LENGTH)).double().mean())
+def compressed(source: Path, out: Path, calibration: Path, **changes: Any) -> mspc.Artifact:
+    values = {"sparsity": 0.5, "bits": 4, "group_size": 32, "num_sequences": 8, "sensitivity_sequences": 4}
+    return tiny.compress(source, out, calibration, **values | changes)
 
 
 def weight_of(model: PreTrainedModel, row: dict[str, Any]) -> torch.Tensor:
@@ -58,14 +41,8 @@ class Case:
 def case(request, folder_of, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source = folder_of(request.param)
-    artifact = mspc.compress(source, recipe(calibration), out=folder / "artifact", progress=False)
+    artifact = compressed(source, folder / "artifact", calibration)
     return Case(request.param, source, artifact, artifact.export("dense", folder / "dense"))
-
-
-def test_perplexity_equals_transformers(case, test_text):
-    assert perplexity(case.source, test_text) == pytest.approx(
-        perplexity_by_transformers(case.source, test_text), rel=1e-5
-    )
 
 
 def test_manifest_has_every_matrix_in_execution_order_and_the_exact_sparsity(case):
@@ -93,22 +70,11 @@ def test_the_plan_follows_the_loss_curves(case):
     assert len({row["sparsity"] for row in rows}) > 2
 
 
-def test_sparsity_falls_with_sensitivity(llama, calibration, tmp_path):
-    """Trace-rank: the more sensitive, the denser; all within alpha = 0.1 of 0.5, plus the shift of the mean."""
-    artifact = mspc.compress(llama, recipe(calibration, allocator="trace-rank"), out=tmp_path / "out", progress=False)
-    rows = sorted(artifact.manifest["matrices"], key=lambda row: row["sensitivity"])
-    sparsities = [row["sparsity"] for row in rows]
-    assert sparsities == sorted(sparsities, reverse=True)
-    assert sparsities[0] - sparsities[-1] == pytest.approx(0.2, abs=0.01)
-    assert len({row["sensitivity"] for row in rows}) == len(rows)
-
-
 def test_dense_export_is_the_artifact(case, test_text):
     """Oracle: transformers on the exported folder. The source scores otherwise, so this compares compressed models."""
-    expected = perplexity_by_transformers(case.dense, test_text)
-    assert perplexity(case.artifact.path, test_text) == pytest.approx(expected, rel=1e-5)
-    assert perplexity(case.dense, test_text) == pytest.approx(expected, rel=1e-5)
-    assert perplexity_by_transformers(case.source, test_text) != pytest.approx(expected, rel=1e-4)
+    after = tiny.agreed_perplexity(case.dense, test_text)
+    assert tiny.agreed_perplexity(case.artifact.path, test_text, case.dense) == pytest.approx(after, rel=1e-5)
+    assert tiny.agreed_perplexity(case.source, test_text) != pytest.approx(after, rel=1e-4)
 
 
 def test_dense_export_has_the_zeros_and_the_grid_of_the_manifest(case):
@@ -143,25 +109,23 @@ def test_each_matrix_was_solved_on_what_the_compressed_ones_before_it_give(case,
         weight.copy_(result)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("solver", ["obs", "mask"])
-def test_two_of_four(solver, bits, llama, calibration, test_text, tmp_path):
+@pytest.mark.parametrize(("solver", "bits", "group_size"), [("obs", 4, 32), ("mask", 16, None)])
+def test_two_of_four(solver, bits, group_size, llama, calibration, test_text, tmp_path):
     """Oracle: counting in every four weights of a row; perplexity by transformers."""
-    asked = recipe(calibration, sparsity=None, pattern="2:4", solver=solver, bits=bits)
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
+    options = {"pattern": "2:4", "solver": solver, "bits": bits, "group_size": group_size}
+    artifact = tiny.compress(llama, tmp_path / "out", calibration, **options)
     dense = artifact.export("dense", tmp_path / "dense")
     whole = tiny.reference(dense)
     for row in artifact.manifest["matrices"]:
         assert int((weight_of(whole, row).reshape(-1, 4) != 0).sum(1).max()) == 2
         assert (row["pattern"], row["sensitivity"]) == ("2:4", None)
     assert artifact.manifest["sparsity"]["achieved"] == 0.5
-    assert perplexity(artifact.path, test_text) == pytest.approx(perplexity_by_transformers(dense, test_text), rel=1e-5)
+    tiny.agreed_perplexity(artifact.path, test_text, dense)
 
 
 def test_n_of_sixteen(llama, calibration, tmp_path):
     """Oracle: counting in every sixteen weights of a row. The total is as near as one N in the smallest matrix."""
-    asked = recipe(calibration, sparsity=0.6, pattern="N:16")
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
+    artifact = compressed(llama, tmp_path / "out", calibration, sparsity=0.6, pattern="N:16")
     rows = artifact.manifest["matrices"]
     whole = tiny.reference(artifact.export("dense", tmp_path / "dense"))
     for row in rows:
@@ -172,17 +136,6 @@ def test_n_of_sixteen(llama, calibration, tmp_path):
     assert len({row["pattern"] for row in rows}) > 2
     sizes = [math.prod(row["shape"]) for row in rows]
     assert abs(artifact.manifest["sparsity"]["achieved"] - 0.6) <= min(sizes) / 16 / sum(sizes)
-
-
-def test_mask_solver_keeps_the_weights(llama, calibration, tmp_path):
-    """Oracle: the weights of the source; without a grid, a weight is either zero or what it was."""
-    asked = recipe(calibration, solver="mask", bits=16)
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
-    before, after = tiny.tensors(llama), tiny.tensors(artifact.export("dense", tmp_path / "dense"))
-    for row in artifact.manifest["matrices"]:
-        old, new = before[row["tensor"]], after[row["tensor"]]
-        assert torch.equal(new, torch.where(new == 0, 0, old))
-        assert int((new == 0).sum()) == row["pruned"]
 
 
 def mean_squared_gradients(whole: PreTrainedModel, names: list[str], ids: torch.Tensor) -> list[float]:
@@ -201,17 +154,16 @@ def mean_squared_inputs(whole: PreTrainedModel, names: list[str], ids: torch.Ten
 @pytest.mark.parametrize(("sensitivity", "oracle"), [("fisher", mean_squared_gradients), ("gram", mean_squared_inputs)])
 def test_other_sensitivities(sensitivity, oracle, llama, calibration, tmp_path):
     """Oracle: autograd, and hooks, on the whole transformers model and the same calibration sequences."""
-    asked = recipe(calibration, allocator="trace-rank", sensitivity=sensitivity)
-    rows = mspc.compress(llama, asked, out=tmp_path / "out", progress=False).manifest["matrices"]
-    ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 8, tiny.LENGTH, asked.seed).ids
+    asked = {"allocator": "trace-rank", "sensitivity": sensitivity}
+    rows = compressed(llama, tmp_path / "out", calibration, **asked).manifest["matrices"]
+    ids = calibration_tokens(tiny.byte_tokenizer(), str(calibration), 8, tiny.LENGTH, 0).ids
     expected = oracle(tiny.reference(llama), [row["name"] for row in rows], ids)
     assert [row["sensitivity"] for row in rows] == pytest.approx(expected, rel=1e-4)
 
 
 def test_skipped_matrices_stay_dense(llama, calibration, tmp_path):
     """Oracle: the tensors of the source. What is skipped does not count for the sparsity."""
-    asked = recipe(calibration, skip=("down_proj", r"layers\.0\.self_attn"))
-    artifact = mspc.compress(llama, asked, out=tmp_path / "out", progress=False)
+    artifact = compressed(llama, tmp_path / "out", calibration, skip=("down_proj", r"layers\.0\.self_attn"))
     before, after = tiny.tensors(llama), tiny.tensors(artifact.export("dense", tmp_path / "dense"))
     changed = [key.removeprefix("model.layers.") for key in before if not torch.equal(before[key], after[key])]
     expected = [f"{block}.mlp.{name}_proj.weight" for block in (0, 1) for name in ("gate", "up")]
@@ -221,7 +173,7 @@ def test_skipped_matrices_stay_dense(llama, calibration, tmp_path):
 
 def test_fused_experts_are_refused_by_name(folder_of, calibration, tmp_path):
     with pytest.raises(InputError) as caught:
-        mspc.compress(folder_of("mixtral"), recipe(calibration), out=tmp_path / "out", progress=False)
+        compressed(folder_of("mixtral"), tmp_path / "out", calibration)
     for part in ("mlp.experts.gate_up_proj (4, 128, 32)", "mlp.experts.down_proj (4, 32, 64)", "--skip experts"):
         assert part in str(caught.value)
 
@@ -230,12 +182,12 @@ def test_fused_experts_are_refused_by_name(folder_of, calibration, tmp_path):
 def test_mixture_of_experts_without_its_experts(sensitivity, folder_of, calibration, test_text, tmp_path):
     """Oracle: transformers. Attention is compressed, experts and routers are not; names in the files are the old."""
     source = folder_of("mixtral")
-    assert perplexity(source, test_text) == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
-    asked = recipe(calibration, skip=("experts",), sensitivity=sensitivity)
-    artifact = mspc.compress(source, asked, out=tmp_path / "out", progress=False)
+    tiny.agreed_perplexity(source, test_text)
+    options = {"skip": ("experts",), "allocator": "trace-rank", "sensitivity": sensitivity}
+    artifact = compressed(source, tmp_path / "out", calibration, **options)
     dense = artifact.export("dense", tmp_path / "dense")
     before, after = tiny.tensors(source), tiny.tensors(dense)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {f"model.layers.{block}.self_attn.{name}_proj.weight" for block in (0, 1) for name in "qkvo"}
-    assert perplexity(artifact.path, test_text) == pytest.approx(perplexity_by_transformers(dense, test_text), rel=1e-5)
+    tiny.agreed_perplexity(artifact.path, test_text, dense)

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from mspc.errors import InputError
 from mspc.formats.bits import pack_bits, unpack_bits
-from mspc.formats.layout import as_stored, digest, index_bits, pack, unpack
+from mspc.formats.layout import as_stored, digest, pack, unpack
 from mspc.numerics.masking import num_pruned, prune_lowest, prune_n_of_m
 from mspc.numerics.quant import dequantize, round_to_nearest
 from mspc.solvers import SolverOptions
@@ -28,7 +28,7 @@ SHAPE = (10, 96)
 
 
 def compressed(pattern: Pattern, grid: Grid | None = None, shape: tuple[int, int] = SHAPE) -> CompressedLinear:
-    """What a solver delivers: random weights, pruned by magnitude, rounded to nearest."""
+    """The result of a solver: random weights, pruned by magnitude, rounded to nearest."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if isinstance(pattern, NM):
         mask = prune_n_of_m(weight.abs(), pattern)
@@ -99,24 +99,11 @@ def test_codes_come_back_exactly(pattern, grid):
         assert torch.equal(getattr(back.codes, part), getattr(matrix.codes, part)), part
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounded_weights_have_the_dtype_of_the_checkpoint(dtype):
-    matrix = compressed(NM(2, 4), Grid(4, 32))
-    back = unpack(pack(matrix, dtype), SHAPE, matrix.target, dtype)
-    assert torch.equal(back.weight, matrix.weight.to(dtype))
-
-
 def test_zeros_among_the_kept_weights_stay_kept():
     """A mask is what the solver decided, not where zeros happen to be."""
     matrix = compressed(NM(2, 4))
     matrix.weight[matrix.mask] = 0
     assert torch.equal(unpack(pack(matrix, torch.float16), SHAPE, matrix.target, torch.float16).mask, matrix.mask)
-
-
-@pytest.mark.parametrize(("of", "bits"), [(1, 0), (2, 1), (4, 2), (5, 3), (8, 3), (16, 4), (256, 8)])
-def test_index_bits(of, bits):
-    """Oracle: the places 0 .. M - 1 written in binary."""
-    assert index_bits(NM(1, of)) == (len(f"{of - 1:b}") if of > 1 else 0) == bits
 
 
 @pytest.mark.parametrize("of", [128, 256])
@@ -149,13 +136,6 @@ def test_bits_per_weight_are_what_the_layout_says(pattern, grid, dtype, expected
     assert stored_bits(tensors) / (64 * 256) == expected
 
 
-def test_padding_is_less_than_a_byte_a_row():
-    matrix = compressed(Unstructured(0.5), Grid(3, 5, False), (7, 15))
-    kept, groups = int(matrix.mask.sum()), 7 * 3
-    least = 105 + 3 * kept + (16 + 3) * groups
-    assert least <= stored_bits(pack(matrix, torch.float32)) < least + (7 + 7 + 1) * 8
-
-
 @pytest.mark.parametrize("grid", [None, Grid(3, 32, False)], ids=repr)
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.0), NM(2, 4), NM(5, 16)], ids=repr)
 def test_tensors_of_another_shape_dtype_or_order_are_refused(pattern, grid):
@@ -172,16 +152,6 @@ def test_tensors_of_another_shape_dtype_or_order_are_refused(pattern, grid):
         rest = {name: other for name, other in tensors.items() if name != part}
         with pytest.raises(InputError, match=f"m: its {part} are missing"):
             unpack(rest, SHAPE, matrix.target, torch.float32, "m")
-
-
-@few
-@given(st.integers(1, 12), st.integers(1, 6), st.sampled_from([2, 3, 4, 8]), st.booleans(), st.floats(0, 1))
-def test_odd_sizes_come_back_exactly(num_rows, num_groups, bits, symmetric, sparsity):
-    shape = (num_rows, 7 * num_groups)
-    matrix = compressed(Unstructured(sparsity), Grid(bits, 7, symmetric), shape)
-    back = unpack(pack(matrix, torch.float32), shape, matrix.target, torch.float32)
-    assert torch.equal(back.weight, matrix.weight)
-    assert torch.equal(back.mask, matrix.mask)
 
 
 @pytest.mark.parametrize("grid", [None, Grid(3, 32, False), Grid(4, None)], ids=repr)

@@ -20,7 +20,6 @@ from oracles import few
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import mspc
 from exporters import exporting, verification
 from exporters.reading import gguf as reading
 from exporters.reference import NEW_TOKENS
@@ -35,7 +34,6 @@ from mspc.types import Codes, Grid, PlannedMatrix, Target, Unstructured
 gguf = pytest.importorskip("gguf")
 exporter = pytest.importorskip("exporters.gguf")
 
-BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
 TYPES = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
 SENTENCE = "Hello, world!  It's 2024:\n\n the the déjà vu 123456"
 
@@ -84,16 +82,6 @@ def test_the_reference_package_sees_the_same_weights(bits):
     codes.values[:, :32] = torch.arange(64 * 32).view(64, 32) % 2**bits
     weights = gguf.dequantize(pack_blocks(codes, bits).numpy(), TYPES[bits])
     assert np.array_equal(weights, dequantize(codes).numpy())
-
-
-def test_golden_blocks():
-    values = torch.arange(32, dtype=torch.uint8)[None] % 16
-    codes = Codes(values, torch.tensor([[0.5]]).half(), torch.tensor([[8]], dtype=torch.uint8))
-    assert bytes(pack_blocks(codes, 4)[0].tolist()).hex() == "0038" + "00112233445566778899aabbccddeeff"
-    values = 8 * torch.arange(32, dtype=torch.uint8)[None]
-    codes = Codes(values, torch.tensor([[-2.0]]).half(), torch.tensor([[128]], dtype=torch.uint8))
-    expected = "00c0" + "80889098a0a8b0b8c0c8d0d8e0e8f0f8" + "0008101820283038" + "4048505860687078"
-    assert bytes(pack_blocks(codes, 8)[0].tolist()).hex() == expected
 
 
 @pytest.mark.parametrize(("num_rows", "heads"), [(32, 4), (12, 1), (128, 2)])
@@ -188,26 +176,15 @@ def build(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float3
 
 
 @pytest.fixture(scope="module")
-def compress(calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., mspc.Artifact]:
-    kept: dict[str, mspc.Artifact] = {}
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model_of(family, dtype, **config)`: `build` of it, once."""
+    made: dict[str, Path] = {}
 
-    def get(
-        family: str = "llama",
-        dtype: torch.dtype = torch.float32,
-        changes: dict[str, object] | None = None,
-        **options: object,
-    ) -> mspc.Artifact:
-        key = f"{family}{dtype}{changes}{sorted(options.items())}"
-        if key not in kept:
-            folder = tmp_path_factory.mktemp("gguf")
-            bundled = family == "bundled"
-            model = BUNDLED if bundled else build(folder / "model", family, dtype, **changes or {})
-            recipe = mspc.Recipe(
-                **{"bits": 4, "group_size": 32, "allocator": "uniform"} | options,
-                calibration="builtin" if bundled else str(calibration), num_sequences=4, sequence_length=32,
-            )  # fmt: skip
-            kept[key] = mspc.compress(model, recipe, out=folder / "artifact", progress=False)
-        return kept[key]
+    def get(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+        key = f"{family}{dtype}{changes}"
+        if key not in made:
+            made[key] = build(tmp_path_factory.mktemp("gguf") / "model", family, dtype, **changes)
+        return made[key]
 
     return get
 
@@ -217,7 +194,7 @@ def in_transformers(folder: Path) -> dict[str, object]:
 
 
 def relative_error(folder: Path) -> float:
-    """Of transformers' logits on the tokens that the export was verified with."""
+    """The error of transformers' logits on the tokens that the export was verified with."""
     return in_transformers(folder)["relative_error"]
 
 
@@ -238,8 +215,8 @@ def types_of(folder: Path) -> dict[str, str]:
     ],
     ids=str,
 )
-def test_exports_hold_and_compute_the_artifact(grid, dtype, matrices, compress, tmp_path):
-    artifact = compress(dtype=dtype, **grid)
+def test_exports_hold_and_compute_the_artifact(grid, dtype, matrices, artifact_of, model_of, tmp_path):
+    artifact = artifact_of(model_of(dtype=dtype), **grid)
     out = artifact.export("gguf", tmp_path / "out", progress=False)
     for against in (artifact.path, None):
         assert verification.verify(out, against, Silent())["weights"]["wrong"] == []
@@ -262,21 +239,15 @@ def test_exports_hold_and_compute_the_artifact(grid, dtype, matrices, compress, 
     ],
     ids=str,
 )
-def test_shapes_of_models(family, changes, compress, tmp_path):
+def test_shapes_of_models(family, changes, artifact_of, model_of, tmp_path):
     """With and without a head of its own, heads of their own size, other constants."""
-    out = compress(family, changes=changes).export("gguf", tmp_path / "out", progress=False)
+    out = artifact_of(model_of(family, **changes)).export("gguf", tmp_path / "out", progress=False)
     assert relative_error(out) < 1e-6
     assert ("output.weight" in types_of(out)) == (not changes.get("tie_word_embeddings"))
 
 
-def test_a_mixed_plan_has_a_type_for_every_matrix(compress, tmp_path):
-    artifact = compress(skip=("layers.0.mlp.down_proj",))
-    plan = json.loads((artifact.path / "plan.json").read_text())
-    plan["matrices"][0] |= {"bits": 8}
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    recipe = mspc.Recipe(**artifact.manifest["recipe"] | {"plan": str(tmp_path / "plan.json")})
-    source = artifact.path.parent / "model"
-    mixed = mspc.compress(source, recipe, out=tmp_path / "artifact", progress=False)
+def test_a_mixed_plan_has_a_type_for_every_matrix(artifact_of, model_of, tmp_path):
+    mixed = tiny.mixed(artifact_of(model_of(), skip=("layers.0.mlp.down_proj",)), model_of(), tmp_path)
     out = mixed.export("gguf", tmp_path / "out", progress=False)
     assert relative_error(out) < 1e-6
     types = types_of(out)
@@ -285,17 +256,17 @@ def test_a_mixed_plan_has_a_type_for_every_matrix(compress, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [{"bits": 4}, {"bits": 8, "pattern": "2:4"}], ids=str)
-def test_the_trained_model_writes_the_same_text(grid, compress, tmp_path):
-    out = compress("bundled", **grid).export("gguf", tmp_path / "out", progress=False)
+def test_the_trained_model_writes_the_same_text(grid, artifact_of, tmp_path):
+    out = artifact_of("bundled", **grid).export("gguf", tmp_path / "out", progress=False)
     result = in_transformers(out)
     assert result["status"] == "verified"
     assert result["relative_error"] < 1e-6
     assert result["greedy_tokens_equal"] == result["greedy_tokens_compared"] == NEW_TOKENS
 
 
-def test_rows_in_the_order_of_the_model_are_noticed(compress, tmp_path, monkeypatch):
+def test_rows_in_the_order_of_the_model_are_noticed(artifact_of, model_of, tmp_path, monkeypatch):
     """No reader could tell such a file: it loads, and its logits are wrong."""
-    artifact = compress()
+    artifact = artifact_of(model_of())
     monkeypatch.setattr(exporter, "pairs_from_halves", lambda matrix, heads: matrix)
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.q_proj: .* codes differ"):
         artifact.export("gguf", tmp_path / "out", progress=False)
@@ -352,16 +323,16 @@ def test_grids_that_are_no_blocks_are_refused(grid, message):
     exporting.check("gguf", [planned(), dense, planned(8)], LLAMA)
 
 
-def test_tensors_without_a_name_are_refused(compress):
-    source = ArtifactSource(compress().path)
+def test_tensors_without_a_name_are_refused(artifact_of, model_of):
+    source = ArtifactSource(artifact_of(model_of()).path)
     source.keys = lambda: ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.sinks"]
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.sinks has no place in a GGUF file"):
         exporter.tensor_names(source, LLAMA)
 
 
-def test_a_stored_copy_of_tied_embeddings_is_left_out(compress):
+def test_a_stored_copy_of_tied_embeddings_is_left_out(artifact_of, model_of):
     """A file with a head of its own is read as one of a model that is not tied."""
-    source = ArtifactSource(compress().path)
+    source = ArtifactSource(artifact_of(model_of()).path)
     assert exporter.tensor_names(source, LLAMA | {"tie_word_embeddings": False})["lm_head.weight"] == "output.weight"
     assert "lm_head.weight" not in exporter.tensor_names(source, LLAMA | {"tie_word_embeddings": True})
 

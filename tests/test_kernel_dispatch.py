@@ -5,14 +5,13 @@ Nothing here needs a GPU. Oracle of the values: float64.
 
 import pytest
 import torch
-from kernel_cases import BF16, CASES, DENSE, ONE_OF_EACH, Case, assert_product, inputs
+from kernel_cases import BF16, CASES, ONE_OF_EACH, Case, assert_product, inputs
 
 from mspc.kernels import cusparselt, dispatch, timings
 from mspc.kernels.dispatch import ANY_NUMBER, COPY, Choice, matmul, measure, schedule, usable
 from mspc.types import NM, Grid
 
 SPARSE = Case("sparse24", NM(2, 4), None, (32, 256), BF16)
-INT4 = Case("codes", DENSE, Grid(4, 64, False), (32, 256), BF16)
 CPU = torch.device("cpu")
 
 
@@ -93,11 +92,6 @@ def test_a_damaged_cache_is_an_empty_one(tmp_path):
     (tmp_path / "mspc" / "kernels.json").write_text("{")
     timings.write("a GPU", "m", [Choice(8, "fused", 0)])
     assert timings.read("a GPU", "m") == [Choice(8, "fused", 0)]
-
-
-def test_keys_of_the_cache_name_what_changes_the_time():
-    assert timings.matrix_key(SPARSE.matrix, BF16) == "2:4 32x256 bfloat16"
-    assert timings.matrix_key(INT4.matrix, BF16) == "unstructured 100% int4 group 64 asymmetric 32x256 bfloat16"
 
 
 def test_matrices_and_devices_that_cusparselt_takes():

@@ -4,7 +4,6 @@ Each limit is the count when it was written, plus 5%; they hold for Triton 3.6 a
 by memory if it needs at most 7.8 thread instructions a byte of weights (A100: 9.7).
 """
 
-import sys
 from collections import Counter
 
 import pytest
@@ -78,23 +77,6 @@ def bitmap(capability: int, bits: int) -> CompiledKernel:
     return sass.build(bitmap_matmul, {**pointers, **numbers}, constants, capability, 8, 3 if bits == 16 else 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("assembly", [False, True])
-@pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (64, True), (128, False), (2944, True)])
-def test_what_is_cut_off_compiles(monkeypatch, group_size, symmetric, assembly):
-    """2888 columns are no multiple of a block, nor their blocks of a step; also the branch without assembly."""
-    monkeypatch.setattr(sys.modules[__name__], "COLUMNS", 2888)
-    constants = fragment_constants
-    monkeypatch.setattr(
-        sys.modules[__name__], "fragment_constants", lambda *args: {**constants(*args), "PTX": assembly}
-    )
-    for dtype in (BF16, FP16):
-        for bits in (2, 3, 4, 8):
-            assert codes(90, dtype, bits, group_size, symmetric, 8).asm["cubin"]
-        assert sparse24(90, dtype, True, symmetric, 8).asm["cubin"]
-        assert sparse24(90, dtype, False, True, 8).asm["cubin"]
-
-
 BF16, FP16 = "*bf16", "*fp16"
 slow = pytest.mark.slow
 
@@ -104,37 +86,20 @@ slow = pytest.mark.slow
     [
         pytest.param(codes, (90, FP16, 4, 128, True, 8), 1.70, marks=slow),
         (codes, (90, BF16, 4, 128, True, 8), 1.95),
-        pytest.param(codes, (90, BF16, 4, 128, True, 16), 2.30, marks=slow),
         pytest.param(codes, (90, BF16, 4, 128, True, 32), 2.80, marks=slow),
         pytest.param(codes, (90, BF16, 4, 128, False, 8), 2.15, marks=slow),
-        pytest.param(codes, (90, BF16, 4, 64, True, 8), 2.10, marks=slow),
         pytest.param(codes, (90, BF16, 4, 32, True, 8), 2.40, marks=slow),
-        pytest.param(codes, (80, FP16, 4, 128, True, 8), 1.70, marks=slow),
         pytest.param(codes, (80, BF16, 4, 128, True, 8), 1.95, marks=slow),
         pytest.param(codes, (90, BF16, 3, 128, True, 8), 2.45, marks=slow),
-        pytest.param(codes, (90, FP16, 3, 128, True, 8), 2.20, marks=slow),
-        pytest.param(codes, (90, BF16, 3, 128, False, 8), 2.60, marks=slow),
-        pytest.param(codes, (90, BF16, 3, 32, True, 8), 2.85, marks=slow),
         pytest.param(codes, (90, BF16, 3, 128, True, 32), 3.30, marks=slow),
-        pytest.param(codes, (80, BF16, 3, 128, True, 8), 2.45, marks=slow),
         pytest.param(codes, (90, BF16, 2, 128, True, 8), 2.15, marks=slow),
-        pytest.param(codes, (90, BF16, 2, 128, True, 32), 3.00, marks=slow),
-        pytest.param(codes, (90, FP16, 2, 128, False, 8), 2.10, marks=slow),
         pytest.param(codes, (90, BF16, 8, 128, True, 8), 4.45, marks=slow),
-        pytest.param(codes, (90, FP16, 8, 128, True, 8), 3.90, marks=slow),
-        pytest.param(codes, (90, BF16, 8, 128, False, 8), 4.80, marks=slow),
-        pytest.param(codes, (90, BF16, 8, 32, False, 8), 5.70, marks=slow),
         pytest.param(codes, (90, BF16, 8, 128, True, 32), 5.30, marks=slow),
-        pytest.param(codes, (80, BF16, 8, 128, True, 8), 4.25, marks=slow),
         (sparse24, (90, BF16, True, True, 8), 2.70),
         pytest.param(sparse24, (90, BF16, False, True, 8), 1.90, marks=slow),
-        pytest.param(sparse24, (90, FP16, True, True, 8), 2.60, marks=slow),
         pytest.param(sparse24, (90, BF16, True, False, 8), 2.90, marks=slow),
-        pytest.param(sparse24, (90, BF16, True, True, 16), 3.00, marks=slow),
         pytest.param(sparse24, (90, BF16, True, True, 32), 3.55, marks=slow),
-        pytest.param(sparse24, (90, BF16, False, True, 32), 2.50, marks=slow),
         pytest.param(sparse24, (80, BF16, True, True, 8), 2.80, marks=slow),
-        pytest.param(sparse24, (80, BF16, False, True, 8), 1.95, marks=slow),
     ],
 )
 def test_on_tensor_cores(compiled, arguments, limit):
@@ -159,13 +124,9 @@ def test_on_tensor_cores(compiled, arguments, limit):
         ((90, BF16, 8, 16, 1), 9.6),
         pytest.param((90, BF16, 5, 16, 1), 13.4, marks=slow),
         pytest.param((90, BF16, 2, 4, 1), 9.7, marks=slow),
-        pytest.param((90, FP16, 8, 16, 1), 9.7, marks=slow),
-        pytest.param((90, BF16, 8, 16, 2), 11.9, marks=slow),
         pytest.param((90, BF16, 8, 16, 4), 16.2, marks=slow),
         pytest.param((90, BF16, 8, 16, 8), 26.3, marks=slow),
-        pytest.param((90, BF16, 5, 16, 8), 29.5, marks=slow),
         pytest.param((80, BF16, 8, 16, 1), 9.7, marks=slow),
-        pytest.param((80, BF16, 5, 16, 1), 13.6, marks=slow),
     ],
 )
 def test_gathered(arguments, limit):
@@ -181,10 +142,8 @@ def test_gathered(arguments, limit):
         ((90, 16), 16.1),
         pytest.param((90, 3), 31.9, marks=slow),
         pytest.param((80, 16), 16.2, marks=slow),
-        pytest.param((90, 2), 25.2, marks=slow),
         pytest.param((90, 4), 26.3, marks=slow),
         pytest.param((90, 8), 20.4, marks=slow),
-        pytest.param((80, 4), 27.6, marks=slow),
     ],
 )
 def test_bitmap(arguments, limit):

@@ -33,8 +33,9 @@ def whole(blocks: Tensor) -> Tensor:
     return factor + OUTPUT_DAMP * factor.diagonal().mean() * torch.eye(len(factor), dtype=torch.float64)
 
 
-def solve(case: Problem, output_fisher: Tensor, pattern: Pattern) -> CompressedLinear:
-    return kfac(case.weight, replace(case.stats, output_fisher=output_fisher), Target(pattern), SolverOptions(), "q")
+def solve(case: Problem, output_fisher: Tensor, target: Target | Pattern) -> CompressedLinear:
+    target = target if isinstance(target, Target) else Target(target)
+    return kfac(case.weight, replace(case.stats, output_fisher=output_fisher), target, SolverOptions(), "q")
 
 
 def model_loss(difference: Tensor, outputs: Tensor, gram: Tensor) -> float:
@@ -66,9 +67,8 @@ def test_the_form_is_the_kronecker_product(num_blocks):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_loss_of_the_model_is_less_than_with_alps(pattern, seed):
     case, blocks = problem(seed, 32, 64), fisher(seed, 2, 16)
-    stats, target = replace(case.stats, output_fisher=blocks), Target(pattern)
-    found = kfac(case.weight, stats, target, SolverOptions(), "q")
-    plain = admm(case.weight, case.stats, target, SolverOptions(), "q")
+    found = solve(case, blocks, pattern)
+    plain = admm(case.weight, case.stats, Target(pattern), SolverOptions(), "q")
     outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
     assert model_loss(found.weight - case.weight, outputs, gram) < 0.9 * model_loss(
         plain.weight - case.weight, outputs, gram
@@ -108,9 +108,7 @@ def test_near_the_best_of_all_supports():
             cross = dense[gone][:, places]
             rest = dense[gone][:, gone] - cross @ torch.linalg.solve(inside, cross.T)
             losses.append(float(weight[gone] @ rest @ weight[gone]))
-        found = kfac(
-            case.weight, replace(case.stats, output_fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q"
-        )
+        found = solve(case, blocks, Unstructured(0.5))
         error = found.weight.double().flatten() - weight
         ranks.append(sum(other * 1.02 < float(error @ dense @ error) for other in losses))
     assert sorted(ranks)[3] <= 5
@@ -120,9 +118,8 @@ def test_near_the_best_of_all_supports():
 def test_equal_and_independent_outputs_are_alps():
     """Oracle: `admm`, which has S = 1."""
     case = problem(5, 16, 32)
-    stats = replace(case.stats, output_fisher=torch.eye(8).expand(2, 8, 8))
     for pattern in PATTERNS:
-        found = kfac(case.weight, stats, Target(pattern), SolverOptions(), "q")
+        found = solve(case, torch.eye(8).expand(2, 8, 8), pattern)
         plain = admm(case.weight, case.stats, Target(pattern), SolverOptions(), "q")
         assert float((found.mask == plain.mask).float().mean()) > 0.99
         gram = damped(case.stats.gram, 0.01)
@@ -131,9 +128,7 @@ def test_equal_and_independent_outputs_are_alps():
 
 def test_a_matrix_that_nothing_depends_on():
     case = problem(6, 16, 32)
-    found = kfac(
-        case.weight, replace(case.stats, output_fisher=torch.zeros(2, 8, 8)), Target(NM(2, 4)), SolverOptions(), "q"
-    )
+    found = solve(case, torch.zeros(2, 8, 8), NM(2, 4))
     assert bool(found.weight.isfinite().all())
     assert (found.mask.view(16, 8, 4).sum(-1) == 2).all()
 
@@ -141,18 +136,15 @@ def test_a_matrix_that_nothing_depends_on():
 def test_outputs_that_do_not_matter_go_first():
     case, blocks = problem(7, 16, 32), torch.eye(16)[None].clone()
     blocks[0, :8] *= 1e-8
-    found = kfac(
-        case.weight, replace(case.stats, output_fisher=blocks), Target(Unstructured(0.5)), SolverOptions(), "q"
-    )
+    found = solve(case, blocks, Unstructured(0.5))
     pruned = (~found.mask).sum(1)
     assert int(pruned[:8].sum()) > 1.5 * int(pruned[8:].sum())
 
 
 def test_rounding_obeys_the_support():
     case = problem(8, 16, 64)
-    stats, target = replace(case.stats, output_fisher=fisher(8, 1, 16)), Target(Unstructured(0.5), Grid(4, 32))
-    found = kfac(case.weight, stats, target, SolverOptions(), "q")
-    assert torch.equal(found.mask, kfac(case.weight, stats, Target(target.pattern), SolverOptions(), "q").mask)
+    found = solve(case, fisher(8, 1, 16), Target(Unstructured(0.5), Grid(4, 32)))
+    assert torch.equal(found.mask, solve(case, fisher(8, 1, 16), Unstructured(0.5)).mask)
     assert torch.equal(found.weight.double(), code_product(found.codes))
 
 
@@ -175,7 +167,7 @@ def test_the_path_gives_its_own_losses_and_they_rise(kind):
     for pattern, (weight, of_path) in zip(patterns, error_path(form, patterns), strict=True):
         assert float((weight == 0).float().mean()) == pytest.approx(pattern.sparsity, abs=1e-3)
         assert of_path == pytest.approx(model_loss(weight - case.weight, outputs, gram), rel=1e-3)
-        solved = kfac(case.weight, stats, Target(pattern), SolverOptions(), "q").weight
+        solved = solve(case, blocks, pattern).weight
         assert of_path < 2 * model_loss(solved - case.weight, outputs, gram)
         losses.append(of_path)
     assert losses == sorted(losses)
@@ -202,33 +194,11 @@ def test_compensation_is_the_least_squares_answer_to_the_dense_outputs(share):
         assert float(reached) < 0.9 * float((w @ z - w @ x).square().sum())
 
 
-def test_without_an_input_shift_nothing_is_corrected():
-    case = problem(12, 8, 16)
-    assert compensated(case.weight, case.stats, 1.0, 0.01, "q")[0] is case.weight
-
-
-def test_the_damp_of_the_compensation_is_returned():
-    """Fewer tokens than inputs: the first rung of the ladder fails."""
-    case = problem(13, 8, 16)
-    gram = torch.ones(16, 16)
-    stats = GramStats(gram, 1, input_shift=gram)
-    assert compensated(case.weight, stats, 1.0, 1e-8, "q")[1] > 1e-8
-
-
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(5, 16), Unstructured(0.5)], ids=repr)
 def test_a_weight_that_is_stored_transposed_is_solved_alike(pattern):
     """Oracle: the same weight in rows; GPT-2 stores (I, O)."""
     case = problem(14, 16, 32)
-    view = case.weight.T.contiguous().T
-    stats = replace(case.stats, output_fisher=fisher(0, 1, 16))
-    options = SolverOptions()
-    found, expected = (kfac(w, stats, Target(pattern), options, "c_fc") for w in (view, case.weight))
+    view = replace(case, weight=case.weight.T.contiguous().T)
+    found, expected = (solve(of, fisher(0, 1, 16), pattern) for of in (view, case))
     assert torch.equal(found.mask, expected.mask)
     torch.testing.assert_close(found.weight, expected.weight)
-
-
-def test_matrices_of_one_input_share_its_eigendecomposition():
-    case = problem(15, 16, 32)
-    one, other = (quadratic(w, case.stats, fisher(0, 1, 16), 0.01, "q") for w in (case.weight, -case.weight))
-    assert one.inputs is other.inputs
-    assert quadratic(case.weight, case.stats, None, 0.02, "q").inputs is not one.inputs

@@ -28,13 +28,12 @@ def hessian_of(criterion: str, gram: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.95, 1.0])
 def test_mask_over_the_matrix_equals_sorting_float64_scores(criterion, sparsity):
     case = problem(1, 16, 33)
-    result = mask_only(
-        case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=CRITERIA[criterion]), "q"
-    )
+    result = masked(case, Target(Unstructured(sparsity)), criterion)
     gram = hessian_of(criterion, case.stats.gram)
     score = score_of(criterion, case.weight.double(), gram.diagonal(), torch.linalg.inv(gram).diagonal())
     assert torch.equal(result.mask, drop_lowest(score, round(16 * 33 * sparsity)))
     assert torch.equal(result.weight, torch.where(result.mask, case.weight, 0))
+    assert not bool(result.weight[~result.mask].signbit().any())  # -0.0 would not survive packing by mask
     assert result.codes is None
 
 
@@ -43,9 +42,7 @@ def test_mask_over_the_matrix_equals_sorting_float64_scores(criterion, sparsity)
 def test_mask_per_row_equals_sorting_each_row(criterion, sparsity):
     """Oracle: float64 scores; every row loses its share of the exact count, rounded down or up."""
     case = problem(2, 16, 33)
-    result = mask_only(
-        case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=CRITERIA[criterion]), "q"
-    )
+    result = masked(case, Target(Unstructured(sparsity)), criterion)
     score = score_of(criterion, case.weight.double(), case.stats.gram.double().diagonal(), torch.ones(33))
     counts = (~result.mask).sum(1).tolist()
     assert sum(counts) == round(16 * 33 * sparsity)
@@ -79,9 +76,7 @@ def test_counts_are_exact_and_dead_inputs_go_first(criterion, num_rows, num_colu
     """By counting: while a dead weight is kept, no live one is pruned (row by row for wanda and ria)."""
     dead = sorted(j for j in dead if j < num_columns)
     case = problem(seed, num_rows, num_columns, dead)
-    result = mask_only(
-        case.weight, case.stats, Target(Unstructured(sparsity)), SolverOptions(criterion=CRITERIA[criterion]), "q"
-    )
+    result = masked(case, Target(Unstructured(sparsity)), criterion)
     assert int((~result.mask).sum()) == round(num_rows * num_columns * sparsity)
     is_dead = torch.zeros(num_columns, dtype=torch.bool)
     is_dead[dead] = True
@@ -96,9 +91,7 @@ def test_dead_inputs_go_first_in_n_of_m_groups():
     """By hand: columns 1 and 2 of every four are dead, so 2:4 keeps 0 and 3."""
     case = problem(4, 8, 16, dead=[j for j in range(16) if j % 4 in (1, 2)])
     for criterion in ALL:
-        result = mask_only(
-            case.weight, case.stats, Target(NM(2, 4)), SolverOptions(criterion=CRITERIA[criterion]), "q_proj"
-        )
+        result = masked(case, Target(NM(2, 4)), criterion)
         assert torch.equal(result.mask, torch.tensor([True, False, False, True]).repeat(8, 4))
 
 
@@ -115,16 +108,6 @@ def test_grid_rounds_the_kept_weights(pattern, grid):
     inside = result.mask & (result.codes.values > 0) & (result.codes.values < 2**grid.bits - 1)
     scales = result.codes.scales.float().repeat_interleave(32 // result.codes.scales.shape[1], 1)
     assert bool(((result.weight - case.weight).abs() <= scales * 0.50001)[inside].all())
-
-
-def test_half_precision_weights_give_their_float32_values():
-    """Oracle: the same weights, cast first."""
-    case = problem(6)
-    half = case.weight.bfloat16()
-    target = Target(Unstructured(0.5))
-    results = [mask_only(w, case.stats, target, SolverOptions(), "q_proj") for w in (half, half.float())]
-    assert results[0].weight.dtype == torch.float32
-    assert torch.equal(results[0].weight, results[1].weight)
 
 
 @pytest.mark.parametrize("target", [Target(Unstructured(0.5)), Target(NM(2, 4), Grid(4, 16))], ids=repr)
@@ -160,11 +143,3 @@ def test_damp_of_the_inverse_is_reported_and_zero_where_none_was_needed():
     case, target = problem(9), Target(Unstructured(0.5))
     damps = {c: masked(case, target, c).damp for c in ALL}
     assert damps == {"isc": 0.01, "magnitude": 0.0, "obs": 0.01, "ria": 0.0, "wanda": 0.0}
-
-
-@pytest.mark.parametrize("target", [Target(Unstructured(0.5)), Target(NM(2, 4), Grid(4, 16))], ids=repr)
-def test_pruned_weights_are_zero_without_a_sign(target):
-    """By the bits: a weight of -0.0 would not survive packing by mask."""
-    case = problem(10)
-    result = masked(case, target)
-    assert not bool(result.weight[~result.mask].signbit().any())

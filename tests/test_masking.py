@@ -32,16 +32,6 @@ def test_num_pruned_is_the_nearest_integer(sparsity):
         assert abs(num_pruned(numel, sparsity) - numel * sparsity) <= 0.5
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("prune", [prune_lowest, prune_lowest_per_row])
-def test_counts_are_exact_when_all_scores_tie(prune, sparsity):
-    count = num_pruned(13 * 33, sparsity)
-    for score in (torch.zeros(13, 33), scores(0, 13, 33)):
-        mask = prune(score, count)
-        assert mask.dtype == torch.bool
-        assert int((~mask).sum()) == count
-
-
 @few
 @given(scores_and_counts())
 def test_lowest_equals_sorting_by_hand(case):
@@ -68,27 +58,6 @@ def test_n_of_m_equals_the_best_of_all_subsets(pattern, num_rows, num_groups, se
     assert torch.equal(prune_n_of_m(score, pattern), best_n_of_m(score, pattern))
 
 
-def test_n_of_m_takes_transposed_scores_as_the_sweep_makes_them():
-    """Oracle: the same scores, contiguous."""
-    score = scores(3, 32, 6).T
-    assert torch.equal(prune_n_of_m(score, NM(4, 8)), prune_n_of_m(score.contiguous(), NM(4, 8)))
-
-
-def test_ties_go_to_the_lower_column_by_hand():
-    score = torch.ones(1, 4)
-    expected = torch.tensor([[True, True, False, False]])
-    for mask in (prune_lowest(score, 2), prune_lowest_per_row(score, 2), prune_n_of_m(score, NM(2, 4))):
-        assert torch.equal(mask, expected)
-
-
-@pytest.mark.parametrize("prune", [prune_lowest, prune_lowest_per_row])
-def test_scores_are_not_changed(prune):
-    score = scores(4, 6, 8)
-    before = score.clone()
-    prune(score, 11)
-    assert torch.equal(score, before)
-
-
 def test_pattern_that_does_not_divide_names_matrix_pattern_and_size():
     with pytest.raises(InputError, match=r"layers\.3\.q_proj.* 8:16 .*divisible by 16, got 200.*--skip"):
         check_divides(NM(8, 16), 200, "layers.3.q_proj")
@@ -96,11 +65,6 @@ def test_pattern_that_does_not_divide_names_matrix_pattern_and_size():
         prune_n_of_m(torch.ones(2, 6), NM(2, 4))
     check_divides(NM(8, 16), 208, "fits")
     check_divides(Unstructured(0.5), 7, "fits everything")
-
-
-def test_spread_example():
-    assert spread(5, [4, 4, 2]) == [2, 2, 1]
-    assert spread(0, [0, 0]) == [0, 0]
 
 
 @few

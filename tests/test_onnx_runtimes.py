@@ -19,8 +19,7 @@ import mspc
 from exporters import exporting, formats, verification
 from mspc.errors import InputError, MspcError
 from mspc.progress import Silent
-from mspc.storage.files import sha256_of
-from mspc.storage.manifest import EXPORT_MANIFEST, MatrixEntry
+from mspc.storage.manifest import MatrixEntry
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -88,7 +87,7 @@ def test_weights_in_every_runtime(weights, artifact_of, tmp_path):
 
 @pytest.mark.parametrize("weights", ["matmulnbits", pytest.param("qdq", marks=SLOW)])
 def test_two_asymmetric_bits_and_rows(weights, artifact_of, tmp_path):
-    artifact = artifact_of("llama", bits=2, group_size=None, asymmetric=True, sparsity=0.3)
+    artifact = artifact_of("llama", bits=2, group_size="row", asymmetric=True, sparsity=0.3)
     results = export(artifact, tmp_path / "out", weights=weights)
     assert {name: result["status"] for name, result in results.items()} == {
         "onnxruntime": "verified",
@@ -127,17 +126,12 @@ def test_the_graph_is_named_as_others_name_theirs(artifact_of, tmp_path):
     assert not [name for name in names if name.startswith("model.model.")]
 
 
-def test_weights_beyond_float16_are_refused(artifact_of, tmp_path):
+def test_weights_beyond_float16_are_refused(calibration, tmp_path):
     model = tiny.make("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 0] = 1e6
     tiny.save(model, tmp_path / "model")
-    artifact = mspc.compress(
-        tmp_path / "model",
-        mspc.Recipe(sensitivity="gram", calibration=artifact_of("llama").manifest["recipe"]["calibration"],
-                    num_sequences=2, sequence_length=16),
-        out=tmp_path / "artifact", progress=False,
-    )  # fmt: skip
+    artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, allocator="uniform")
     with pytest.raises(InputError, match=r"model.embed_tokens.weight has weights that do not fit into torch.float16"):
         export(artifact, tmp_path / "out", weights="float16")
 
@@ -226,9 +220,7 @@ def spoiled(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> Pat
     """A copy that `change` was done to, whose export manifest has the new digests."""
     out = Path(shutil.copytree(folder, tmp_path / "spoiled"))
     change(out)
-    manifest = json.loads((out / EXPORT_MANIFEST).read_text())
-    manifest["files"] = {name: sha256_of(out / name) for name in manifest["files"]}
-    (out / EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    tiny.redigest(out)
     return out
 
 

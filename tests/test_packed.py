@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from oracles import few
 from safetensors.torch import load_file
 
-import mspc
 from exporters import verification
 from exporters.reading import little_endian_fields
 from mspc.errors import InputError
@@ -35,15 +34,6 @@ def test_words_equal_brute_force_and_are_read_back(num_rows, count, bits, seed):
     assert words.dtype == torch.int32
     assert words.tolist() == [brute_force(row, bits) for row in values.tolist()]
     assert np.array_equal(little_endian_fields(words.numpy(), bits, count), values.numpy())
-
-
-def test_golden_words():
-    assert pack_words(torch.arange(8, dtype=torch.uint8)[None], 4).tolist() == [[0x76543210]]
-    assert pack_words(torch.full((1, 8), 7, dtype=torch.uint8), 4).tolist() == [[0x77777777]]
-    # Code 10 of three bits lies across the first two words, code 21 across the next two.
-    values = torch.zeros(1, 32, dtype=torch.uint8)
-    values[0, 10] = values[0, 21] = 7
-    assert pack_words(values, 3).tolist() == [[-(2**30), 1 - 2**31, 3]]
 
 
 def test_gptq_by_hand():
@@ -75,7 +65,7 @@ def test_pack_quantized_by_hand():
 GRIDS = [
     {"bits": 2},
     {"bits": 3, "pattern": "2:4"},
-    {"bits": 4, "group_size": None},
+    {"bits": 4, "group_size": "row"},
     {"bits": 8, "sparsity": 0.0},
     {"bits": 4, "asymmetric": True},
     {"bits": 3, "asymmetric": True, "group_size": 64},
@@ -145,18 +135,15 @@ def test_what_a_format_cannot_hold_is_refused_before_any_work(options, format_na
 
 
 def test_compress_refuses_an_export_that_cannot_be_before_it_solves(llama, calibration, tmp_path):
-    recipe = mspc.Recipe(allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32)
     with pytest.raises(InputError, match="no matrix has a grid"):
-        mspc.compress(llama, recipe, out=tmp_path / "out", exports=["gptq"], progress=False)
+        tiny.compress(llama, tmp_path / "out", calibration, exports=["gptq"], allocator="uniform")
     assert not (tmp_path / "out").exists()
 
 
 def test_shapes_that_no_kernel_takes_are_refused(calibration, tmp_path):
     model = tiny.build(tmp_path / "model", "llama")
-    recipe = mspc.Recipe(
-        bits=4, group_size=None, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
-    artifact = mspc.compress(model, recipe, out=tmp_path / "artifact", progress=False)
+    options = {"bits": 4, "group_size": "row", "allocator": "uniform"}
+    artifact = tiny.compress(model, tmp_path / "artifact", calibration, **options)
     with pytest.raises(InputError, match=r"k_proj: .* divisible by 32, not 32 and 16; leave it out with --skip"):
         artifact.export("gptq", tmp_path / "out", progress=False)
 
@@ -166,10 +153,8 @@ def test_weights_that_float16_cannot_hold_are_refused(calibration, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 3] = 1e5
     tiny.save(model.bfloat16(), tmp_path / "model")
-    recipe = mspc.Recipe(
-        bits=4, group_size=32, allocator="uniform", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
-    artifact = mspc.compress(tmp_path / "model", recipe, out=tmp_path / "artifact", progress=False)
+    options = {"bits": 4, "group_size": 32, "allocator": "uniform"}
+    artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, **options)
     with pytest.raises(InputError, match=r"embed_tokens\.weight: its largest weight, 99840, does not fit"):
         artifact.export("gptq", tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

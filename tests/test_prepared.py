@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import mspc
-import mspc.hf
+import mspc.hf  # noqa: F401  transformers reads sparse exports then
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear, prepare
 
@@ -92,11 +91,8 @@ def test_a_layer_is_prepared_when_it_is_moved_to_a_gpu_and_follows_casts(case, m
 
 def test_a_prepared_model_writes_the_export_again_and_generates_the_same(calibration, tmp_path):
     """Oracle: the tensors of the export, and the model before."""
-    recipe = mspc.Recipe(
-        pattern="2:4", calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH, effort="fast"
-    )
     source = tiny.build(tmp_path / "source", "llama", dtype=BF16)
-    artifact = mspc.compress(source, recipe, out=tmp_path / "out", progress=False)
+    artifact = tiny.compress(source, tmp_path / "out", calibration, pattern="2:4", effort="fast")
     folder = artifact.export("sparse", tmp_path / "sparse", verify=False, progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
     prompt = tiny.ids(1)[:, :4]

@@ -1,7 +1,6 @@
 """Ways to store one model: precisions, shards, tied weights, names. The oracle is what transformers makes of them."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +9,27 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import mspc
 from mspc.errors import InputError
 from mspc.model.open import open_model
-from mspc.progress import Silent
 from mspc.storage.checkpoint import INDEX
 
-QUIET = Silent()
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def recipe(calibration: Path, **changes: Any) -> mspc.Recipe:
-    values: dict[str, Any] = {"sparsity": 0.5, "allocator": "uniform", "device": "cpu"}
-    values |= {"num_sequences": 8, "sequence_length": tiny.LENGTH}
-    return mspc.Recipe(calibration=str(calibration), **values | changes)
-
-
-def compressed(source: Path, asked: mspc.Recipe, folder: Path) -> tuple[mspc.Artifact, Path]:
+def compressed(source: Path, calibration: Path, folder: Path, **recipe: Any) -> tuple[mspc.Artifact, Path]:
     """The artifact, and its dense export."""
-    artifact = mspc.compress(source, asked, out=folder / "artifact", progress=False)
+    asked = {"sparsity": 0.5, "allocator": "uniform", "num_sequences": 8} | recipe
+    artifact = tiny.compress(source, folder / "artifact", calibration, **asked)
     return artifact, artifact.export("dense", folder / "dense")
-
-
-def perplexity(folder: Path, text: Path) -> float:
-    return mspc.evaluate(folder, str(text), sequence_length=tiny.LENGTH, device="cpu", progress=False).perplexity
-
-
-def perplexity_by_transformers(folder: Path, text: Path) -> float:
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"]).view(-1, tiny.LENGTH)
-    with torch.no_grad():
-        return math.exp(tiny.losses(tiny.reference(folder), ids).double().mean())
 
 
 def assert_same_scores(source: Path, artifact: mspc.Artifact, dense: Path, text: Path) -> None:
     """mspc and transformers agree on the source, and on what was made of it, which is another model."""
-    before, after = perplexity_by_transformers(source, text), perplexity_by_transformers(dense, text)
-    assert perplexity(source, text) == pytest.approx(before, rel=1e-5)
-    assert perplexity(artifact.path, text) == pytest.approx(after, rel=1e-5)
-    assert perplexity(dense, text) == pytest.approx(after, rel=1e-5)
-    assert before != pytest.approx(after, rel=1e-3)
+    after = tiny.agreed_perplexity(dense, text)
+    assert tiny.agreed_perplexity(artifact.path, text, dense) == pytest.approx(after, rel=1e-5)
+    assert tiny.agreed_perplexity(source, text) != pytest.approx(after, rel=1e-3)
 
 
 def rewrite(folder: Path, **changes: Tensor | None) -> None:
@@ -59,11 +38,11 @@ def rewrite(folder: Path, **changes: Tensor | None) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (16, None)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, calibration, test_text, tmp_path):
+def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, group_size, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", dtype=HALVES[dtype])
-    artifact, dense = compressed(source, recipe(calibration, bits=bits, group_size=32), tmp_path)
+    artifact, dense = compressed(source, calibration, tmp_path, bits=bits, group_size=group_size)
     assert {tensor.dtype for tensor in tiny.tensors(dense).values()} == {HALVES[dtype]}
     assert {row["dtype"] for row in artifact.manifest["matrices"]} == {dtype}
     assert_same_scores(source, artifact, dense, test_text)
@@ -74,12 +53,12 @@ def test_half_precision_checkpoints_stay_what_they_are(dtype, bits, calibration,
 @pytest.mark.parametrize("dtype", HALVES)
 def test_forward_passes_in_half_precision(dtype, llama, calibration, test_text, tmp_path):
     """The precision of the forward passes is not that of the file, and changes the result little."""
-    asked = recipe(calibration, dtype=dtype, allocator="trace-rank", sensitivity_sequences=2)
-    _, dense = compressed(llama, asked, tmp_path)
+    asked = {"allocator": "trace-rank", "sensitivity_sequences": 2}
+    _, dense = compressed(llama, calibration, tmp_path, dtype=dtype, **asked)
     assert {tensor.dtype for tensor in tiny.tensors(dense).values()} == {torch.float32}
-    _, precise = compressed(llama, recipe(calibration, allocator="trace-rank", sensitivity_sequences=2), tmp_path / "p")
-    assert perplexity(dense, test_text) == pytest.approx(perplexity(precise, test_text), rel=0.1)
-    assert perplexity(dense, test_text) != perplexity(precise, test_text)
+    _, precise = compressed(llama, calibration, tmp_path / "p", **asked)
+    assert tiny.perplexity(dense, test_text) == pytest.approx(tiny.perplexity(precise, test_text), rel=0.1)
+    assert tiny.perplexity(dense, test_text) != tiny.perplexity(precise, test_text)
 
 
 def test_mixed_precisions_in_one_checkpoint(calibration, test_text, tmp_path):
@@ -87,7 +66,7 @@ def test_mixed_precisions_in_one_checkpoint(calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", dtype=torch.bfloat16)
     half = tiny.tensors(source)
     rewrite(source, **{key: tensor.float() for key, tensor in half.items() if "norm" in key or "q_proj" in key})
-    artifact, dense = compressed(source, recipe(calibration), tmp_path)
+    artifact, dense = compressed(source, calibration, tmp_path)
     before, after = tiny.tensors(source), tiny.tensors(dense)
     assert {key: tensor.dtype for key, tensor in before.items()} == {key: tensor.dtype for key, tensor in after.items()}
     assert len({tensor.dtype for tensor in after.values()}) == 2
@@ -96,7 +75,7 @@ def test_mixed_precisions_in_one_checkpoint(calibration, test_text, tmp_path):
 
 def test_shards_keep_their_files_and_names(calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", sharded=True)
-    artifact, dense = compressed(source, recipe(calibration), tmp_path)
+    artifact, dense = compressed(source, calibration, tmp_path)
     before, after = (json.loads((folder / INDEX).read_text()) for folder in (source, dense))
     assert len(set(before["weight_map"].values())) > 3
     assert after["weight_map"] == before["weight_map"]
@@ -110,7 +89,7 @@ def test_shards_keep_their_files_and_names(calibration, test_text, tmp_path):
 def test_tied_embeddings_stay_tied(sharded, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama", sharded=sharded, tie_word_embeddings=True)
     assert "lm_head.weight" not in tiny.tensors(source)
-    artifact, dense = compressed(source, recipe(calibration), tmp_path)
+    artifact, dense = compressed(source, calibration, tmp_path)
     assert tiny.tensors(dense).keys() == tiny.tensors(source).keys()
     assert_same_scores(source, artifact, dense, test_text)
 
@@ -118,20 +97,17 @@ def test_tied_embeddings_stay_tied(sharded, calibration, test_text, tmp_path):
 def test_head_is_read_where_the_checkpoint_has_one(test_text, tmp_path):
     """The config ties it to the embedding, but the file holds another: transformers then unties them."""
     source = tiny.build(tmp_path, "llama", tie_word_embeddings=True)
-    tied = perplexity(source, test_text)
+    tied = tiny.perplexity(source, test_text)
     rewrite(source, **{"lm_head.weight": tiny.tensors(source)["model.embed_tokens.weight"].roll(1, 0).contiguous()})
-    assert perplexity(source, test_text) == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
-    assert perplexity(source, test_text) != pytest.approx(tied, rel=1e-3)
+    assert tiny.agreed_perplexity(source, test_text) != pytest.approx(tied, rel=1e-3)
 
 
 def test_embedding_may_be_stored_as_the_head(test_text, tmp_path):
     source = tiny.build(tmp_path, "llama", tie_word_embeddings=True)
-    tied = perplexity(source, test_text)
+    tied = tiny.perplexity(source, test_text)
     embedding = tiny.tensors(source)["model.embed_tokens.weight"]
     rewrite(source, **{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
-    assert (
-        perplexity(source, test_text) == tied == pytest.approx(perplexity_by_transformers(source, test_text), rel=1e-5)
-    )
+    assert tiny.agreed_perplexity(source, test_text) == tied
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("opt", "model.")])
@@ -141,7 +117,7 @@ def test_checkpoints_of_the_base_model(family, prefix, calibration, test_text, t
     source = tiny.save(model.base_model, tmp_path / "source")
     keys = tiny.tensors(source).keys()
     assert keys == {key.removeprefix(prefix) for key in model.state_dict() if key != "lm_head.weight"}
-    artifact, dense = compressed(source, recipe(calibration), tmp_path)
+    artifact, dense = compressed(source, calibration, tmp_path)
     assert tiny.tensors(dense).keys() == keys
     assert all(row["parameter"] == prefix + row["tensor"] for row in artifact.manifest["matrices"])
     assert_same_scores(source, artifact, dense, test_text)
@@ -150,7 +126,6 @@ def test_checkpoints_of_the_base_model(family, prefix, calibration, test_text, t
 @pytest.mark.parametrize(
     ("family", "stale"),
     [
-        ("llama", "model.rotary_emb.inv_freq"),
         ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
         ("gpt2", "transformer.h.0.attn.bias"),
         ("gpt_neox", "gpt_neox.layers.1.attention.masked_bias"),
@@ -159,10 +134,10 @@ def test_checkpoints_of_the_base_model(family, prefix, calibration, test_text, t
 def test_stored_buffers_that_are_computed_today_are_kept_and_ignored(family, stale, calibration, test_text, tmp_path):
     """Old files hold masks and rotary frequencies. They are passed on, but not used: transformers computes them."""
     source = tiny.build(tmp_path / "source", family)
-    expected = perplexity_by_transformers(source, test_text)
+    expected = tiny.perplexity_by_transformers(source, test_text)
     rewrite(source, **{stale: torch.full((4,), 7.0)})
-    assert perplexity(source, test_text) == pytest.approx(expected, rel=1e-5)
-    _, dense = compressed(source, recipe(calibration), tmp_path)
+    assert tiny.perplexity(source, test_text) == pytest.approx(expected, rel=1e-5)
+    _, dense = compressed(source, calibration, tmp_path)
     assert tiny.tensors(dense).keys() == tiny.tensors(source).keys()
     assert torch.equal(tiny.tensors(dense)[stale], torch.full((4,), 7.0))
 
@@ -172,16 +147,16 @@ def test_missing_tensors_are_named(key, calibration, test_text, tmp_path):
     source = tiny.build(tmp_path / "source", "llama")
     rewrite(source, **{key: None})
     with pytest.raises(InputError, match=f"The checkpoint holds no {key}.* incomplete"):
-        mspc.compress(source, recipe(calibration), out=tmp_path / "out", progress=False)
+        tiny.compress(source, tmp_path / "out", calibration)
     with pytest.raises(InputError, match=f"The checkpoint holds no {key}"):
-        perplexity(source, test_text)
+        tiny.perplexity(source, test_text)
 
 
 def test_tensors_of_another_shape_are_named(test_text, tmp_path):
     source = tiny.build(tmp_path, "llama")
     rewrite(source, **{"model.layers.1.mlp.up_proj.weight": torch.ones(64, 31)})
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has shape \(64, 31\).*\(64, 32\)"):
-        perplexity(source, test_text)
+        tiny.perplexity(source, test_text)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -133,14 +133,6 @@ def words(lengths: list[int]) -> str:
     return " ".join("x" * length for length in lengths)
 
 
-@pytest.mark.parametrize("max_windows", [1, 2, 5, 19, 20, 1000])
-def test_max_windows_are_the_first_of_all(max_windows, test_text):
-    tokenizer = tiny.byte_tokenizer()
-    everything = windows_of_test_text(tokenizer, str(test_text), 32, None).ids
-    assert len(everything) == 20
-    assert torch.equal(windows_of_test_text(tokenizer, str(test_text), 32, max_windows).ids, everything[:max_windows])
-
-
 @pytest.mark.parametrize("characters", [1, 4, 10, 11, 12, 13, 16, 33, 400])
 @pytest.mark.parametrize("max_windows", [1, 3])
 def test_max_windows_are_the_first_of_all_however_long_a_token_is(max_windows, characters, tmp_path):

@@ -1,4 +1,4 @@
-"""What `verify` must catch, each fault made by hand in an export that was right; and what it must not call a fault."""
+"""Faults that `verify` must catch, each made by hand in an export that was right; and what it must not call a fault."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -20,7 +21,6 @@ from exporters.verification import in_words
 from mspc.cli.main import app
 from mspc.errors import InputError, VerificationError
 from mspc.progress import Silent
-from mspc.storage.files import sha256_of
 from mspc.storage.manifest import EXPORT_MANIFEST
 
 SHARD = "model.safetensors"
@@ -29,10 +29,8 @@ MATRIX = "model.layers.1.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def artifact(llama: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> mspc.Artifact:
-    recipe = mspc.Recipe(
-        pattern="2:4", sensitivity="gram", calibration=str(calibration), num_sequences=4, sequence_length=32
-    )
-    return mspc.compress(llama, recipe, out=tmp_path_factory.mktemp("verify") / "artifact", progress=False)
+    out = tmp_path_factory.mktemp("verify") / "artifact"
+    return tiny.compress(llama, out, calibration, pattern="2:4")
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +48,12 @@ def check(folder: Path, against: Path | None = None) -> dict[str, object]:
     return verification.verify(folder, against, Silent())
 
 
-def edit_weight(folder: Path, change: Callable[..., None], *, redigest: bool) -> None:
-    """Change one matrix of the export, and with `redigest` the digest of its file as well."""
+def edit_weight(folder: Path, change: Callable[..., None]) -> None:
+    """Change one matrix of the export, and the digest of its file as well."""
     tensors = load_file(folder / SHARD)
     change(tensors[f"{MATRIX}.weight"])
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-    if redigest:
-        manifest = json.loads((folder / EXPORT_MANIFEST).read_text())
-        manifest["files"][SHARD] = sha256_of(folder / SHARD)
-        (folder / EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    tiny.redigest(folder)
 
 
 @pytest.mark.parametrize("against", [True, False])
@@ -90,7 +85,7 @@ def test_one_wrong_weight_is_named_with_its_place(folder, artifact):
         row = int((weight[:, 5] != 0).nonzero()[0])
         weight[row, 5] += 1e-3
 
-    edit_weight(folder, change, redigest=True)
+    edit_weight(folder, change)
     (wrong,) = check(folder, artifact.path)["weights"]["wrong"]
     assert wrong.startswith(f"{MATRIX}: 1 of 2,048 weights differ, the first at (")
     (wrong,) = check(folder)["weights"]["wrong"]
@@ -98,14 +93,14 @@ def test_one_wrong_weight_is_named_with_its_place(folder, artifact):
 
 
 def test_lost_zeros_and_full_groups_are_counted(folder):
-    edit_weight(folder, lambda weight: weight[0, :4].fill_(1.0), redigest=True)
+    edit_weight(folder, lambda weight: weight[0, :4].fill_(1.0))
     (wrong,) = check(folder)["weights"]["wrong"]
     assert wrong == f"{MATRIX}: it has 1,022 zeros, and 1,024 weights were pruned"
 
     def balance(weight):
         weight[1, (weight[1] != 0).nonzero()[:2, 0]] = 0.0
 
-    edit_weight(folder, balance, redigest=True)
+    edit_weight(folder, balance)
     (wrong,) = check(folder)["weights"]["wrong"]
     assert wrong == f"{MATRIX}: 4 weights of one group of 4 are not zero, and its pattern is 2:4"
 
@@ -159,8 +154,7 @@ def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
 def test_another_artifact_is_not_compared_and_leaves_the_report_alone(folder, llama, calibration, tmp_path):
     check(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    recipe = mspc.Recipe(effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=32)
-    other = mspc.compress(llama, recipe, out=tmp_path / "other", progress=False)
+    other = tiny.compress(llama, tmp_path / "other", calibration, effort="fast")
     with pytest.raises(InputError, match=r"dense was not exported from .*other: 14 of 14 matrices are others there"):
         check(folder, other.path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -196,39 +190,33 @@ def result(folder: Path) -> tuple[str, str]:
     return of["status"], of.get("reason", "")
 
 
-def test_what_a_runtime_cannot_do_or_lacks_is_no_failure(runtime, folder):
-    def unsupported(*_):
-        raise Unsupported("it never could")
+def raising(error: Exception) -> Callable[..., object]:
+    def load(*_: object) -> object:
+        print("a banner")
+        raise error
 
-    runtime.load = unsupported
-    assert result(folder) == ("unsupported", "it never could")
+    return load
 
-    def missing(*_):
-        import a_package_that_is_not_there  # noqa: F401
 
-    runtime.load = missing
-    status, reason = result(folder)
-    assert status == "not installed"
-    assert reason == "a_package_that_is_not_there is missing: pip install it"
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (Unsupported("it never could"), "unsupported", "it never could"),
+        (ModuleNotFoundError(name="a_package"), "not installed", "a_package is missing: pip install it"),
+        (RuntimeError("size mismatch"), "failed", "RuntimeError: size mismatch"),
+    ],
+    ids=repr,
+)
+def test_only_a_runtime_that_raises_anything_else_has_failed(error, status, reason, runtime, folder):
+    runtime.load = raising(error)
+    assert result(folder) == (status, reason)
 
 
 def test_stdout_is_json_whatever_a_runtime_prints(runtime, folder):
-    def loud(*_):
-        print("a banner")
-        raise Unsupported("it never could")
-
-    runtime.load = loud
+    runtime.load = raising(Unsupported("it never could"))
     done = CliRunner().invoke(app, ["verify", str(folder), "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["runtimes"]["transformers"]["status"] == "unsupported"
-
-
-def test_a_runtime_that_raises_has_failed(runtime, folder):
-    def broken(*_):
-        raise RuntimeError("size mismatch")
-
-    runtime.load = broken
-    assert result(folder) == ("failed", "RuntimeError: size mismatch")
 
 
 @pytest.mark.parametrize("fault", ["none", "logits", "nan", "shape", "tokens", "tokens too close to call"])
@@ -262,10 +250,7 @@ def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
 
 
 def test_an_export_that_is_wrong_is_not_kept(runtime, artifact, tmp_path):
-    def broken(*_):
-        raise RuntimeError("size mismatch")
-
-    runtime.load = broken
+    runtime.load = raising(RuntimeError("size mismatch"))
     with pytest.raises(VerificationError, match=r"was not kept: transformers: RuntimeError: size mismatch"):
         artifact.export("dense", tmp_path / "dense", progress=False)
     assert list(tmp_path.iterdir()) == []
