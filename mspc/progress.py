@@ -27,7 +27,7 @@ class Event:
     matrix: str = ""
     """Name of the matrix, file or tensor that the step has finished."""
     row: Mapping[str, Any] | None = None
-    """While matrices are compressed: the entry of this one in the manifest."""
+    """While matrices are compressed: target, error and damping of this one, under their names in the manifest."""
 
 
 class Step(Protocol):

@@ -80,7 +80,7 @@ class House:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[frozenset[str]]:
-    """The strongly connected components: sets of names each of which leads to all the others of its set."""
+    """The strongly connected components: each name in a set leads to all the others."""
 
     def reached(start: str) -> set[str]:
         seen, left = {start}, [start]

@@ -130,9 +130,10 @@ def test_events_count_the_steps_of_each_stage(llama, calibration, tmp_path):
     assert list(stages) == ["Checking weights", "Copying other weights", "Compressing"]
     for of_stage in stages.values():
         assert [event.done for event in of_stage] == list(range(of_stage[0].total + 1))
-    rows = [event.row for event in stages["Compressing"][1:]]
-    assert rows == made.manifest["matrices"]
-    assert [event.matrix for event in stages["Compressing"][1:]] == [row["name"] for row in rows]
+    for event, row in zip(stages["Compressing"][1:], made.manifest["matrices"], strict=True):
+        assert event.matrix == row["name"]
+        assert event.row == {key: row[key] for key in event.row}
+        assert {"shape", "pattern", "bits", "output_error", "damp"} < event.row.keys()
 
 
 def test_a_callable_that_returns_false_stops_after_the_block_and_resume_goes_on(artifact, llama, calibration, tmp_path):

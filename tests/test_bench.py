@@ -614,4 +614,4 @@ def test_wrong_usage():
     assert "--batch must be whole numbers with commas between, such as 1,4,8, not '1,x'" in refused(
         "bench", "--shapes", "1b", "--batch", "1,x"
     )
-    assert "--plot draws a PNG; name it r.png, not r.pdf." in refused("bench", "--shapes", "1b", "--plot", "r.pdf")
+    assert "--plot draws a PNG. Name it r.png, not r.pdf." in refused("bench", "--shapes", "1b", "--plot", "r.pdf")

@@ -187,21 +187,6 @@ def test_two_of_four_by_hand():
     assert torch.equal(unpack(tensors, (1, 8), target, torch.float32).weight, weight)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "grid", "names"),
-    [
-        (Unstructured(0.5), None, "values mask"),
-        (Unstructured(0.0), None, "values"),
-        (NM(4, 4), None, "values"),
-        (NM(2, 4), Grid(4, 32), "codes scales indices"),
-        (Unstructured(0.5), Grid(4, 32, False), "codes scales zeros mask"),
-    ],
-)
-def test_only_what_the_target_needs_is_stored(pattern, grid, names):
-    """Oracle: the table of the layout."""
-    assert set(pack(compressed(pattern, grid), torch.float32)) == set(names.split())
-
-
 def spoiled(matrix: CompressedLinear) -> CompressedLinear:
     """The same target with weights and scales that overflow, pruned values other than zero, and odd strides."""
     generator = torch.Generator().manual_seed(1)

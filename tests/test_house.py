@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from house import ROOMS, ROOT, House, circles
+from language import files, offences
 
 HOUSE = House(ROOT)
 TESTS = sorted(ROOT.glob("tests/*.py"))
@@ -23,6 +24,7 @@ KNOW_TRANSFORMERS = {
     "exporters.onnx_graph", "exporters.runtimes.transformers",
 }  # fmt: skip
 PUBLIC = {"compress", "evaluate", "export", "load", "masks", "plan", "recover", "report", "verify"}
+SAY_IT = {"language.py", "test_house.py"}
 HEAVY = ("torch", "transformers", "numpy", "datasets", "rich", "typer")
 
 
@@ -99,6 +101,20 @@ def test_modules_and_tests_say_what_they_are():
     trees = {name: HOUSE.tree(name) for name in HOUSE.files if name != "mspc.__main__"}
     trees |= {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in TESTS}
     assert [name for name, tree in trees.items() if not ast.get_docstring(tree)] == []
+
+
+def test_the_prose_is_plain():
+    """Docstrings, comments, help and errors; `test_docs` does the same for the pages."""
+    paths = [ROOT / name for name in ("mspc", "exporters", "tests", "benchmarks", "examples")]
+    assert [offence for file in files(paths) if file.name not in SAY_IT for offence in offences(file)] == []
+
+
+def test_a_fragment_and_a_phrase_are_found(tmp_path):
+    """Oracle: made by hand."""
+    file = tmp_path / "example.py"
+    file.write_text('"""What it is."""  # beside it\n\nraise ValueError(f"so many {1}")\n', encoding="utf-8")
+    found = [offence.partition(": ")[2] for offence in offences(file)]
+    assert found == ["begins with 'What'", "says 'so many'", "says 'beside'"]
 
 
 def test_nothing_depends_on_one_machine():
