@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mspc
 
-MODEL = Path(__file__).parent / "tiny_llama" if "__file__" in globals() else Path("examples/tiny_llama")
-OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
+# As a script: python examples/notebook.py [OUT [MODEL]]
+arguments = sys.argv[1:] if "__file__" in globals() else []
+OUT = Path(arguments[0] if arguments else tempfile.mkdtemp())
+MODEL = Path(arguments[1] if len(arguments) > 1 else "examples/tiny_llama")
 
 # %% [markdown]
 # Any transformers model will do, in memory or in a folder. The model in memory stays as it is.
@@ -51,7 +53,8 @@ print(f"perplexity {dense.perplexity:.2f} -> {small.perplexity:.2f}, KL {small.d
 # %%
 import matplotlib  # noqa: E402  a cell of its own: mspc[plots]
 
-matplotlib.use("Agg" if "__file__" in globals() else matplotlib.get_backend())
+if arguments:
+    matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 rows = artifact.manifest["matrices"]

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,6 +247,19 @@ def test_a_model_in_memory_and_a_name_need_a_tokenizer(model, test_text):
     model.config.name_or_path = ""
     with pytest.raises(mspc.InputError, match="tokenizer="):
         mspc.evaluate(model, test_text, sequence_length=32, progress=False)
+
+
+def test_the_notebook_runs(tmp_path):
+    """Oracle: what its cells print and write, on a model of a moment."""
+    model = tiny.build(tmp_path / "model", "llama", hidden_size=64, max_position_embeddings=256)
+    script = Path(__file__).parents[1] / "examples" / "notebook.py"
+    command = [sys.executable, str(script), str(tmp_path / "out"), str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "14 matrices, " in done.stdout
+    assert "nats per token" in done.stdout
+    assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "small" / "mspc.json").is_file()
 
 
 def test_types_are_published():
