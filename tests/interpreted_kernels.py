@@ -3,6 +3,8 @@
 TRITON_INTERPRET has to be set before a kernel is defined, and changes how Triton behaves in the whole process.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import ptx
 import pytest
@@ -72,6 +74,28 @@ def test_a_model_that_is_cast_after_it_was_prepared_stays_on_its_device(kernel, 
         assert torch.equal(layer.float()(x), expected)
         assert torch.equal(layer.weight, weight)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=lambda kernel: kernel.__name__)
+def test_kernels_are_launched_on_the_device_of_their_tensors(kernel, monkeypatch):
+    """Triton takes the current one, which is another for some layers of a model on several."""
+    case = next(case for case in CASES if case.kernel is kernel)
+    repacked, x, out = case.repacked(), inputs(case, 3), torch.empty(case.shape, dtype=case.dtype)
+    gpu, current, launched = launch.on_gpu(kernel.__name__.rpartition(".")[2]), [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.data_ptr())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(kernel, "device_of", device_of)
+    for name in ("matmul", "expand"):
+        run = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *args, run=run: launched.append(list(current)) or run(*args))
+    kernel.matmul(x, repacked, case.matrix)
+    kernel.expand(repacked, case.matrix, out)
+    assert launched == [[x.data_ptr()], [out.data_ptr()]]
 
 
 @pytest.mark.parametrize("case", WITH_ASSEMBLY, ids=str)

@@ -196,7 +196,7 @@ def test_gptq_that_genai_does_not_read(family, options, reason, only_genai, arti
     ("options", "reason"), [({"bits": 3}, "Unpacking for 3-bit"), ({"skip": ("down_proj",)}, "'NoneType' object")]
 )
 def test_known_failures_of_the_builder(options, reason, artifact_of, tmp_path):
-    exporting.export(artifact_of("llama", **options).path, "gptq", tmp_path / "out", verify=False)
+    exporting.export(artifact_of("llama", **options).path, "gptq", tmp_path / "out", verified=False)
     (tmp_path / "built").mkdir()
     with pytest.raises(RuntimeError, match=reason):
         genai_runtime.build(tmp_path / "out", tmp_path / "built")
@@ -206,7 +206,7 @@ def test_known_failures_of_the_builder(options, reason, artifact_of, tmp_path):
 def test_gptq_v2_in_genai_is_a_mismatch(only_genai, artifact_of, tmp_path, monkeypatch):
     """Its builder adds one to zero points whatever the version, so such a folder is not run without need."""
     monkeypatch.setattr(genai_runtime, "_check_gptq", lambda *_: None)
-    out = exporting.export(artifact_of("llama", asymmetric=True).path, "gptq", tmp_path / "out", verify=False)
+    out = exporting.export(artifact_of("llama", asymmetric=True).path, "gptq", tmp_path / "out", verified=False)
     report = verification.verify(out, artifact_of("llama", asymmetric=True).path, Silent())
     assert report["weights"]["wrong"] == []
     assert report["runtimes"]["onnxruntime-genai"]["status"] == "mismatch"

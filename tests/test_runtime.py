@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
@@ -28,14 +27,12 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import mspc
 import mspc.hf
-from exporters import verification
 from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.formats.decoding import decode_rows
 from mspc.formats.description import StoredMatrix
 from mspc.model.open import open_model
 from mspc.planning.plan_file import write_plan
-from mspc.progress import Silent
 from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
 from mspc.storage.artifact import ArtifactSource
@@ -401,23 +398,6 @@ def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
         torch.testing.assert_close(logits_of(model, ids), logits_of(dense, ids))
         model.save_pretrained(tmp_path / f"saved{number}")
         assert_same_export(sparse, tmp_path / f"saved{number}")
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_loading_shows_no_bar_and_leaves_the_setting_alone(shown, pruned, capfd):
-    """Oracle: transformers itself, which shows one where it is asked to."""
-    settings = transformers.utils.logging
-    (settings.enable_progress_bar if shown else settings.disable_progress_bar)()
-    try:
-        for path in pruned[0]:
-            mspc.load(path)
-        verification.verify(pruned[0][1], None, Silent())
-        assert "Loading weights" not in capfd.readouterr().err
-        assert settings.is_progress_bar_enabled() == shown
-        AutoModelForCausalLM.from_pretrained(pruned[0][1])
-        assert ("Loading weights" in capfd.readouterr().err) == shown
-    finally:
-        settings.disable_progress_bar()
 
 
 LOAD_PLAINLY = "from transformers import AutoModelForCausalLM as M; model = M.from_pretrained('path/to/this/folder')"
