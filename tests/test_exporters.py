@@ -1,5 +1,6 @@
 """Exports of every format: an old output is there until a new one is; bad artifacts are refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from test_resume import killed_at
 import mspc
 from exporters import exporting, verification
 from exporters.formats import FORMATS
-from mspc.errors import InputError
+from mspc.errors import InputError, StorageError
 from mspc.formats import layout
 from mspc.progress import Silent
+from mspc.storage import files
 from mspc.storage.artifact import REPORT
 from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST, MatrixEntry
 from mspc.storage.output_folder import held, sibling
@@ -81,6 +83,20 @@ def test_killed_while_the_older_is_replaced(owner, name, call, artifact, tmp_pat
     export(source, out, overwrite=True)
     assert (out / "tokenizer_config.json").read_bytes() == b"{}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "out"]
+
+
+def test_a_full_disk_leaves_the_older(artifact, tmp_path, monkeypatch):
+    out = export(artifact, tmp_path / "out")
+    older = content(out)
+
+    def full(*_: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        export(artifact, out, overwrite=True)
+    assert content(out) == older
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_in_use_is_not_touched(artifact, tmp_path):

@@ -1,5 +1,6 @@
 """Output folders: an old output is there, whole, until the new one is. Checked after every kill."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -168,6 +169,24 @@ def test_killed_while_replacing_and_resumed(owner, name, least, llama, recipe, o
         assert content(out) == newer, f"killed at {name} {kills}"
         assert names(out.parent) == ["out"], f"killed at {name} {kills}"
     assert kills >= least
+    assert content(out) == newer
+
+
+def test_a_full_disk_while_replacing_leaves_the_older_and_can_be_resumed(
+    llama, recipe, older, newer, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(older, out)
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(StorageError, match=r"Cannot write .*No space left.*--resume"):
+            run(llama, recipe, out, overwrite=True)
+    assert content(out) == content(older)
+    run(llama, recipe, out, resume=True)
     assert content(out) == newer
 
 
