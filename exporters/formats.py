@@ -64,7 +64,7 @@ FORMATS = {
         "decoder with key-value cache: float32 or float16 weights, MatMulNBits or QDQ codes; genai_config.json",
         "every pattern; as codes 2, 4 or 8 bits in groups of a multiple of 16",
         ("onnxruntime", "onnxruntime-genai", "openvino"),
-        "same size and speed as dense; TensorRT can use 2:4 zeros; --sparse-initializers: smaller above 67% zeros",
+        "same size and speed as dense; TensorRT can use 2:4 zeros",
     ),
     "gguf": Format(
         "exporters.gguf",

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from exporters import exporting, formats, verification
-from mspc.errors import InputError, VerificationError
+from mspc.errors import InputError, Stopped, StorageError, VerificationError
+from mspc.model.hub import load_tokenizer, resolve, without_progress
 from mspc.passes.perplexity import Perplexity
 from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
 from mspc.pipeline.run import Run
@@ -21,7 +22,7 @@ from mspc.progress import Event, Progress, as_progress
 from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.manifest import read_manifest
-from mspc.storage.output_folder import held, sibling
+from mspc.storage.output_folder import held, sibling, working_folder
 from mspc.types import PlannedMatrix
 
 EXPORTS = "exports"
@@ -94,7 +95,7 @@ def compress(
 
     Raises the errors of `mspc.errors`.
     """
-    shown, recipe, out = as_progress(progress), recipe or Recipe(), Path(out)
+    shown, recipe, out = as_progress(progress), recipe or Recipe(), Path(out).absolute()
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
 
@@ -104,37 +105,53 @@ def compress(
 
     if isinstance(model, PreTrainedModel) and tokenizer is None and not isinstance(calibration, Tensor):
         raise InputError("A model in memory needs tokenizer=, or calibration= as token ids (N, T).")
-    with _source_of(model, tokenizer, out) as source:
-        run = Run(source, recipe, out, resume, overwrite, check_exports, shown, tokenizer, calibration)
-        try:
-            with held(run.folder):
-                run.compress(Path(measurements) if measurements else None, Path(spill) if spill else None)
-        except InputError:
-            with suppress(OSError):  # removes the folder only if it is empty: nothing was begun
-                run.folder.rmdir()
-            raise
+    start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
+    run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
+    folder = working_folder(out, resume=resume, overwrite=overwrite)
+    try:
+        with held(folder), _saved(model, tokenizer, out) as source:
+            run = run or start(source)
+            run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
+    except InputError:
+        with suppress(OSError):  # removes the folder only if it is empty: nothing was begun
+            folder.rmdir()
+        raise
+    except Stopped as stopped:
+        raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)
     for name in exports:
         export(artifact, name, artifact.path / EXPORTS / name, overwrite=resume, progress=shown)
     return artifact
 
 
+def _name_of(model: object) -> str:
+    if not isinstance(model, str | Path):
+        raise InputError(f"model must be a folder, a hub id or a transformers model, not a {type(model).__name__}.")
+    return str(model)
+
+
 @contextmanager
-def _source_of(model: str | Path | PreTrainedModel, tokenizer: Any, out: Path) -> Iterator[str]:
-    """The folder or hub id of a model. A model in memory is saved next to `out` for as long as the context lasts."""
+def _saved(model: object, tokenizer: Any, out: Path) -> Iterator[str]:
+    """The folder of a model in memory, which is saved next to `out` for as long as the context lasts."""
     if not isinstance(model, PreTrainedModel):
-        yield str(model)
+        yield ""
         return
-    folder = sibling(out, "source")
-    shutil.rmtree(folder, ignore_errors=True)
-    name = Path(model.config.name_or_path).name or type(model).__name__
+    parent = sibling(out, "source")  # `out` is held, so this can only be the leftover of a run that was killed
+    shutil.rmtree(parent, ignore_errors=True)
+    name = Path(model.config.name_or_path).name
+    folder = parent / (type(model).__name__ if name in ("", "..", "None") else name)
+    before = model.config.architectures, model.config.dtype
     try:
-        model.save_pretrained(folder / name)
+        with without_progress():
+            model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder / name)
-        yield str(folder / name)
+            tokenizer.save_pretrained(folder)
+        yield str(folder)
+    except OSError as error:
+        raise StorageError(f"The model cannot be saved to {folder} ({error}). Free some space, or move out.") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        model.config.architectures, model.config.dtype = before
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 def export(
@@ -203,6 +220,8 @@ def evaluate(
     model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
     text, shown = str(text) if isinstance(text, Path) else text, as_progress(progress)
     if isinstance(model, PreTrainedModel) or isinstance(against, PreTrainedModel):
+        if tokenizer is None and isinstance(model, str | Path) and not isinstance(text, Tensor):
+            tokenizer = load_tokenizer(resolve(str(model)))
         model, against = (
             load(part, device, dtype) if isinstance(part, str | Path) else part for part in (model, against)
         )

@@ -40,7 +40,7 @@ class VerificationError(MspcError):
 class Stopped(MspcError):
     @classmethod
     def at(cls, stage: str) -> "Stopped":
-        return cls(f"Stopped at {stage!r}, as the progress callable asked. What is finished is kept: use resume.")
+        return cls(f"Stopped at {stage!r}, as the progress callable asked.")
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:

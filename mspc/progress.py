@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mspc.errors import Stopped
+from mspc.errors import InputError, Stopped
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -27,7 +27,8 @@ class Event:
     matrix: str = ""
     """Name of the matrix, file or tensor that the step has finished."""
     row: Mapping[str, Any] | None = None
-    """While matrices are compressed: target, error and damping of this one, under their names in the manifest."""
+    """While matrices are compressed: target, error (before `reconstruct`) and damping of this one,
+    under their names in the manifest."""
 
 
 class Step(Protocol):
@@ -75,7 +76,8 @@ class Callback:
         yield step
 
     def _tell(self, event: Event, in_blocks: bool) -> None:
-        self.stopped = self.on_event(event) is False or self.stopped
+        answer = self.on_event(event)
+        self.stopped = self.stopped or (type(answer).__name__ in ("bool", "bool_") and not answer)
         if self.stopped and not in_blocks:
             raise Stopped.at(event.stage)
 
@@ -138,6 +140,8 @@ def as_progress(progress: "bool | Callable[[Event], object] | Progress") -> Prog
     """True: the console; False: nothing; a callable gets an `Event` after each step."""
     if isinstance(progress, bool):
         return Console() if progress else Silent()
-    if isinstance(progress, Console | Silent | Callback):
-        return progress
-    return Callback(progress)  # type: ignore[arg-type]
+    if callable(progress):
+        return Callback(progress)
+    if not hasattr(progress, "stage"):
+        raise InputError(f"progress must be True, False or a function that takes an mspc.Event, not {progress!r}.")
+    return progress

@@ -113,6 +113,11 @@ class Settings:
         return self.plan is None and self.fixed_pattern is None and self.target_sparsity > 0
 
     @property
+    def prunes(self) -> bool:
+        """True if some weights are to be zero, as far as the settings say; a plan may say so."""
+        return self.plan is not None or self.has_budget or self.target_sparsity > 0
+
+    @property
     def needs_sensitivity(self) -> bool:
         return self.allocates and self.allocator in SPREADS
 
@@ -165,7 +170,7 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
         ("dtype", settings.dtype, DTYPES),
     ):
         _check_name(what, name, known)
-    _check_reconstruct(settings)
+    check_reconstruct(settings)
     for name, value in asked.items():
         if (reason := without_effect(name, value, settings)) is not None:
             raise InputError(
@@ -205,7 +210,8 @@ def _unless(fits: bool, reason: str) -> str | None:
 
 
 def _solver(s: Settings, *names: str) -> str | None:
-    return _unless(s.solver in names, f"solver {s.solver} (only {' and '.join(names)} use it)")
+    nothing = _unless(s.prunes, f"sparsity {s.target_sparsity:g}, which prunes nothing")
+    return nothing or _unless(s.solver in names, f"solver {s.solver} (only {' and '.join(names)} use it)")
 
 
 def _allocator(s: Settings, *names: str) -> str | None:
@@ -214,7 +220,7 @@ def _allocator(s: Settings, *names: str) -> str | None:
 
 def _sensitivity_sequences(s: Settings) -> str | None:
     by_gradients = s.needs_sensitivity and s.measure in ("hutchinson", "fisher")
-    used = s.solver == "kfac" or s.needs_curves or by_gradients
+    used = (s.solver == "kfac" and s.prunes) or s.needs_curves or by_gradients
     return _unless(used, f"solver {s.solver} and allocator {s.allocator}, which compute no gradient")
 
 
@@ -276,7 +282,8 @@ def _check_budget(asked: Mapping[str, Any], allocator: str) -> None:
         raise InputError(f"{budget} needs the allocator auto or curves, not {allocator}.")
 
 
-def _check_reconstruct(settings: Settings) -> None:
+def check_reconstruct(settings: Settings) -> None:
+    """Raises InputError for weights that will be quantized, and for one sequence: a part is validation text."""
     if settings.reconstruct and (settings.grid or settings.has_budget):
         how = "a size budget chooses bits" if settings.has_budget else f"bits is {settings.bits}"
         raise InputError(f"reconstruct tunes weights that are not quantized, and {how}. Leave one of the two out.")

@@ -58,6 +58,31 @@ def test_a_model_in_memory_gives_the_matrices_of_its_folder_and_stays_as_it_is(
     assert again.path == made.path
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "None", "a/.."])
+def test_a_model_in_memory_writes_nothing_but_its_artifact(name, model, tmp_path):
+    """Whatever its name says, and although its config is the caller's."""
+    model.config.name_or_path, model.config.architectures = name, None
+    options = {"calibration": tiny.ids(4), "progress": False, "exports": ["dense"]}
+    made = mspc.compress(model, mspc.Recipe(effort="fast"), out=tmp_path / "deep" / "out", **options)
+    assert made.manifest["source"]["name"] == "LlamaForCausalLM"
+    assert [path.name for path in tmp_path.rglob("*") if "out" not in path.parts] == ["deep"]
+    assert model.config.architectures is None
+
+
+def test_a_second_run_does_not_disturb_the_model_of_the_first(model, tmp_path):
+    refused = []
+
+    def again(event: mspc.Event) -> None:
+        if not refused:
+            with pytest.raises(mspc.InputError, match="being written by another") as raised:
+                mspc.compress(model, mspc.Recipe(), **options, progress=False, resume=True)
+            refused.append(raised)
+
+    options = {"calibration": tiny.ids(9), "out": tmp_path / "out"}
+    mspc.compress(model, mspc.Recipe(effort="fast"), **options, progress=again)
+    assert refused
+
+
 def test_a_model_in_memory_and_a_text_need_a_tokenizer(model, calibration, tmp_path):
     with pytest.raises(mspc.InputError, match="A model in memory needs tokenizer="):
         mspc.compress(model, recipe(calibration), out=tmp_path / "out", progress=False)
@@ -113,6 +138,8 @@ def test_some_of_many_given_sequences_are_validation_text(llama, tmp_path):
         (torch.zeros(2, 32, dtype=torch.int64), {"num_sequences": 3}, r"num_sequences is 3, but .*\(2, 32\)"),
         (torch.zeros(2, 32, dtype=torch.int64), {"sequence_length": 16}, "sequence_length is 16"),
         (torch.zeros(2, 4096, dtype=torch.int64), {}, "longer than the model allows"),
+        (torch.zeros(1, 32, dtype=torch.int64), {"reconstruct": 3}, "num_sequences above 1"),
+        (torch.zeros(2, 32, dtype=torch.int64), {"calibration": "c4"}, "calibration c4 of the recipe has no effect"),
     ],
 )
 def test_ids_that_do_not_fit_are_refused(ids, values, message, llama, tmp_path):
@@ -121,6 +148,25 @@ def test_ids_that_do_not_fit_are_refused(ids, values, message, llama, tmp_path):
             llama, mspc.Recipe(effort="fast", **values), out=tmp_path / "out", calibration=ids, progress=False
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_measurements_of_ids_of_another_shape_are_others(llama, tmp_path):
+    """Oracle: the run without kept measurements."""
+    asked, kept = mspc.Recipe(allocator="curves", iterations=2), tmp_path / "kept"
+    first, second = tiny.ids(8), tiny.ids(8).view(4, 64)
+    mspc.compress(llama, asked, out=tmp_path / "a", calibration=first, measurements=kept, progress=False)
+    made = mspc.compress(llama, asked, out=tmp_path / "b", calibration=second, measurements=kept, progress=False)
+    alone = mspc.compress(llama, asked, out=tmp_path / "c", calibration=second, progress=False)
+    assert weights(made.path) == weights(alone.path)
+
+
+def test_a_changed_config_is_another_run(model, tmp_path):
+    options = {"calibration": tiny.ids(4), "out": tmp_path / "out"}
+    with pytest.raises(mspc.Stopped):
+        mspc.compress(model, mspc.Recipe(effort="fast"), **options, progress=lambda e: e.stage != "Compressing")
+    model.config.rms_norm_eps = 0.5
+    with pytest.raises(mspc.InputError, match=r"source\.config was"):
+        mspc.compress(model, mspc.Recipe(effort="fast"), **options, progress=False, resume=True)
 
 
 # Progress
@@ -146,7 +192,7 @@ def test_a_callable_that_returns_false_stops_after_the_block_and_resume_goes_on(
     def stop_in_the_first_block(event: mspc.Event) -> bool:
         return not (event.stage == "Compressing" and event.done == 2)
 
-    with pytest.raises(mspc.Stopped, match="Stopped at 'Compressing'.*resume"):
+    with pytest.raises(mspc.Stopped, match=r"Stopped at 'Compressing', .*resume continues it"):
         mspc.compress(llama, recipe(calibration), out=out, progress=stop_in_the_first_block)
     journal = (out / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line).get("block") for line in journal] == [None, None, 0]  # header, plan, block
@@ -155,6 +201,37 @@ def test_a_callable_that_returns_false_stops_after_the_block_and_resume_goes_on(
     made = mspc.compress(llama, recipe(calibration), out=out, progress=resumed.append, resume=True)
     assert weights(made.path) == weights(artifact.path)
     assert next(event.total for event in resumed if event.stage == "Compressing") == 7  # the other block's matrices
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 14])
+@pytest.mark.parametrize("reconstruct", [0, 2])
+def test_a_run_that_was_stopped_anywhere_ends_the_same(stop, reconstruct, llama, calibration, tmp_path):
+    """Oracle: a run that was not stopped. What was solved up to the end of the block is committed."""
+    asked, out = recipe(calibration, reconstruct=reconstruct, num_sequences=16), tmp_path / "out"
+    whole = mspc.compress(llama, asked, out=tmp_path / "whole", progress=False)
+    with pytest.raises(mspc.Stopped):
+        mspc.compress(llama, asked, out=out, progress=lambda e: not (e.stage == "Compressing" and e.done == stop))
+    assert len(list((out / "matrices").iterdir())) == (1 if stop <= 7 else 2)
+    made = mspc.compress(llama, asked, out=out, progress=False, resume=True)
+    assert weights(made.path) == weights(whole.path)
+
+
+def test_a_failure_to_write_is_not_hidden_by_a_stop(llama, calibration, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise mspc.StorageError("the disk is full")
+
+    monkeypatch.setattr("mspc.pipeline.solve_blocks.write_tensors", full)
+    with pytest.raises(mspc.StorageError, match="the disk is full"):
+        mspc.compress(
+            llama, recipe(calibration), out=tmp_path / "out", progress=lambda e: e.stage != "Compressing" or e.done < 2
+        )
+
+
+@pytest.mark.parametrize("progress", [None, 3, "yes"])
+def test_progress_that_is_none_is_refused(progress, llama, tmp_path):
+    with pytest.raises(mspc.InputError, match="progress must be True, False or a function"):
+        mspc.compress(llama, out=tmp_path / "out", progress=progress)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("work", ["evaluate", "export", "verify"])
@@ -226,6 +303,8 @@ def test_a_model_in_memory_has_the_perplexity_of_its_folder(artifact, model, lla
     model.train()
     for found in (
         mspc.evaluate(sparse, test_text, tokenizer=tokenizer, against=model, **options),
+        mspc.evaluate(artifact, test_text, against=model, **options),
+        mspc.evaluate(mspc.load(artifact, device="cpu"), test_text, against=str(llama), **options),
         mspc.evaluate(sparse, test_text, tokenizer=tokenizer, against=str(llama), **options),
         mspc.evaluate(artifact, [test_text.read_text()], tokenizer=tokenizer, against=model, **options),
     ):

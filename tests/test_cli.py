@@ -165,7 +165,15 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
         ({"target_size": "2GB"}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
         ({"bits_per_weight": 3.0}, ("--sparsity", 0.6), {"sparsity": 0.6}),
         ({"allocator": "alpha", "alpha": 0.2}, ("--allocator", "owl"), {"allocator": "owl"}),
-        ({"allocator": "alpha", "alpha": 0.2}, ("--effort", "fast"), {"effort": "fast"}),
+        ({"allocator": "alpha"}, ("--effort", "fast"), {"effort": "fast", "allocator": "alpha"}),
+        ({"allocator": "owl", "alpha": 0.2}, ("--pattern", "2:4"), {"pattern": "2:4"}),
+        ({"allocator": "owl", "alpha": 0.2}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
+        ({"pattern": "2:4", "seed": 3}, ("--sparsity", 0.6), {"sparsity": 0.6, "seed": 3}),
+        ({"bits": 4, "group_size": 64}, ("--bits", 16), {"bits": 16}),
+        ({"bits_per_weight": 3.0, "group_size": 64}, ("--sparsity", 0.5), {"sparsity": 0.5}),
+        ({"plan": "p.json"}, ("--sparsity", 0.6), {"sparsity": 0.6}),
+        ({"reconstruct": 9}, ("--bits", 4), {"bits": 4}),
+        ({"solver": "admm", "propagation": 0.5}, ("--solver", "kfac"), {"solver": "kfac", "propagation": 0.5}),
         ({"allocator": "alpha", "alpha": 0.2}, ("--alpha", 0.3), {"allocator": "alpha", "alpha": 0.3}),
         ({"sparsity": 0.6, "allocator": "search"}, ("--plan", "p.json"), {"plan": "p.json"}),
     ],
@@ -176,9 +184,9 @@ def test_options_replace_the_same_choice_of_a_recipe_file(written, options, expe
     assert asked("--recipe", tmp_path / "recipe.toml", *options) == Recipe(**expected)
 
 
-def test_a_recipe_file_that_conflicts_is_refused(tmp_path):
-    (tmp_path / "recipe.toml").write_text('pattern = "2:4"')
-    message = refused("compress", "m", "--out", "o", "--recipe", tmp_path / "recipe.toml", "--sparsity", 0.7)
+def test_a_recipe_file_that_conflicts_in_itself_is_refused(tmp_path):
+    (tmp_path / "recipe.toml").write_text('pattern = "2:4"\nsparsity = 0.7')
+    message = refused("compress", "m", "--out", "o", "--recipe", tmp_path / "recipe.toml")
     assert "pattern 2:4 fixes the sparsity at 0.5" in message
 
 

@@ -16,6 +16,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # One line an option.
 OPTION_LISTS = {
+    ("mspc.api", "compress"),
     ("mspc.cli.main", "compress"), ("mspc.cli.bench_command", "bench"), ("mspc.cli.export_commands", "export"),
 }  # fmt: skip
 KNOW_TRANSFORMERS = {

@@ -102,7 +102,7 @@ EFFECTS = {
     "bits": (4, {}, [{"plan": "p"}]),
     "group_size": (64, {"bits": 4}, [{}, {"bits": 16}, {"plan": "p"}]),
     "asymmetric": (True, {"bits_per_weight": 3.0}, [{}, {"sparsity": 0.6}, {"plan": "p"}]),
-    "iterations": (5, {"solver": "admm"}, [{"solver": "obs"}, {"solver": "mask"}]),
+    "iterations": (5, {"solver": "admm"}, [{"solver": "obs"}, {"solver": "mask"}, {"sparsity": 0.0, "bits": 4}]),
     "propagation": (0.7, {"solver": "obs"}, [{"solver": "mask"}]),
     "criterion": ("wanda", {"solver": "mask"}, [{}, {"effort": "fast"}, {"solver": "kfac"}, {"solver": "admm"}]),
     "allocator": ("owl", {"pattern": "N:16"}, [{"pattern": "2:4"}, {"sparsity": 0.0}, {"plan": "p"}]),
@@ -115,7 +115,8 @@ EFFECTS = {
         {}, {"allocator": "trace-rank", "sensitivity": "gram"}, {"allocator": "alpha"},
     ]),
     "sensitivity_sequences": (9, {"effort": "fast", "allocator": "curves"}, [
-        {"effort": "fast"}, {"solver": "obs", "allocator": "owl"}, {"solver": "obs", "pattern": "2:4"},
+        {"effort": "fast"}, {"sparsity": 0.0}, {"solver": "obs", "allocator": "owl"},
+        {"solver": "obs", "pattern": "2:4"},
     ]),
     "damp": (0.1, {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
         {"solver": "mask", "criterion": "wanda", "allocator": "uniform"},

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mspc.cli.console import DebugOption, JsonOption, ModelArgument, OutOption, print_json, recipe_values, reported
+from mspc.cli.console import DebugOption, JsonOption, ModelArgument, OutOption, print_json, reported, with_recipe
 from mspc.progress import log
 from mspc.recipe import Recipe, default_of
 
@@ -67,7 +67,7 @@ def compress(
         asked = {name: value for name, value in options.items() if value is not None and value != []}
         if str(asked.get("group_size", "")).isdecimal():
             asked["group_size"] = int(asked["group_size"])
-        whole = Recipe.from_dict(recipe_values(recipe, asked) | asked)
+        whole = with_recipe(recipe, asked)
         import mspc
         from mspc.pipeline.summary import summary
 

@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mspc.errors import MspcError
+from mspc.errors import InputError, MspcError
+from mspc.progress import log
 from mspc.recipe import Recipe
-from mspc.settings import EFFORTS
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
@@ -63,6 +64,7 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
     """
     handler, logger = ToStderr(), logging.getLogger("mspc")
     logger.addHandler(handler)
+    level = logger.level
     logger.setLevel(logging.INFO)
     try:
         yield
@@ -74,6 +76,7 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
         fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -81,26 +84,18 @@ def fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-BUDGETS = {"bits_per_weight", "target_size"}
-BY_SOLVER = {"iterations", "criterion", "propagation", "activation_order"}
-BY_ALLOCATOR = {"alpha", "search_minutes", "sensitivity", "sensitivity_probes"}
-REPLACED_BY = {
-    "pattern": {"sparsity"},
-    "sparsity": BUDGETS,
-    "bits": BUDGETS,
-    "bits_per_weight": {"sparsity", "bits", "target_size"},
-    "target_size": {"sparsity", "bits", "bits_per_weight"},
-    "plan": {"sparsity", "pattern", "bits", "group_size", "asymmetric", "allocator", *BUDGETS, *BY_ALLOCATOR},
-    "effort": {*EFFORTS["default"], *BY_SOLVER, *BY_ALLOCATOR},
-    "solver": BY_SOLVER,
-    "allocator": BY_ALLOCATOR,
-}
-"""Options of a recipe file that an option of the command line excludes, or that only fit the one it replaces."""
+def with_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe of a file and of the options given on the command line, which win.
 
-
-def recipe_values(path: Path | None, chosen: dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe file, without those that the options given on the command line replace."""
-    if path is None:
-        return {}
-    gone = set[str]().union(*(REPLACED_BY.get(name, set()) for name in chosen))
-    return {name: value for name, value in Recipe.from_toml(path).to_dict().items() if name not in gone}
+    As few options of the file as possible are left out so that the others fit the options given.
+    """
+    file = {} if path is None else Recipe.from_toml(path).to_dict()
+    own = [name for name in file if name not in given and not (name == "alpha" and "allocator" in given)]
+    for count in range(len(own) + 1):
+        for gone in combinations(own, count):
+            with suppress(InputError):
+                recipe = Recipe.from_dict({name: file[name] for name in own if name not in gone} | given)
+                if gone:
+                    log.info(f"{path}: {', '.join(gone)} left out, as the options given here exclude that.")
+                return recipe
+    return Recipe.from_dict(file | given)

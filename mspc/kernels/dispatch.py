@@ -93,7 +93,7 @@ def usable(choices: list[Choice], kernel: Kernel, repacked: dict[str, Tensor]) -
     limited = [
         choice._replace(up_to=min(choice.up_to, kernel.MAX_TOKENS)) if choice.method == "fused" else choice
         for choice in choices
-        if choice.method != "cusparselt" or COPY in repacked
+        if choice.method in ("fused", "expanded") or (choice.method == "cusparselt" and COPY in repacked)
     ]
     return *limited, Choice(ANY_NUMBER, "expanded", 0)
 

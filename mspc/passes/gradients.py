@@ -183,6 +183,11 @@ def reverse_walk(
                     yield Sample(matrix, _checked(matrix, value))
 
 
+WITHOUT_GRADIENTS = (
+    "Or use no gradients: --solver admm with --allocator uniform, or with --allocator trace-rank --sensitivity gram."
+)
+
+
 @contextmanager
 def _differentiating(name: str) -> Iterator[None]:
     try:
@@ -190,7 +195,7 @@ def _differentiating(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # an operation without a derivative, or with one that torch.func cannot use
-        raise InputError(f"{name}: its derivatives cannot be computed ({error}). Use --sensitivity gram.") from error
+        raise InputError(f"{name}: its derivatives cannot be computed ({error}). {WITHOUT_GRADIENTS}") from error
 
 
 def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
@@ -213,7 +218,7 @@ def _second_moment(gradients: Tensor) -> Tensor:
 def _checked(matrix: Matrix, value: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
         raise ActivationError(
-            f"{matrix.name}: its gradient contains NaN or infinity. Try --dtype float32, or --sensitivity gram."
+            f"{matrix.name}: its gradient contains NaN or infinity. Try --dtype float32. {WITHOUT_GRADIENTS}"
         )
     return value
 

@@ -67,13 +67,14 @@ def measure_module(model: nn.Module, ids: Tensor, reference: nn.Module | None, s
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards it is in the mode that it was in."""
-    training = model.training
+    """The model in eval mode; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _predictions(model: nn.Module, window: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.progress import log
-from mspc.settings import SEARCH, Settings
+from mspc.settings import SEARCH, Settings, check_reconstruct
 from mspc.text.tokens import Tokens, calibration_tokens
 
 Calibration = str | Path | Sequence[str] | Tensor
@@ -33,7 +33,9 @@ def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings
         raise InputError(
             f"sequence_length is {settings.sequence_length}, but the token ids have {length} per sequence."
         )
-    return replace(settings, sequence_length=length, calibration="token ids")
+    settings = replace(settings, sequence_length=length, calibration="token ids")
+    check_reconstruct(settings)
+    return settings
 
 
 def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], Any]) -> tuple[Tokens, Tensor | None]:

@@ -1,11 +1,11 @@
 """One run of `compress`: measure, plan, solve and write; or continue an earlier run that was cut off."""
 
+import hashlib
 import json
 import resource
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import EXPORT_MANIFEST, FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
-from mspc.storage.output_folder import check_space, publish, working_folder
+from mspc.storage.output_folder import check_space, publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
 from mspc.text.tokens import Tokens, name_of
@@ -55,16 +55,15 @@ NOT_OF_THE_MODEL = (PLAN, EXPORT_MANIFEST, REPORT)  # files of mspc in a folder 
 class Run:
     """One call of `compress`, checked before anything is written."""
 
-    model_name: str
     recipe: Recipe
     out: Path
     resume: bool
-    overwrite: bool
     check_exports: Callable[[list[PlannedMatrix], dict[str, Any]], None]
     """Raises InputError if an export that was asked for cannot hold this plan, with this config.json."""
     progress: Progress
-    tokenizer: Any = None
-    calibration: Calibration | None = None
+    tokenizer: Any
+    calibration: Calibration | None
+    model_name: str
 
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
@@ -78,6 +77,11 @@ class Run:
         config = load_config(self.source)
         if isinstance(self.calibration, str | Path):
             self.recipe = replace(self.recipe, calibration=str(self.calibration))
+        elif self.calibration is not None and self.recipe.calibration is not None:
+            raise InputError(
+                f"calibration {self.recipe.calibration} of the recipe has no effect with the text given as "
+                "calibration=. Leave one of the two out."
+            )
         settings = self.recipe.settings()
         self.device = choose_device(settings.device)
         if isinstance(self.calibration, Tensor):
@@ -87,9 +91,10 @@ class Run:
             settings = replace(settings, calibration=name_of(self.calibration))
         length = choose_sequence_length(config, settings.sequence_length)
         self.settings = replace(settings, sequence_length=length)
-        self.folder = working_folder(self.out, resume=self.resume, overwrite=self.overwrite)
 
-    def compress(self, measurements: Path | None, spill: Path | None) -> None:
+    def compress(self, folder: Path, measurements: Path | None, spill: Path | None) -> None:
+        """Write the artifact to `folder`, which is `out`, or its sibling until the new artifact is complete."""
+        self.folder = folder
         settings, progress = self.settings, self.progress
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
@@ -130,7 +135,10 @@ class Run:
         measurements: Path | None,
     ) -> Planner:
         """The planner of this run. Without a folder for measurements they are kept in the unfinished output."""
-        identity = {"source": header["source"]["sha256"], "calibration": header["calibration"]["sha256"]}
+        identity = {
+            "source": [header["source"][key] for key in ("sha256", "config")],
+            "calibration": [header["calibration"]["sha256"], list(tokens.ids.shape)],
+        }
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
             self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress
@@ -141,7 +149,7 @@ class Run:
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
-            "source": {"name": self.source_name, "sha256": digests},
+            "source": {"name": self.source_name, "sha256": digests, "config": _config_digest(self.source)},
             "recipe": self.recipe.to_dict(),
             "settings": self.settings.to_dict(),
             "plan": sha256_of(Path(self.settings.plan)) if self.settings.plan is not None else None,
@@ -238,7 +246,6 @@ class Run:
         fisher: dict[str, Tensor],
     ) -> None:
         left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
-        solved_of = Counter[int]()
         block_of = {matrix.name: block for block, of_block in enumerate(matrices) for matrix in of_block}
         with self.progress.stage("Compressing", left, in_blocks=True) as step:
             settings, size = self.settings, batch_size(*tokens.ids.shape) if self.settings.reconstruct else None
@@ -249,13 +256,14 @@ class Run:
                 model, batches, matrices, plan, settings, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
             with closing(solved):  # an error in a step must not leave a block half written
+                block = None
                 for found in solved:
-                    step(found.matrix.name, found.row())
+                    if self.progress.stopped and block_of[found.matrix.name] != block:
+                        break  # the block is complete; closing waits until it is committed
                     block = block_of[found.matrix.name]
-                    solved_of[block] += 1
-                    if self.progress.stopped and solved_of[block] == len(matrices[block]):
-                        solved.close()  # waits until the block is committed
-                        raise Stopped.at("Compressing")
+                    step(found.matrix.name, found.row())
+        if self.progress.stopped:
+            raise Stopped.at("Compressing")
         if settings.reconstruct:
             log.info(reconstruction_line(journal.blocks))
 
@@ -284,6 +292,13 @@ class Run:
         shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
         Journal.discard(self.folder)
+
+
+def _config_digest(folder: Path) -> str:
+    """sha256 of config.json, without the fields that only say where it comes from."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> float:

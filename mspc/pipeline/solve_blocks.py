@@ -84,13 +84,9 @@ def solve_blocks(
     planned, options = {matrix.name: matrix for matrix in plan}, solver_options(settings)
     solved: dict[Matrix, SolvedMatrix] = {}
     grams: dict[Matrix, Tensor] = {}
-    pending: Future[None] | None = None
 
     def commit(block: int, **more: Any) -> None:
-        nonlocal pending
-        if pending is not None:
-            pending.result()  # at most one block waits, which bounds the memory
-        pending = writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
+        writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
         solved.clear()
         grams.clear()
 
@@ -108,7 +104,7 @@ def solve_blocks(
         commit(index, reconstruction=parts, seconds=time.monotonic() - begin)
 
     at_end = on_block_end if settings.reconstruct else None
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as writer:
+    with Writer() as writer:
         for visit in walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end):
             matrix = visit.matrix
             factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
@@ -118,8 +114,31 @@ def solve_blocks(
             elif visit.is_last_of_block:
                 commit(visit.block)
             yield found
-        if pending is not None:
-            pending.result()
+
+
+class Writer:
+    """A thread that commits blocks, one after the other. At most one waits, which bounds the memory."""
+
+    def __init__(self) -> None:
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self.pending: Future[None] | None = None
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Hand over a block. Raises the error of the block before."""
+        self.wait()
+        self.pending = self.executor.submit(work, *arguments)
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            self.pending.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.executor.shutdown()  # waits
+        if kind in (None, GeneratorExit):  # other errors go first
+            self.wait()
 
 
 def solved_weights(folder: Path, journal: Journal) -> Callable[[int], dict[str, Tensor] | None]:

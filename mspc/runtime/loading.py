@@ -62,6 +62,7 @@ def load(
         raise unknown("prefill", prefill, PREFILLS)
     if device != "auto" and device_map is not None:
         raise InputError(f"load: device={device!r} and device_map={device_map!r} both place the model. Give only one.")
+    path = getattr(path, "path", path)  # of an Artifact
     folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
     if prefill == "cusparselt" and (reason := cusparselt.missing(main_device)):
         raise InputError(
@@ -69,11 +70,18 @@ def load(
             f"{reason}. Leave prefill out, or choose another device."
         )
     model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
-    with without_progress():
-        model, info = model_class.from_pretrained(
-            **source, dtype=_choose_dtype(dtype, main_device, folder), device_map=device_map,
-            attn_implementation=attn_implementation, output_loading_info=True,
-        )  # fmt: skip
+    chosen = _choose_dtype(dtype, main_device, folder)
+    try:
+        with without_progress():
+            model, info = model_class.from_pretrained(
+                **source, dtype=chosen, device_map=device_map, attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (ImportError, RuntimeError, ValueError) as error:  # shapes that do not fit, unknown options, no accelerate
+        if isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{folder}: transformers cannot load it ({error}).") from error
+    model.config.name_or_path = str(folder)
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
     if (folder / "generation_config.json").is_file():

@@ -63,8 +63,8 @@ def admm(
 
 
 def kfac(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """`admm` with the loss of the model as its objective. `stats` must have an output Fisher factor."""
-    if stats.output_fisher is None:
+    """`admm` with the loss of the model as its objective. To prune, `stats` must have an output Fisher factor."""
+    if stats.output_fisher is None and target.pattern.sparsity > 0:
         raise InputError(
             f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
         )

@@ -99,6 +99,8 @@ class MatrixEntry:
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: Path | str) -> "MatrixEntry":
         """The inverse. Raises InputError, naming `where`, for a row that lacks a key or has a wrong value."""
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where} is damaged: {row!r} is no entry of a matrix.")
         try:
             num_out, num_in = row["shape"]
             dtype = getattr(torch, row["dtype"])
@@ -140,13 +142,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not an mspc artifact: it has no {MANIFEST}.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}); the artifact is damaged.") from error
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{folder} was written in format {version}, and this mspc reads up to {FORMAT_VERSION}: upgrade mspc."
-        )
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise InputError(
+                f"{folder} was written in format {manifest['format_version']}, and this mspc reads up to "
+                f"{FORMAT_VERSION}: upgrade mspc."
+            )
+        kinds = {"matrices": list, "files": dict, "source": dict, "sparsity": dict}
+        for key, kind in kinds.items():
+            if not isinstance(manifest[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
+        manifest["source"]["shards"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}). The artifact is damaged: compress again.") from error
     read_entries(manifest, path)
     return manifest
 
