@@ -15,7 +15,7 @@ from mspc.errors import InputError, VerificationError, unknown
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
-from mspc.storage.output_folder import held, publish, recover, sibling
+from mspc.storage.output_folder import held, is_empty, publish, recover, sibling
 from mspc.types import PlannedMatrix
 
 
@@ -91,7 +91,7 @@ def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
     if out.resolve() == artifact.resolve():
         raise InputError(f"--out {out} is the artifact itself; choose another folder.")
     recover(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or not is_empty(out)):
         if not (out / EXPORT_MANIFEST).is_file():
             raise InputError(f"{out} is not empty and was not exported by mspc; choose another --out.")
         if not overwrite:

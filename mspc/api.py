@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,9 @@ def compress(
 
     if isinstance(model, PreTrainedModel) and tokenizer is None and not isinstance(calibration, Tensor):
         raise InputError("A model in memory needs tokenizer=, or calibration= as token ids (N, T).")
+    if "gguf" in exports and recipe.group_size in (None, "auto"):  # it knows groups of 32 only
+        settings = recipe.settings()
+        recipe = replace(recipe, group_size=32) if settings.quantizes or settings.has_budget else recipe
     start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
     folder = working_folder(out, resume=resume, overwrite=overwrite)

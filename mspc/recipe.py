@@ -62,7 +62,10 @@ class Recipe:
     )  # fmt: skip
     device: str | None = common("auto", "Device to compute on: auto, cpu, cuda, cuda:1, ...")
     group_size: int | str | None = option(
-        128, "Number of inputs that share a scale, such as 128, 64 or 32; row: one scale per row.", metavar="N|row"
+        "auto",
+        "Number of inputs that share a scale; row: one scale per row; auto: the largest of 128, 64 and 32 that divides "
+        "the inputs of every matrix.",
+        metavar="N|row|auto",
     )
     asymmetric: bool | None = option(
         False, "Give each group an integer zero point.", flags="--asymmetric/--symmetric", shown="symmetric"
@@ -181,8 +184,8 @@ AT_LEAST = {
 def _check_value(name: str, value: Any) -> None:
     """Raises InputError for a value outside the range of its option."""
     if name == "group_size" and isinstance(value, str):
-        if value != ROW:
-            raise InputError(f"group_size must be a number or {ROW!r}, not {value!r}.")
+        if value not in (ROW, "auto"):
+            raise InputError(f"group_size must be a number, 'auto' or {ROW!r}, not {value!r}.")
     elif name in AT_LEAST and value < AT_LEAST[name]:
         raise InputError(f"{name} must be at least {AT_LEAST[name]}, not {value}.")
     elif name == "sparsity" and not 0 <= value < 1:

@@ -14,6 +14,8 @@ MIXED_PATTERN = "N:16"
 MIXED_OF = 16
 ROW = "row"
 """A group size of one scale per row, in JSON, in TOML and on the command line."""
+AUTO_GROUP_SIZES = (128, 64, 32)
+"""Group sizes that `auto` chooses from: the largest that divides the inputs of every matrix."""
 
 SOLVERS = ("kfac", "admm", "obs", "mask")
 CRITERIA = ("isc", "obs", "wanda", "ria", "magnitude")
@@ -59,6 +61,8 @@ class Settings:
     target_size: str | None
     group_size: int | None
     """None: one scale per row."""
+    rows_if_needed: bool
+    """True if a matrix whose inputs `group_size` does not divide gets one scale per row, and is no error."""
     asymmetric: bool
     effort: str
     solver: str
@@ -104,8 +108,17 @@ class Settings:
         return self.sparsity or 0.0
 
     @property
-    def grid(self) -> Grid | None:
-        return None if self.bits == UNQUANTIZED_BITS else Grid(self.bits, self.group_size, not self.asymmetric)
+    def quantizes(self) -> bool:
+        """True if every matrix gets codes; under a size budget and with a plan, some may."""
+        return self.bits != UNQUANTIZED_BITS
+
+    def grid_for(self, num_inputs: int, bits: int | None = None) -> Grid | None:
+        """The grid of a matrix with so wide an input; None if it is not quantized."""
+        bits = bits or self.bits
+        if bits == UNQUANTIZED_BITS:
+            return None
+        by_row = self.rows_if_needed and self.group_size and num_inputs % self.group_size
+        return Grid(bits, None if by_row else self.group_size, not self.asymmetric)
 
     @property
     def allocates(self) -> bool:
@@ -149,8 +162,9 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     effort = asked.get("effort", defaults["effort"])
     _check_name("effort", effort, EFFORTS)
     values = {**defaults, **EFFORTS[effort], **asked}
-    if values["group_size"] == ROW:
-        values["group_size"] = None
+    values["rows_if_needed"] = values["group_size"] == "auto"
+    if values["group_size"] in (ROW, "auto"):
+        values["group_size"] = None if values["group_size"] == ROW else AUTO_GROUP_SIZES[0]
     if values["bits_per_weight"] is not None or values["target_size"] is not None:
         values["allocator"] = asked.get("allocator", AUTO)
         _check_budget(asked, values["allocator"])
@@ -196,7 +210,7 @@ def _plan(s: Settings) -> str | None:
 
 
 def _unquantized(s: Settings) -> str | None:
-    return None if s.grid or s.has_budget else f"bits {s.bits}, which quantizes nothing"
+    return None if s.quantizes or s.has_budget else f"bits {s.bits}, which quantizes nothing"
 
 
 def _nothing_to_allocate(s: Settings) -> str | None:
@@ -230,7 +244,7 @@ def _damp(s: Settings) -> str | None:
 
 
 def _activation_order(s: Settings) -> str | None:
-    sweeps = s.solver == "obs" or s.has_budget or (s.solver != "mask" and (s.grid is not None or s.plan is not None))
+    sweeps = s.solver == "obs" or s.has_budget or (s.solver != "mask" and (s.quantizes or s.plan is not None))
     return _unless(sweeps, f"solver {s.solver} and bits {s.bits}: no OBS sweep is run")
 
 
@@ -284,7 +298,7 @@ def _check_budget(asked: Mapping[str, Any], allocator: str) -> None:
 
 def check_reconstruct(settings: Settings) -> None:
     """Raises InputError for weights that will be quantized, and for one sequence: a part is validation text."""
-    if settings.reconstruct and (settings.grid or settings.has_budget):
+    if settings.reconstruct and (settings.quantizes or settings.has_budget):
         how = "a size budget chooses bits" if settings.has_budget else f"bits is {settings.bits}"
         raise InputError(f"reconstruct tunes weights that are not quantized, and {how}. Leave one of the two out.")
     if settings.reconstruct and settings.num_sequences < 2:

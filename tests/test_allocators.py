@@ -10,7 +10,7 @@ from oracles import few
 
 from mspc.errors import InputError
 from mspc.numerics.masking import num_pruned
-from mspc.planning.allocation import allocate, check_plan, planned_sparsity
+from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity
 from mspc.planning.exact_sparsity import exact_counts, exact_keeps, shifted
 from mspc.published.allocators import ALLOCATORS, layer_trace_rank, trace_rank
 from mspc.recipe import Recipe
@@ -188,14 +188,14 @@ def test_every_allocator_that_ranks_needs_a_measurement():
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 @pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.95])
 def test_a_plan_prunes_exactly_the_budget(allocator, sparsity):
-    asked = replace(settings(allocator=allocator, bits=4), sparsity=sparsity)
+    asked = replace(settings(allocator=allocator, bits=4, group_size=16), sparsity=sparsity)
     plan = allocate(asked, MODEL, SENSITIVITIES)
     total = sum(matrix.numel for matrix in plan)
     assert sum(num_pruned(matrix.numel, matrix.target.pattern.sparsity) for matrix in plan) == round(sparsity * total)
     assert planned_sparsity(plan) == pytest.approx(sparsity, abs=0.5 / total)
     assert [matrix.name for matrix in plan] == list(SENSITIVITIES)
     assert [matrix.sensitivity for matrix in plan] == list(SENSITIVITIES.values())
-    assert {matrix.target.grid for matrix in plan} == {Grid(4, 128, True)}
+    assert {matrix.target.grid for matrix in plan} == {Grid(4, 16, True)}
 
 
 def test_a_layer_is_one_sparsity_within_a_weight():
@@ -251,3 +251,28 @@ def test_layer_trace_rank_is_trace_rank_of_the_sums(rows, sparsity):
     for block, got in zip(blocks, wished, strict=True):
         rank = sum((sums[other], other) < (sums[block], block) for other in sums)
         assert got == pytest.approx(sparsity + 0.1 - 0.2 * rank / (len(sums) - 1) if len(sums) > 1 else sparsity)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ((256, 512), {256: 128, 512: 128}),
+        ((576, 1536), {576: 64, 1536: 64}),
+        ((96, 128), {96: 32, 128: 32}),
+        ((576, 72, 1536), {576: 64, 72: None, 1536: 64}),
+        ((72, 40), {72: None, 40: None}),
+    ],
+)
+@pytest.mark.parametrize("asked", [{"bits": 4}, {"bits_per_weight": 4.0}], ids=str)
+def test_one_group_size_for_the_model_is_the_largest_that_divides(asked, inputs, expected, caplog):
+    """By hand. None: one scale per row, with a note."""
+    matrices = [[matrix(f"0.{num}", 8, num) for num in inputs]]
+    with caplog.at_level("INFO", "mspc"):
+        settings = choose_group_size(Recipe(**asked).settings(), matrices)
+    assert {num: settings.grid_for(num, 4).group_size for num in inputs} == expected
+    assert ("one scale per row" in caplog.text) == (None in expected.values())
+
+
+def test_a_group_size_that_was_asked_for_is_not_changed():
+    settings = Recipe(bits=4, group_size=32).settings()
+    assert choose_group_size(settings, MODEL) == settings

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,77 @@ def test_an_unfinished_run_is_no_artifact_yet(llama, recipe, tmp_path):
         run(out, recipe, tmp_path / "again")
     with pytest.raises(InputError, match="holds an unfinished run"):
         mspc.Artifact(out).export("dense", tmp_path / "dense")
+
+
+@pytest.fixture
+def mounted(tmp_path, monkeypatch) -> Path:
+    """A folder that cannot be renamed, as a mount point cannot."""
+    out = tmp_path / "volume"
+    out.mkdir()
+    original, rename = os.path.ismount, Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if out in (path, target):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out or original(path))
+    monkeypatch.setattr(Path, "rename", refuse)
+    return out
+
+
+def test_an_artifact_on_a_mount_point_is_replaced_inside_it(llama, recipe, older, newer, mounted):
+    """Oracle: the same run in an ordinary folder."""
+    shutil.copytree(older, mounted, dirs_exist_ok=True)
+    run(llama, recipe, mounted, overwrite=True)
+    assert content(mounted) == newer
+    assert sorted(path.name for path in mounted.parent.iterdir()) == ["volume"]
+    assert not list(mounted.glob(".*"))
+
+
+def test_exports_go_to_a_mount_point(older, mounted, tmp_path):
+    for overwrite in (False, True):
+        mspc.export(older, "dense", mounted, overwrite=overwrite, progress=False)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["volume"]
+        assert not list(mounted.glob(".*"))
+    assert mspc.verify(mounted, older, progress=False)
+
+
+@pytest.mark.parametrize("call", range(1, 40, 4))
+def test_killed_while_a_mount_point_is_replaced(call, llama, recipe, older, newer, mounted, tmp_path):
+    """Whole is what the next run finds: the older, or the new one."""
+    shutil.copytree(older, mounted, dirs_exist_ok=True)
+    killed_at(call, Path, "rename", lambda: run(llama, recipe, mounted, overwrite=True))
+    recover(mounted)
+    unfinished = tmp_path / "unfinished"  # what a run that was cut off has written so far
+    if sibling(mounted, "new").is_dir():
+        shutil.copytree(sibling(mounted, "new"), unfinished)
+        shutil.rmtree(sibling(mounted, "new"))
+    assert content(mounted) in (content(older), newer)
+    if unfinished.is_dir():
+        shutil.copytree(unfinished, sibling(mounted, "new"))
+    with suppress(InputError):  # nothing was begun yet
+        run(llama, recipe, mounted, resume=True)
+    run(llama, recipe, mounted, overwrite=True)
+    assert content(mounted) == newer
+
+
+def test_a_result_that_cannot_be_moved_is_not_deleted(llama, recipe, older, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(older, out)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == ".out.new":
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match=r"complete in .*\.out\.new"):
+        run(llama, recipe, out, overwrite=True)
+    with pytest.raises(InputError, match=r"\.out\.new holds a finished artifact.*--resume"):
+        run(llama, recipe, out, overwrite=True)
+    monkeypatch.undo()
+    run(llama, recipe, out, resume=True)
+    assert (out / MANIFEST).is_file()
+    assert names(tmp_path) == ["out"]

@@ -70,9 +70,11 @@ def test_what_settings_mean():
     assert Recipe(pattern="2:4").settings().fixed_pattern == NM(2, 4)
     assert Recipe(pattern="N:16").settings().fixed_pattern is None
     assert Recipe(pattern="N:16", sparsity=0.7).settings().target_sparsity == 0.7
-    assert Recipe().settings().grid is None
-    assert Recipe(bits=4).settings().grid == Grid(4, 128, True)
-    assert Recipe(bits=3, group_size="row", asymmetric=True).settings().grid == Grid(3, None, False)
+    assert Recipe().settings().grid_for(256) is None
+    assert Recipe(bits=4).settings().grid_for(256) == Grid(4, 128, True)
+    assert Recipe(bits=4).settings().grid_for(72) == Grid(4, None, True)
+    assert Recipe(bits=4, group_size=128).settings().grid_for(72) == Grid(4, 128, True)  # a number is a demand
+    assert Recipe(bits=3, group_size="row", asymmetric=True).settings().grid_for(256) == Grid(3, None, False)
     assert Recipe(bits_per_weight=3).settings().sparsity is None
 
 
@@ -209,7 +211,7 @@ def test_settings_know_the_names_of_the_allocators():
         ({"bits": 4.0}, r"bits must be of type int \| None, not 4\.0"),
         ({"bits": True}, r"bits must be of type int \| None, not True"),
         ({"group_size": 0}, r"group_size must be at least 1, not 0"),
-        ({"group_size": "wide"}, r"group_size must be a number or 'row', not 'wide'"),
+        ({"group_size": "wide"}, r"group_size must be a number, 'auto' or 'row', not 'wide'"),
         ({"num_sequences": 0}, r"num_sequences must be at least 1"),
         ({"sensitivity_sequences": -1}, r"sensitivity_sequences must be at least 1"),
         ({"sensitivity_probes": 0}, r"sensitivity_probes must be at least 1"),

@@ -182,7 +182,7 @@ def test_levels_are_what_the_run_itself_makes(family, recipe, folder_of, calibra
     case = Tiny(folder, **recipe)
     model, plan = case.model, tuple(random.Random(0).choices(range(4, 12), k=len(case.flat)))
     case.use(calibration_tokens(load_tokenizer(folder), str(calibration), 8, tiny.LENGTH, 0).ids)
-    targets = [searching.target_of(case.recipe, level) for level in plan]
+    targets = [searching.target_of(case.recipe, level, m.shape[1]) for level, m in zip(plan, case.flat, strict=True)]
     rows = [PlannedMatrix(m.name, m.shape, t) for m, t in zip(case.flat, targets, strict=True)]
     write_plan(tmp_path / "plan.json", rows)
     values = SHORT | {"plan": str(tmp_path / "plan.json"), "calibration": str(calibration)} | recipe

@@ -24,7 +24,7 @@ from mspc.passes.blocks import batches_of
 from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
-from mspc.planning.allocation import allocate, check_plan, planned_sparsity
+from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.planning.solver_options import solver_options
@@ -99,6 +99,7 @@ class Run:
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
         matrices = model.matrices(settings.skip)
+        self.settings = settings = choose_group_size(settings, matrices)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
         with progress.stage("Checking weights", len(checkpoint.shards())) as step:

@@ -1,6 +1,7 @@
 """Allocation: a plan, exact to the weight or the byte, from the settings of a run and its measurements."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,9 +12,22 @@ from mspc.numerics.quant import groups_of
 from mspc.planning.curve import Curve
 from mspc.planning.exact_sparsity import exact_counts, exact_keeps
 from mspc.planning.knapsack import cheapest, cheapest_sparsities, cheapest_targets
+from mspc.progress import log
 from mspc.published.allocators import ALLOCATORS
-from mspc.settings import AUTO, CURVES, MIXED_OF, MIXED_PATTERN, Settings
-from mspc.types import BITS, NM, Grid, MatricesByBlock, Matrix, Pattern, PlannedMatrix, Target, Unstructured, flatten
+from mspc.settings import AUTO, AUTO_GROUP_SIZES, CURVES, MIXED_OF, MIXED_PATTERN, Settings
+from mspc.types import (
+    BITS,
+    NM,
+    UNQUANTIZED_BITS,
+    Grid,
+    MatricesByBlock,
+    Matrix,
+    Pattern,
+    PlannedMatrix,
+    Target,
+    Unstructured,
+    flatten,
+)
 
 INTERPOLATIONS = (0.75,)
 """Plans that `auto` validates next to `curves`: 0 is the uniform plan, 1 is `curves`."""
@@ -109,7 +123,12 @@ def _planned(
     if curves:
         sensitivities = {m.name: curves[m.name].at(p.sparsity) for m, p in zip(flat, patterns, strict=True)}
     return [
-        PlannedMatrix(matrix.name, matrix.shape, Target(pattern, settings.grid), sensitivities.get(matrix.name))
+        PlannedMatrix(
+            matrix.name,
+            matrix.shape,
+            Target(pattern, settings.grid_for(matrix.shape[1])),
+            sensitivities.get(matrix.name),
+        )
         for matrix, pattern in zip(flat, patterns, strict=True)
     ]
 
@@ -202,9 +221,30 @@ def _targets(settings: Settings, matrix: Matrix) -> list[Target]:
     else:
         counts = {num_pruned(matrix.numel, step / SPARSITY_STEPS) for step in range(1, SPARSITY_STEPS)}
         patterns += [Unstructured(count / matrix.numel) for count in sorted(counts - {0})]
-    groups_of(matrix.shape[1], Grid(4, settings.group_size), matrix.name)
-    grids = [None, *(Grid(bits, settings.group_size, not settings.asymmetric) for bits in BITS)]
+    grids = [settings.grid_for(matrix.shape[1], bits) for bits in (UNQUANTIZED_BITS, *BITS)]
+    groups_of(matrix.shape[1], Grid(4, grids[1].group_size if grids[1] else None), matrix.name)
     return [Target(pattern, grid) for pattern in patterns for grid in grids]
+
+
+def choose_group_size(settings: Settings, matrices: MatricesByBlock) -> Settings:
+    """The settings with one group size for the model, where `auto` was asked for.
+
+    It is the largest of `AUTO_GROUP_SIZES` that divides the inputs of every matrix, apart from matrices that none of
+    them divides. Those get one scale per row.
+    """
+    if not settings.rows_if_needed or settings.plan is not None or not (settings.quantizes or settings.has_budget):
+        return settings
+    flat = flatten(matrices)
+    least = AUTO_GROUP_SIZES[-1]
+    inputs = {matrix.shape[1] for matrix in flat if matrix.shape[1] % least == 0}
+    size = next((size for size in AUTO_GROUP_SIZES if not any(num % size for num in inputs)), least)
+    if by_row := [matrix for matrix in flat if matrix.shape[1] % least]:
+        first = f"{by_row[0].name} with {by_row[0].shape[1]} inputs"
+        log.info(
+            f"Note: {len(by_row)} of {len(flat)} matrices, such as {first}, do not divide into groups of {least} and "
+            "get one scale per row. The exports gguf, and onnx with codes, cannot hold these."
+        )
+    return replace(settings, group_size=size)
 
 
 def check_plan(plan: Sequence[PlannedMatrix]) -> None:

@@ -15,7 +15,7 @@ from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import obs
 from mspc.solvers.quadratic import quadratic
-from mspc.types import NM, GramStats, Grid, Pattern, Target, Unstructured
+from mspc.types import NM, GramStats, Pattern, Target, Unstructured
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
 KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
@@ -80,7 +80,7 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         if not settings.has_budget or i not in QUANTIZED:
             continue
         for bits in SWEPT_BITS:
-            grid = Grid(bits, settings.group_size, not settings.asymmetric)
+            grid = settings.grid_for(weight.shape[1], bits)
             swept = obs(kept, stats, Target(pattern, grid), options, name, kept != 0).weight
             more = max(form.loss(swept * form.scale) - loss, 0.0) * half_tokens
             quantized[bits].append((pattern.sparsity, more))

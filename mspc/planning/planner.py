@@ -28,7 +28,7 @@ from mspc.planning.validation import validate_plans
 from mspc.progress import Progress, log
 from mspc.settings import CURVES, SEARCH, Settings
 from mspc.storage.checkpoint import Checkpoint
-from mspc.types import MatricesByBlock, PlannedMatrix, flatten
+from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix, flatten
 
 HEADER_BYTES = 600
 """Upper estimate for the entries of one matrix in the header of a safetensors file."""
@@ -157,7 +157,7 @@ def mixture_lines(plan: Sequence[PlannedMatrix]) -> list[str]:
     """A summary of a plan, with one line for each number of bits."""
     parts: dict[int, list[PlannedMatrix]] = defaultdict(list)
     for matrix in plan:
-        parts[matrix.target.grid.bits if matrix.target.grid else 16].append(matrix)
+        parts[matrix.target.bits or UNQUANTIZED_BITS].append(matrix)
     whole = sum(matrix.numel for matrix in plan)
     lines = []
     for bits, part in sorted(parts.items(), reverse=True):

@@ -115,7 +115,9 @@ def make_weights(
         stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
         wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
         made[visit.matrix] = {
-            level: solve(wanted, stats, target_of(settings, level), options, name).weight.to("cpu", model.dtype)
+            level: solve(wanted, stats, target_of(settings, level, weight.shape[1]), options, name).weight.to(
+                "cpu", model.dtype
+            )
             for level in range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)
         }
         install(visit.weight, made[visit.matrix][own])
@@ -123,9 +125,10 @@ def make_weights(
     return [made[matrix] for matrix in flat]
 
 
-def target_of(settings: Settings, level: int) -> Target:
+def target_of(settings: Settings, level: int, num_inputs: int) -> Target:
     mixed = settings.pattern == MIXED_PATTERN
-    return Target(NM(MIXED_OF - level, MIXED_OF) if mixed else Unstructured(level / MIXED_OF), settings.grid)
+    pattern = NM(MIXED_OF - level, MIXED_OF) if mixed else Unstructured(level / MIXED_OF)
+    return Target(pattern, settings.grid_for(num_inputs))
 
 
 def dense_predictions(model: StreamedModel, validation: Tensor) -> list[Tensor]:

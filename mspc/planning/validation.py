@@ -37,7 +37,7 @@ def validate_plans(
     """
     model = visits.model
     targets = {name: {matrix.name: matrix.target for matrix in plan} for name, plan in plans.items()}
-    quantizes = len({target.grid for by_name in targets.values() for target in by_name.values()}) > 1
+    quantizes = len({target.bits for by_name in targets.values() for target in by_name.values()}) > 1
     dense = batches_of(model, validation)
     streams = {name: batches_of(model, validation) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}

@@ -27,13 +27,14 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
         with held(out):
             pass
     recover(out)
-    # A run that was killed during its first file leaves only the temporary file.
-    occupied = out.is_dir() and any(path.suffix != ".tmp" for path in out.iterdir())
+    occupied = out.is_dir() and not is_empty(out)
     if occupied and not is_artifact(out):
         raise InputError(f"{out} is not empty and was not written by mspc; choose another --out.")
     if occupied and not (resume or overwrite):
         state = "a finished artifact" if (out / MANIFEST).is_file() else "an unfinished run"
         raise InputError(f"{out} holds {state}; use --resume to continue it, --overwrite to replace it.")
+    if not resume and (new / MANIFEST).is_file():
+        raise InputError(f"{new} holds a finished artifact that could not be moved to {out}. Move it, or use --resume.")
     if not resume:  # an earlier run that was cut off is not needed then
         shutil.rmtree(new, ignore_errors=True)
     folder = new if (occupied and overwrite) or new.is_dir() else out
@@ -57,23 +58,63 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+OWN = ".mspc"
+"""Suffix of working folders inside an output that has no room for siblings."""
+
+
+def is_empty(out: Path) -> bool:
+    """True if a folder holds nothing but what a killed run of mspc left there."""
+    return all(path.suffix in (".tmp", OWN) for path in out.iterdir())
+
+
+def swaps_inside(out: Path) -> bool:
+    """True for a folder that cannot be renamed: a mount point, or one whose parent is not writable."""
+    place = out.resolve()
+    return place.is_dir() and (os.path.ismount(place) or not os.access(place.parent, os.W_OK | os.X_OK))
+
+
 def sibling(out: Path, ending: str) -> Path:
-    """`.NAME.ending` in the parent of a folder, also if the folder was given as `.` or by a link."""
+    """`.NAME.ending` in the parent of a folder, also if the folder was given as `.` or by a link.
+
+    It is `.ending.mspc` inside a folder that cannot be renamed.
+    """
     folder = out.resolve()
-    return folder.with_name(f".{folder.name}.{ending}")
+    return folder / f".{ending}{OWN}" if swaps_inside(out) else folder.with_name(f".{folder.name}.{ending}")
 
 
 def publish(folder: Path, out: Path) -> None:
     """Move a finished folder to `out`; an older output there is removed last."""
-    old = sibling(out, "old")
-    if folder != out:
-        place = out.resolve()
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            place.rename(old)
-        folder.rename(place)
-        sync_folder(place.parent)
+    old, place = sibling(out, "old"), out.resolve()
+    try:
+        if folder.parent == place:
+            _swap_inside(folder, place, old)
+        elif folder != out:
+            shutil.rmtree(old, ignore_errors=True)
+            if place.exists():
+                place.rename(old)
+            folder.rename(place)
+            sync_folder(place.parent)
+    except OSError as error:
+        raise StorageError(f"The output is complete in {folder}, but cannot be moved to {out} ({error}).") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap_inside(folder: Path, place: Path, old: Path) -> None:
+    """Exchange the content of `place` for that of `folder` inside it. `recover` finishes it, or puts the old back."""
+    old.mkdir(exist_ok=True)
+    for path in sorted(place.iterdir()):
+        if path.suffix != OWN:
+            path.rename(old / path.name)
+    whole = folder.rename(sibling(place, "whole"))
+    sync_folder(place)
+    _empty_into(whole, place)
+
+
+def _empty_into(folder: Path, place: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        path.rename(place / path.name)
+    folder.rmdir()
+    sync_folder(place)
 
 
 def recover(out: Path) -> None:
@@ -85,9 +126,14 @@ def recover(out: Path) -> None:
     if new.is_dir():
         with held(new):
             pass
+    if (whole := sibling(out, "whole")).is_dir():
+        _empty_into(whole, place)
+        shutil.rmtree(old, ignore_errors=True)
     if not old.is_dir():
         return
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):  # the new output has not taken its place
+    if old.parent == place:
+        _empty_into(old, place)
+    elif not place.exists() or (place.is_dir() and not any(place.iterdir())):  # the new output has not taken its place
         old.rename(place)
     elif not new.is_dir():  # the new output has taken its place
         shutil.rmtree(old, ignore_errors=True)
