@@ -39,7 +39,7 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
     if all(grid.symmetric for grid in grids_of(entries).values()):
         return []
-    return ["Note: transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
+    return ["transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:

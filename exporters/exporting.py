@@ -50,10 +50,12 @@ def export(
             with progress.stage(f"Exporting {format_name}", len(source.keys())) as step:
                 module.export(source, partial, chosen, step)
             for note in module.notes(source.entries, chosen):
-                log.info(note)
+                log.warning(note)
             write_export_manifest(partial, format_name, chosen, source)
             if verified:
                 _verify(partial, artifact, progress)
+            else:
+                log.warning(f"{out} was not verified; `mspc verify` does that any time.")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -102,3 +104,5 @@ def _verify(folder: Path, artifact: Path, progress: Progress) -> None:
     result = verify(folder, artifact, progress)
     if found := failures(result):
         raise VerificationError(f"The export is wrong and was not kept: {in_short(found)}.")
+    if not any(found["status"] == "verified" for found in result["runtimes"].values()):
+        log.warning("The weights were read back and are right, but no runtime has run this export.")

@@ -87,4 +87,7 @@ def load(format_name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if row.extra is None or str(error.name).startswith(("mspc", "exporters")):
             raise
-        raise InputError(f"Exporting {format_name} needs {error.name}: pip install 'mspc[{row.extra}]'.") from error
+        raise InputError(
+            f"Exporting {format_name} needs {error.name}, in mspc's extra {row.extra}: "
+            f"pip install '.[{row.extra}]' in mspc's folder."
+        ) from error

@@ -41,7 +41,7 @@ def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
     if version_of(entries) == V1:
         return []
     return [
-        "Note: written as gptq_v2, since its grids are asymmetric. GPTQModel and transformers read it; ONNX Runtime "
+        "Written as gptq_v2, since its grids are asymmetric. GPTQModel and transformers read it; ONNX Runtime "
         "GenAI, auto-gptq and vLLM are known not to. Symmetric grids avoid this."
     ]
 

@@ -23,6 +23,7 @@ from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling, working_folder
+from mspc.text.given import check_given
 from mspc.types import PlannedMatrix
 
 EXPORTS = "exports"
@@ -95,7 +96,12 @@ def compress(
 
     Raises the errors of `mspc.errors`.
     """
-    shown, recipe, out = as_progress(progress), recipe or Recipe(), Path(out).absolute()
+    shown, recipe, out = as_progress(progress), Recipe() if recipe is None else recipe, Path(out).absolute()
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"recipe must be an mspc.Recipe, such as Recipe(sparsity=0.5), not {recipe!r}.")
+    if isinstance(exports, str):
+        raise InputError(f"exports must be a list of formats, such as [{exports!r}], not a string.")
+    check_given(calibration, "calibration")
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
 
@@ -221,6 +227,7 @@ def evaluate(
         progress: See `ProgressLike`.
     """
     model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
+    check_given(text, "text")
     text, shown = str(text) if isinstance(text, Path) else text, as_progress(progress)
     if isinstance(model, PreTrainedModel) or isinstance(against, PreTrainedModel):
         if tokenizer is None and isinstance(model, str | Path) and not isinstance(text, Tensor):

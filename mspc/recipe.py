@@ -33,10 +33,10 @@ class Recipe:
     Raises InputError for values that make no sense, and for an option that has no effect with the others given.
     """
 
-    sparsity: float | None = common(0.5, "Share of zeros over all pruned weights, 0 <= S < 1.")
+    sparsity: float | None = common(0.5, "Share of zeros in the compressed matrices, 0 <= S < 1.")
     pattern: str | None = common(
         "unstructured",
-        "unstructured; N:M such as 2:4, the same in every matrix; or N:16, with N chosen per matrix.",
+        "unstructured; N:M such as 2:4 (N of M are kept), the same in every matrix; or N:16, with N chosen per matrix.",
     )
     bits: int | None = common(
         UNQUANTIZED_BITS, "Bits of each kept weight: 8, 4, 3 or 2, or 16 for the checkpoint's dtype."
@@ -161,8 +161,12 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: Path) -> "Recipe":
+        """The recipe of a file. A plan is looked for next to the file first."""
         try:
-            return cls.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            if isinstance(plan := values.get("plan"), str) and (path.parent / plan).is_file():
+                values["plan"] = str(path.parent / plan)
+            return cls.from_dict(values)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"Recipe {path} cannot be read: {error}.") from error
 

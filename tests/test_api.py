@@ -83,6 +83,20 @@ def test_a_second_run_does_not_disturb_the_model_of_the_first(model, tmp_path):
     assert refused
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"recipe": {"sparsity": 0.5}}, "recipe must be an mspc.Recipe"),
+        ({"exports": "sparse"}, r"exports must be a list of formats, such as \['sparse'\]"),
+        ({"calibration": {"text": "a"}}, "calibration must be the name of a text source"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments, said, llama, tmp_path):
+    with pytest.raises(mspc.InputError, match=said):
+        mspc.compress(llama, out=tmp_path / "out", progress=False, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_in_memory_and_a_text_need_a_tokenizer(model, calibration, tmp_path):
     with pytest.raises(mspc.InputError, match="A model in memory needs tokenizer="):
         mspc.compress(model, recipe(calibration), out=tmp_path / "out", progress=False)
@@ -249,8 +263,8 @@ def test_the_other_functions_stop_too(work, artifact, test_text, tmp_path):
 
 def test_messages_go_through_logging(llama, calibration, tmp_path, caplog, capsys):
     with caplog.at_level(logging.INFO, "mspc"):
-        mspc.compress(llama, recipe(calibration, skip=["lm_head"]), out=tmp_path / "out", progress=False)
-    assert "--skip lm_head matches no matrix" in caplog.text
+        mspc.compress(llama, recipe(calibration, sparsity=0), out=tmp_path / "out", progress=False)
+    assert "the plan prunes and quantizes nothing" in caplog.text
     assert capsys.readouterr() == ("", "")
 
 

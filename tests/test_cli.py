@@ -241,8 +241,9 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
         (("--bits", 4, "--group-size", 128), "model.layers.0.self_attn.q_proj: group size 128 does not divide its 32"),
         (("--pattern", "2:4", "--activation-order", "--solver", "obs"), "activation order reorders columns"),
         (("--skip", ""), "Nothing is left to compress"),
+        (("--skip", "lm_head"), "--skip lm_head matches no matrix of a block, such as model.layers.0.self"),
         (("--calibration", "nowhere.txt"), "Text 'nowhere.txt' does not exist (looked for /"),
-        (("--plan", "nowhere.json"), "Plan nowhere.json cannot be read"),
+        (("--plan", "nowhere.json"), "Plan nowhere.json does not exist"),
         (("--recipe", "nowhere.toml"), "Recipe nowhere.toml cannot be read"),
         (("--num-sequences", 10_000), "Too little text"),
         (("--device", "warp"), "Device 'warp' cannot be used"),
@@ -355,12 +356,12 @@ def test_compress_says_when_the_pattern_allows_nothing_nearer(compress, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "note"),
     [
-        (("--skip", "lm_head"), "--skip lm_head matches no matrix of a block, such as model.layers.0.self"),
+        (("--sparsity", 0), "Note: the plan prunes and quantizes nothing."),
         (("--skip", "v_proj"), None),
         ((), None),
     ],
 )
-def test_a_skip_without_effect_is_said(arguments, note, compress, tmp_path):
+def test_notes_are_for_what_was_not_asked_for(arguments, note, compress, tmp_path):
     result = mspc_cli(*compress(tmp_path / "out", *arguments))
     assert (note is None and "Note: " not in result.stderr) or (note and note in result.stderr)
 
@@ -479,5 +480,5 @@ def test_resume_of_another_run_exits_2_and_of_a_finished_one_0(compress, artifac
     out = tmp_path / "out"
     mspc_cli(*compress(out))
     assert "settings.sparsity was 0.5 and is 0.6" in refused(*compress(out, "--sparsity", 0.6, "--resume"))
-    assert "holds a finished artifact; use --resume to continue it, --overwrite to" in refused(*compress(out))
+    assert "holds a finished artifact. Choose another --out, or replace it with --overwrite" in refused(*compress(out))
     assert "is complete already" in mspc_cli(*compress(out, "--resume")).stderr

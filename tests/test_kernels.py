@@ -158,4 +158,7 @@ def test_without_triton_everything_but_launching_works():
         "on_gpu('codes')"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "MspcError: Sparse matrices on a GPU need triton: pip install 'mspc[gpu]'." in result.stderr
+    assert (
+        "MspcError: Sparse matrices on a GPU need triton: the extra gpu of mspc (pip install '.[gpu]' in its folder)."
+        in result.stderr
+    )

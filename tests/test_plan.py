@@ -133,7 +133,7 @@ def test_matrices_that_are_left_out_are_named(path):
 )
 def test_files_that_are_no_plan_are_named(content, path):
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"plan\.json cannot be read .*expected the format of a plan\.json"):
+    with pytest.raises(InputError, match=r"plan\.json cannot be read .*Give a plan\.json, edited or not"):
         read_plan(path, MATRICES)
 
 
@@ -144,5 +144,5 @@ def test_a_plan_of_another_format_is_refused(path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.json cannot be read"):
+    with pytest.raises(InputError, match=r"nowhere\.json does not exist"):
         read_plan(tmp_path / "nowhere.json", MATRICES)

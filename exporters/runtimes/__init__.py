@@ -40,14 +40,22 @@ class Runtime:
 
 
 RUNTIMES = {
-    "onnxruntime": Runtime("exporters.runtimes.onnxruntime", "1.32", "pip install 'mspc[onnx]'"),
-    "onnxruntime-genai": Runtime("exporters.runtimes.onnxruntime_genai", "0.18", "pip install 'mspc[onnx]'"),
-    "openvino": Runtime("exporters.runtimes.openvino", "2026.4", "pip install 'mspc[openvino]'"),
-    "gptqmodel": Runtime("exporters.runtimes.gptqmodel", "7.6", "pip install 'mspc[gptq]'"),
+    "onnxruntime": Runtime(
+        "exporters.runtimes.onnxruntime", "1.32", "the extra onnx of mspc (pip install '.[onnx]' in its folder)"
+    ),
+    "onnxruntime-genai": Runtime(
+        "exporters.runtimes.onnxruntime_genai", "0.18", "the extra onnx of mspc (pip install '.[onnx]' in its folder)"
+    ),
+    "openvino": Runtime(
+        "exporters.runtimes.openvino", "2026.4", "the extra openvino of mspc (pip install '.[openvino]' in its folder)"
+    ),
+    "gptqmodel": Runtime(
+        "exporters.runtimes.gptqmodel", "7.6", "the extra gptq of mspc (pip install '.[gptq]' in its folder)"
+    ),
     "transformers": Runtime(
         "exporters.runtimes.transformers",
         "5.23",
-        "pip install 'mspc[gptq]', 'mspc[compressed-tensors]' or 'mspc[gguf]'",
+        "the extra gptq, compressed-tensors or gguf of mspc (pip install '.[gptq]' in its folder)",
     ),
 }
 

@@ -13,7 +13,9 @@ def check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MspcError("--plot needs matplotlib: pip install 'mspc[plots]'.") from error
+        raise MspcError(
+            "--plot needs matplotlib: the extra plots of mspc (pip install '.[plots]' in its folder)."
+        ) from error
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -61,7 +61,7 @@ def compress(
     mspc compress MODEL --out DIR --bits-per-weight 3.25   a size budget
     mspc compress MODEL --out DIR --sparsity 0.5           half of it zeros
     mspc compress MODEL --out DIR --sparsity 0 --bits 4    only quantize
-    mspc compress MODEL --out DIR --pattern 2:4            sparse tensor cores
+    mspc compress MODEL --out DIR --pattern 2:4 --bits 4   sparse cores, int4
     """
     with reported(debug, "What was solved is kept: `mspc compress` goes on with --resume."):
         asked = {name: value for name, value in options.items() if value is not None and value != []}

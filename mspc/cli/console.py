@@ -53,7 +53,8 @@ class ToStderr(logging.Handler):
     """Prints messages. The stream is looked up each time, so that rich can print above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
+        note = "Note: " if record.levelno >= logging.WARNING else ""
+        print(f"{note}{record.getMessage()}", file=sys.stderr)
 
 
 @contextmanager

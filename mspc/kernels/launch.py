@@ -40,4 +40,6 @@ def on_gpu(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("mspc"):
             raise
-        raise MspcError(f"Sparse matrices on a GPU need {error.name}: pip install 'mspc[gpu]'.") from error
+        raise MspcError(
+            f"Sparse matrices on a GPU need {error.name}: the extra gpu of mspc (pip install '.[gpu]' in its folder)."
+        ) from error

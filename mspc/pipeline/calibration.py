@@ -61,5 +61,5 @@ def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], 
             "The allocator search needs validation text, and none is left. Give more --calibration text, fewer or "
             "shorter sequences (--num-sequences, --sequence-length), or --allocator auto."
         )
-    log.info("Note: too little text to validate plans; using the plan with the lowest predicted loss.")
+    log.warning("too little text to validate plans; using the plan with the lowest predicted loss.")
     return calibration, None

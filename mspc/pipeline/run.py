@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import resource
 import shutil
 import sys
@@ -98,6 +99,7 @@ class Run:
         settings, progress = self.settings, self.progress
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
+        _check_skips(model, settings.skip)
         matrices = model.matrices(settings.skip)
         self.settings = settings = choose_group_size(settings, matrices)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
@@ -110,15 +112,14 @@ class Run:
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
-        for note in planner.unmatched_skips(model):
-            log.info(note)
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
             return
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
         if journal.blocks:
             log.info(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
-        write_text(self.folder / RECIPE, self.recipe.to_toml())
+        written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
+        write_text(self.folder / RECIPE, written.to_toml())
         fisher = planner.fisher(model)
         plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
@@ -183,9 +184,9 @@ class Run:
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
-            log.info(f"Note: the plan removes {len(removed)} whole matrices, such as {removed[0]}.")
+            log.warning(f"the plan removes {len(removed)} whole matrices, such as {removed[0]}.")
         if all(matrix.target.pattern.sparsity == 0 and matrix.target.grid is None for matrix in plan):
-            log.info("Note: the plan prunes and quantizes nothing. Ask for a sparsity, bits, or a smaller size.")
+            log.warning("the plan prunes and quantizes nothing. Ask for a sparsity, bits, or a smaller size.")
         if self.settings.has_budget:
             for line in mixture_lines(plan):
                 log.info(line)
@@ -293,6 +294,21 @@ class Run:
         shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
         Journal.discard(self.folder)
+
+
+def _check_skips(model: StreamedModel, skip: Sequence[str]) -> None:
+    """Raises InputError for a pattern that matches no parameter of a block."""
+    names = [
+        f"{model.block_name(index)}.{name}".removesuffix(".weight")
+        for index, block in enumerate(model.blocks)
+        for name, _ in block.named_parameters()
+    ]
+    for pattern in skip:
+        if not any(re.search(pattern, name) for name in names):
+            raise InputError(
+                f"--skip {pattern} matches no matrix of a block, such as {names[0]}. Embeddings and the output head "
+                "are never compressed: correct it, or leave it out."
+            )
 
 
 def _config_digest(folder: Path) -> str:

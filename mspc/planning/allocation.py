@@ -154,8 +154,13 @@ def check_bytes(settings: Settings, matrices: MatricesByBlock, num_bytes: int, d
     """Raises InputError if `num_bytes` is too small for all matrices together."""
     options = _options(settings, matrices, dtype)
     smallest = _smallest(options)
+    numel = sum(matrix.numel for matrix in flatten(matrices))
+    if num_bytes >= numel * dtype.itemsize:
+        raise InputError(
+            f"The size budget is {8 * num_bytes / numel:.3f} bits per weight, and the weights have "
+            f"{8 * dtype.itemsize} as they are. Ask for less."
+        )
     if smallest > num_bytes:
-        numel = sum(matrix.numel for matrix in flatten(matrices))
         if settings.target_size is not None:
             least = (settings.target_bytes - num_bytes + smallest) / 1e6
             raise InputError(f"target_size {settings.target_size} cannot be reached. The smallest is {least:.3f} MB.")
@@ -240,8 +245,8 @@ def choose_group_size(settings: Settings, matrices: MatricesByBlock) -> Settings
     size = next((size for size in AUTO_GROUP_SIZES if not any(num % size for num in inputs)), least)
     if by_row := [matrix for matrix in flat if matrix.shape[1] % least]:
         first = f"{by_row[0].name} with {by_row[0].shape[1]} inputs"
-        log.info(
-            f"Note: {len(by_row)} of {len(flat)} matrices, such as {first}, do not divide into groups of {least} and "
+        log.warning(
+            f"{len(by_row)} of {len(flat)} matrices, such as {first}, do not divide into groups of {least} and "
             "get one scale per row. The exports gguf, and onnx with codes, cannot hold these."
         )
     return replace(settings, group_size=size)

@@ -33,12 +33,14 @@ def read_plan(path: Path, matrices: Sequence[Matrix]) -> list[PlannedMatrix]:
 
     Raises InputError for a line that is invalid or comes twice, for an unknown matrix, and for a missing one.
     """
+    if not path.is_file():
+        raise InputError(f"Plan {path} does not exist (looked for {path.absolute()}).")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         version, rows = document.get("format_version", FORMAT_VERSION), document["matrices"]
         by_name = {str(row["name"]): row for row in rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"Plan {path} cannot be read ({error!r}); expected the format of a plan.json.") from error
+        raise InputError(f"Plan {path} cannot be read ({error!r}). Give a plan.json, edited or not.") from error
     if version != FORMAT_VERSION:
         raise InputError(f"Plan {path} has format {version}, and this mspc reads {FORMAT_VERSION}.")
     twice = [name for name, count in Counter(str(row["name"]) for row in rows).items() if count > 1]

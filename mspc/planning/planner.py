@@ -1,8 +1,7 @@
 """Making a plan: the measurements that the settings need, and the choice of a plan by them."""
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,20 +121,6 @@ class Planner:
             check_bytes(self.settings, self.matrices, self.num_bytes(), self.dtype())
         if self.settings.allocator == SEARCH and self.validation is not None:
             check_memory(model, self.validation, self.matrices)
-
-    def unmatched_skips(self, model: StreamedModel) -> Iterator[str]:
-        """A note for each --skip that matches no matrix."""
-        names = [
-            f"{model.block_name(index)}.{name}".removesuffix(".weight")
-            for index, block in enumerate(model.blocks)
-            for name, _ in block.named_parameters()
-        ]
-        for pattern in self.settings.skip:
-            if not any(re.search(pattern, name) for name in names):
-                yield (
-                    f"Note: --skip {pattern} matches no matrix of a block, such as {names[0]}; embeddings and the "
-                    "output head are never compressed."
-                )
 
     def num_bytes(self) -> int:
         """Number of bytes that the size budget leaves for the matrices."""

@@ -81,9 +81,7 @@ def search(measurements: Measurements, validation: Tensor, fisher: Mapping[str, 
             )
     best = min(tried, key=lambda levels: tried[levels])
     if late and generations == 0:
-        log.info(
-            "Note: the first walk took all the time, so the plan is that of the loss curves. Raise --search-minutes."
-        )
+        log.warning("the first walk took all the time, so the plan is that of the loss curves. Raise --search-minutes.")
     return SearchResult(best, tried[best], tried[start], generations, (time.monotonic() - begin) / 60)
 
 

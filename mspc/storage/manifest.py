@@ -139,7 +139,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise InputError(f"{folder} holds an unfinished run; finish it with `mspc compress ... --resume` first.")
         if (folder / EXPORT_MANIFEST).is_file():
             raise InputError(f"{folder} is an export; give the artifact that it was made from, or `mspc verify` it.")
-        raise InputError(f"{folder} is not an mspc artifact: it has no {MANIFEST}.")
+        what = f"is not an mspc artifact: it has no {MANIFEST}" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}. Give a folder that `mspc compress` wrote.")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format_version"] > FORMAT_VERSION:

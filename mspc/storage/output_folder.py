@@ -31,8 +31,9 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     if occupied and not is_artifact(out):
         raise InputError(f"{out} is not empty and was not written by mspc; choose another --out.")
     if occupied and not (resume or overwrite):
-        state = "a finished artifact" if (out / MANIFEST).is_file() else "an unfinished run"
-        raise InputError(f"{out} holds {state}; use --resume to continue it, --overwrite to replace it.")
+        if (out / MANIFEST).is_file():
+            raise InputError(f"{out} holds a finished artifact. Choose another --out, or replace it with --overwrite.")
+        raise InputError(f"{out} holds an unfinished run. Continue it with --resume, or replace it with --overwrite.")
     if not resume and (new / MANIFEST).is_file():
         raise InputError(f"{new} holds a finished artifact that could not be moved to {out}. Move it, or use --resume.")
     if not resume:  # an earlier run that was cut off is not needed then

@@ -1,4 +1,8 @@
-"""Token ids that the caller holds already."""
+"""Text and token ids that the caller holds already."""
+
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,3 +24,12 @@ def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
             f"Token ids must lie in 0 .. {vocab_size - 1}, the model's vocabulary, but they lie in {low} .. {high}."
         )
     return ids
+
+
+def check_given(text: object, name: str) -> None:
+    """Raises InputError, with the argument's name, for what is no source of text."""
+    if text is not None and not isinstance(text, str | Path | Tensor | Sequence):
+        raise InputError(
+            f"{name} must be the name of a text source, a list of documents (strings), or token ids, an integer tensor "
+            f"(N, T), not {reprlib.repr(text)}."
+        )

@@ -199,7 +199,9 @@ def _read_parquet(path: Path) -> list[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(f"Reading {path} needs pyarrow: pip install 'mspc[parquet]'.") from error
+        raise InputError(
+            f"Reading {path} needs pyarrow: the extra parquet of mspc (pip install '.[parquet]' in its folder)."
+        ) from error
     try:
         column = pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null()
         return list(column.cast(pyarrow.string()).to_pylist())
@@ -213,7 +215,8 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{nothing_here}, and to load one from the hub needs: pip install 'mspc[datasets]'."
+            f"{nothing_here}, and loading one from the hub needs the extra datasets of mspc "
+            "(pip install '.[datasets]' in its folder)."
         ) from error
     name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "test": "test"}))
     try:
