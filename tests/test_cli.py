@@ -36,6 +36,7 @@ RECIPE_FLAGS = {
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct"),
+    *("--text-column", "--text-encoding", "--bos"),
 }
 
 
@@ -133,6 +134,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
         (
             ("--solver", "obs", "--activation-order", "--allocator", "trace-rank", "--sensitivity-probes", 4),
             {"solver": "obs", "activation_order": True, "allocator": "trace-rank", "sensitivity_probes": 4},
+        ),
+        (
+            ("--text-column", "body", "--text-encoding", "cp1252", "--bos", "yes"),
+            {"text_column": "body", "text_encoding": "cp1252", "bos": "yes"},
         ),
         (
             ("--plan", "p.json", "--device", "cpu", "--dtype", "float16"),
