@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -210,10 +209,10 @@ def test_eval_and_bench_and_the_manifest_say_bos(test_text, calibration, tmp_pat
 
 def test_the_bench_passes_it_on(tmp_path):
     folder = model_with(tmp_path / "model", "<s> $A")
-    plan = make_plan(Request((str(folder),), device="cpu", bos="no"))
     for bos in ("auto", "no"):
         expected = mspc.evaluate(folder, max_windows=20, bos=bos, progress=False).perplexity
-        assert perplexity_of(SimpleNamespace(folder=folder, name="m"), plan, Silent(), bos) == expected
+        plan = make_plan(Request((str(folder),), device="cpu", bos=bos))
+        assert perplexity_of(plan.groups[0][0], plan, Silent()) == expected
 
 
 # Calibration

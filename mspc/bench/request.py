@@ -76,6 +76,8 @@ class Plan:
     device: torch.device
     left_out: tuple[str, ...]
     """The reasons why a baseline is not measured."""
+    bos: str = "auto"
+    """The choice whether windows of the perplexity begin with a BOS token."""
 
     @property
     def length(self) -> int:
@@ -104,7 +106,7 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out),
+        repeats, device, tuple(left_out), request.bos,
     )  # fmt: skip
     check_memory(plan, free_memory(device))
     return plan

@@ -64,7 +64,7 @@ def run(request: Request, plan: Plan, progress: Progress, save: Save | None) -> 
                 outer = None  # a model has its own, and this would count as its memory
             elif outer is None:
                 outer = random_outer(candidate.shape, plan.length, plan.device)
-            row = measure(candidate, plan, outer, operations, ceilings, progress, request.bos)
+            row = measure(candidate, plan, outer, operations, ceilings, progress)
             rows.append(row)
             result["rows"].append(row)
             compare(rows)
@@ -94,7 +94,7 @@ def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) ->
             "cuda_graphs": device.type == "cuda",
             "pieces": operations,
             "seed": SEED,
-            "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS, "bos": request.bos},
+            "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS, "bos": plan.bos},
             "left_out": list(plan.left_out),
         },
         "ceilings": {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm},
@@ -127,7 +127,6 @@ def measure(
     operations: Operations,
     ceilings: Ceilings,
     progress: Progress,
-    bos: str,
 ) -> dict[str, Any]:
     """One row of the result."""
     device, steps = plan.device, len(plan.batches) * len(plan.contexts) + len(plan.prefills)
@@ -158,7 +157,7 @@ def measure(
         gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
     if candidate.folder is not None:
-        row["perplexity"] = perplexity_of(candidate, plan, progress, bos)
+        row["perplexity"] = perplexity_of(candidate, plan, progress)
     return row
 
 
@@ -198,12 +197,12 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress, bos: str) -> float | None:
+def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress) -> float | None:
     """Perplexity of the model of a folder on test text, or None if it has no tokenizer."""
     assert candidate.folder is not None
     try:
         measured = evaluate(
-            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), bos=bos, progress=progress
+            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), bos=plan.bos, progress=progress
         )  # fmt: skip
     except InputError as error:
         log.info(f"{candidate.name}: no perplexity. {error}")
