@@ -22,7 +22,7 @@ from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling
-from mspc.text.reading import Reading
+from mspc.text.reading import Reading, save_tokenizer
 from mspc.types import PlannedMatrix
 
 EXPORTS = "exports"
@@ -132,7 +132,7 @@ def _source_of(model: str | Path | PreTrainedModel, tokenizer: Any, out: Path) -
     try:
         model.save_pretrained(folder / name)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder / name)
+            save_tokenizer(tokenizer, folder / name)
         yield str(folder / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

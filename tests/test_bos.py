@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
-from test_cli import mspc_cli, refused
+from test_cli import FAST, mspc_cli, refused
 from test_tokens import NUMBERS, corpus, numbers_tokenizer
 from tokenizers import Tokenizer, processors
 from torch import Tensor
@@ -157,6 +157,22 @@ def test_a_tokenizer_that_is_said_to_add_a_bos_has_one(config, tmp_path):
     assert beginning(loaded, "no").wanted == ()
 
 
+def test_what_a_tokenizer_is_said_to_add_reaches_the_artifact(calibration, test_text, tmp_path):
+    """Oracle: the artifact of the folder, whose tokenizer files are copied."""
+    folder = model_with(tmp_path / "model", "$A", bos_token="<s>")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": True}))
+    copied = tiny.compress(folder, tmp_path / "a", calibration, effort="fast")
+    recipe = mspc.Recipe(effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=tiny.LENGTH)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    saved = mspc.compress(tiny.reference(folder), recipe, out=tmp_path / "b", tokenizer=loaded, progress=False)
+    assert saved.manifest["calibration"] == copied.manifest["calibration"]
+    assert saved.manifest["calibration"]["bos"] == [BOS]
+    options = {"sequence_length": 32, "device": "cpu", "progress": False}
+    assert mspc.evaluate(saved, test_text, **options) == mspc.evaluate(copied, test_text, **options)
+    assert mspc.evaluate(saved, test_text, **options) != mspc.evaluate(saved, test_text, bos="no", **options)
+
+
 def test_add_bos_token_of_a_tokenizer_counts():
     made = tokenizer("$A", bos_token="<s>", add_bos_token=True)
     assert beginning(made, "auto") == Beginning((BOS,), (BOS,))
@@ -205,6 +221,16 @@ def test_eval_and_bench_and_the_manifest_say_bos(test_text, calibration, tmp_pat
     assert plain.manifest["settings"]["bos"] == "auto"
     assert plain.manifest["calibration"]["bos"] == []
     assert plain.manifest["calibration"]["sha256"] != artifact.manifest["calibration"]["sha256"]
+
+
+def test_a_note_says_what_windows_begin_with(test_text, calibration, tmp_path):
+    folder = model_with(tmp_path / "model", "<s> $A")
+    note = "Every window begins with BOS (token 256)."
+    options = ("--text", test_text, "--sequence-length", 32)
+    assert note in mspc_cli("eval", folder, *options).stderr
+    assert note not in mspc_cli("eval", folder, *options, "--bos", "no").stderr
+    command = ("compress", folder, "--out", tmp_path / "out", "--calibration", calibration, *FAST)
+    assert note in mspc_cli(*command).stderr
 
 
 def test_the_bench_passes_it_on(tmp_path):

@@ -110,7 +110,20 @@ def test_a_column_that_is_named_is_read(column, tmp_path):
     assert read(tmp_path, column=column) == TEXTS * 3
 
 
-@pytest.mark.parametrize(("column", "chat"), [("messages", CHAT), ("conversations", SHARED), ("conversations", CHAT)])
+def transposed(chat: list[dict[str, str]]) -> dict[str, list[str]]:
+    return {name: [message[name] for message in chat] for name in chat[0]}
+
+
+@pytest.mark.parametrize(
+    ("column", "chat"),
+    [
+        ("messages", CHAT),
+        ("conversations", SHARED),
+        ("conversations", CHAT),
+        ("messages", transposed(CHAT)),
+        ("conversations", transposed(SHARED)),
+    ],
+)
 def test_chats_go_through_the_chat_template(column, chat, tmp_path):
     (tmp_path / "a.jsonl").write_text(lines([chat, chat, []], column))
     (tmp_path / "b.json").write_text(json.dumps(rows([chat], column)))
@@ -120,6 +133,18 @@ def test_chats_go_through_the_chat_template(column, chat, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({column: chat, "text": "a text wins"}))
     assert read(tmp_path / "d.jsonl") == ["a text wins"]
     assert read(tmp_path / "d.jsonl", column=column) == [WRITTEN]
+
+
+def test_a_parquet_file_of_another_writer(tmp_path):
+    """Some write lists and strings of the large kind, and leave out nothing: absent values are null."""
+    pyarrow = pytest.importorskip("pyarrow")
+    message = pyarrow.struct(
+        [("role", pyarrow.large_string()), ("content", pyarrow.string()), ("name", pyarrow.string())]
+    )
+    chats = pyarrow.array([CHAT, None], pyarrow.large_list(message))
+    parquet(tmp_path / "a.parquet", messages=chats)
+    parquet(tmp_path / "b.parquet", text=pyarrow.array(["x", None], pyarrow.large_string()))
+    assert read(tmp_path) == [WRITTEN, "x"]
 
 
 def test_a_column_of_a_hub_dataset(monkeypatch):
@@ -147,6 +172,7 @@ def test_a_column_of_a_hub_dataset(monkeypatch):
         ({"conversations": [{"human": "x"}]}, "must have `role`.* but has human"),
         ({"messages": "text", "text": None, "n": 1}, None),
         ({"messages": ["hi"]}, "the `messages` field is not a string and no chat"),
+        ({"messages": {"role": ["user"], "content": []}}, "the `messages` field is not a string and no chat"),
         ({"messages": {"role": "user"}}, "the `messages` field is not a string and no chat"),
         ({"body": "x", "title": "y"}, r"expected a JSON object with a `text` field, but it holds body, title"),
         ({}, "it holds nothing"),
@@ -229,6 +255,11 @@ def test_parquet_files_name_their_columns(tmp_path):
         read(tmp_path / "a.parquet")
     with pytest.raises(InputError, match="with a `numbers` column"):
         read(tmp_path / "a.parquet", column="numbers")
+    parquet(tmp_path / "c.parquet", text=["words of another encoding"])
+    damaged = (tmp_path / "c.parquet").read_bytes().replace(b"another", b"\xff\xff\xff\xff\xff\xff\xff")
+    (tmp_path / "c.parquet").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"c\.parquet cannot be read as parquet"):
+        read(tmp_path / "c.parquet")
     parquet(tmp_path / "b.parquet", messages=[CHAT, [{"role": "tool", "content": "x"}]])
     with pytest.raises(InputError, match=r"b\.parquet, row 2: the chat template .* \(no tool\)"):
         read(tmp_path / "b.parquet")

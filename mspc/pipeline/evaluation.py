@@ -11,7 +11,7 @@ from mspc.model.hub import choose_device, choose_sequence_length, load_config, r
 from mspc.model.open import open_model
 from mspc.model.vocabulary import check_range, tokenizer_for
 from mspc.passes import perplexity
-from mspc.progress import Progress
+from mspc.progress import Progress, log
 from mspc.settings import DTYPES
 from mspc.text.given import check_ids
 from mspc.text.reading import Reading
@@ -98,5 +98,7 @@ def test_windows(
         return Tokens(ids[:max_windows], "token ids")
     length = choose_sequence_length(config, sequence_length)
     windows = windows_of_test_text(tokenizer_for(config, folder, tokenizer), text, length, max_windows, reading)
+    if windows.note:
+        log.info(windows.note)
     check_range(windows.ids, config.get_text_config().vocab_size, windows.source)
     return windows

@@ -99,6 +99,8 @@ class Run:
         if isinstance(self.calibration, Tensor):
             check_folder(self.source)  # it is not used, but it belongs to the artifact
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
+        if tokens.note:
+            log.info(tokens.note)
         for ids in (tokens.ids, validation):
             if ids is not None:
                 check_range(ids, self.config.get_text_config().vocab_size, tokens.source)

@@ -113,8 +113,9 @@ def _read_lines(path: Path, lines: Iterable[str], reading: Reading, tokenizer: A
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or error
             raise InputError(
-                f"{path}, line {number}: expected a JSON object with a `{reading.column or TEXT}` field ({error})."
+                f"{path}, line {number}: expected a JSON object with a `{reading.column or TEXT}` field ({reason})."
             ) from error
         yield document(row, reading.column, tokenizer, partial("{}, line {}".format, path, number))
 
@@ -169,10 +170,11 @@ def _read_parquet(path: Path, reading: Reading, tokenizer: Any) -> list[str]:
             raise InputError(f"{cannot}: it holds {', '.join(names[:8])}. Name one with --text-column.")
         column = pyarrow.parquet.read_table(path, columns=[name])[name]
         kind = column.type
-        if pyarrow.types.is_list(kind) and pyarrow.types.is_struct(kind.value_type):
+        lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+        if pyarrow.types.is_struct(kind) or (lists and pyarrow.types.is_struct(kind.value_type)):
             values = enumerate(column.to_pylist(), 1)
             places = [(value, partial("{}, row {}".format, path, row)) for row, value in values if value is not None]
             return [document_of(value, name, tokenizer, where) for value, where in places]
         return list(column.drop_null().cast(pyarrow.string()).to_pylist())
-    except (pyarrow.ArrowException, KeyError) as error:
+    except (pyarrow.ArrowException, KeyError, UnicodeError) as error:
         raise InputError(f"{cannot}: {error}.") from error

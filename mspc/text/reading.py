@@ -104,6 +104,15 @@ def _added(tokenizer: Any) -> tuple[int, ...]:
     return tuple(whole[: next((i for i in places if whole[i : i + len(text)] == text), 0)])
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer of transformers, which by itself forgets that one is said to add a BOS token."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    if _declared(tokenizer) and file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8")) | {"add_bos_token": True}
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _declared(tokenizer: Any) -> bool:
     """Tell if a tokenizer is said to add a BOS token. transformers ignores this entry if there is a tokenizer.json."""
     if getattr(tokenizer, "add_bos_token", False):

@@ -35,14 +35,25 @@ def document(row: Any, column: str | None, tokenizer: Any, where: Where) -> str:
 
 
 def document_of(value: Any, column: str, tokenizer: Any, where: Where) -> str:
-    """The document that a field holds. Raises InputError for what is neither a text nor a chat."""
+    """The document that a field holds. Raises InputError for what is neither a text nor a chat.
+
+    A chat is a list of messages, or, as some datasets store it, the lists of their roles and contents.
+    """
     if isinstance(value, str):
         return sound(value, where)
+    if isinstance(value, Mapping) and _is_table(value):
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple) or not all(isinstance(message, Mapping) for message in value):
         raise InputError(
             f"{where()}: the `{column}` field is not a string and no chat. Name another with --text-column."
         )
     return sound(_chat(value, tokenizer, where), where) if value else ""
+
+
+def _is_table(value: Mapping[str, Any]) -> bool:
+    """Tell if an object holds lists of one length."""
+    lists = all(isinstance(part, list | tuple) for part in value.values())
+    return lists and len({len(part) for part in value.values()}) == 1
 
 
 def sound(text: str, where: Where) -> str:

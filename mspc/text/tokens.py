@@ -40,6 +40,11 @@ class Tokens:
     begin: tuple[int, ...] = ()
 
     @property
+    def note(self) -> str:
+        """The beginning of the sequences in words; empty if they have none."""
+        return f"Every window begins with BOS (token {', '.join(map(str, self.begin))})." if self.begin else ""
+
+    @property
     def sha256(self) -> str:
         return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
 
