@@ -247,6 +247,19 @@ def test_a_chat_needs_a_template(tmp_path):
             load_documents(str(tmp_path / "a.jsonl"), "test", Reading(), tokenizer)
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path):
+    """As those of Llama 3 and SmolLM3 do. Oracle: the day that is documented."""
+    (tmp_path / "a.jsonl").write_text(lines([CHAT], "messages"))
+    tokenizer = tiny.byte_tokenizer()
+    for call in (
+        "strftime_now('%d %b %Y')",
+        'strftime_now( "%d %b %Y" )',
+        "strftime_now('%d') ~ strftime_now(' %b %Y')",
+    ):
+        tokenizer.chat_template = "{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + TEMPLATE
+        assert load_documents(str(tmp_path), "test", Reading(), tokenizer) == ["26 Jul 2024" + WRITTEN]
+
+
 def test_parquet_files_name_their_columns(tmp_path):
     parquet(tmp_path / "a.parquet", words=["x"], numbers=[[1, 2]])
     with pytest.raises(

@@ -31,6 +31,13 @@ def with_special(*tokens: str, **named: str) -> PreTrainedTokenizerFast:
     return made
 
 
+def with_image() -> PreTrainedTokenizerFast:
+    """A special token that only the backend knows."""
+    made = tokenizer("$A")
+    made.backend_tokenizer.add_special_tokens(["<image>"])
+    return made
+
+
 def model_with(folder: Path, made: PreTrainedTokenizerFast, **config: object) -> Path:
     tiny.build(folder, "llama", **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config)
     made.save_pretrained(folder)
@@ -98,6 +105,7 @@ def test_exports_and_their_verification_refuse_it_too(llama, calibration, tmp_pa
         (more, {"vocab_size": 320}, ["has 260 ids, but vocab_size is 320 in config"]),
         (tiny.byte_tokenizer, {}, ["has 256 ids, but vocab_size is 260 in config"]),
         (lambda: with_special("<image>"), {}, ["has 261 ids, but vocab_size is 260 in config"]),
+        (with_image, {}, ["has 261 ids, but vocab_size is 260 in config"]),
     ],
 )
 def test_other_differences_are_warnings(make, config, warnings, test_text, calibration, tmp_path, caplog):

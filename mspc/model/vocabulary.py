@@ -55,7 +55,8 @@ def differences(tokenizer: Any, config: Any, where: str) -> list[str]:
     ids = tokenizer.get_vocab()
     count = 1 + max(ids.values(), default=-1)
     needed = {getattr(tokenizer, f"{name}_token_id", None) for name in NEEDED}
-    spared = set(getattr(tokenizer, "all_special_ids", ())) - needed
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    spared = {i for i, token in added.items() if token.special} - needed
     beyond = sorted((i, token) for token, i in ids.items() if i >= size)
     if any(i not in spared for i, _ in beyond):
         raise InputError(

@@ -1,6 +1,8 @@
 """Rows of files and datasets as documents. A row holds a text, or a chat that the model's chat template writes out."""
 
+import re
 from collections.abc import Callable, Mapping
+from datetime import date
 from typing import Any
 
 from mspc.errors import InputError
@@ -9,6 +11,9 @@ TEXT, CHATS = "text", ("messages", "conversations")
 """The fields that are read if no other is named."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 """Role for each speaker that chats with `from` and `value` name in another way."""
+DAY = date(2024, 7, 26)
+"""The day that chat templates write instead of today, so that a text has the same tokens tomorrow."""
+TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Where = Callable[[], str]
 """The place of a row in words, such as the file and the line."""
@@ -76,7 +81,8 @@ def _chat(messages: Any, tokenizer: Any, where: Where) -> str:
         )
     chat = [_message(message, where) for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+        template = TODAY.sub(lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template())
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template))
     except Exception as error:  # whatever a template raises
         raise InputError(
             f"{where()}: the chat template of the model refuses this chat ({error}). Change or remove it."
