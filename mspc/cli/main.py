@@ -75,8 +75,8 @@ def eval_(
     mspc eval out/small --text t.txt --max-windows 100
 
     The text is one stream of tokens, cut into windows that do not overlap.
-    Compare only perplexities of the same text, window length and number of
-    windows.
+    Compare only perplexities of the same text, window length, number of windows
+    and --bos.
     """
     with reported(debug):
         from mspc.api import evaluate
