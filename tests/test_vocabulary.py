@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import mspc
 from mspc.errors import InputError
-from mspc.model.vocabulary import check_folder, differences
+from mspc.model.vocabulary import check_tokenizer_of, differences
 
 Make = Callable[[], PreTrainedTokenizerFast]
 
@@ -148,17 +148,17 @@ def test_configs_nested_in_others_count(tmp_path):
     config.save_pretrained(tmp_path)
     more().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="260 ids, but the model has 100 embeddings"):
-        check_folder(tmp_path)
+        check_tokenizer_of(tmp_path)
 
 
 def test_folders_without_a_tokenizer_or_config_are_passed(tmp_path):
-    assert check_folder(tmp_path) == []
+    assert check_tokenizer_of(tmp_path) == []
     more("word").save_pretrained(tmp_path)
-    assert check_folder(tmp_path) == []
+    assert check_tokenizer_of(tmp_path) == []
     for content in ("[]", "{", '{"vocab_size": null}', '{"vocab_size": "many"}', '{"text_config": 3}'):
         (tmp_path / "config.json").write_text(content)
-        assert check_folder(tmp_path) == []
+        assert check_tokenizer_of(tmp_path) == []
 
 
 def test_the_bundled_model_has_its_own(llama):
-    assert check_folder(Path(__file__).parents[1] / "examples" / "tiny_llama") == []
+    assert check_tokenizer_of(Path(__file__).parents[1] / "examples" / "tiny_llama") == []

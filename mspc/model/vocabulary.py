@@ -28,7 +28,7 @@ def tokenizer_for(config: Any, folder: Path, given: Any = None) -> Any:
     return tokenizer
 
 
-def check_folder(folder: Path) -> list[str]:
+def check_tokenizer_of(folder: Path) -> list[str]:
     """The differences between the tokenizer of a folder and its config.json. A folder without one of the two is fine.
 
     Raises InputError if the model has fewer embeddings than the tokenizer has ids.

@@ -20,7 +20,7 @@ from mspc.errors import InputError, Stopped
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
-from mspc.model.vocabulary import check_folder, check_range, tokenizer_for
+from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
@@ -97,7 +97,7 @@ class Run:
         matrices = model.matrices(settings.skip)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
         if isinstance(self.calibration, Tensor):
-            check_folder(self.source)  # it is not used, but it belongs to the artifact
+            check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
         if tokens.note:
             log.info(tokens.note)
