@@ -12,6 +12,7 @@ from exporters.formats import FORMATS, load
 from exporters.manifest import write_export_manifest
 from exporters.verification import failures, in_short, verify
 from mspc.errors import InputError, VerificationError, unknown
+from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
@@ -40,6 +41,8 @@ def export(
     chosen = check(format_name, [entry.planned for entry in source.entries], config, options or {})
     _check_out(artifact, out, overwrite)
     source.check_files()
+    for difference in check_tokenizer_of(artifact):
+        log.warning(difference)
     module = load(format_name)
     partial = sibling(out, "new")
     partial.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from exporters.manifest import ExportManifest, read_export_manifest
 from exporters.reading import Decoded, reader_of
 from exporters.reference import Reference, compute_reference, load_reference
 from mspc.errors import InputError, MspcError
+from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, log
 from mspc.storage.artifact import REPORT, ArtifactSource
 from mspc.storage.files import sha256_of, write_json
@@ -45,6 +46,9 @@ def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, 
     the artifact at export. Raises InputError for a folder that is no export, or one of another artifact.
     """
     manifest = read_export_manifest(folder)
+    for checked in (folder, against):
+        if checked is not None:
+            check_tokenizer_of(checked)
     artifact = ArtifactSource(against, exact=True) if against else None
     if artifact:
         _check_origin(folder, manifest, artifact)

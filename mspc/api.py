@@ -24,6 +24,7 @@ from mspc.runtime.loading import load
 from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling, working_folder
 from mspc.text.given import check_given
+from mspc.text.reading import Reading, save_tokenizer
 from mspc.types import PlannedMatrix
 
 EXPORTS = "exports"
@@ -154,7 +155,7 @@ def _saved(model: object, tokenizer: Any, out: Path) -> Iterator[str]:
         with without_progress():
             model.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         yield str(folder)
     except OSError as error:
         raise StorageError(f"The model cannot be saved to {folder} ({error}). Free some space, or move out.") from error
@@ -210,6 +211,9 @@ def evaluate(
     against: str | Path | Artifact | PreTrainedModel | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    bos: str = "auto",
+    text_column: str | None = None,
+    text_encoding: str | None = None,
     progress: ProgressLike = True,
 ) -> Perplexity:
     """Perplexity on test text, cut into windows that do not overlap.
@@ -224,11 +228,16 @@ def evaluate(
         against: Another model, such as the one before compression: the KL divergence from its predictions is measured.
         device: Device of a model that is not in memory yet.
         dtype: Dtype of the forward passes of a model that is not in memory yet.
+        bos: Whether each window begins with a BOS token, which is not scored: auto (as the tokenizer begins a text),
+            yes or no.
+        text_column: Field or column of the text; None: the first of text, messages and conversations.
+        text_encoding: Encoding of .txt files; None: UTF-8.
         progress: See `ProgressLike`.
     """
     model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
     check_given(text, "text")
     text, shown = str(text) if isinstance(text, Path) else text, as_progress(progress)
+    reading = Reading(bos, text_column, text_encoding)
     if isinstance(model, PreTrainedModel) or isinstance(against, PreTrainedModel):
         if tokenizer is None and isinstance(model, str | Path) and not isinstance(text, Tensor):
             tokenizer = load_tokenizer(resolve(str(model)))
@@ -236,6 +245,6 @@ def evaluate(
             load(part, device, dtype) if isinstance(part, str | Path) else part for part in (model, against)
         )
         assert model is not None
-        return evaluate_module(model, text, tokenizer, sequence_length, max_windows, against, shown)
+        return evaluate_module(model, text, reading, tokenizer, sequence_length, max_windows, against, shown)
     assert model is not None
-    return evaluate_folder(model, text, tokenizer, sequence_length, max_windows, device, dtype, against, shown)
+    return evaluate_folder(model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown)

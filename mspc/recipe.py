@@ -13,7 +13,7 @@ from typing import Any, get_args
 import tomli_w
 
 from mspc.errors import InputError, unknown
-from mspc.settings import EFFORTS, ROW, SPREADS, Settings, bytes_of, fixed_pattern, resolve
+from mspc.settings import EFFORTS, ROW, SPREADS, Settings, bytes_of, check_encoding, fixed_pattern, resolve
 from mspc.types import BITS, UNQUANTIZED_BITS
 
 
@@ -50,8 +50,8 @@ class Recipe:
     )
     calibration: str | None = common(
         "builtin",
-        "Calibration text: builtin (Python's own documentation), c4, wikitext2, a .txt, .jsonl or .parquet file, a "
-        "folder of them, or a dataset id.",
+        "Calibration text: builtin (Python's own documentation), c4, wikitext2, a .txt, .jsonl, .json or .parquet "
+        "file, a folder of them, or a dataset id.",
     )
     skip: tuple[str, ...] = dataclasses.field(
         default=(),
@@ -69,6 +69,20 @@ class Recipe:
     )
     asymmetric: bool | None = option(
         False, "Give each group an integer zero point.", flags="--asymmetric/--symmetric", shown="symmetric"
+    )
+    text_column: str | None = option(
+        None,
+        "Field or column of the calibration text. One that holds chats goes through the chat template of the model.",
+        shown="text, messages or conversations",
+        metavar="NAME",
+    )
+    text_encoding: str | None = option(
+        None, "Encoding of .txt files. A byte order mark wins over it.", shown="utf-8", metavar="NAME"
+    )
+    bos: str | None = option(
+        "auto",
+        "Whether texts begin with a BOS token: auto (as the tokenizer begins a text), yes or no.",
+        metavar="auto|yes|no",
     )
     solver: str | None = option(
         None,
@@ -202,6 +216,8 @@ def _check_value(name: str, value: Any) -> None:
         raise InputError(f"bits_per_weight must lie in (0, 32], not {value}.")
     elif name == "target_size":
         bytes_of(value)
+    elif name == "text_encoding":
+        check_encoding(value)
     elif name in ("alpha", "propagation") and not 0 <= value <= 1:
         raise InputError(f"{name} must lie in [0, 1], not {value}.")
     elif name == "search_minutes" and not 0 < value < float("inf"):

@@ -33,6 +33,7 @@ RANKING = ("trace-rank", "layer-trace-rank")
 """Allocators that rank matrices by `sensitivity`."""
 OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
 """Measure of each allocator that ignores `sensitivity`."""
+BOS = ("auto", "yes", "no")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -77,6 +78,9 @@ class Settings:
     sensitivity_sequences: int
     sensitivity_probes: int
     calibration: str
+    text_column: str | None
+    text_encoding: str | None
+    bos: str
     num_sequences: int
     sequence_length: int | None
     """None until the model is known."""
@@ -181,6 +185,7 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
         ("criterion", settings.criterion, CRITERIA),
         ("allocator", settings.allocator, ALLOCATORS),
         ("sensitivity", settings.sensitivity, SENSITIVITIES),
+        ("bos", settings.bos, BOS),
         ("dtype", settings.dtype, DTYPES),
     ):
         _check_name(what, name, known)
@@ -316,3 +321,13 @@ def bytes_of(size: str) -> int:
     if not match:
         raise InputError(f"target_size must be a number with a unit, such as 2.2GB, not {size!r}.")
     return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
+
+
+def check_encoding(name: str) -> None:
+    """Raises InputError for a name that is no encoding of text."""
+    try:
+        "".encode(name)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"text_encoding {name!r} is no encoding that Python knows. Name one such as cp1252 or utf-16."
+        ) from error

@@ -23,6 +23,7 @@ OTHER = (
         "solver": "obs", "propagation": 0.25, "criterion": "ria", "allocator": "trace-rank", "alpha": 0.25,
         "sensitivity": "hutchinson", "sensitivity_sequences": 7, "sensitivity_probes": 2, "damp": 0.1,
         "calibration": 'a "quoted" path\\with\nlines', "num_sequences": 9, "sequence_length": 33, "seed": 5,
+        "text_column": "body", "text_encoding": "cp1252", "bos": "no",
         "skip": ("lm_head", r"layers\.[0-3]\."), "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
     },
     {"allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
@@ -132,7 +133,7 @@ def test_the_table_of_effects_is_whole():
     """Every option is in it, but those that always count."""
     always = {
         "bits_per_weight", "target_size", "effort", "solver", "reconstruct", "calibration", "num_sequences",
-        "sequence_length", "seed", "skip", "plan", "device", "dtype",
+        "sequence_length", "seed", "skip", "plan", "device", "dtype", "text_column", "text_encoding", "bos",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 
@@ -221,6 +222,11 @@ def test_settings_know_the_names_of_the_allocators():
         ({"damp": -0.01}, r"damp must be a number >= 0"),
         ({"damp": float("inf")}, r"damp must be a number >= 0"),
         ({"damp": float("nan")}, r"damp must be a number >= 0"),
+        ({"bos": "sometimes"}, r"Unknown bos 'sometimes': choose one of auto, no, yes"),
+        ({"bos": True}, r"bos must be of type str \| None, not True"),
+        ({"text_encoding": "latin-99"}, r"text_encoding 'latin-99' is no encoding that Python knows"),
+        ({"text_encoding": "base64"}, r"text_encoding 'base64' is no encoding"),
+        ({"text_encoding": ""}, r"text_encoding '' is no encoding"),
         ({"dtype": "float15"}, r"Unknown dtype 'float15': did you mean 'float1?[36]"),
         ({"skip": "lm_head"}, r"skip must be of type .*, not 'lm_head'"),
         ({"skip": ("(",)}, r"skip: '\(' is not a regular expression"),

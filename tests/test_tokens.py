@@ -101,12 +101,12 @@ def test_short_documents_are_packed_whole(tmp_path):
 
 
 def test_every_document_begins_with_the_bos_of_its_tokenizer(tmp_path):
-    """Oracle: the numbers of first words; a window from the middle of a text has none."""
+    """Oracle: the numbers of first words; of other words, only the first of a window has one."""
     ids = calibration_tokens(numbers_tokenizer(bos=True), corpus(tmp_path, [5] * 40), 6, 32, 3).ids
-    flat = ids.flatten().tolist()
-    assert flat[0] == BOS
-    for before, token in pairwise(flat):
-        assert (before == BOS) == (token != BOS and token % 5 == 0)
+    assert (ids[:, 0] == BOS).all()
+    for row in ids[:, 1:].tolist():
+        for before, token in pairwise(row):
+            assert (before == BOS) == (token != BOS and token % 5 == 0)
 
 
 def test_evaluation_windows_are_slices_of_one_tokenization(tmp_path):
@@ -124,9 +124,9 @@ def test_documents_are_joined_by_blank_lines_and_tokenized_as_one_text(tmp_path,
     assert tokenizer.decode(ids) == ("first " * 20 + "\n\nsecond é\n").encode()[: len(ids)].decode(errors="replace")
 
 
-def test_there_is_one_bos_at_the_very_start(tmp_path):
+def test_there_is_one_bos_at_the_start_of_each_window(tmp_path):
     ids = windows_of_test_text(numbers_tokenizer(bos=True), corpus(tmp_path, [50, 30, 60]), 20, None).ids
-    assert ids.flatten().tolist() == [BOS, *range(139)]
+    assert ids.tolist() == [[BOS, *range(i, i + 19)] for i in range(0, 133, 19)]
 
 
 def words(lengths: list[int]) -> str:
@@ -194,7 +194,9 @@ def test_empty_documents_and_missing_values_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '"text"', "[]", '{"txt": "a"}', '{"text": 3}', '{"text": null}', "", "null", '{"text": "a"'], ids=repr
+    "line",
+    ["{", '"text"', "[]", '{"txt": "a"}', '{"text": 3}', '{"text": null}', "\x00", "null", '{"text": "a"'],
+    ids=repr,
 )
 def test_a_malformed_line_is_named(line, tmp_path):
     path = tmp_path / "a.jsonl"
@@ -304,5 +306,5 @@ def test_packages_that_are_not_installed_are_named(monkeypatch, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(InputError, match=r"the extra datasets of mspc"):
         load_documents("c4", "calibration")
-    with pytest.raises(InputError, match=r"a\.parquet needs pyarrow: the extra parquet of mspc"):
+    with pytest.raises(InputError, match=r"a\.parquet needs pyarrow, in mspc's extra parquet"):
         load_documents(str(tmp_path / "a.parquet"), "calibration")

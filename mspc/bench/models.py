@@ -14,6 +14,7 @@ from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import choose_dtype, open_model, open_source
+from mspc.model.vocabulary import check_tokenizer_of
 from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
@@ -178,6 +179,7 @@ def check_model(folder: Path) -> None:
         described = descriptions(read_quantization_config(folder), folder / "config.json")
         check_files(described, [folder / shard for shard in Checkpoint(folder).shards()])
     open_model(folder, device=torch.device("cpu"))  # no weights are read
+    check_tokenizer_of(folder)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -25,6 +25,7 @@ from mspc.memory import free_memory
 from mspc.model.hub import choose_device, resolve
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import is_sparse_export
+from mspc.text.reading import Reading
 
 FROM_MODEL = "from-model"
 BASELINES = {"bf16": DENSE, "int4": TINYGEMM}
@@ -48,6 +49,7 @@ class Request:
     prefills: tuple[int, ...] | None = None
     repeats: int | None = None
     device: str = "auto"
+    bos: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Plan:
     device: torch.device
     left_out: tuple[str, ...]
     """The reasons why a baseline is not measured."""
+    bos: str = "auto"
+    """The choice whether windows of the perplexity begin with a BOS token."""
 
     @property
     def length(self) -> int:
@@ -84,6 +88,7 @@ def make_plan(request: Request) -> Plan:
     """The measurements of a request. Raises InputError if one cannot be made, before any model is made."""
     if request.baseline not in BASELINES:
         raise unknown("baseline", request.baseline, BASELINES)
+    Reading(request.bos)
     device = choose_device(request.device)
     if device.type not in BATCHES:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")
@@ -101,7 +106,7 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out),
+        repeats, device, tuple(left_out), request.bos,
     )  # fmt: skip
     check_memory(plan, free_memory(device))
     return plan

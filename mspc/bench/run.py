@@ -94,7 +94,7 @@ def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) ->
             "cuda_graphs": device.type == "cuda",
             "pieces": operations,
             "seed": SEED,
-            "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS},
+            "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS, "bos": plan.bos},
             "left_out": list(plan.left_out),
         },
         "ceilings": {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm},
@@ -202,7 +202,7 @@ def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress) -> float
     assert candidate.folder is not None
     try:
         measured = evaluate(
-            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), progress=progress
+            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), bos=plan.bos, progress=progress
         )  # fmt: skip
     except InputError as error:
         log.info(f"{candidate.name}: no perplexity. {error}")

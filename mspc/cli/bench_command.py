@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mspc.cli.console import DebugOption, option, print_table, reported
+from mspc.cli.console import BosOption, DebugOption, option, print_table, reported
 from mspc.errors import InputError
 
 WHAT, HOW, OUT = "Models and formats", "Measurement", "Results"
@@ -67,6 +67,7 @@ def bench(
     repeats: Annotated[
         int | None, option("Number of samples per measurement, within 10 s.", "200; on a CPU 5", rich_help_panel=HOW)
     ] = None,
+    bos: BosOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
     json_file: Annotated[
         Path | None,
@@ -114,6 +115,7 @@ def bench(
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
+            bos,
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):

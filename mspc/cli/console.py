@@ -34,6 +34,25 @@ LengthOption = Annotated[
     typer.Option(help="Number of tokens per window. (default: 2048, or the model's maximum if that is less)"),
 ]
 
+BosOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|yes|no",
+        help="Whether windows begin with a BOS token: auto (as the tokenizer begins a text), yes or no.",
+    ),
+]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field or column of the text. (default: text, messages or conversations)",
+        show_default=False,
+    ),
+]
+EncodingOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Encoding of .txt files. (default: utf-8)", show_default=False)
+]
+
 
 def option(text: str, default: object, *names: str, **settings: Any) -> Any:
     """An option that is None if it is not given; the help shows the default that then holds."""

@@ -10,9 +10,12 @@ from mspc.cli.bench_command import bench
 from mspc.cli.compress_command import compress
 from mspc.cli.console import (  # fmt: skip
     ArtifactArgument,
+    BosOption,
+    ColumnOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    EncodingOption,
     JsonOption,
     LengthOption,
     print_json,
@@ -44,7 +47,7 @@ def eval_(
         str,
         typer.Option(
             help="Test text: the test split of builtin (Python's own documentation), c4, wikitext2 or a dataset id; "
-            "or a .txt, .jsonl or .parquet file, or a folder of them."
+            "or a .txt, .jsonl, .json or .parquet file, or a folder of them."
         ),
     ] = "builtin",
     sequence_length: LengthOption = None,
@@ -55,6 +58,9 @@ def eval_(
         str | None,
         typer.Option(metavar="MODEL", help="Also measure the KL divergence from the predictions of this model."),
     ] = None,
+    bos: BosOption = "auto",
+    text_column: ColumnOption = None,
+    text_encoding: EncodingOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -69,15 +75,15 @@ def eval_(
     mspc eval out/small --text t.txt --max-windows 100
 
     The text is one stream of tokens, cut into windows that do not overlap.
-    Compare only perplexities of the same text, window length and number of
-    windows.
+    Compare only perplexities of the same text, window length, number of windows
+    and --bos.
     """
     with reported(debug):
         from mspc.api import evaluate
 
         result = evaluate(
             path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
-            dtype=dtype or "auto", against=against,
+            dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
         )  # fmt: skip
     if as_json:
         print_json({name: value for name, value in asdict(result).items() if value is not None})

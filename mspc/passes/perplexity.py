@@ -27,8 +27,14 @@ class Perplexity:
     divergence: float | None = None
 
 
-def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None = None) -> Iterator[Perplexity | None]:
-    """Yield None after each block, for progress, and at last the perplexity of windows (N, T)."""
+def measure(
+    model: StreamedModel, ids: Tensor, reference: StreamedModel | None = None, begin: int = 0
+) -> Iterator[Perplexity | None]:
+    """Yield None after each block, for progress, and at last the perplexity of windows (N, T).
+
+    Each window begins with `begin` tokens that are no text, and that are not scored.
+    """
+    first = max(begin - 1, 0)  # the position whose prediction is the first to count
     batches = batches_of(model, ids)
     reference_batches = [] if reference is None else batches_of(reference, ids)
     for index in range(len(model.blocks)):
@@ -41,27 +47,32 @@ def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None =
     with torch.no_grad(), model.loaded_outer():
         for batch in batches:
             for sequence in batch.sequences():
-                total += float(token_losses(model, sequence).double().sum())
+                total += float(token_losses(model, sequence)[:, first:].double().sum())
     num_windows, length = ids.shape
-    tokens = num_windows * (length - 1)
+    tokens = num_windows * (length - 1 - first)
     nll = total / tokens
-    divergence = None if reference is None else mean_divergences(reference, reference_batches, model, [batches])[0]
+    divergence = None
+    if reference is not None:
+        divergence = mean_divergences(reference, reference_batches, model, [batches], first)[0]
     yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
 
 
-def measure_module(model: nn.Module, ids: Tensor, reference: nn.Module | None, step: Callable[[], None]) -> Perplexity:
+def measure_module(
+    model: nn.Module, ids: Tensor, reference: nn.Module | None, step: Callable[[], None], begin: int = 0
+) -> Perplexity:
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
+    first = max(begin - 1, 0)
     nll = divergence = 0.0
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
         for window in ids:
-            q = _predictions(model, window)
-            nll -= float(q[:-1].gather(1, window[1:, None].to(q.device)).sum(dtype=torch.float64))
+            q = _predictions(model, window)[first:]
+            nll -= float(q[:-1].gather(1, window[first + 1 :, None].to(q.device)).sum(dtype=torch.float64))
             if reference is not None:
-                p = _predictions(reference, window).to(q.device)
+                p = _predictions(reference, window)[first:].to(q.device)
                 divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
             step()
-    tokens = len(ids) * (ids.shape[1] - 1)
-    mean = None if reference is None else divergence / ids.numel()
+    tokens = len(ids) * (ids.shape[1] - 1 - first)
+    mean = None if reference is None else divergence / (tokens + len(ids))
     return Perplexity(math.exp(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
 
 
@@ -89,20 +100,21 @@ def mean_divergences(
     reference_batches: Sequence[Batch],
     model: StreamedModel,
     streams: Sequence[Sequence[Batch]],
+    first: int = 0,
 ) -> list[float]:
-    """Mean KL(reference || model) over all tokens, in nats, of every stream of batches through the model.
+    """Mean KL(reference || model) in nats of every stream of batches through the model.
 
-    All batches have passed the last block.
+    It is the mean over all positions from `first` on. All batches have passed the last block.
     """
     totals, tokens = [0.0] * len(streams), 0
     with torch.no_grad(), reference.loaded_outer(), model.loaded_outer():
         for batches in zip(reference_batches, *streams, strict=True):
             for expected, *others in zip(*(batch.sequences() for batch in batches), strict=True):
-                p = _log_probabilities(reference, expected)
+                p = _log_probabilities(reference, expected)[:, first:]
                 for i, other in enumerate(others):
-                    q = _log_probabilities(model, other)
+                    q = _log_probabilities(model, other)[:, first:]
                     totals[i] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                tokens += expected.ids.numel()
+                tokens += expected.ids[:, first:].numel()
     return [total / tokens for total in totals]
 
 

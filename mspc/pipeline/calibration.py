@@ -11,6 +11,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.progress import log
 from mspc.settings import SEARCH, Settings, check_reconstruct
+from mspc.text.reading import Reading
 from mspc.text.tokens import Tokens, calibration_tokens
 
 Calibration = str | Path | Sequence[str] | Tensor
@@ -41,19 +42,25 @@ def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings
 def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], Any]) -> tuple[Tokens, Tensor | None]:
     """Calibration tokens, and validation ids (N, T) if plans are to be compared and enough text is left."""
     wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
+    reading = Reading(settings.bos, settings.text_column, settings.text_encoding)
+    begin: tuple[int, ...] = ()
     if isinstance(given, Tensor):
+        reading.check_ids()
         drawn = given
     else:
         source = settings.calibration if given is None or isinstance(given, str | Path) else given
         length = int(settings.sequence_length or 0)
-        tokens = partial(calibration_tokens, tokenizer(), source, sequence_length=length, seed=settings.seed)
+        tokens = partial(
+            calibration_tokens, tokenizer(), source, sequence_length=length, seed=settings.seed, reading=reading
+        )
         try:
-            drawn = tokens(num_sequences=wanted + (more if settings.validates_plans else 0)).ids
+            found = tokens(num_sequences=wanted + (more if settings.validates_plans else 0))
         except InputError:
             if not settings.validates_plans:
                 raise
-            drawn = tokens(num_sequences=wanted).ids
-    calibration, validation = Tokens(drawn[:wanted], settings.calibration), drawn[wanted : wanted + more]
+            found = tokens(num_sequences=wanted)
+        drawn, begin = found.ids, found.begin
+    calibration, validation = Tokens(drawn[:wanted], settings.calibration, begin), drawn[wanted : wanted + more]
     if not settings.validates_plans or len(validation):
         return calibration, validation if settings.validates_plans else None
     if settings.allocator == SEARCH:

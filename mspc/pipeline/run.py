@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError, Stopped
-from mspc.model.hub import choose_device, choose_sequence_length, load_config, load_tokenizer, resolve
+from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
+from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
@@ -75,7 +76,7 @@ class Run:
             raise InputError(f"{self.source} is an mspc artifact already. Compress the original checkpoint instead.")
         if is_sparse_export(self.source):
             raise InputError(f"{self.source} is a sparse export. Compress the original checkpoint instead.")
-        config = load_config(self.source)
+        self.config = config = load_config(self.source)
         if isinstance(self.calibration, str | Path):
             self.recipe = replace(self.recipe, calibration=str(self.calibration))
         elif self.calibration is not None and self.recipe.calibration is not None:
@@ -103,7 +104,14 @@ class Run:
         matrices = model.matrices(settings.skip)
         self.settings = settings = choose_group_size(settings, matrices)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
+        if isinstance(self.calibration, Tensor):
+            check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
+        if tokens.note:
+            log.info(tokens.note)
+        for ids in (tokens.ids, validation):
+            if ids is not None:
+                check_range(ids, self.config.get_text_config().vocab_size, tokens.source)
         with progress.stage("Checking weights", len(checkpoint.shards())) as step:
             digests = {}
             for file, digest in checkpoint.fingerprint():
@@ -159,6 +167,7 @@ class Run:
                 "source": tokens.source,
                 "tokens": tokens.ids.numel(),
                 "sha256": tokens.sha256,
+                "bos": list(tokens.begin),
             },
         }
 
@@ -193,7 +202,7 @@ class Run:
         return plan
 
     def load_tokenizer(self) -> Any:
-        return self.tokenizer or load_tokenizer(self.source)
+        return tokenizer_for(self.config, self.source, self.tokenizer)
 
     def open_model(self, *, eager: bool = False) -> StreamedModel:
         return open_model(self.source, device=self.device, dtype=self.settings.dtype, eager=eager)

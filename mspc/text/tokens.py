@@ -1,10 +1,10 @@
 """Text to tokens: calibration sequences, and windows of the test text for perplexity."""
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.text import builtin as builtin_text
 from mspc.text.builtin import Split
+from mspc.text.files import SUFFIXES, documents_of
+from mspc.text.reading import Beginning, Reading, beginning
+from mspc.text.rows import TEXT, column_of, document_of, sound
 
 HUB_TEXTS = {
     "c4": ("allenai/c4", "en", {"calibration": "train", "test": "validation"}),
@@ -25,15 +28,21 @@ MOST_HUB_DOCUMENTS = 20_000
 """Documents read from the start of a hub dataset, at most."""
 AT_ONCE = 8
 """Number of documents that are tokenized together."""
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+AS_IT_IS = Reading()
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """`ids` (N, T) int64 and the source they came from."""
+    """`ids` (N, T) int64, the source they came from, and the tokens that each sequence begins with."""
 
     ids: Tensor
     source: str
+    begin: tuple[int, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """The beginning of the sequences in words; empty if they have none."""
+        return f"Every window begins with BOS (token {', '.join(map(str, self.begin))})." if self.begin else ""
 
     @property
     def sha256(self) -> str:
@@ -41,36 +50,62 @@ class Tokens:
 
 
 def calibration_tokens(
-    tokenizer: Any, source: str | Sequence[str], num_sequences: int, sequence_length: int, seed: int
+    tokenizer: Any,
+    source: str | Sequence[str],
+    num_sequences: int,
+    sequence_length: int,
+    seed: int,
+    reading: Reading = AS_IT_IS,
 ) -> Tokens:
     """`num_sequences` windows of `sequence_length` tokens from the calibration split of a source.
 
     Documents are visited in a random order that depends on the seed. Each visit takes one window at a random position,
     or all of a shorter document. When every document was visited, further rounds take windows that do not overlap the
     earlier ones. The pieces are concatenated and cut into sequences. So long documents give one window each, short ones
-    are packed, and no text is used twice. Raises InputError when the source holds too little text.
+    are packed, and no text is used twice. Every document and every sequence begins with the BOS token, if there is
+    one. Raises InputError when the source holds too little text.
     """
-    documents = load_documents(source, "calibration")
+    documents = load_documents(source, "calibration", reading, tokenizer)
+    begin = beginning(tokenizer, reading.bos)
+    length = _text_per_window(begin, sequence_length)
     rng = random.Random(seed)
     order = rng.sample(range(len(documents)), len(documents))
-    wanted = num_sequences * sequence_length
     windows: list[list[list[int]]] = []  # for each visited document, the ones not used yet
     stream: list[int] = []
+
+    def is_full() -> bool:
+        if len(stream) < num_sequences * length:
+            return False  # a quick answer, for most documents
+        sequences = begin.cut(stream, sequence_length)
+        return len(sequences) > num_sequences or sum(map(len, sequences)) == num_sequences * sequence_length
+
     for ids in _tokenized(tokenizer, (documents[i] for i in order)):
-        pieces = _windows(ids, sequence_length, rng)
+        pieces = _windows(begin.stripped(ids), length, rng, begin)
         stream += pieces.pop(0)
         windows.append(pieces)
-        if len(stream) >= wanted:
+        if is_full():
             break
-    while len(stream) < wanted and any(windows):
+    while not is_full() and any(windows):
         for pieces in windows:
             stream += pieces.pop(0) if pieces else []
-    if len(stream) < wanted:
+    sequences = begin.cut(stream, sequence_length)[:num_sequences]
+    wanted, found = num_sequences * sequence_length, sum(map(len, sequences))
+    if found < wanted:
         raise InputError(
-            f"Too little text in {name_of(source)!r}: it has {len(stream):,} tokens, and {num_sequences} sequences of "
+            f"Too little text in {name_of(source)!r}: it has {found:,} tokens, and {num_sequences} sequences of "
             f"{sequence_length} need {wanted:,}. Lower --num-sequences or --sequence-length, or give more text."
         )
-    return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), name_of(source))
+    return Tokens(torch.tensor(sequences), name_of(source), begin.wanted)
+
+
+def _text_per_window(begin: Beginning, sequence_length: int) -> int:
+    """The number of tokens of text in a window."""
+    if sequence_length <= len(begin.wanted):
+        raise InputError(
+            f"sequence_length is {sequence_length}, but every window begins with {len(begin.wanted)} tokens that are "
+            "not text. Raise it."
+        )
+    return sequence_length - len(begin.wanted)
 
 
 def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
@@ -80,63 +115,85 @@ def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
         yield from tokenizer(texts, verbose=False)["input_ids"]
 
 
-def _windows(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:
-    """A document cut into pieces of at most `length`, shuffled; a whole window always comes first."""
+def _windows(ids: list[int], length: int, rng: random.Random, begin: Beginning) -> list[list[int]]:
+    """A document cut into pieces of at most `length`, shuffled; a whole window always comes first.
+
+    The piece that the document begins with has the beginning before it.
+    """
     start = rng.randrange(max(len(ids) - length, 0) + 1) % length
     pieces = [ids[i : i + length] for i in range(start, len(ids), length)]
+    if pieces and not start:
+        pieces[0] = begin.before(pieces[0])
     rng.shuffle(pieces)
     pieces.sort(key=lambda piece: len(piece) < length)
-    return [*pieces, ids[:start]] if start else pieces or [[]]
+    return [*pieces, begin.before(ids[:start])] if start else pieces or [[]]
 
 
 def windows_of_test_text(
-    tokenizer: Any, source: str | Sequence[str], sequence_length: int, max_windows: int | None
+    tokenizer: Any,
+    source: str | Sequence[str],
+    sequence_length: int,
+    max_windows: int | None,
+    reading: Reading = AS_IT_IS,
 ) -> Tokens:
     """The test split of a source as non-overlapping windows (N, T) of one stream; the rest is dropped.
 
-    The documents are joined by blank lines and tokenized as one text, so a BOS can be at the very start only.
+    The documents are joined by blank lines and tokenized as one text. Every window begins with the BOS token, if there
+    is one, and the rest of it is text.
     """
-    text = "\n\n".join(load_documents(source, "test"))
+    text = "\n\n".join(load_documents(source, "test", reading, tokenizer))
+    begin = beginning(tokenizer, reading.bos)
+    _text_per_window(begin, sequence_length)
     most = None if max_windows is None else max_windows * sequence_length
-    ids = torch.tensor(_first_tokens(tokenizer, text, most))
-    windows = min(len(ids) // sequence_length, max_windows or len(ids))
-    if windows < 1:
+    stream = _first_tokens(tokenizer, text, most, special=not begin.added)
+    windows = [window for window in begin.cut(stream, sequence_length) if len(window) == sequence_length]
+    if not windows:
         raise InputError(
-            f"Too little text in {name_of(source)!r}: {len(ids):,} tokens do not fill one window of {sequence_length}. "
-            "Lower --sequence-length or give more text."
+            f"Too little text in {name_of(source)!r}: {len(begin.wanted) + len(stream):,} tokens do not fill one "
+            f"window of {sequence_length}. Lower --sequence-length or give more text."
         )
-    return Tokens(ids[: windows * sequence_length].view(windows, sequence_length), name_of(source))
+    return Tokens(torch.tensor(windows[:max_windows]), name_of(source), begin.wanted)
 
 
-def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
-    """The tokens of a text, or at least its first `most`, which are read from a prefix with about twice as many."""
-    if most is None:
-        return list(tokenizer(text, verbose=False)["input_ids"])
-    characters = 16 * most
+def _first_tokens(tokenizer: Any, text: str, most: int | None, special: bool) -> list[int]:
+    """The tokens of a text, or at least its first `most`, which are read from a prefix with about twice as many.
+
+    Without `special`, those that the tokenizer puts around a text are left out.
+    """
+    options = {"verbose": False} if special else {"verbose": False, "add_special_tokens": False}
+    characters = len(text) if most is None else 16 * most
     while True:
-        ids = list(tokenizer(text[:characters], verbose=False)["input_ids"])
-        if characters >= len(text) or len(ids) >= 2 * most:
+        ids = list(tokenizer(text[:characters], **options)["input_ids"])
+        if characters >= len(text) or len(ids) >= 2 * int(most or 0):
             return ids
         characters *= 2
 
 
-def load_documents(source: str | Sequence[str], split: Split) -> list[str]:
-    """The documents of `builtin`, `c4`, `wikitext2`, a local file or folder, or a dataset on the hub; a list is one."""
+def load_documents(
+    source: str | Sequence[str], split: Split, reading: Reading = AS_IT_IS, tokenizer: Any = None
+) -> list[str]:
+    """The documents of `builtin`, `c4`, `wikitext2`, a local file or folder, or a dataset on the hub; a list is one.
+
+    The tokenizer is needed for chats, which its chat template writes out.
+    """
+    path = Path(source) if isinstance(source, str) else None
+    if path is None or source == "builtin":
+        reading.check_columns(False, name_of(source))
+    if path is None or not path.exists():
+        reading.check_encodings(False, name_of(source))
     if not isinstance(source, str):
         return _given(source)
     if source == "builtin":
         return builtin_text.documents(split)
-    path = Path(source)
     if not source:
         raise InputError("The name of the text is empty. Give builtin, a file or folder, or a dataset id.")
+    assert path is not None
     if path.exists():
-        documents = [text for file in _text_files(path) for text in _read_file(file) if text.strip()]
-    elif source in HUB_TEXTS:
-        documents = _hub_documents(source, split)
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
+        documents = documents_of(path, reading, tokenizer)
+    elif source not in HUB_TEXTS and (path.suffix in SUFFIXES or source.startswith((".", "/", "~"))):
         raise InputError(f"Text {source!r} does not exist (looked for {path.absolute()}).")
     else:
-        documents = _hub_documents(source, split)
+        documents = _hub_documents(source, split, reading, tokenizer)
     if not documents:
         raise InputError(f"Text {source!r} is empty.")
     return documents
@@ -146,6 +203,7 @@ def _given(documents: Sequence[str]) -> list[str]:
     for number, document in enumerate(documents):
         if not isinstance(document, str):
             raise InputError(f"Document {number} of the text is a {type(document).__name__}. Give strings.")
+        sound(document, partial("Document {} of the text".format, number))
     if not any(document.strip() for document in documents):
         raise InputError("The list of documents holds no text.")
     return [document for document in documents if document.strip()]
@@ -156,60 +214,7 @@ def name_of(source: str | Sequence[str]) -> str:
     return source if isinstance(source, str) else f"a list of {len(source)} documents"
 
 
-def _text_files(path: Path) -> list[Path]:
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not files:
-            raise InputError(f"Folder {path} holds no text: give {', '.join(SUFFIXES)} files.")
-    for file in files:
-        if file.suffix not in SUFFIXES:
-            raise InputError(f"{file}: text must be one of {', '.join(SUFFIXES)}.")
-    return files
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        match path.suffix:
-            case ".txt":
-                return [path.read_text(encoding="utf-8")]
-            case ".jsonl":
-                return list(_read_jsonl(path))
-            case _:
-                return _read_parquet(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: expected a JSON object with a `text` field.") from error
-            if not isinstance(text, str):
-                raise InputError(f"{path}, line {number}: the `text` field is not a string.")
-            yield text
-
-
-def _read_parquet(path: Path) -> list[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(
-            f"Reading {path} needs pyarrow: the extra parquet of mspc (pip install '.[parquet]' in its folder)."
-        ) from error
-    try:
-        column = pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null()
-        return list(column.cast(pyarrow.string()).to_pylist())
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise InputError(f"{path} cannot be read as parquet with a `text` column: {error}.") from error
-
-
-def _hub_documents(source: str, split: Split) -> list[str]:
+def _hub_documents(source: str, split: Split, reading: Reading, tokenizer: Any) -> list[str]:
     nothing_here = f"Text {source!r} is not a file or folder here ({Path(source).absolute()})"
     try:
         import datasets
@@ -221,9 +226,11 @@ def _hub_documents(source: str, split: Split) -> list[str]:
     name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "test": "test"}))
     try:
         rows: Sequence[Any] = datasets.load_dataset(name, configuration, split=splits[split], streaming=True)
-        texts = [row["text"] for row, _ in zip(rows, range(MOST_HUB_DOCUMENTS), strict=False)]
-    except KeyError as error:
-        raise InputError(f"Dataset {name!r} has no `text` column.") from error
+        texts = [
+            _of_hub_row(row, n, name, reading, tokenizer) for n, row in enumerate(islice(rows, MOST_HUB_DOCUMENTS))
+        ]
+    except InputError:
+        raise
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         raise InputError(
             f"{nothing_here} and could not be loaded from the hub as {name!r} ({error}). Check the name, or use "
@@ -231,3 +238,14 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         ) from error
     # WikiText has a row per line, and all rows are one document.
     return ["\n\n".join(texts)] if source == "wikitext2" else texts
+
+
+def _of_hub_row(row: Any, number: int, dataset: str, reading: Reading, tokenizer: Any) -> str:
+    column = column_of(row, reading.column)
+    if column is None:
+        raise InputError(
+            f"Dataset {dataset!r} has no `{reading.column or TEXT}` column, but {', '.join(map(str, row))}. Name one "
+            "with --text-column."
+        )
+    where = partial("Dataset {!r}, row {}".format, dataset, number)
+    return "" if row[column] is None else document_of(row[column], column, tokenizer, where)
