@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,20 @@ def test_messages_go_through_logging(llama, calibration, tmp_path, caplog, capsy
 
 
 # Artifacts
+
+
+def test_a_flipped_byte_of_an_artifact_is_noticed(artifact, test_text, tmp_path):
+    folder = shutil.copytree(artifact.path, tmp_path / "copy")
+    file = next(folder.glob("unchanged/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    for work in (
+        lambda: mspc.load(folder, device="cpu"),
+        lambda: mspc.evaluate(folder, test_text, sequence_length=32, progress=False),
+        lambda: mspc.evaluate(artifact, test_text, sequence_length=32, against=folder, progress=False),
+    ):
+        with pytest.raises(mspc.InputError, match=f"{file.name} is damaged"):
+            work()
+    mspc.load(folder, device="cpu", check=False)
 
 
 def test_an_artifact_is_made_of_a_string_and_reads_its_manifest_once(artifact):

@@ -503,4 +503,4 @@ def test_load_names_what_it_cannot_read(pruned, tmp_path):
     tensors = load_file(artifact / file)
     save_file(tensors | {f"{name}.mask": tensors[f"{name}.mask"][1:].clone()}, artifact / file)
     with pytest.raises(InputError, match=f"{name}: its mask are torch.uint8"):
-        mspc.load(artifact)
+        mspc.load(artifact, check=False)

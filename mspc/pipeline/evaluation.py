@@ -13,6 +13,8 @@ from mspc.model.vocabulary import check_range, tokenizer_for
 from mspc.passes import perplexity
 from mspc.progress import Progress, log
 from mspc.settings import DTYPES
+from mspc.storage.artifact import ArtifactSource
+from mspc.storage.manifest import is_artifact
 from mspc.text.given import check_ids
 from mspc.text.reading import Reading
 from mspc.text.tokens import Tokens, windows_of_test_text
@@ -36,10 +38,12 @@ def evaluate_folder(
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     folder = resolve(str(path))
+    _check_artifact(folder)
     windows = test_windows(text, reading, tokenizer, folder, load_config(folder), sequence_length, max_windows)
     model = open_model(folder, device=choose_device(device), dtype=dtype)
     reference = None
     if against is not None:
+        _check_artifact(resolve(str(against)))
         reference = open_model(resolve(str(against)), device=model.device, dtype=dtype)
         if (len(reference.blocks), reference.config.vocab_size) != (len(model.blocks), model.config.vocab_size):
             raise InputError(f"{path} and {against} differ in blocks or vocabulary, so they cannot be compared.")
@@ -49,6 +53,11 @@ def evaluate_folder(
                 return result
             step()
     raise AssertionError("a measurement ends with its result")
+
+
+def _check_artifact(folder: Path) -> None:
+    if is_artifact(folder):
+        ArtifactSource(folder).check_files()
 
 
 def evaluate_module(

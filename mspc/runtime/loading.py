@@ -42,6 +42,7 @@ def load(
     *,
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
+    check: bool = True,
 ) -> PreTrainedModel:
     """The model of an artifact, a sparse or dense export, or a checkpoint, in eval mode and without gradients.
 
@@ -55,21 +56,17 @@ def load(
     `prefill="cusparselt"` multiplies many tokens by 16-bit matrices of 2:4 on the sparse tensor cores of a CUDA device,
     from a copy of 9 bits a weight. auto makes no copy, and expands the weight.
 
+    An artifact's files are compared with the digests in its manifest, at the speed of sha256. `check=False` omits that.
+
     Raises InputError, naming the matrix, for files that are damaged or do not belong together. Raises it too for a
     device or a model that `prefill` does not fit.
     """
-    if prefill not in PREFILLS:
-        raise unknown("prefill", prefill, PREFILLS)
     if device != "auto" and device_map is not None:
         raise InputError(f"load: device={device!r} and device_map={device_map!r} both place the model. Give only one.")
     path = getattr(path, "path", path)  # of an Artifact
     folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
-    if prefill == "cusparselt" and (reason := cusparselt.missing(main_device)):
-        raise InputError(
-            f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, but "
-            f"{reason}. Leave prefill out, or choose another device."
-        )
-    model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
+    _check_prefill(prefill, main_device)
+    model_class, source = _artifact(folder, check) if is_artifact(folder) else _checkpoint(folder)
     chosen = _choose_dtype(dtype, main_device, folder)
     try:
         with without_progress():
@@ -93,6 +90,16 @@ def load(
     if prefill == "cusparselt":
         _use_cusparselt(model, folder)
     return model
+
+
+def _check_prefill(prefill: str, device: torch.device) -> None:
+    if prefill not in PREFILLS:
+        raise unknown("prefill", prefill, PREFILLS)
+    if prefill == "cusparselt" and (reason := cusparselt.missing(device)):
+        raise InputError(
+            f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, but "
+            f"{reason}. Leave prefill out, or choose another device."
+        )
 
 
 def _device_of(device_map: str | dict[str, Any] | None) -> str | None:
@@ -125,9 +132,11 @@ def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
     return AutoModelForCausalLM, {"pretrained_model_name_or_path": folder, "use_safetensors": True}
 
 
-def _artifact(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
     """The class of the model of an artifact, its config and its tensors, named as those of a sparse export."""
     source = ArtifactSource(folder)
+    if check:
+        source.check_files()
     quantization = quantization_config(source.whole.values())
     tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - source.whole.keys())))
     for key, entry in source.whole.items():
