@@ -20,11 +20,10 @@ from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress
 from mspc.recipe import Recipe
 from mspc.runtime.loading import load
+from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling
 from mspc.types import PlannedMatrix
-
-EXPORTS = "exports"
 
 ProgressLike = bool | Callable[[Event], object] | Progress
 """True: a progress bar on stderr. A callable gets an `Event` after each step; one that returns False stops the run."""

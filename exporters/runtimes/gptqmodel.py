@@ -16,5 +16,7 @@ from exporters.runtimes.transformers import runner_of
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:
     # Without a dtype it takes bfloat16 on a CPU, whatever the config says; its portable kernel takes every shape.
-    loaded = GPTQModel.load(str(folder), device="cpu", backend="gptq_torch", dtype=torch.float16)
+    loaded = GPTQModel.load(
+        str(folder), device="cpu", backend="gptq_torch", dtype=torch.float16, trust_remote_code=False
+    )
     return runner_of(loaded.model, version("gptqmodel"), HALF)

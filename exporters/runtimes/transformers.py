@@ -38,7 +38,7 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
         settings["gguf_file"] = "model.gguf"
     with without_progress():  # `verify` shows its own
-        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if manifest.format == "gptq" else FLOAT32)
 
 

@@ -217,7 +217,9 @@ def _hub_documents(source: str, split: Split) -> list[str]:
         ) from error
     name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "test": "test"}))
     try:
-        rows: Sequence[Any] = datasets.load_dataset(name, configuration, split=splits[split], streaming=True)
+        rows: Sequence[Any] = datasets.load_dataset(
+            name, configuration, split=splits[split], streaming=True, trust_remote_code=False
+        )
         texts = [row["text"] for row, _ in zip(rows, range(MOST_HUB_DOCUMENTS), strict=False)]
     except KeyError as error:
         raise InputError(f"Dataset {name!r} has no `text` column.") from error
