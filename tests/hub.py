@@ -1,4 +1,4 @@
-"""A hub on this machine: one repository, served to the real client over HTTP, which counts what is downloaded."""
+"""A hub on this machine: repositories served to the real client over HTTP, with a count of what it downloads."""
 
 import hashlib
 import json
@@ -11,34 +11,35 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-REPOSITORY, COMMIT = "someone/a-model", "0123456789abcdef" * 2 + "01234567"
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 @contextmanager
 def served(folder: Path, seconds: float = 0) -> Iterator[tuple[str, Counter[str]]]:
-    """`(address, downloads of each file)`; a download takes `seconds`."""
+    """`(address, downloads by OWNER/NAME/FILE)` of a folder of OWNER/NAME; a download takes `seconds`."""
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     downloads: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            _, found, file = path.partition(f"/{REPOSITORY}/resolve/{COMMIT}/")
-            if found and file in files:
+            path = unquote(urlsplit(self.path).path).removeprefix("/")
+            file = path.replace(f"/resolve/{COMMIT}/", "/")
+            if file != path and file in files:
                 if self.command == "GET":
                     downloads[file] += 1
                     time.sleep(seconds)
                 etag = hashlib.sha256(files[file]).hexdigest()
                 self.answer(files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-            elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
+            elif path.startswith("api/models/"):
+                owner, name, *rest = path.removeprefix("api/models/").split("/")
+                inside = {f.split("/", 2)[2]: data for f, data in files.items() if f.startswith(f"{owner}/{name}/")}
+                siblings = [{"rfilename": file} for file in inside]
                 tree = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in files.items()
+                    {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for file, data in inside.items()
                 ]
-                self.answer(json.dumps(tree).encode())
-            elif path.startswith(f"/api/models/{REPOSITORY}"):
-                siblings = [{"rfilename": name} for name in files]
-                self.answer(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode())
+                info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}
+                self.answer(json.dumps(tree if rest[:1] == ["tree"] else info).encode())
             else:
                 self.answer(b"{}", {"X-Error-Code": "EntryNotFound"}, status=404)
 

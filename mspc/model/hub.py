@@ -65,7 +65,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
-        raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
+        raise InputError(f"{folder}: its config.json cannot be used ({_in_words(error)}).") from error
     if getattr(config, "quantization_config", None):
         if not is_sparse_export(folder):
             method = config.quantization_config["quant_method"]
@@ -81,7 +81,14 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # missing files, unknown classes, damaged JSON
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({_in_words(error)}).") from error
+
+
+def _in_words(error: Exception) -> str:
+    """The message of transformers, unless it advises to run code of the checkpoint."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of the checkpoint, which mspc never runs; give one whose classes are in transformers"
+    return str(error)
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
