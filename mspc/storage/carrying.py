@@ -62,7 +62,8 @@ WEIGHTS = [
     *(f"*.{suffix}.*" for suffix in ("safetensors", "gguf", "ggml", "onnx")),
     *(f"*{title}*.{suffix}{ending}" for title in _TITLES for suffix in ("bin", "pkl", "pickle", "npz", "dat", "pb")
       for ending in _ENDINGS),
-    *("*.index.json", "*.index.*.json", "*.onnx_data_*", "*.data-[0-9]*-of-[0-9]*", "*variables.index"),
+    *("*.index.json", "*.index.*.json", "*.ckpt*.index", "*.ckpt*.meta", "*variables.index", "*.data-[0-9]*-of-[0-9]*"),
+    "*.onnx_data_*",
     *_anywhere("openvino*model*.xml", "consolidated.*"),
 ]  # fmt: skip
 """Weights and their indexes, with what backups and downloads append to names."""
@@ -120,17 +121,21 @@ def carry(source: Path, out: Path, read: Iterable[str] = ()) -> None:
 def _walk(folder: Path, out: Path, prefix: str, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, Path | None]]:
     """`(name, file)` in order, through links too; None in place of the file for what cannot be copied.
 
-    A folder that does not belong is one name with `/` at its end, as is a link to a folder above it.
+    A folder that does not belong is one name with `/` at its end, as is a link to a folder that it is in.
     """
     above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
         name = prefix + path.name
         if not path.is_dir():
             yield name, path if path.is_file() else None
-        elif path.resolve() in (out, *above) or _is_output(path) or not belongs(f"{name}/x"):
+        elif not belongs(f"{name}/x") or path.resolve() == out or _is_output(path) or _leads_up(path, above):
             yield f"{name}/", None
         else:
             yield from _walk(path, out, f"{name}/", above)
+
+
+def _leads_up(folder: Path, above: Iterable[Path]) -> bool:
+    return any(other.is_relative_to(folder.resolve()) for other in above)
 
 
 def _is_output(folder: Path) -> bool:
