@@ -117,6 +117,7 @@ def test_code_of_a_checkpoint_is_not_run(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the loaders' own
 def test_code_is_not_run_in_the_runtimes_of_packed_weights(calibration, tmp_path, answers):
     """GPTQModel and the model builder of ONNX Runtime GenAI load by the same names."""
     pytest.importorskip("gptqmodel")

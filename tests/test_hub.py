@@ -60,7 +60,7 @@ def result(process: subprocess.Popen[str]) -> dict[str, list[str] | str]:
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory) -> tuple[list[dict[str, list[str] | str]], Counter[str], str, Path]:
-    """What two processes at once found, all downloads, the address of the hub, which is gone, and the cache."""
+    """The results of two processes at once, all downloads, the address of the hub, which is gone, and the cache."""
     folder, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     for name, (wanted, others) in REPOSITORIES.items():
         for file in [*wanted, *others]:
