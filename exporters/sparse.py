@@ -21,7 +21,7 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.storage.sparse_export import base_of, quantization_config
 from mspc.types import PlannedMatrix
 
-README, README_NEXT_TO_ANOTHER = "README.md", "README.mspc.md"
+README, README_NEXT_TO_ANOTHER = "README.md", "README.sparse.md"
 """The second is written if the model has a README of its own."""
 README_TEXT = """# A sparse checkpoint of mspc
 

@@ -24,6 +24,7 @@ from transformers import (
 
 import mspc
 from exporters.formats import FORMATS
+from mspc.errors import InputError
 from mspc.storage.carrying import belongs, carry
 from mspc.storage.checkpoint import INDEX
 from mspc.storage.config_json import corrected, with_dtype
@@ -133,7 +134,7 @@ def test_all_files_that_belong_are_in_the_artifact_and_in_each_export(name, awkw
     before, after = carried(awkward), carried(export_of(name))
     assert set(TRAVEL) <= before.keys()
     assert {file: after.get(file) for file in before} == before
-    added = {"sparse": {"README.mspc.md"}}
+    added = {"sparse": {"README.sparse.md"}}
     assert after.keys() - before.keys() <= added.get(name, set())
     here = files_of(export_of(name)).keys()
     of_mspc = {"quantize_config.json"} if name == "gptq" else {"genai_config.json"} if name == "onnx" else set()
@@ -239,6 +240,23 @@ def test_links_are_followed(tmp_path, caplog):
     assert found == ["gone.json", "sub/again/", "up/"]
 
 
+@pytest.mark.parametrize("part", ["sub", "sub/LICENSE"])
+def test_what_cannot_be_read_is_named(part, tmp_path, monkeypatch):
+    """Oracle: the system refuses, as it does to other users."""
+
+    def refused(self: Path, *args: object, **options: object) -> object:
+        if self == tmp_path / "a" / part:
+            raise PermissionError(13, "Permission denied")
+        return original(self, *args, **options)
+
+    fill(tmp_path / "a", "sub/LICENSE")
+    name = "iterdir" if part == "sub" else "open"
+    original = getattr(Path, name)
+    monkeypatch.setattr(Path, name, refused)
+    with pytest.raises(InputError, match=f"{part} cannot be read .*Permission denied.*Make it readable"):
+        carry(tmp_path / "a", tmp_path / "out")
+
+
 def test_outputs_inside_the_folder_do_not_travel(llama, calibration, tmp_path, caplog):
     """The output may be in the folder of the model, as may older artifacts and exports."""
     source = Path(shutil.copytree(llama, tmp_path / "model"))
@@ -323,7 +341,7 @@ def test_code_of_the_model_loads_if_it_is_there(is_there, format_name, llama, ca
         ({"AutoConfig": "here.A", "AutoModel": "gone.B"}, {"AutoConfig": "here.A"}),
         ({"AutoTokenizer": ["gone.A", "gone.B"]}, None),
         ({"AutoImageProcessor": {"pil": "here.A", "torchvision": "gone.B"}}, {"AutoImageProcessor": {"pil": "here.A"}}),
-        ({"AutoConfig": "../here.A"}, None),
+        ({"AutoConfig": "../here.A", "AutoModel": "/here.A", "AutoTokenizer": "here\0.A"}, None),
         (7, None),
         ({}, None),
     ],
@@ -390,3 +408,11 @@ def test_exports_name_the_dtype_of_their_weights(name, export_of):
     assert AutoConfig.from_pretrained(out).dtype == expected
     if name not in ("onnx", "gguf"):
         assert tiny.tensors(out)["model.embed_tokens.weight"].dtype == expected
+
+
+def test_a_name_too_long_for_a_file_is_not_there(tmp_path):
+    fill(tmp_path / "a", "here.py")
+    named = {"AutoConfig": f"{'n' * 300}.A", "AutoModel": "here.A"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps({"auto_map": named}))
+    carry(tmp_path / "a", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"auto_map": {"AutoModel": "here.A"}}

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mspc.errors import InputError
 from mspc.progress import log
 from mspc.storage.artifact import EXPORTS, MATRICES, MEASUREMENTS, PLAN, RECIPE, REFERENCE, REPORT, UNCHANGED
 from mspc.storage.checkpoint import INDEX
@@ -45,18 +46,8 @@ _SUFFIXES = (
 )  # fmt: skip
 _ENDINGS = ("", "~", ".bak", ".backup", ".old", ".orig", ".tmp", ".part*", ".[0-9]*", ".gz", ".xz", ".zst", ".zip")
 _TITLES = (
-    "model",
-    "weight",
-    "adapter",
-    "lora",
-    "optim",
-    "schedul",
-    "scaler",
-    "training_args",
-    "state",
-    "ggml",
-    "param",
-)
+    "model", "weight", "adapter", "lora", "optim", "schedul", "scaler", "training_args", "state", "ggml", "param",
+)  # fmt: skip
 WEIGHTS = [
     *(f"*.{suffix}{ending}" for suffix in _SUFFIXES for ending in _ENDINGS),
     *(f"*.{suffix}.*" for suffix in ("safetensors", "gguf", "ggml", "onnx")),
@@ -124,7 +115,11 @@ def _walk(folder: Path, out: Path, prefix: str, above: tuple[Path, ...] = ()) ->
     A folder that does not belong is one name with `/` at its end, as is a link to a folder that it is in.
     """
     above = (*above, folder.resolve())
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error}). Make it readable, or remove it.") from error
+    for path in paths:
         name = prefix + path.name
         if not path.is_dir():
             yield name, path if path.is_file() else None
@@ -144,8 +139,11 @@ def _is_output(folder: Path) -> bool:
 
 def _holds_weights(path: Path) -> bool:
     """Tell by the first bytes, whatever the name, if a file is safetensors, a pickle of torch, GGUF, GGML or HDF5."""
-    with path.open("rb") as file:
-        head = file.read(128)
+    try:
+        with path.open("rb") as file:
+            head = file.read(128)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}). Make it readable, or remove it.") from error
     if head.startswith(HEADS) or (head.startswith(b"PK\x03\x04") and b"/data.pkl" in head):
         return True
     return head[8:10] == b'{"' and int.from_bytes(head[:8], "little") + 8 <= path.stat().st_size
@@ -157,7 +155,7 @@ def _corrected_config(path: Path, name: str, source: Path) -> dict[str, Any] | N
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(config, dict):
         return None
@@ -167,7 +165,10 @@ def _corrected_config(path: Path, name: str, source: Path) -> dict[str, Any] | N
 
 def is_carried(folder: Path, name: str) -> bool:
     """Tell if a folder has a file of this name, which belongs to the model."""
-    return belongs(name) and (folder / name).is_file()
+    try:
+        return belongs(name) and (folder / name).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _printable(name: str) -> str:

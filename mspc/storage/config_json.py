@@ -55,8 +55,9 @@ def _is_second_spelling(key: str, config: Config) -> bool:
 def _existing(value: Any, is_there: Callable[[str], bool]) -> Any:
     """The classes whose files are there, in the same form, or None where no file is."""
     if isinstance(value, str):
-        file = value.rpartition(".")[0].replace(".", "/")
-        return value if file and "--" not in value and is_there(f"{file}.py") else None
+        *modules, name = value.split(".")  # the name of another repository is no identifier
+        are_names = bool(modules) and all(part.isidentifier() for part in (*modules, name))
+        return value if are_names and is_there("/".join(modules) + ".py") else None
     if isinstance(value, list):
         kept = [_existing(part, is_there) for part in value]
         return kept if any(part is not None for part in kept) else None
