@@ -53,6 +53,7 @@ KINDS: dict[str, tuple[dict[str, dict[str, object]], str]] = {
     "a type that transformers knows": ({"config.json": {"auto_map": CLASSES}}, ""),
     "a known type and another repository": ({"config.json": {"auto_map": ELSEWHERE}}, ""),
     "a tokenizer that transformers knows": ({"tokenizer_config.json": {"auto_map": TOKENIZER}}, ""),
+    "kernels of the hub": ({"config.json": {"attn_implementation": "someone/kernel"}}, ""),
     "its own way to generate": ({"generation_config.json": {"custom_generate": "."}}, ""),
 }  # fmt: skip
 
@@ -123,6 +124,8 @@ def test_code_is_not_run_in_the_runtimes_of_packed_weights(calibration, tmp_path
     pytest.importorskip("gptqmodel")
     source = tiny.build(tmp_path / "source", "llama", hidden_size=64)
     model, mark = with_code(source, tmp_path, "a type that transformers knows")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
     exports = ["gptq", "compressed-tensors"]
     tiny.compress(model, tmp_path / "out", calibration, exports=exports, bits=4, group_size=32, allocator="uniform")
     assert answers == []

@@ -30,6 +30,7 @@ def link_without_code(folder: Path, out: Path) -> None:
     """Fill a folder with links to the files of an export, but for code: GPTQModel 7.6 runs it although it must not."""
     for path in folder.iterdir():
         if path.name.endswith("config.json"):
-            write_json(out / path.name, corrected(json.loads(path.read_text(encoding="utf-8")), lambda file: False))
+            config = corrected(json.loads(path.read_text(encoding="utf-8")), lambda file: False)
+            write_json(out / path.name, {key: value for key, value in config.items() if key != "attn_implementation"})
         elif path.is_file() and path.suffix != ".py":
             (out / path.name).symlink_to(path.resolve())
