@@ -184,9 +184,9 @@ def test_one_line_says_what_is_left_out(tmp_path, caplog):
     found = left_out(tmp_path / "a", tmp_path / "out", caplog, read=["model.safetensors"])
     assert found == [".git/", "b/c.pt", "plan.json", "pytorch_model.bin", "x?y.gguf"]
     assert sorted(files_of(tmp_path / "out")) == ["LICENSE", "config.json"]
-    fill(tmp_path / "a", *(f"{number:02}.pt" for number in range(20)))
+    fill(tmp_path / "a", *(f"{number:02}.pt" for number in range(40)))
     found = left_out(tmp_path / "a", tmp_path / "out", caplog)
-    assert found[-2:] == ["06.pt", "18 more"]
+    assert found[-2:] == ["28.pt", "16 more"]
 
 
 def test_nothing_is_said_where_nothing_is_left_out(llama, artifact, tmp_path, caplog):
@@ -376,6 +376,7 @@ def dtypes(config: dict[str, Any], folder: Path) -> list[torch.dtype | None]:
         {"torch_dtype": "bfloat16"},
         {"torch_dtype": "float32", "dtype": "bfloat16"},
         {"torch_dtype": "bfloat16", "dtype": None},
+        {"torch_dtype": None, "dtype": None},
     ],
     ids=str,
 )

@@ -45,7 +45,12 @@ print(json.dumps(found))
 
 
 def resolving(cache: Path, address: str, names: list[str], **environment: str) -> subprocess.Popen[str]:
-    variables = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    variables = {
+        "HF_ENDPOINT": address,
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     environment = os.environ | variables | {"HF_HUB_OFFLINE": "0"} | environment
     command = [sys.executable, "-c", RESOLVE, *names]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -76,7 +76,8 @@ NEVER = [*OWN, *HIDDEN, *CACHES, *LEFTOVERS]
 LEFT_OUT = [*NEVER, *WEIGHTS]
 HEADS = (b"GGUF", b"\x89HDF\r\n", b"lmgg", b"fmgg", b"tjgg", b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
 """First bytes of GGUF, HDF5, three kinds of GGML, and pickles of torch before 1.6."""
-SHOWN = 8
+SHOWN = 30
+"""Names in the message at most; checkpoints with hundreds of shards exist."""
 
 
 def belongs(name: str) -> bool:

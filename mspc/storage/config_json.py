@@ -47,9 +47,10 @@ def _with_dtype(config: Config, dtype: str) -> Config:
 
 def _is_second_spelling(key: str, config: Config) -> bool:
     """Tell if the dtype is there as `dtype` too, which transformers prefers unless it is null."""
-    if key == "torch_dtype":
-        return config.get("dtype") is not None
-    return key == "dtype" and config["dtype"] is None and config.get("torch_dtype") is not None
+    if not {"dtype", "torch_dtype"} <= config.keys():
+        return False
+    prefers_old = config["dtype"] is None and config["torch_dtype"] is not None
+    return key == ("dtype" if prefers_old else "torch_dtype")
 
 
 def _existing(value: Any, is_there: Callable[[str], bool]) -> Any:
