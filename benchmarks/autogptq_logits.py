@@ -27,6 +27,7 @@ def run(folder: Path, prompt_length: int, out: Path) -> str:
         use_triton=False,
         disable_exllama=True,
         disable_exllamav2=True,
+        trust_remote_code=False,
     )
     model = loaded.model.eval()
     sequence = ids[:1, :prompt_length]

@@ -38,7 +38,7 @@ def write_model(folder: Path, blocks: int) -> Path:
     config.num_hidden_layers = blocks
     config.vocab_size = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((TOKENIZER / file).read_bytes())
     return folder

@@ -46,8 +46,8 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     times.append(time.monotonic())
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     ids = load_file(args.tokens)["ids"]
     dataset = Dataset.from_dict({"input_ids": ids.tolist()})
     recipe = SparseGPTModifier(
@@ -74,7 +74,8 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
     times.append(time.monotonic())
     cpu = time.process_time() - cpu
     dtype = str(model.dtype).removeprefix("torch.")
-    model.to(AutoConfig.from_pretrained(args.model).dtype).save_pretrained(args.out, save_compressed=False)
+    dtype = AutoConfig.from_pretrained(args.model, trust_remote_code=False).dtype
+    model.to(dtype).save_pretrained(args.out, save_compressed=False)
     tokenizer.save_pretrained(args.out)
     times.append(time.monotonic())
     names = ("import_seconds", "load_seconds", "seconds", "save_seconds")

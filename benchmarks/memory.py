@@ -38,7 +38,7 @@ CONFIG = LlamaConfig(
 def write_model(folder: Path) -> None:
     """Write one shard per layer, so that writing needs the memory of one layer."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG)
+        model = AutoModelForCausalLM.from_config(CONFIG, trust_remote_code=False)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():

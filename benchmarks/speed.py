@@ -115,7 +115,7 @@ def write_random(size: str, folder: Path) -> None:
     torch.manual_seed(SEED)
     vocabulary = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, dtype="bfloat16", **RANDOM[size])
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / file, folder / file)
 
@@ -302,7 +302,8 @@ def write_result(
 
 def on_meta(folder: Path) -> torch.nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def benchmark(args: argparse.Namespace, python: Path, model: Model, work: Path) -> list[str]:

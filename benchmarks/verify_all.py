@@ -63,7 +63,7 @@ def model_folder(name: str, work: Path) -> Path:
         torch.manual_seed(0)
         vocabulary = json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
         config = AutoConfig.for_model(name, vocab_size=vocabulary, initializer_range=0.1, **MODELS[name])
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(BUNDLED / file, folder / file)
     return folder
@@ -115,7 +115,7 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
 
 def texts_of(runtimes: dict[str, dict[str, object]]) -> dict[str, str]:
     """Text that each runtime wrote after the same prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED, trust_remote_code=False)
     verified = {name: result for name, result in runtimes.items() if "greedy_tokens" in result}
     return {name: tokenizer.decode(result["greedy_tokens"]) for name, result in verified.items()}
 

@@ -24,8 +24,8 @@ MODEL = Path(arguments[1] if len(arguments) > 1 else "examples/tiny_llama")
 # `progress` may be a function: here it keeps the error of each matrix, and returning False would stop the run.
 
 # %%
-model = AutoModelForCausalLM.from_pretrained(MODEL)
-tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
 errors: dict[str, float] = {}
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from exporters.folder import copy_configs, read_config, write_shards
+from exporters.folder import read_config, write_shards
 from exporters.packed import check_packed, grids_of, model_names, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_quantized
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import carry
 from mspc.storage.files import write_json
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import Codes, Grid, PlannedMatrix
@@ -55,7 +56,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
                 dense.append(name.removesuffix(".weight"))
             yield name, tensor
 
-    copy_configs(artifact, out)
+    carry(artifact.folder, out)
     write_shards(artifact, out, tensors_of, step)
     quantization = quantization_config(artifact.entries, dense)
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})

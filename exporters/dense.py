@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.folder import copy_configs, read_config, write_shards
+from exporters.folder import read_config, write_shards
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import carry
 from mspc.storage.files import write_json
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import PlannedMatrix
@@ -27,6 +28,6 @@ def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    copy_configs(artifact, out)
+    carry(artifact.folder, out)
     write_json(out / "config.json", read_config(artifact))
     write_shards(artifact, out, lambda key: artifact.read([key]), step)

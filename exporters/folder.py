@@ -1,7 +1,6 @@
-"""Exports that are Hugging Face folders: configs and tokenizer are copied, weights are written in shards."""
+"""Exports that are Hugging Face folders: what belongs to the model is copied, weights are written in shards."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,17 +10,10 @@ from torch import Tensor
 
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import is_carried
 from mspc.storage.checkpoint import INDEX
-from mspc.storage.files import write_atomically, write_json, write_tensors
-
-PRIVATE = ("mspc.json", "plan.json", "recipe.toml", "config.json")
-
-
-def copy_configs(artifact: ArtifactSource, out: Path) -> None:
-    """Tokenizer, generation config and the like, but for config.json, which every format changes."""
-    for path in sorted(artifact.folder.iterdir()):
-        if path.is_file() and path.name not in PRIVATE:
-            write_atomically(out / path.name, partial(shutil.copyfile, path))
+from mspc.storage.config_json import corrected
+from mspc.storage.files import write_json, write_tensors
 
 
 def read_config(artifact: ArtifactSource) -> dict[str, Any]:
@@ -30,8 +22,8 @@ def read_config(artifact: ArtifactSource) -> dict[str, Any]:
     Readers of `quantization_config` and `sparsity_config` would expect packed tensors, and vLLM refuses a model whose
     `sparsity_config` names targets.
     """
-    config: dict[str, Any] = json.loads((artifact.folder / "config.json").read_text(encoding="utf-8"))
-    manifest = artifact.manifest
+    found: dict[str, Any] = json.loads((artifact.folder / "config.json").read_text(encoding="utf-8"))
+    config, manifest = corrected(found, partial(is_carried, artifact.folder)), artifact.manifest
     return config | {"mspc": {key: manifest[key] for key in ("format_version", "mspc_version", "sparsity")}}
 
 

@@ -1,4 +1,4 @@
-"""One GGUF file of a Llama, with the configs and tokenizer of its folder, for llama.cpp and transformers.
+"""One GGUF file of a Llama, with all else that belongs to the model, for llama.cpp and transformers.
 
 Codes become Q4_0 or Q8_0 blocks bit for bit. Everything else keeps its dtype; only vectors become float32, as
 readers want, which holds every value of the smaller dtypes exactly. Rows of query and key matrices are in the order of
@@ -21,13 +21,14 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor
 
-from exporters.folder import copy_configs, read_config
+from exporters.folder import read_config
 from exporters.packed import grids_of, model_names
 from mspc.errors import InputError
 from mspc.formats.gguf import BLOCK, pack_blocks
 from mspc.progress import Step
 from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import carry
 from mspc.storage.files import write_json
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import PlannedMatrix
@@ -141,7 +142,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
             if key in names:
                 writer.write_tensor_data(_bytes_of(artifact, key, names[key], config).numpy())
             step(key)
-    copy_configs(artifact, out)
+    carry(artifact.folder, out)
     write_json(out / "config.json", config)
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.folder import copy_configs, read_config, write_shards
+from exporters.folder import read_config, write_shards
 from exporters.packed import block_prefix, check_packed, commonest, grids_of, model_names, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import V1, V2, pack_gptq
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import carry
+from mspc.storage.config_json import with_dtype
 from mspc.storage.files import write_json
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import Codes, Grid, PlannedMatrix
@@ -60,10 +62,11 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
                 dense.append(name.removesuffix(".weight"))
             yield name, tensor
 
-    copy_configs(artifact, out)
+    carry(artifact.folder, out)
     write_shards(artifact, out, tensors_of, step)
     quantization = quantization_config(artifact.entries, dense)
-    write_json(out / "config.json", read_config(artifact) | {"dtype": "float16", "quantization_config": quantization})
+    config = with_dtype(read_config(artifact), "float16")
+    write_json(out / "config.json", config | {"quantization_config": quantization})
     write_json(out / "quantize_config.json", quantization)
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporters.folder import copy_configs, read_config
+from exporters.folder import read_config
 from exporters.genai import genai_config
 from exporters.onnx_graph import decoder_graph
 from exporters.packed import grids_of
@@ -25,6 +25,8 @@ from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import carry
+from mspc.storage.config_json import with_dtype
 from mspc.storage.files import write_atomically, write_json
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import Grid, PlannedMatrix
@@ -97,9 +99,9 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
         if grids and options.weights == MATMUL_NBITS:
             graph.opset_imports["com.microsoft"] = 1
         write_atomically(out / MODEL, partial(write, graph))
-    copy_configs(artifact, out)
+    carry(artifact.folder, out)
     config = read_config(artifact)
-    write_json(out / "config.json", config | {"dtype": options.weights if options.weights == FLOAT16 else FLOAT32})
+    write_json(out / "config.json", with_dtype(config, FLOAT16 if options.weights == FLOAT16 else FLOAT32))
     generation = out / "generation_config.json"
     settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     session = EXACT_QDQ if options.weights == QDQ else {}

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from mspc.errors import InputError
 from mspc.model.hub import load_config, load_tokenizer, longest_sequence
 from mspc.model.streamed import StreamedModel
-from mspc.storage.artifact import ArtifactSource
+from mspc.storage.artifact import REFERENCE, ArtifactSource
 from mspc.text.tokens import windows_of_test_text
 
-NAME = "verification.npz"
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 16, 8, 16
 
 
@@ -32,17 +31,19 @@ class Reference:
         return [int(i) for i in self.ids[0, :PROMPT]]
 
     def save(self, folder: Path) -> None:
-        np.savez(folder / NAME, ids=self.ids, logits=self.logits, tokens=self.tokens, margins=self.margins)
+        np.savez(folder / REFERENCE, ids=self.ids, logits=self.logits, tokens=self.tokens, margins=self.margins)
 
 
 def load_reference(folder: Path) -> Reference:
-    if not (folder / NAME).is_file():
-        raise InputError(f"{folder} was exported without verification, so it has no {NAME}: give --against ARTIFACT.")
+    if not (folder / REFERENCE).is_file():
+        raise InputError(
+            f"{folder} was exported without verification, so it has no {REFERENCE}: give --against ARTIFACT."
+        )
     try:
-        with np.load(folder / NAME, allow_pickle=False) as file:
+        with np.load(folder / REFERENCE, allow_pickle=False) as file:
             return Reference(file["ids"], file["logits"], file["tokens"], file["margins"])
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / NAME} cannot be read ({error}); give --against ARTIFACT.") from error
+        raise InputError(f"{folder / REFERENCE} cannot be read ({error}); give --against ARTIFACT.") from error
 
 
 def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:

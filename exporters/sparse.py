@@ -11,16 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from exporters.folder import copy_configs, read_config, write_shards
+from exporters.folder import read_config, write_shards
 from mspc.formats.decoding import row_offsets
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.carrying import carry
 from mspc.storage.files import write_json, write_text
 from mspc.storage.manifest import MatrixEntry
 from mspc.storage.sparse_export import base_of, quantization_config
 from mspc.types import PlannedMatrix
 
-README = "README.md"
+README, README_NEXT_TO_ANOTHER = "README.md", "README.sparse.md"
+"""The second is written if the model has a README of its own."""
 README_TEXT = """# A sparse checkpoint of mspc
 
 Its compressed matrices are stored by their kept weights, in a format that transformers does not know by itself:
@@ -57,15 +59,15 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
     return [
         "Load it with mspc.load, or by transformers after `import mspc.hf`: without this, transformers makes up the "
-        f"weights that are missing to it. {README} says how."
+        f"weights that are missing to it. {README} or {README_NEXT_TO_ANOTHER} says how."
     ]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    copy_configs(artifact, out)
+    carry(artifact.folder, out)
     quantization = quantization_config(artifact.whole.values())
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
-    write_text(out / README, README_TEXT)
+    write_text(out / (README_NEXT_TO_ANOTHER if (out / README).is_file() else README), README_TEXT)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
         if key not in artifact.whole:

@@ -21,13 +21,12 @@ from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress
 from mspc.recipe import Recipe
 from mspc.runtime.loading import load
+from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
 from mspc.types import PlannedMatrix
-
-EXPORTS = "exports"
 
 ProgressLike = bool | Callable[[Event], object] | Progress
 """True: a progress bar on stderr. A callable gets an `Event` after each step; one that returns False stops the run."""

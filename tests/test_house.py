@@ -26,6 +26,7 @@ KNOW_TRANSFORMERS = {
 }  # fmt: skip
 PUBLIC = {"compress", "evaluate", "export", "load", "masks", "plan", "recover", "report", "verify"}
 SAY_IT = {"language.py", "test_house.py"}
+RUN_CODE = {"from_pretrained", "from_config", "from_quantized", "load_dataset", "load_dataset_builder", "pipeline"}
 HEAVY = ("torch", "transformers", "numpy", "datasets", "rich", "typer")
 
 
@@ -81,9 +82,48 @@ def forbidden(module: str) -> Iterator[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield from {"torch.load"} & {f"{node.value.id}.{node.attr}"}
         if isinstance(node, ast.keyword):
-            yield from {"trust_remote_code", "weights_only"} & {node.arg}
+            yield from {"weights_only"} & {node.arg}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             yield from {"eval", "exec", "__import__"} & {node.func.id}
+
+
+def test_code_of_checkpoints_is_refused_at_each_call():
+    """Calls that load by the name of a class say `trust_remote_code=False`. Left out, transformers asks on stdin."""
+    trees = {name: HOUSE.tree(name) for name in HOUSE.files}
+    others = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")]
+    trees |= {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in others}
+    assert [f"{name}:{line}" for name, tree in trees.items() for line in open_to_code(tree)] == []
+
+
+def open_to_code(tree: ast.Module) -> Iterator[int]:
+    """Lines of calls that may run code of a checkpoint or data set, or that say anything but the literal False."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        said = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+        called = ast.unparse(node.func)
+        may_run = called.rpartition(".")[2] in RUN_CODE or called == "GPTQModel.load"
+        if (may_run and said != ["False"]) or not set(said) <= {"False"}:
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("code", "is_open"),
+    [
+        ("AutoTokenizer.from_pretrained(folder)", True),
+        ("AutoTokenizer.from_pretrained(folder, trust_remote_code=None)", True),
+        ("M.from_config(config, trust_remote_code=trusted)", True),
+        ("load_dataset(name, **options)", True),
+        ("other(trust_remote_code=True)", True),
+        ("GPTQModel.load(folder)", True),
+        ("AutoConfig.from_pretrained(folder, trust_remote_code=False)", False),
+        ("datasets.load_dataset(name, trust_remote_code=False)", False),
+        ("json.load(file)", False),
+    ],
+)
+def test_calls_that_leave_code_open_are_found(code, is_open):
+    """Oracle: made by hand."""
+    assert list(open_to_code(ast.parse(code))) == [1] * is_open
 
 
 def test_files_and_functions_are_short():

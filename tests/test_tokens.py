@@ -257,8 +257,9 @@ def test_which_split_of_a_hub_text_is_read(source, split, asked, expected, monke
     datasets = pytest.importorskip("datasets")
     calls = []
 
-    def load_dataset(name, configuration, *, split, streaming):
+    def load_dataset(name, configuration, *, split, streaming, trust_remote_code):
         assert streaming
+        assert trust_remote_code is False
         calls.append((name, configuration, split))
         return iter([{"text": "a"}, {"text": ""}, {"text": "b"}])
 

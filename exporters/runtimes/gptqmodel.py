@@ -1,8 +1,10 @@
 """GPTQModel on the CPU, by its own loader."""
 
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # it compiles kernels when it loads: seconds for every model
 
@@ -12,9 +14,23 @@ from gptqmodel import GPTQModel
 from exporters.manifest import ExportManifest
 from exporters.runtimes import HALF, Runner
 from exporters.runtimes.transformers import runner_of
+from mspc.storage.config_json import corrected
+from mspc.storage.files import write_json
 
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:
-    # Without a dtype it takes bfloat16 on a CPU, whatever the config says; its portable kernel takes every shape.
-    loaded = GPTQModel.load(str(folder), device="cpu", backend="gptq_torch", dtype=torch.float16)
+    with TemporaryDirectory(prefix="mspc-gptqmodel-") as links:
+        link_without_code(folder, Path(links))
+        # Without a dtype it takes bfloat16 on a CPU, whatever the config says; its portable kernel takes every shape.
+        loaded = GPTQModel.load(links, device="cpu", backend="gptq_torch", dtype=torch.float16, trust_remote_code=False)
     return runner_of(loaded.model, version("gptqmodel"), HALF)
+
+
+def link_without_code(folder: Path, out: Path) -> None:
+    """Fill a folder with links to the files of an export, but for code: GPTQModel 7.6 runs it although it must not."""
+    for path in folder.iterdir():
+        if path.name.endswith("config.json"):
+            config = corrected(json.loads(path.read_text(encoding="utf-8")), lambda file: False)
+            write_json(out / path.name, {key: value for key, value in config.items() if key != "attn_implementation"})
+        elif path.is_file() and path.suffix != ".py":
+            (out / path.name).symlink_to(path.resolve())

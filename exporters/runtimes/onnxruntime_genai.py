@@ -44,7 +44,7 @@ def build(folder: Path, out: Path) -> None:
     """The extra options keep it from quantizing embeddings, head and activations."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(out)]
     command += ["-p", "int4", "-e", "cpu", "-c", str(out / "cache")]
-    command += ["--extra_options", "accuracy_level=1", f"nodes_to_exclude={NOT_ROUNDED}"]
+    command += ["--extra_options", "accuracy_level=1", f"nodes_to_exclude={NOT_ROUNDED}", "hf_remote=false"]
     done = subprocess.run(command, capture_output=True, text=True)
     if "model is not currently supported" in done.stderr:
         raise Unsupported("its model builder does not know this architecture")

@@ -18,13 +18,14 @@ from mspc.storage.manifest import MatrixEntry
 
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:
-    settings: dict[str, Any] = {"dtype": torch.float32}
+    # None is the default of the model. The config may name kernels of the hub, which are code too.
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": None}
     quantized = [entry for entry in manifest.entries if entry.target.grid]
     grids = {entry.target.grid for entry in quantized if entry.target.grid}
     if manifest.format == "gptq":
         _check_gptq(quantized)
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its kernels are compiled when they load
-        settings = {"dtype": torch.float16}
+        settings["dtype"] = torch.float16
     elif manifest.format == "sparse":
         import mspc.hf  # noqa: F401  makes transformers know the format
     elif manifest.format == "compressed-tensors":
@@ -38,7 +39,7 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
         settings["gguf_file"] = "model.gguf"
     with without_progress():  # `verify` shows its own
-        model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if manifest.format == "gptq" else FLOAT32)
 
 

@@ -1,8 +1,9 @@
 """Folders and hub ids of models, their configs and tokenizers, and the device to run on."""
 
 import difflib
+import glob
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from mspc.errors import InputError
+from mspc.storage.artifact import EXPORTS
+from mspc.storage.carrying import HIDDEN, LEFT_OUT, NEVER, VOCABULARIES
+from mspc.storage.checkpoint import INDEX, SINGLE, files_of_index
+from mspc.storage.manifest import MANIFEST
 from mspc.storage.sparse_export import is_sparse_export
-
-FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(model: str) -> Path:
-    """The local folder of a path or hub id. Downloads safetensors, configs and tokenizer of a hub id."""
+    """The local folder of a path or hub id, which is downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"Model {model!r} is not a folder. Give a Hugging Face checkpoint folder or a hub id.")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *FILES_BESIDE_WEIGHTS]))
+        return _downloaded(model)
+    except InputError:
+        raise
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network
         names = [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, names, n=1)
@@ -38,11 +41,31 @@ def resolve(model: str) -> Path:
         ) from error
 
 
+def _downloaded(model: str) -> Path:
+    """The folder of a hub id in the cache, with the weights that its index names and all else that belongs to it.
+
+    Without an index the weights are `model.safetensors`. Processes that want the same file wait for each other in
+    huggingface_hub, so that one downloads it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder = Path(snapshot_download(model, allow_patterns=[INDEX, MANIFEST, "config.json"]))
+    version = folder.name
+    if (folder / MANIFEST).is_file():  # an artifact
+        return Path(snapshot_download(model, revision=version, ignore_patterns=[*HIDDEN, f"{EXPORTS}/*"]))
+    weights = files_of_index(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
+    with suppress(LocalEntryNotFoundError):  # offline, the weights and what else is in the cache must do
+        snapshot_download(model, revision=version, ignore_patterns=LEFT_OUT)
+    wanted = [*(glob.escape(name) for name in weights), *VOCABULARIES]
+    return Path(snapshot_download(model, revision=version, allow_patterns=wanted, ignore_patterns=NEVER))
+
+
 def load_config(folder: Path) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
-        raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
+        raise InputError(f"{folder}: its config.json cannot be used ({_in_words(error)}).") from error
     if getattr(config, "quantization_config", None):
         if not is_sparse_export(folder):
             method = config.quantization_config["quant_method"]
@@ -56,9 +79,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def load_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # missing files, unknown classes, damaged JSON
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({_in_words(error)}).") from error
+
+
+def _in_words(error: Exception) -> str:
+    """The message of transformers, unless it advises to run code of the checkpoint."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of the checkpoint, which mspc never runs; give one whose classes are in transformers"
+    return str(error)
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

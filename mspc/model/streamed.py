@@ -67,7 +67,11 @@ class StreamedModel:
         kernels = "eager" if eager or capped else None
         with parameters_on_meta():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels
+                config,
+                dtype=dtype,
+                attn_implementation=kernels,
+                experts_implementation=kernels,
+                trust_remote_code=False,
             )
         self.model.eval()
         for buffered in self.model.modules():

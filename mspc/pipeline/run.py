@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +33,18 @@ from mspc.progress import Progress, log
 from mspc.recipe import Recipe
 from mspc.settings import Settings
 from mspc.solvers.obs import check_pattern
-from mspc.storage.artifact import REPORT, UNCHANGED
+from mspc.storage.artifact import MEASUREMENTS, PLAN, RECIPE, UNCHANGED
+from mspc.storage.carrying import carry
 from mspc.storage.checkpoint import Checkpoint, read_file
-from mspc.storage.files import sha256_of, write_atomically, write_json, write_tensors, write_text
+from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
-from mspc.storage.manifest import EXPORT_MANIFEST, FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
+from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
 from mspc.storage.output_folder import check_space, publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
 from mspc.text.tokens import Tokens, name_of
 from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, Matrix, PlannedMatrix, flatten
 from mspc.version import __version__
-
-PLAN = "plan.json"
-MEASUREMENTS = "measurements"
-RECIPE = "recipe.toml"
-CONFIG_SUFFIXES = (".json", ".model", ".txt", ".jinja")
-NOT_OF_THE_MODEL = (PLAN, EXPORT_MANIFEST, REPORT)  # files of mspc in a folder that is an export
 
 
 @dataclass
@@ -232,12 +226,9 @@ class Run:
         plan: Sequence[PlannedMatrix],
         matrices: MatricesByBlock,
     ) -> None:
-        """Copy configs, tokenizer and, shard by shard, the weights that are not compressed."""
+        """Copy all that belongs to the model and, shard by shard, the weights that are not compressed."""
         check_space(self.folder, _estimated_bytes(checkpoint, plan))
-        for path in sorted(self.source.iterdir()):
-            is_config = path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json")
-            if path.is_file() and is_config and path.name not in NOT_OF_THE_MODEL:
-                write_atomically(self.folder / path.name, partial(shutil.copyfile, path))
+        carry(self.source, self.folder, read=checkpoint.shards())
         compressed = {model.tensor_key(matrix) for matrix in flatten(matrices) if matrix.index is None}
         with self.progress.stage("Copying other weights", len(checkpoint.shards())) as step:
             for shard, keys in checkpoint.shards().items():

@@ -72,7 +72,7 @@ def load(
         with without_progress():
             model, info = model_class.from_pretrained(
                 **source, dtype=chosen, device_map=device_map, attn_implementation=attn_implementation,
-                output_loading_info=True,
+                output_loading_info=True, trust_remote_code=False,
             )  # fmt: skip
     except (ImportError, RuntimeError, ValueError) as error:  # shapes that do not fit, unknown options, no accelerate
         if isinstance(error, InputError | torch.OutOfMemoryError):
@@ -82,7 +82,7 @@ def load(
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     model.requires_grad_(False)
     if device_map is None:
         model = model.to(main_device)

@@ -2,7 +2,7 @@
 
     mspc.json        the manifest, written last: what there is, how it was made, how good it is
     recipe.toml      what was asked; plan.json what was decided
-    config.json ...  configs and tokenizer of the source
+    config.json ...  all else that belongs to the model (`mspc.storage.carrying`)
     matrices/        the compressed matrices, one file a block (layout: `mspc.formats.layout`)
     unchanged/       all other weights, one file a shard of the source
 
@@ -23,10 +23,16 @@ from mspc.storage.files import sha256_of
 from mspc.storage.manifest import MANIFEST, MatrixEntry, read_entries, read_manifest
 from mspc.types import CompressedLinear
 
+PLAN = "plan.json"
+RECIPE = "recipe.toml"
 REPORT = "verification.json"
 """The file in which `verify` says what it found."""
+REFERENCE = "verification.npz"
+"""The file of logits that runtimes must match."""
 MATRICES = "matrices"
 UNCHANGED = "unchanged"
+MEASUREMENTS = "measurements"
+EXPORTS = "exports"
 
 
 class ArtifactSource:

@@ -63,17 +63,9 @@ def _weight_files(folder: Path) -> list[str]:
     """One file, else those in the index, as transformers looks for them; else all safetensors files of the folder."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"{index} is not a valid safetensors index ({error}); download the model again."
-            ) from error
+    if (folder / INDEX).is_file():
+        names = files_of_index(folder / INDEX)
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise InputError(f"{index} points outside its folder, at {name!r}; do not use this checkpoint.")
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name} is missing, though {INDEX} names it; download the model again.")
         return names
@@ -84,6 +76,18 @@ def _weight_files(folder: Path) -> list[str]:
         if others:
             remedy = "convert its .bin files first; mspc reads no pickle."
         raise InputError(f"{folder} holds no .safetensors files; {remedy}")
+    return names
+
+
+def files_of_index(index: Path) -> list[str]:
+    """The weight files that an index names. Raises InputError for a damaged one, and for a path out of its folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is not a valid safetensors index ({error}); download the model again.") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"{index} points outside its folder, at {name!r}; do not use this checkpoint.")
     return names
 
 

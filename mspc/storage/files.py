@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mspc.errors import StorageError
 
+LONGEST_NAME = 240
+"""Bytes of a name to which an ending fits; file systems take 255."""
+
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
@@ -20,7 +23,8 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under a temporary name, flush it to disk and rename it: `path` is either whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    name = path.name if len(os.fsencode(path.name)) <= LONGEST_NAME else hashlib.sha256(os.fsencode(path)).hexdigest()
+    temporary = path.with_name(f".{name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -60,4 +64,5 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))  # bytes of names that are no text

@@ -225,7 +225,9 @@ def _hub_documents(source: str, split: Split, reading: Reading, tokenizer: Any) 
         ) from error
     name, configuration, splits = HUB_TEXTS.get(source, (source, None, {"calibration": "train", "test": "test"}))
     try:
-        rows: Sequence[Any] = datasets.load_dataset(name, configuration, split=splits[split], streaming=True)
+        rows: Sequence[Any] = datasets.load_dataset(
+            name, configuration, split=splits[split], streaming=True, trust_remote_code=False
+        )
         texts = [
             _of_hub_row(row, n, name, reading, tokenizer) for n, row in enumerate(islice(rows, MOST_HUB_DOCUMENTS))
         ]
