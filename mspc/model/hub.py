@@ -1,6 +1,7 @@
 """Folders and hub ids of models, their configs and tokenizers, and the device to run on."""
 
 import difflib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from mspc.errors import InputError
+from mspc.errors import InputError, in_brief
+from mspc.model.config_checks import check_quantization, check_task
 from mspc.storage.sparse_export import is_sparse_export
 
 FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -39,18 +41,28 @@ def resolve(model: str) -> Path:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a causal language model. That of a sparse export is as if its weights were dense.
+
+    Raises InputError for a config.json that is damaged, or of a model that mspc cannot take.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{folder}: its config.json cannot be used ({in_brief(error)}). Get it again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{folder}: its config.json cannot be used (it is no object). Get it again.")
+    if not is_sparse_export(folder):
+        check_quantization(raw, folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
-        raise InputError(f"{folder}: its config.json cannot be used ({error}).") from error
-    if getattr(config, "quantization_config", None):
-        if not is_sparse_export(folder):
-            method = config.quantization_config["quant_method"]
-            raise InputError(
-                f"{folder} is quantized already (quant_method {method!r}). Give a checkpoint that is not quantized, an "
-                "mspc artifact, or an export of the formats dense or sparse."
-            )
-        del config.quantization_config  # its weights are read dense
+    except Exception as error:  # an unknown model type, wrong values, remote code that is not allowed
+        raise InputError(f"{folder}: its config.json cannot be used ({in_brief(error)}).") from error
+    if not isinstance(config, PreTrainedConfig):
+        raise InputError(f"{path} describes no model. Give a Hugging Face checkpoint folder.")
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # of a sparse export, whose weights are read dense
+    check_task(config, folder)
     return config
 
 
@@ -58,7 +70,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # missing files, unknown classes, damaged JSON
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({error}).") from error
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({in_brief(error)}).") from error
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from mspc.model.config_checks import FLOATS
 from mspc.model.hub import load_config
 from mspc.model.streamed import StreamedModel
 from mspc.storage.artifact import ArtifactSource
@@ -34,4 +35,6 @@ def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return next(tensor.dtype for _, tensor in source.read(source.keys()) if tensor.is_floating_point())
+    types = source.types()
+    found = next((types[key][0] for key in source.keys() if types[key][0] in FLOATS), "float32")  # noqa: SIM118
+    return getattr(torch, found)

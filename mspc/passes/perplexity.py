@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, advance, batches_of, logits_after, token_losses
+from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite, token_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,12 @@ def measure(model: StreamedModel, ids: Tensor, reference: StreamedModel | None =
     tokens = num_windows * (length - 1)
     nll = total / tokens
     divergence = None if reference is None else mean_divergences(reference, reference_batches, model, [batches])[0]
-    yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
+    if not math.isfinite(nll):
+        with model.loaded_outer() as outer:
+            error = not_finite(outer, "The head", model.dtype)
+        if isinstance(error, InputError):
+            raise error
+    yield Perplexity(exponential(nll), nll, tokens, num_windows, length, divergence)
 
 
 def measure_module(model: nn.Module, ids: Tensor, reference: nn.Module | None, step: Callable[[], None]) -> Perplexity:
@@ -62,7 +68,15 @@ def measure_module(model: nn.Module, ids: Tensor, reference: nn.Module | None, s
             step()
     tokens = len(ids) * (ids.shape[1] - 1)
     mean = None if reference is None else divergence / ids.numel()
-    return Perplexity(math.exp(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
+    return Perplexity(exponential(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
+
+
+def exponential(nll: float) -> float:
+    """exp(nll), which is infinite where floats end."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.formats.targets import target_from_dict
-from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.checkpoint import Checkpoint, StoredType
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
@@ -76,6 +76,14 @@ class SparseSource:
             shard: list(dict.fromkeys(self._name_of.get(key, key) for key in keys))
             for shard, keys in self._checkpoint.shards().items()
         }
+
+    def types(self) -> dict[str, StoredType]:
+        """By the config for what is compressed."""
+        types = {key: kind for key, kind in self._checkpoint.types().items() if key not in self._name_of}
+        for key, (_, matrix) in self._matrices.items():
+            shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
+            types[key] = (str(matrix.dtype).removeprefix("torch."), shape)
+        return types
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
