@@ -23,6 +23,14 @@ def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager
     return StreamedModel(source, config, device, choose_dtype(dtype, source, device), eager)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises InputError, naming the file or tensor, for a folder whose config and weights make no model.
+
+    Only headers are read.
+    """
+    open_model(folder, device=torch.device("meta"))
+
+
 def open_source(folder: Path) -> TensorSource:
     if is_artifact(folder):
         return ArtifactSource(folder)

@@ -68,7 +68,7 @@ class StreamedModel:
         kernels = "eager" if eager or capped else None
         types = source.types()
         check_sizes(config, types)
-        self.model = _built(config, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels)
+        self.model = _built(config, device, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels)
         for buffered in self.model.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
@@ -220,10 +220,10 @@ class StreamedModel:
         ]
 
 
-def _built(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+def _built(config: PreTrainedConfig, device: torch.device, **options: Any) -> PreTrainedModel:
     """The model of a config, on meta. Raises InputError where transformers cannot make one."""
     try:
-        with parameters_on_meta():
+        with device if device.type == "meta" else parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     except Exception as error:  # whatever a size or name that does not fit the others leads to
         raise InputError(

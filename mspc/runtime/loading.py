@@ -13,15 +13,14 @@ from transformers import (
 )
 
 import mspc.runtime.hf_quantizer  # noqa: F401  registers the sparse export with transformers
-from mspc.errors import InputError, unknown
+from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory, unknown
 from mspc.formats.layout import with_offsets
 from mspc.kernels import cusparselt
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
-from mspc.model.open import choose_dtype, open_source
+from mspc.model.open import check_folder, choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.settings import DTYPES
 from mspc.storage.artifact import ArtifactSource
-from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import (
     base_of,
@@ -70,10 +69,14 @@ def load(
         )
     model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
     with without_progress():
-        model, info = model_class.from_pretrained(
-            **source, dtype=_choose_dtype(dtype, main_device, folder), device_map=device_map,
-            attn_implementation=attn_implementation, output_loading_info=True,
-        )  # fmt: skip
+        options = {"device_map": device_map, "attn_implementation": attn_implementation, "output_loading_info": True}
+        wanted = _choose_dtype(dtype, main_device, folder)
+        try:
+            model, info = model_class.from_pretrained(**source, dtype=wanted, **options)
+        except Exception as error:  # whatever transformers raises for files that do not fit
+            if isinstance(error, MspcError | ImportError) or is_out_of_memory(error):
+                raise
+            raise InputError(f"{folder} cannot be loaded by transformers ({in_brief(error)}).") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
     if (folder / "generation_config.json").is_file():
@@ -111,14 +114,13 @@ def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class of the model of a sparse export or a checkpoint, and the arguments that say where its weights are."""
     if is_sparse_export(folder):
         descriptions(read_quantization_config(folder), folder / "config.json")
-    else:
-        load_config(folder)
-    Checkpoint(folder)  # raises InputError for missing files, before transformers raises its own errors
+    check_folder(folder)  # before transformers raises its own errors
     return AutoModelForCausalLM, {"pretrained_model_name_or_path": folder, "use_safetensors": True}
 
 
 def _artifact(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class of the model of an artifact, its config and its tensors, named as those of a sparse export."""
+    check_folder(folder)
     source = ArtifactSource(folder)
     quantization = quantization_config(source.whole.values())
     tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - source.whole.keys())))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.formats import layout
+from mspc.formats.decoding import check_finite
 from mspc.storage.checkpoint import StoredType, read_file, types_in
 from mspc.storage.files import sha256_of
 from mspc.storage.manifest import MANIFEST, MatrixEntry, read_entries, read_manifest
@@ -111,4 +112,6 @@ def read_matrix(folder: Path, entry: MatrixEntry, *, exact: bool = False) -> Com
 
 def read_stored(folder: Path, entry: MatrixEntry) -> dict[str, Tensor]:
     keys = [f"{entry.name}.{part}" for part in entry.parts]
-    return {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / entry.file, keys)}
+    stored = {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / entry.file, keys)}
+    check_finite(stored, f"{folder / entry.file}, {entry.name}")
+    return stored

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.formats import layout
+from mspc.formats.decoding import check_finite
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.formats.targets import target_from_dict
 from mspc.storage.checkpoint import Checkpoint, StoredType
@@ -101,6 +102,7 @@ def _read_stored(checkpoint: Checkpoint, name: str, matrix: StoredMatrix) -> dic
     present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
     stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
     check_types(types_of(stored), matrix, name)
+    check_finite(stored, name)
     return stored
 
 
