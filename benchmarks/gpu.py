@@ -8,10 +8,11 @@ every layer by itself, next to the time that its bytes take; cuSPARSELt; compres
 
     <results>/<part>_<gpu>_<date>.json    with versions, configuration and commit; .md, the same as a table; .png
 
-after every unit that it measures. An interruption says what is done and what is next. A second run measures the units that the newest files lack, and last the units that
-failed. No unit begins after `--minutes`. A failure is noted, the other units go on, and the exit code is 1. The script
-ends after a fault that takes the device from this process, such as an illegal address. The times of models are next to
-those that were predicted before any measurement (docs/benchmark.md).
+after every unit that it measures. An interruption says what is done and what is next. A second run measures the units
+that the newest files lack, and last the units that failed. No unit begins after `--minutes`. A failure is noted, the
+other units go on, and the exit code is 1. The script ends after a fault that takes the device from this process, such
+as an illegal address. The times of models are next to those that were predicted before any measurement
+(docs/benchmark.md).
 """
 
 import argparse
@@ -243,7 +244,6 @@ def main() -> None:
         results = args.results or (Path(temporary) if args.dry_run else HERE / "results")
         files = {part: file_of(part, gpu, results) for part in args.parts}
         order = sorted(files, key=lambda part: has_failed(files[part]))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers end a job
         try:
             failed = [line for part in order for line in run_part(part, slot, files[part], deadline)]
         except KeyboardInterrupt:
@@ -257,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers end a job
     main()

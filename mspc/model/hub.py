@@ -68,9 +68,11 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def load_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer("a")  # some wrong values show only when it is used
     except Exception as error:  # missing files, unknown classes, damaged JSON
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({in_brief(error)}).") from error
+    return tokenizer
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:

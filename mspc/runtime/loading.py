@@ -68,19 +68,21 @@ def load(
             f"{reason}. Leave prefill out, or choose another device."
         )
     model_class, source = (_artifact if is_artifact(folder) else _checkpoint)(folder)
-    with without_progress():
-        options = {"device_map": device_map, "attn_implementation": attn_implementation, "output_loading_info": True}
-        wanted = _choose_dtype(dtype, main_device, folder)
-        try:
-            model, info = model_class.from_pretrained(**source, dtype=wanted, **options)
-        except Exception as error:  # whatever transformers raises for files that do not fit
-            if isinstance(error, MspcError | ImportError) or is_out_of_memory(error):
-                raise
-            raise InputError(f"{folder} cannot be loaded by transformers ({in_brief(error)}).") from error
+    chosen = _choose_dtype(dtype, main_device, folder)
+    try:
+        with without_progress():
+            model, info = model_class.from_pretrained(
+                **source, dtype=chosen, device_map=device_map, attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )  # fmt: skip
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # shapes that do not fit, unknown options, no accelerate, damaged JSON
+        if isinstance(error, MspcError) or is_out_of_memory(error):
+            raise
+        raise InputError(f"{folder}: transformers cannot load it ({in_brief(error)}).") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.requires_grad_(False)
     if device_map is None:
         model = model.to(main_device)

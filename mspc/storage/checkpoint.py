@@ -86,7 +86,7 @@ def _weight_files(folder: Path) -> list[str]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{index} is not a valid safetensors index ({error}); download the model again."
             ) from error

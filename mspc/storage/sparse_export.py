@@ -110,7 +110,7 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["quantization_config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} does not describe a sparse export of mspc ({error!r}), as `mspc export ARTIFACT sparse` "
             "writes; other checkpoints are loaded by transformers alone."

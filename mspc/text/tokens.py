@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.errors import InputError
+from mspc.errors import InputError, in_brief
 from mspc.text import builtin as builtin_text
 from mspc.text.builtin import Split
 
@@ -73,11 +73,19 @@ def calibration_tokens(
     return Tokens(torch.tensor(stream[:wanted]).view(num_sequences, sequence_length), name_of(source))
 
 
+def tokens_of(tokenizer: Any, text: str | list[str]) -> Any:
+    """The ids of a text, or of several. Raises InputError for text that a tokenizer refuses, such as broken Unicode."""
+    try:
+        return tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # whatever the tokenizers of many projects raise
+        raise InputError(f"The tokenizer refuses a text ({in_brief(error)}). Correct it, or the tokenizer.") from error
+
+
 def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
     """The tokens of each document. The tokenizer gets several documents at once, to work on all cores."""
     left = iter(documents)
     while texts := list(islice(left, AT_ONCE)):
-        yield from tokenizer(texts, verbose=False)["input_ids"]
+        yield from tokens_of(tokenizer, texts)
 
 
 def _windows(ids: list[int], length: int, rng: random.Random) -> list[list[int]]:
@@ -111,10 +119,10 @@ def windows_of_test_text(
 def _first_tokens(tokenizer: Any, text: str, most: int | None) -> list[int]:
     """The tokens of a text, or at least its first `most`, which are read from a prefix with about twice as many."""
     if most is None:
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        return list(tokens_of(tokenizer, text))
     characters = 16 * most
     while True:
-        ids = list(tokenizer(text[:characters], verbose=False)["input_ids"])
+        ids = list(tokens_of(tokenizer, text[:characters]))
         if characters >= len(text) or len(ids) >= 2 * most:
             return ids
         characters *= 2
