@@ -47,8 +47,8 @@ class Stopped(MspcError):
 
 
 def in_brief(error: BaseException) -> str:
-    """One line about an exception of somebody else: its first line, and its type where that says more."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    """One line about an exception of somebody else: the beginning of its message, and its type where that says more."""
+    first = " ".join(str(error).split())
     first = first if len(first) <= BRIEF else first[:BRIEF].rstrip() + " ..."
     is_plain = isinstance(error, ValueError | OSError | RuntimeError) and first
     return first if is_plain else f"{type(error).__name__}: {first}".removesuffix(": ")

@@ -30,8 +30,8 @@ SECONDS, MEMORY = 10, 24 * 2**30
 IN_TESTS, IN_FUZZ, PER_PROCESS = 30, 400, 100
 FAMILIES = ("llama", "gpt2", "gemma2")
 VALUES = (
-    None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**63, 10**15, 1e-30, 1e30, float("inf"), float("nan"), "", "x", "llama",
-    "../x", "\ud800", [], [0], ["x"], {}, {"x": 1}, [[[]]],
+    None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**63, 10**15, 1e-30, 1e30, float("inf"), float("nan"), "", "x",
+    "llama", "../x", "\ud800", [], [0], ["x"], {}, {"x": 1}, [[[]]],
 )  # fmt: skip
 ENTRIES = {
     "quantization_config": ({}, "x", {"load_in_4bit": True}, {"quant_method": "gptq"}, {"quant_method": ["x"]}, [], 3),
@@ -76,7 +76,7 @@ class Mutation:
             self.index,
             self.header,
             self.text,
-            self.whole_file,
+            self.whole,
         ]
         rng.choice(kinds)()
 
@@ -87,7 +87,8 @@ class Mutation:
         self.in_json(self.rng.choice(sorted(self.folder.glob("*token*.json"))))
 
     def index(self) -> None:
-        self.in_json(self.folder / "model.safetensors.index.json")
+        path = self.folder / "model.safetensors.index.json"
+        self.in_json(path if path.is_file() else self.folder / "config.json")
 
     def entry(self) -> None:
         key = self.rng.choice(sorted(ENTRIES))
@@ -149,7 +150,7 @@ class Mutation:
         path.write_bytes(b"\n".join(lines if self.rng.random() < 0.7 else [line]))
         self.told = f"text.jsonl, line {place}: {line!r}"
 
-    def whole_file(self) -> None:
+    def whole(self) -> None:
         path = self.rng.choice([path for path in sorted(self.folder.iterdir()) if path.is_file()])
         content = path.read_bytes()
         change = self.rng.choice(["bytes", "cut", "flip", "gone", "folder"])
@@ -170,13 +171,20 @@ class Mutation:
 
 
 def sources(folder: Path) -> list[Path]:
-    """One small model of each family in several files, with a text."""
+    """One small model of each family in several files, and a sparse export, with a text."""
     found = []
     for family in FAMILIES:
         found.append(tiny.build(folder / family, family, sharded=True))
-        lines = [json.dumps({"text": tiny.text(60, seed)}) for seed in range(20)]
-        (found[-1] / "text.jsonl").write_text("\n".join(lines))
+        write_text(found[-1])
+    small = tiny.compress(found[0], folder / "small", found[0] / "text.jsonl", bits=4, group_size=16, effort="fast")
+    found.append(small.export("sparse", folder / "sparse", verify=False, progress=False))
+    write_text(found[-1])
     return found
+
+
+def write_text(folder: Path) -> None:
+    lines = [json.dumps({"text": tiny.text(60, seed)}) for seed in range(20)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
 
 
 def try_seed(seed: int, models: list[Path], folder: Path) -> str | None:
@@ -186,7 +194,8 @@ def try_seed(seed: int, models: list[Path], folder: Path) -> str | None:
     source = folder / "model"
     shutil.copytree(models[seed % len(models)], source)
     mutation, out = Mutation(source, rng), folder / "out"
-    verb: Callable[[], object] = rng.choice([compress, compress, evaluate, load])
+    verbs = [evaluate, load] if models[seed % len(models)].name == "sparse" else [compress, compress, evaluate, load]
+    verb: Callable[[Path, Path], object] = rng.choice(verbs)
     what = f"seed {seed}, {models[seed % len(models)].name}, {verb.__name__}, {mutation.told}"
     begin, before = time.monotonic(), sorted(folder.iterdir())
     try:

@@ -51,7 +51,8 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    """JSON knows no NaN and no infinity: they are null."""
+    print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None)))
 
 
 class ToStderr(logging.Handler):

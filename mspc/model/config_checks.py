@@ -69,7 +69,7 @@ def check_sizes(config: PreTrainedConfig, types: Mapping[str, StoredType]) -> No
     text = config.get_text_config()
     for name in SIZES:
         size = getattr(text, name, None)
-        if isinstance(size, int) and not 0 <= size <= TOLERANCE * largest:
+        if isinstance(size, int) and not (name != "intermediate_size") <= size <= TOLERANCE * largest:
             raise InputError(
                 f"{name} is {size} in config.json, but no tensor of the checkpoint has more than {largest} rows or "
                 "columns. Give the config.json that belongs to the weights."
