@@ -1,4 +1,4 @@
-"""What is known when something fails: reports of bugs, rows of a bench, units of benchmarks/gpu.py."""
+"""Failures: what was measured stays and is shown, in the bench and in benchmarks/gpu.py, and bugs are reported."""
 
 import importlib
 import json

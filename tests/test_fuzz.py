@@ -188,7 +188,7 @@ def write_text(folder: Path) -> None:
 
 
 def try_seed(seed: int, models: list[Path], folder: Path) -> str | None:
-    """What is wrong with a run on the mutation of a seed, or None."""
+    """Try the mutation of a seed, and say what is wrong; None if it is used or refused as it should."""
     rng = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
     source = folder / "model"

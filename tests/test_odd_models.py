@@ -39,7 +39,7 @@ def rewritten(source: Path, folder: Path, change: Callable[[dict[str, torch.Tens
 
 
 def refusals(model: Path, calibration: Path, out: Path) -> list[str]:
-    """What compress, evaluate and load say about a model; compress leaves nothing."""
+    """The messages of compress, evaluate and load about a model; compress leaves nothing."""
     before = sorted(out.parent.iterdir())
     verbs: list[Callable[[], object]] = [
         lambda: tiny.compress(model, out, calibration),
@@ -257,3 +257,53 @@ def test_routers_stay_dense(calibration, tmp_path):
     names = {row["name"].rpartition(".")[2] for row in artifact.manifest["matrices"]}
     assert "router" not in names
     assert {"in_proj", "q_proj", "gate_proj"} <= names
+
+
+PER_LAYER = {
+    "head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+}
+WRAPPERS = {
+    "gemma3": {"text_config": SMALL | {"head_dim": 16}, "vision_config": VISION | {"patch_size": 14}},
+    "gemma4": {"text_config": SMALL | PER_LAYER, "vision_config": VISION | {"patch_size": 14}},
+    "gemma4_text": SMALL | PER_LAYER,
+    "qwen3_5": {"text_config": SMALL | LINEAR_ATTENTION, "vision_config": VISION},
+}
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_configs_that_are_nested_or_differ_from_layer_to_layer(family, calibration, tmp_path):
+    """Oracle: transformers on the dense export."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **WRAPPERS[family]))
+    source, text = tiny.save(model, tmp_path / "model"), text_of(tmp_path)
+    artifact = tiny.compress(source, tmp_path / "out", calibration, effort="fast")
+    dense = artifact.export("dense", tmp_path / "dense", verify=False, progress=False)
+    found = tiny.agreed_perplexity(artifact.path, text, dense)
+    options = {"sequence_length": tiny.LENGTH, "device": "cpu", "progress": False}
+    for measured in (artifact.path, mspc.load(artifact, "cpu")):
+        result = mspc.evaluate(measured, str(text), against=source, tokenizer=tiny.byte_tokenizer(), **options)
+        assert result.perplexity == pytest.approx(found, rel=1e-5)
+        assert 0 < result.divergence < 1
+
+
+def test_blocks_with_other_hidden_states_are_refused_before_any_work(calibration, tmp_path):
+    """Gemma 3n passes several hidden states at once from block to block."""
+    changes = {"laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]}
+    config = AutoConfig.for_model("gemma3n_text", **SMALL | PER_LAYER | changes | {"vocab_size_per_layer_input": 256})
+    source = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    before = sorted(tmp_path.iterdir())
+    for verb in (
+        lambda: tiny.compress(source, tmp_path / "out", calibration),
+        lambda: mspc.evaluate(source, str(calibration), sequence_length=16, device="cpu", progress=False),
+    ):
+        with pytest.raises(InputError, match="cannot be run one block at a time .*hidden states"):
+            verb()
+    assert sorted(tmp_path.iterdir()) == before

@@ -28,6 +28,14 @@ TOLERANCE = 16
 """Larger sizes than the tensors show, by this factor, would take minutes to refuse otherwise."""
 
 
+def setting_of(config: PreTrainedConfig, name: str) -> Any:
+    """An entry of the config of the language model; None without it, and where it differs from layer to layer."""
+    try:
+        return getattr(config.get_text_config(), name, None)
+    except Exception:  # transformers has a type of its own for entries that differ
+        return None
+
+
 def check_task(config: PreTrainedConfig, folder: Path) -> None:
     """Raises InputError for a model that is no decoder-only language model."""
     architectures = [str(name) for name in getattr(config, "architectures", None) or []]
@@ -66,9 +74,8 @@ def check_quantization(raw: Mapping[str, Any], folder: Path) -> None:
 def check_sizes(config: PreTrainedConfig, types: Mapping[str, StoredType]) -> None:
     """Raises InputError for sizes far beyond those of the tensors, with which a model would not even be built."""
     largest = max([len(types), *(size for _, shape in types.values() for size in shape)], default=0)
-    text = config.get_text_config()
     for name in SIZES:
-        size = getattr(text, name, None)
+        size = setting_of(config, name)
         if isinstance(size, int) and not (name != "intermediate_size") <= size <= TOLERANCE * largest:
             raise InputError(
                 f"{name} is {size} in config.json, but no tensor of the checkpoint has more than {largest} rows or "
@@ -97,8 +104,7 @@ def check_surplus(model: PreTrainedModel, blocks_name: str, num_blocks: int, key
     Blocks that transformers ignores on purpose, such as those that predict several tokens, do not count.
     """
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    config = model.config.get_text_config()
-    extra = getattr(config, "num_nextn_predict_layers", None) or 0
+    extra = setting_of(model.config, "num_nextn_predict_layers") or 0
     prefixes = {blocks_name, blocks_name.removeprefix(model.base_model_prefix + ".")}
     index_of = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(prefixes)))})\.(\d+)\.")
     for key in keys:

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from mspc.errors import InputError, in_brief
-from mspc.model.config_checks import check_quantization, check_task
+from mspc.model.config_checks import check_quantization, check_task, setting_of
 from mspc.storage.sparse_export import is_sparse_export
 
 FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -77,9 +77,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """Maximum sequence length in tokens by the config, or None."""
-    text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
-        if isinstance(longest := getattr(text, name, None), int):
+        if isinstance(longest := setting_of(config, name), int):
             return longest
     return None
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from mspc.errors import InputError
+from mspc.model.config_checks import setting_of
 from mspc.types import Matrix
 
 LINEAR = (nn.Linear, Conv1D)
@@ -68,8 +69,9 @@ def sort_block(
 def _is_router(name: str, owner: nn.Module, num_out: int, config: PreTrainedConfig) -> bool:
     """Tell if a layer sends tokens to experts; it is small and sensitive."""
     leaf = name.split(".")[-2]
-    experts = {getattr(config.get_text_config(), key, None) for key in EXPERTS}
-    return "router" in type(owner).__name__.lower() or (leaf in ("router", "gate") and num_out in experts)
+    if "router" in type(owner).__name__.lower() or "router" in leaf:
+        return True
+    return leaf == "gate" and num_out in {setting_of(config, key) for key in EXPERTS}
 
 
 def check_reached(blocks: Sequence[BlockMatrices]) -> None:

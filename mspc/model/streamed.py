@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mspc.errors import InputError, in_brief
-from mspc.model.config_checks import STORABLE, check_sizes, check_surplus, check_tensor
+from mspc.model.config_checks import STORABLE, check_sizes, check_surplus, check_tensor, setting_of
 from mspc.model.matrices import BlockMatrices, check_reached, skip_option, sort_block
 from mspc.storage.checkpoint import StoredType, TensorSource
 from mspc.types import Matrix
@@ -64,7 +64,7 @@ class StreamedModel:
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
         # Some versions of transformers run capped attention through kernels that ignore the cap.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        capped = setting_of(config, "attn_logit_softcapping") is not None
         kernels = "eager" if eager or capped else None
         types = source.types()
         check_sizes(config, types)
@@ -175,13 +175,13 @@ class StreamedModel:
         """The name under which the source stores the parameter of a matrix."""
         return self.source_tensors[matrix.parameter].keys[0]
 
-    def matrices(self, skip: Sequence[str], uncalled: Collection[str] = ()) -> list[list[Matrix]]:
+    def matrices(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[list[Matrix]]:
         """The weight matrices of every block to compress, in the order of the module tree.
 
         Raises InputError when most of a block is no linear layer and `skip` does not name it, or when a matrix has a
         dtype that artifacts do not hold.
         """
-        blocks = self.sorted_blocks(skip, uncalled)
+        blocks = self.sorted_blocks(skip, irregular)
         check_reached(blocks)
         found = [block.matrices for block in blocks]
         if not any(found):
@@ -210,12 +210,15 @@ class StreamedModel:
                     "Save the model in float32 first: from_pretrained(..., dtype=torch.float32), save_pretrained."
                 )
 
-    def sorted_blocks(self, skip: Sequence[str], uncalled: Collection[str] = ()) -> list[BlockMatrices]:
-        """The parameters of every block by what can be done with them. `uncalled` are layers that are never called."""
+    def sorted_blocks(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[BlockMatrices]:
+        """The parameters of every block by what can be done with them.
+
+        `irregular` are weights of layers that their block does not call exactly once.
+        """
         patterns = [re.compile(pattern) for pattern in skip]
         converted = {name for name, origin in self.source_tensors.items() if origin.converter is not None}
         return [
-            sort_block(index, self.block_name(index) + ".", block, self.config, patterns, converted.union(uncalled))
+            sort_block(index, self.block_name(index) + ".", block, self.config, patterns, converted.union(irregular))
             for index, block in enumerate(self.blocks)
         ]
 

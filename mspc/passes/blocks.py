@@ -98,6 +98,8 @@ def _capture_with(model: StreamedModel, ids: Tensor, num_outputs: int) -> tuple[
             raise ValueError(f"block {index} is run after {len(calls)} blocks")
         if first and hidden is not first[0]:
             raise ValueError(f"something comes between the blocks {index - 1} and {index}")
+        if hidden.shape[:-1] != ids.shape:
+            raise ValueError(f"its blocks take hidden states {tuple(hidden.shape)} for tokens {tuple(ids.shape)}")
         first.append(hidden)
         calls.append(Call(args, kwargs))
         if len(calls) == len(model.blocks):
@@ -117,18 +119,24 @@ def _as_outputs(hidden: Tensor, num_outputs: int) -> Any:
     return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
 
 
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Make an InputError of whatever the code of a model raises."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MspcError | EarlyExit) or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{what} ({in_brief(error)}). Try another version of transformers, or another model."
+        ) from error
+
+
 def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) -> Tensor:
     """Hidden states (B, T, D) of a batch after block `index`, which is loaded."""
     call = batch.calls[index]
-    try:
+    with _in_words(f"{model.block_name(index)} cannot be run by itself, as mspc does"):
         output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
-    except Exception as error:  # whatever the code of a model raises
-        if isinstance(error, MspcError) or is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{model.block_name(index)} cannot be run by itself, as mspc does ({in_brief(error)}). Try another version "
-            "of transformers, or another model."
-        ) from error
     return hidden_of(batch, output)
 
 
@@ -186,7 +194,8 @@ def logits_after(model: StreamedModel, batch: Batch) -> Tensor:
     def hand_through(*args: Any, **kwargs: Any) -> Any:
         return _as_outputs(hidden, model.num_outputs)
 
-    with replaced_forwards(model.blocks, hand_through):
+    what = f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"
+    with _in_words(what), replaced_forwards(model.blocks, hand_through):
         return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
 
 

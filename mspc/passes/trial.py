@@ -1,5 +1,6 @@
 """A trial of a model on a few tokens, before any long work: it runs block by block, and calls its linear layers."""
 
+from collections import Counter
 from functools import partial
 
 import torch
@@ -12,11 +13,12 @@ from mspc.passes.blocks import batches_of, logits_after, run_block
 TOKENS = 8
 
 
-def uncalled_layers(model: StreamedModel) -> set[str]:
-    """Weights of linear layers that their block reads without calling the layer, so that its input is unknown.
+def irregular_layers(model: StreamedModel) -> set[str]:
+    """Weights of linear layers that their block does not call exactly once, so that they have no one input.
 
-    One block of each kind is run. Layers in a list, such as experts, do not count: they may be called for other text.
-    Raises InputError for a model that cannot be run block by block.
+    Some blocks read the weight without calling the layer. One block of each kind is run. Layers in a list, such as
+    experts, do not count: they may be called for other text. Raises InputError for a model that cannot be run block by
+    block.
     """
     (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
     known: dict[object, set[str]] = {}
@@ -25,27 +27,27 @@ def uncalled_layers(model: StreamedModel) -> set[str]:
         kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
         if kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
-                known[kind] = _uncalled(loaded, partial(run_block, model, loaded, batch, index))
+                known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
         found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}
     with model.loaded_outer(), torch.no_grad():
         logits_after(model, batch)
     return found
 
 
-def _uncalled(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
-    """Names of the linear layers that a run of their block does not call."""
+def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
+    """Names of the linear layers that a run of their block does not call exactly once."""
     layers = {
         name: layer
         for name, layer in block.named_modules()
         if isinstance(layer, LINEAR) and not any(part.isdigit() for part in name.split("."))
     }
-    called: set[str] = set()
+    calls = Counter[str]()
     handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name])) for name, layer in layers.items()
     ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return layers.keys() - called
+    return {name for name in layers if calls[name] != 1}

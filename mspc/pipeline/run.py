@@ -22,7 +22,7 @@ from mspc.model.matrices import dense_notes
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of
-from mspc.passes.trial import uncalled_layers
+from mspc.passes.trial import irregular_layers
 from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
@@ -95,8 +95,8 @@ class Run:
         settings, progress = self.settings, self.progress
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
-        uncalled = uncalled_layers(model)
-        matrices = model.matrices(settings.skip, uncalled)
+        irregular = irregular_layers(model)
+        matrices = model.matrices(settings.skip, irregular)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
         with progress.stage("Checking weights", len(checkpoint.shards())) as step:
@@ -107,7 +107,7 @@ class Run:
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
-        for note in (*dense_notes(model.sorted_blocks(settings.skip, uncalled)), *planner.unmatched_skips(model)):
+        for note in (*dense_notes(model.sorted_blocks(settings.skip, irregular)), *planner.unmatched_skips(model)):
             log.info(note)
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
