@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import mspc
+from mspc.bench.request import Request
+from mspc.bench.run import bench
 from mspc.errors import InputError
 from mspc.storage.checkpoint import SINGLE
 
@@ -126,7 +128,12 @@ SIZES = {
 @pytest.mark.parametrize(("name", "size"), [(name, size) for name, sizes in SIZES.items() for size in sizes])
 def test_sizes_that_do_not_fit_the_weights_are_named(name, size, llama, calibration, tmp_path):
     changes = {name: size} if name in ("head_dim", "num_hidden_layers") else {name: size, "head_dim": 8}
-    for told in refusals(changed(llama, tmp_path / "model", **changes), calibration, tmp_path / "out"):
+    model = changed(llama, tmp_path / "model", **changes)
+    with pytest.raises(InputError) as caught:
+        bench(
+            Request((str(model),), batches=(1,), contexts=(8,), prefills=(8,), repeats=1, device="cpu"), progress=False
+        )
+    for told in (str(caught.value), *refusals(model, calibration, tmp_path / "out")):
         assert "config.json" in told
         assert len(told) < 600
 

@@ -104,6 +104,6 @@ def dense_notes(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
         dense = sum(block.vectors + sum(block.others.values()) for block in blocks)
         share = dense / sum(block.numel for block in blocks)
         yield (
-            f"Note: {', '.join(others)}, biases and norms are no linear layers or route tokens. They stay dense, "
+            f"Note: {', '.join(others)}, biases and norms are no layers that mspc compresses. They stay dense, "
             f"{share:.1%} of the weights of the blocks."
         )

@@ -288,8 +288,8 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> N
             continue
         if not known:
             raise InputError(
-                f"The checkpoint holds no {aliases[0]}, which the model of its config.json needs. It is incomplete: "
-                "get it again."
+                f"The checkpoint holds no {aliases[0]}, which the model needs. It is incomplete, or its config.json "
+                "is of another model: get it again."
             )
         for name in known[1:]:
             _assign(model, name, nn.Parameter(tensor, requires_grad=False))
