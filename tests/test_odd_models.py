@@ -92,6 +92,9 @@ OTHER_TASKS = {
     "whisper": {},
     "bart": {},
     "clip": {},
+    "bert": {},
+    "roberta": {},
+    "electra": {},
 }
 
 

@@ -18,6 +18,9 @@ STORABLE = FLOATS[1:]
 SUPPORTED = (
     "mspc takes decoders that AutoModelForCausalLM knows: Llama, Qwen, Mistral, Gemma, Phi, GPT-2, Mamba and others"
 )
+GIVE = "Give a causal language model"
+DECODERS_IN_ANY_CASE = "gpt_neox"
+"""Causal models whose config says that they are no decoders."""
 OTHER_TASKS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -44,12 +47,16 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
         raise InputError(f"{what}, an encoder with a decoder. Give a decoder alone: {SUPPORTED}.")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         inner = config.get_text_config()
-        remedy = "Give a causal language model"
+        remedy = GIVE
         if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
             remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"
         raise InputError(f"{what}, which is no causal language model. {remedy}: {SUPPORTED}.")
+    if getattr(config, "is_decoder", None) is False and not config.model_type.startswith(DECODERS_IN_ANY_CASE):
+        raise InputError(
+            f"{what}, which sees the tokens that it should predict (is_decoder is false). {GIVE}: {SUPPORTED}."
+        )
     if architectures and all(name.endswith(OTHER_TASKS) for name in architectures):
-        raise InputError(f"{what}, which predicts no next token. Give a causal language model: {SUPPORTED}.")
+        raise InputError(f"{what}, which predicts no next token. {GIVE}: {SUPPORTED}.")
 
 
 def check_quantization(raw: Mapping[str, Any], folder: Path) -> None:
