@@ -38,7 +38,7 @@ ENTRIES = {
     "compression_config": ({"format": "dense"}, 1),
     "auto_map": ({"AutoModelForCausalLM": "code.Model", "AutoConfig": "code.Config"}, "x", {"AutoConfig": 3}),
     "model_type": ("t5", "llava", "bert", "whisper", "mamba", "gpt2", "mixtral", "nothing", "gemma3", 3),
-    "architectures": (["T5ForConditionalGeneration"], ["LlamaForSequenceClassification"], "x", [3], {}),
+    "architectures": (["T5ForConditionalGeneration"], ["LlamaForTokenClassification"], "x", [3], {}, True),
     "text_config": ({"model_type": "llama"}, {"quantization_config": {"quant_method": "awq"}}, 3),
     "is_encoder_decoder": (True,),
     "torch_dtype": ("float8_e4m3fn", "float64", "x", 3),

@@ -41,7 +41,8 @@ def setting_of(config: PreTrainedConfig, name: str) -> Any:
 
 def check_task(config: PreTrainedConfig, folder: Path) -> None:
     """Raises InputError for a model that is no decoder-only language model."""
-    architectures = [str(name) for name in getattr(config, "architectures", None) or []]
+    named = getattr(config, "architectures", None)
+    architectures = [str(name) for name in named] if isinstance(named, list | tuple) else []
     what = f"{folder} is a {config.model_type} model{f' ({architectures[0]})' if architectures else ''}"
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{what}, an encoder with a decoder. Give a decoder alone: {SUPPORTED}.")
