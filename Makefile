@@ -6,12 +6,16 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint verify-all verify-autogptq clean
+.PHONY: demo test test-slow fuzz lint verify-all verify-autogptq clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(WORKERS)
+
+# Inputs changed at random, 400 of them.
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(WORKERS) -m fuzz
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(WORKERS) -m slow

@@ -8,16 +8,18 @@ every layer by itself, next to the time that its bytes take; cuSPARSELt; compres
 
     <results>/<part>_<gpu>_<date>.json    with versions, configuration and commit; .md, the same as a table; .png
 
-after every unit that it measures. A second run measures the units that the newest files lack, and last the units that
-failed. No unit begins after `--minutes`. A failure is noted, the other units go on, and the exit code is 1. The script
-ends after a fault that takes the device from this process, such as an illegal address. The times of models are next to
-those that were predicted before any measurement (docs/benchmark.md).
+after every unit that it measures. An interruption says what is done and what is next. A second run measures the units
+that the newest files lack, and last the units that failed. No unit begins after `--minutes`. A failure is noted, the
+other units go on, and the exit code is 1. The script ends after a fault that takes the device from this process, such
+as an illegal address. The times of models are next to those that were predicted before any measurement
+(docs/benchmark.md).
 """
 
 import argparse
 import datetime
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -117,6 +119,15 @@ def run_part(part: str, slot: Slot, path: Path, deadline: float) -> list[str]:
     except Exception as error:  # such as no matplotlib
         failed.append(f"{part}, its figure: {type(error).__name__}: {error}")
     return failed
+
+
+def where_it_stands(order: list[str], files: dict[str, Path], slot: Slot) -> Iterator[str]:
+    """A line for each part: how many units are measured, in which file, and the first that is not."""
+    for part in order:
+        units = json.loads(files[part].read_text())["units"] if files[part].is_file() else {}
+        left = [name for name, _ in PARTS[part](slot) if name not in units or "error" in units[name]]
+        done = f"{len(units) - sum('error' in unit for unit in units.values())} units in {files[part]}"
+        yield f"{part}: {done if units else 'nothing'}, {f'{len(left)} left, next {left[0]}' if left else 'complete'}"
 
 
 def write(result: Result, path: Path) -> None:
@@ -232,14 +243,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mspc-gpu-") as temporary:
         results = args.results or (Path(temporary) if args.dry_run else HERE / "results")
         files = {part: file_of(part, gpu, results) for part in args.parts}
-        failed = [
-            line for part in sorted(files, key=lambda part: has_failed(files[part]))
-            for line in run_part(part, slot, files[part], deadline)
-        ]  # fmt: skip
+        order = sorted(files, key=lambda part: has_failed(files[part]))
+        try:
+            failed = [line for part in order for line in run_part(part, slot, files[part], deadline)]
+        except KeyboardInterrupt:
+            print("\nInterrupted.", *where_it_stands(order, files, slot), sep="\n", flush=True)
+            is_kept = args.results or not args.dry_run
+            print("The same command goes on there." if is_kept else "A dry run without --results keeps nothing.")
+            sys.exit(130)
     for line in failed:
         print("FAILED", line)
     sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how schedulers end a job
     main()

@@ -12,6 +12,9 @@ MspcError                 1  a failure that is not the fault of the input
 import difflib
 from collections.abc import Iterable
 
+BRIEF = 240
+"""Characters of a message of somebody else that are shown."""
+
 
 class MspcError(Exception):
     exit_code = 1
@@ -41,6 +44,22 @@ class Stopped(MspcError):
     @classmethod
     def at(cls, stage: str) -> "Stopped":
         return cls(f"Stopped at {stage!r}, as the progress callable asked.")
+
+
+def in_brief(error: BaseException) -> str:
+    """One line about an exception of somebody else: the beginning of its message, and its type where that says more."""
+    first = " ".join(str(error).split())
+    first = first if len(first) <= BRIEF else first[:BRIEF].rstrip() + " ..."
+    is_plain = isinstance(error, ValueError | OSError | RuntimeError) and first
+    return first if is_plain else f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell if memory ran out, which is no fault of the input. Torch has no exception of its own for that on a CPU."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error).lower() for part in words)
+    )
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:

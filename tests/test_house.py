@@ -21,7 +21,8 @@ OPTION_LISTS = {
 }  # fmt: skip
 KNOW_TRANSFORMERS = {
     "mspc.api",
-    "mspc.model.hub", "mspc.model.streamed", "mspc.runtime.hf_quantizer", "mspc.runtime.loading",
+    "mspc.model.config_checks", "mspc.model.hub", "mspc.model.matrices", "mspc.model.streamed",
+    "mspc.runtime.hf_quantizer", "mspc.runtime.loading",
     "exporters.onnx_graph", "exporters.runtimes.transformers",
 }  # fmt: skip
 PUBLIC = {"compress", "evaluate", "export", "load", "masks", "plan", "recover", "report", "verify"}

@@ -13,7 +13,7 @@ from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.model.hub import load_config, longest_sequence
-from mspc.model.open import choose_dtype, open_model, open_source
+from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
 from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
@@ -178,7 +178,7 @@ def check_model(folder: Path) -> None:
     elif is_sparse_export(folder):
         described = descriptions(read_quantization_config(folder), folder / "config.json")
         check_files(described, [folder / shard for shard in Checkpoint(folder).shards()])
-    open_model(folder, device=torch.device("cpu"))  # no weights are read
+    check_folder(folder)
     check_tokenizer_of(folder)
 
 

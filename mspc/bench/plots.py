@@ -25,7 +25,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     of_models = groups(result)
     has_perplexity = any(row["perplexity"] is not None for row in result["rows"])
     columns = 2 if has_perplexity else 1
-    figure = Figure(figsize=(6.4 * columns, 4.4 * len(of_models)), layout="constrained")
+    figure = Figure(figsize=(8.0 * columns, 4.4 * len(of_models)), layout="constrained")
     axes = figure.subplots(len(of_models), columns, squeeze=False)
     for (model, rows), of_row in zip(of_models.items(), axes, strict=True):
         _speedups(of_row[0], model, rows, result["configuration"]["baseline"])
@@ -56,7 +56,12 @@ def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) 
     axis.set_ylim(bottom=0)
     axis.set(title=f"{model}, decoding", xlabel="batch size")
     if axis.lines[:-1]:  # all but the line of the baseline
-        axis.legend(fontsize="x-small")
+        _add_legend(axis)
+
+
+def _add_legend(axis: Any) -> None:
+    """Add a legend on the right of the axes, where it covers nothing."""
+    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
 
 
 def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:
@@ -68,7 +73,7 @@ def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:
         point = step["tokens_per_second"]["median"], row["perplexity"]
         axis.plot(*point, "o", color=f"C{number}", label=label(row))
     if known:
-        axis.legend(fontsize="x-small")
+        _add_legend(axis)
         first = known[0]["decode"][0]
         axis.set_xlabel(f"tokens/s at batch {first['batch']}, context {first['context']}")
     axis.set(title=f"{model}, quality", ylabel="perplexity")

@@ -1,7 +1,7 @@
 """The verb `bench`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -105,7 +105,7 @@ def bench(
     Formats that are not faster than the baseline are marked "no gain". Figures
     of a CPU say nothing about the kernels. See docs/benchmark.md.
     """
-    with reported(debug, "Figures measured so far are in the --json file."):
+    with reported(debug, "Figures measured so far are above, and in the --json file."):
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run
@@ -124,11 +124,21 @@ def bench(
             if plot_file.suffix != ".png":
                 raise InputError(f"--plot draws a PNG. Name it {plot_file.stem}.png, not {plot_file.name}.")
             check_installed()
-        result = run(request, save=None if json_file is None else lambda found: write_json(json_file, found))
-        if plot_file is not None:
-            plot(result, plot_file)
-    for table in tables(result):
-        print_table(table)
-        print()
-    for line in (*notes(result), *verdicts(result)):
-        print(line)
+        found: dict[str, Any] = {}
+
+        def keep(result: dict[str, Any]) -> None:
+            found.update(result)
+            if json_file is not None:
+                write_json(json_file, result)
+
+        try:
+            found = run(request, save=keep)
+            if plot_file is not None:
+                plot(found, plot_file)
+        finally:  # what is measured is shown, whatever comes after it
+            if found:
+                for table in tables(found):
+                    print_table(table)
+                    print()
+                for line in (*notes(found), *verdicts(found)):
+                    print(line)

@@ -2,9 +2,14 @@
 
 import json
 import logging
+import platform
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,9 +18,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mspc.errors import InputError, MspcError
+from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory
 from mspc.progress import log
 from mspc.recipe import Recipe
+from mspc.version import __version__
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
@@ -65,7 +71,8 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    """JSON knows no NaN and no infinity: they are null."""
+    print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None)))
 
 
 class ToStderr(logging.Handler):
@@ -94,6 +101,10 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
         if debug:
             raise
         fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
+    except Exception as error:
+        if debug or not is_out_of_memory(error):
+            raise  # a bug, which `main` reports
+        fail(f"Error: the memory was not enough ({in_brief(error)}). Free some, or choose a smaller model.", 1)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -102,6 +113,21 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
 def fail(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def report_bug(error: BaseException) -> NoReturn:
+    """Say that an exception is a bug of mspc, and write what a report needs to a file: exit code 1."""
+    packages = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+    versions = [f"{name} {version(name)}" for name in packages]
+    lines = [f"mspc {__version__}, Python {platform.python_version()}, {platform.platform()}", ", ".join(versions)]
+    lines += [shlex.join(["mspc", *sys.argv[1:]]), "", *traceback.format_exception(error)]
+    with tempfile.NamedTemporaryFile("w", prefix="mspc-bug-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write("\n".join(line.rstrip("\n") for line in lines) + "\n")
+    fail(
+        f"Error: {in_brief(error)}. This is a bug of mspc, whatever the input was. Report it and attach {file.name}: "
+        "it has the versions, the command and the traceback.",
+        1,
+    )
 
 
 def with_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:

@@ -1,6 +1,7 @@
 """The command line: thin verbs over `mspc.api`. Results go to stdout, progress and messages to stderr."""
 
 import logging
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from mspc.cli.console import (  # fmt: skip
     LengthOption,
     print_json,
     print_table,
+    report_bug,
     reported,
 )
 from mspc.cli.export_commands import export, verify
@@ -127,4 +129,9 @@ def main() -> None:
     # These libraries log on import, about nothing that the user did.
     for name in ("torchao", "torch.utils._pytree", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app()
+    try:
+        app()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        report_bug(error)

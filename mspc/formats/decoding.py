@@ -101,6 +101,13 @@ def check_indices(stored: Mapping[str, Tensor], matrix: StoredMatrix, name: str 
             raise InputError(f"{name}: its indices are not {keep} ascending numbers below {of} in every group.")
 
 
+def check_finite(stored: Mapping[str, Tensor], name: str) -> None:
+    """Raises InputError, naming the matrix, for a scale or weight of a file that is NaN or infinite."""
+    for part in ("scales", "values"):
+        if part in stored and not bool(stored[part].isfinite().all()):
+            raise InputError(f"{name}: its {part} contain NaN or infinity; the file is damaged. Restore it.")
+
+
 def _place(
     kept: Tensor, others: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int
 ) -> Tensor:

@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from mspc.errors import InputError
+from mspc.errors import InputError, in_brief
+from mspc.model.config_checks import check_quantization, check_task, setting_of
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.carrying import HIDDEN, LEFT_OUT, NEVER, VOCABULARIES
 from mspc.storage.checkpoint import INDEX, SINGLE, files_of_index
@@ -62,40 +64,51 @@ def _downloaded(model: str) -> Path:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a causal language model. That of a sparse export is as if its weights were dense.
+
+    Raises InputError for a config.json that is damaged, or of a model that mspc cannot take.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{folder}: its config.json cannot be used ({in_brief(error)}). Get it again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{folder}: its config.json cannot be used (it is no object). Get it again.")
+    if not is_sparse_export(folder):
+        check_quantization(raw, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged JSON, an unknown model type, remote code that is not allowed
+    except Exception as error:  # an unknown model type, wrong values, remote code that is not allowed
         raise InputError(f"{folder}: its config.json cannot be used ({_in_words(error)}).") from error
-    if getattr(config, "quantization_config", None):
-        if not is_sparse_export(folder):
-            method = config.quantization_config["quant_method"]
-            raise InputError(
-                f"{folder} is quantized already (quant_method {method!r}). Give a checkpoint that is not quantized, an "
-                "mspc artifact, or an export of the formats dense or sparse."
-            )
-        del config.quantization_config  # its weights are read dense
+    if not isinstance(config, PreTrainedConfig):
+        raise InputError(f"{path} describes no model. Give a Hugging Face checkpoint folder.")
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # of a sparse export, whose weights are read dense
+    check_task(config, folder)
     return config
 
 
 def load_tokenizer(folder: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # some wrong values show only when it is used
     except Exception as error:  # missing files, unknown classes, damaged JSON
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({_in_words(error)}).") from error
+    return tokenizer
 
 
 def _in_words(error: Exception) -> str:
     """The message of transformers, unless it advises to run code of the checkpoint."""
     if "trust_remote_code" in str(error):
         return "it needs code of the checkpoint, which mspc never runs; give one whose classes are in transformers"
-    return str(error)
+    return in_brief(error)
 
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """Maximum sequence length in tokens by the config, or None."""
-    text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
-        if isinstance(longest := getattr(text, name, None), int):
+        if isinstance(longest := setting_of(config, name), int):
             return longest
     return None
 

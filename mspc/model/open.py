@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from mspc.model.config_checks import FLOATS
 from mspc.model.hub import load_config
 from mspc.model.streamed import StreamedModel
 from mspc.storage.artifact import ArtifactSource
@@ -22,6 +23,14 @@ def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager
     return StreamedModel(source, config, device, choose_dtype(dtype, source, device), eager)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises InputError, naming the file or tensor, for a folder whose config and weights make no model.
+
+    Only headers are read.
+    """
+    open_model(folder, device=torch.device("meta"))
+
+
 def open_source(folder: Path) -> TensorSource:
     if is_artifact(folder):
         return ArtifactSource(folder)
@@ -34,4 +43,6 @@ def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return next(tensor.dtype for _, tensor in source.read(source.keys()) if tensor.is_floating_point())
+    types = source.types()
+    found = next((types[key][0] for key in source.keys() if types[key][0] in FLOATS), "float32")  # noqa: SIM118
+    return getattr(torch, found)

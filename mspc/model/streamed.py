@@ -7,7 +7,7 @@ afterwards. Only this file knows how transformers names, converts and ties weigh
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
-from mspc.errors import InputError
-from mspc.storage.checkpoint import TensorSource
+from mspc.errors import InputError, in_brief
+from mspc.model.config_checks import STORABLE, check_sizes, check_surplus, check_tensor, setting_of
+from mspc.model.matrices import BlockMatrices, check_reached, skip_option, sort_block
+from mspc.storage.checkpoint import StoredType, TensorSource
 from mspc.types import Matrix
 
 
@@ -63,24 +64,29 @@ class StreamedModel:
     ) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
         # Some versions of transformers run capped attention through kernels that ignore the cap.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+        capped = setting_of(config, "attn_logit_softcapping") is not None
         kernels = "eager" if eager or capped else None
-        with parameters_on_meta():
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=kernels,
-                experts_implementation=kernels,
-                trust_remote_code=False,
-            )
-        self.model.eval()
+        types = source.types()
+        check_sizes(config, types)
+        self.model = _built(config, device, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels)
         for buffered in self.model.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
+        check_surplus(self.model, self.blocks_name, len(self.blocks), types)
         self.source_tensors = _map_keys(self.model, source.keys())
         _match_ties(self.model, self.source_tensors)
+        self._check_types(types)
+        self.num_outputs = 0
+        """Length of the tuple that the model expects of its blocks; 0 for hidden states alone. Found when it runs."""
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
+
+    def _check_types(self, types: Mapping[str, StoredType]) -> None:
+        """Raises InputError, naming the tensor, for one whose shape or dtype does not fit the model."""
+        for name, expected in _named_tensors(self.model):
+            origin = self.source_tensors.get(name)
+            for key in origin.keys if origin else ():
+                check_tensor(key, types[key], name, expected, origin is not None and origin.converter is None)
 
     def block_name(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
@@ -156,60 +162,83 @@ class StreamedModel:
             ready: Future[Tensor] = Future()
             ready.set_result(tensors[key])
             converter.add_tensor(name, key, pattern, ready)
-        converted = converter.convert(name, model=self.model, config=self.config)
-        tensor = converted[name]
+        try:
+            tensor = converter.convert(name, model=self.model, config=self.config)[name]
+        except Exception as error:  # tensors of other shapes, or fewer of them
+            raise InputError(
+                f"{name} cannot be put together from {origin.keys[0]} and others ({in_brief(error)}). Give the "
+                "config.json that belongs to the weights."
+            ) from error
         return tensor[0] if isinstance(tensor, list) else tensor
 
     def tensor_key(self, matrix: Matrix) -> str:
         """The name under which the source stores the parameter of a matrix."""
         return self.source_tensors[matrix.parameter].keys[0]
 
-    def matrices(self, skip: Sequence[str]) -> list[list[Matrix]]:
+    def matrices(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[list[Matrix]]:
         """The weight matrices of every block to compress, in the order of the module tree.
 
-        Raises InputError when a block has weights that the walk cannot reach and `skip` does not name.
+        Raises InputError when most of a block is no linear layer and `skip` does not name it, or when a matrix has a
+        dtype that artifacts do not hold.
         """
-        patterns = [re.compile(pattern) for pattern in skip]
-        found = [self._block_matrices(index, patterns) for index in range(len(self.blocks))]
+        blocks = self.sorted_blocks(skip, irregular)
+        check_reached(blocks)
+        found = [block.matrices for block in blocks]
         if not any(found):
-            raise InputError("Nothing is left to compress: --skip matches every matrix of every block. Skip fewer.")
+            why = "--skip matches every matrix of every block. Skip fewer"
+            why = why if skip else "no block has a linear layer. Give another model"
+            raise InputError(f"Nothing is left to compress: {why}.")
+        self._check_storable(matrix for of_block in found for matrix in of_block)
         first_name: dict[int, str] = {}
         for matrix in (matrix for of_block in found for matrix in of_block):
             first = first_name.setdefault(id(self.model.get_parameter(matrix.parameter)), matrix.name)
             if first != matrix.name:
                 raise InputError(
                     f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
-                    "yet. Leave it dense with --skip REGEX."
+                    f"yet. Leave both dense with {skip_option([matrix.name, first])}."
                 )
         return found
 
-    def _block_matrices(self, index: int, skip: Sequence[re.Pattern[str]]) -> list[Matrix]:
-        block, prefix = self.blocks[index], self.block_name(index) + "."
-        matrices, unreached = [], []
-        for name, parameter in block.named_parameters():
-            owner = block.get_submodule(name.rpartition(".")[0])
-            full = prefix + name
-            is_matrix = isinstance(owner, nn.Linear | Conv1D) and name.endswith("weight")
-            is_router = "router" in type(owner).__name__.lower()  # sends tokens to experts; it is small and sensitive
-            if parameter.ndim < 2 or is_router or any(p.search(full.removesuffix(".weight")) for p in skip):
-                continue
-            if not is_matrix or self.source_tensors[full].converter is not None:
-                unreached.append(f"{full} {tuple(parameter.shape)}")
-                continue
-            transposed = isinstance(owner, Conv1D)
-            num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
-            matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
-        if unreached:
-            raise InputError(
-                f"Block {index} has weights that mspc cannot compress yet: {', '.join(unreached)}. Leave them dense "
-                "with --skip REGEX (for fused experts: --skip experts)."
-            )
-        return matrices
+    def _check_storable(self, matrices: Iterable[Matrix]) -> None:
+        """Raises InputError, naming the tensor, for a matrix of a dtype that artifacts do not hold."""
+        types = self.source.types()
+        for matrix in matrices:
+            key = self.tensor_key(matrix)
+            if types[key][0] not in STORABLE:
+                raise InputError(
+                    f"{key} is stored as {types[key][0]}, but mspc compresses weights of {', '.join(STORABLE)}. "
+                    "Save the model in float32 first: from_pretrained(..., dtype=torch.float32), save_pretrained."
+                )
+
+    def sorted_blocks(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[BlockMatrices]:
+        """The parameters of every block by what can be done with them.
+
+        `irregular` are weights of layers that their block does not call exactly once.
+        """
+        patterns = [re.compile(pattern) for pattern in skip]
+        converted = {name for name, origin in self.source_tensors.items() if origin.converter is not None}
+        return [
+            sort_block(index, self.block_name(index) + ".", block, self.config, patterns, converted.union(irregular))
+            for index, block in enumerate(self.blocks)
+        ]
+
+
+def _built(config: PreTrainedConfig, device: torch.device, **options: Any) -> PreTrainedModel:
+    """The model of a config, on meta. Raises InputError where transformers cannot make one."""
+    try:
+        with device if device.type == "meta" else parameters_on_meta():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except Exception as error:  # whatever a size or name that does not fit the others leads to
+        raise InputError(
+            f"{config.name_or_path}: no model can be built by its config.json ({in_brief(error)}). Give the "
+            "config.json that belongs to the weights."
+        ) from error
+    return model.eval()
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The ModuleList with the most parameters: the decoder layers of every causal LM."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:
         raise InputError(
             f"{type(model).__name__} has no list of decoder layers. Give a causal language model with one."
@@ -259,7 +288,8 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> N
             continue
         if not known:
             raise InputError(
-                f"The checkpoint holds no {aliases[0]}, which the model needs. It is incomplete: get it again."
+                f"The checkpoint holds no {aliases[0]}, which the model needs. It is incomplete, or its config.json "
+                "is of another model: get it again."
             )
         for name in known[1:]:
             _assign(model, name, nn.Parameter(tensor, requires_grad=False))

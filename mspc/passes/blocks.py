@@ -7,16 +7,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mspc.errors import ActivationError
+from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
 from mspc.model.streamed import StreamedModel
 
 TOKENS_PER_BATCH = 4096
+MOST_OUTPUTS = 3
+"""Values that a block may return."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,11 @@ class Batch:
     ids: Tensor
     hidden: Tensor
     calls: list[Call]
-    returns_tuples: bool = False
-    """Blocks return a tuple whose first value is the hidden states. Known after the first block."""
 
     def sequences(self) -> Iterator["Batch"]:
         """Each sequence as a batch of its own."""
         for ids, hidden in zip(self.ids, self.hidden, strict=True):
-            yield Batch(ids[None], hidden[None], self.calls, self.returns_tuples)
+            yield Batch(ids[None], hidden[None], self.calls)
 
 
 class EarlyExit(Exception):
@@ -60,6 +61,8 @@ def batches_of(
     with torch.no_grad(), model.loaded_outer():
         for part in ids.split(size):
             hidden, calls = _capture(model, part)
+            if not _is_finite(hidden):
+                raise not_finite(model.model, "The embeddings", model.dtype)
             if batches:
                 calls = [_shared(call, first) for call, first in zip(calls, batches[0].calls, strict=True)]
             batches.append(Batch(part, stored(hidden, spill), calls))
@@ -68,35 +71,86 @@ def batches_of(
 
 def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
     """The first block's input and the calls of all blocks, from a forward pass in which blocks return their input."""
+    reasons = []
+    for num_outputs in dict.fromkeys((model.num_outputs, *range(MOST_OUTPUTS + 1))):
+        try:
+            captured = _capture_with(model, ids, num_outputs)
+        except Exception as error:  # whatever a model raises that unpacks other outputs
+            if is_out_of_memory(error):
+                raise
+            reasons.append(in_brief(error))
+        else:
+            model.num_outputs = num_outputs
+            return captured
+    raise InputError(
+        f"{type(model.model).__name__} cannot be run one block at a time, as mspc does ({reasons[0]}). Give a model "
+        "whose blocks pass hidden states on from one to the next."
+    )
+
+
+def _capture_with(model: StreamedModel, ids: Tensor, num_outputs: int) -> tuple[Tensor, list[Call]]:
+    """The same where blocks return `num_outputs` values. Raises ValueError if the model does more than pass them on."""
     first: list[Tensor] = []
     calls: list[Call] = []
 
-    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not first:
-            first.append(hidden)
+    def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if index != len(calls):
+            raise ValueError(f"block {index} is run after {len(calls)} blocks")
+        if first and hidden is not first[0]:
+            raise ValueError(f"something comes between the blocks {index - 1} and {index}")
+        if hidden.shape[:-1] != ids.shape:
+            raise ValueError(f"its blocks take hidden states {tuple(hidden.shape)} for tokens {tuple(ids.shape)}")
+        first.append(hidden)
         calls.append(Call(args, kwargs))
         if len(calls) == len(model.blocks):
             raise EarlyExit
-        return hidden
+        return _as_outputs(hidden, num_outputs)
 
     with replaced_forwards(model.blocks, record):
         try:
             model.model(input_ids=ids.to(model.device), use_cache=False)
         except EarlyExit:
             return first[0], calls
-    raise AssertionError("the model did not run all of its blocks")
+    raise ValueError(f"it runs {len(calls)} of its {len(model.blocks)} blocks")
+
+
+def _as_outputs(hidden: Tensor, num_outputs: int) -> Any:
+    """The outputs of a block: hidden states alone, or a tuple that begins with them."""
+    return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Make an InputError of whatever the code of a model raises."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MspcError | EarlyExit) or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{what} ({in_brief(error)}). Try another version of transformers, or another model."
+        ) from error
 
 
 def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) -> Tensor:
     """Hidden states (B, T, D) of a batch after block `index`, which is loaded."""
     call = batch.calls[index]
-    return hidden_of(batch, block(batch.hidden.to(model.device), *call.args, **call.kwargs))
+    with _in_words(f"{model.block_name(index)} cannot be run by itself, as mspc does"):
+        output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
+    return hidden_of(batch, output)
 
 
 def hidden_of(batch: Batch, output: Any) -> Tensor:
-    """The hidden states in what a block returned for a batch."""
-    batch.returns_tuples = isinstance(output, tuple)
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in what a block returned for a batch. Raises InputError for anything else."""
+    several = isinstance(output, tuple | list) and len(output) > 0
+    hidden = output[0] if several else output
+    if not isinstance(hidden, Tensor) or hidden.shape != batch.hidden.shape:
+        shape = f" {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else ""
+        raise InputError(
+            f"A block returns a {type(output).__name__}{shape} where mspc expects hidden states "
+            f"{tuple(batch.hidden.shape)}, alone or first in a tuple. Give another model: this one is not supported."
+        )
+    return hidden
 
 
 def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
@@ -108,12 +162,26 @@ def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequenc
 
 def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
     """Make the output of block `index` the hidden states of a batch. Raises ActivationError if it is not finite."""
-    if not bool(torch.stack(output.aminmax()).isfinite().all()):  # NaN is passed on; ten times as fast as isfinite
-        raise ActivationError(
-            f"{model.block_name(index)}: its output contains NaN or infinity in {model.dtype}; the model overflows in "
-            "this precision. Try --dtype float32."
-        )
+    if not _is_finite(output):
+        raise not_finite(model.blocks[index], model.block_name(index), model.dtype)
     batch.hidden.copy_(output)
+
+
+def _is_finite(output: Tensor) -> bool:
+    """NaN is passed on by aminmax, which is ten times as fast as isfinite."""
+    return bool(torch.stack(output.aminmax()).isfinite().all())
+
+
+def not_finite(module: nn.Module, name: str, dtype: torch.dtype) -> MspcError:
+    """The error for a loaded part of a model whose output is not finite: it names a damaged weight if there is one."""
+    for parameter_name, parameter in module.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            where = parameter_name if name.startswith("The ") else f"{name}.{parameter_name}"
+            return InputError(f"{where} contains NaN or infinity; the weights are damaged. Get them again.")
+    remedy = "Try --dtype float32" if dtype != torch.float32 else "Check what the model gives in transformers"
+    return ActivationError(
+        f"{name}: its output contains NaN or infinity in {dtype}; the model overflows in this precision. {remedy}."
+    )
 
 
 def logits_after(model: StreamedModel, batch: Batch) -> Tensor:
@@ -123,10 +191,11 @@ def logits_after(model: StreamedModel, batch: Batch) -> Tensor:
     """
     hidden = batch.hidden.to(model.device)
 
-    def hand_through(_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if batch.returns_tuples else hidden
+    def hand_through(*args: Any, **kwargs: Any) -> Any:
+        return _as_outputs(hidden, model.num_outputs)
 
-    with replaced_forwards(model.blocks, hand_through):
+    what = f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"
+    with _in_words(what), replaced_forwards(model.blocks, hand_through):
         return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
 
 
@@ -139,15 +208,15 @@ def token_losses(model: StreamedModel, batch: Batch) -> Tensor:
 
 @contextmanager
 def replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call `forward(hidden, *args, **kwargs)` in place of every block, whose attributes stay."""
+    """Call `forward(index, hidden, *args, **kwargs)` in place of every block, whose attributes stay."""
 
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def called(index: int, *args: Any, **kwargs: Any) -> Any:
         if not args:
             args = (kwargs.pop("hidden_states"),)
-        return forward(*args, **kwargs)
+        return forward(index, *args, **kwargs)
 
-    for block in blocks:
-        block.forward = called  # an instance attribute that hides the method of the class
+    for index, block in enumerate(blocks):
+        block.forward = partial(called, index)  # an instance attribute that hides the method of the class
     try:
         yield
     finally:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, advance, batches_of, logits_after, token_losses
+from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite, token_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,12 @@ def measure(
     divergence = None
     if reference is not None:
         divergence = mean_divergences(reference, reference_batches, model, [batches], first)[0]
-    yield Perplexity(math.exp(nll), nll, tokens, num_windows, length, divergence)
+    if not math.isfinite(nll):
+        with model.loaded_outer() as outer:
+            error = not_finite(outer, "The head", model.dtype)
+        if isinstance(error, InputError):
+            raise error
+    yield Perplexity(exponential(nll), nll, tokens, num_windows, length, divergence)
 
 
 def measure_module(
@@ -73,7 +79,15 @@ def measure_module(
             step()
     tokens = len(ids) * (ids.shape[1] - 1 - first)
     mean = None if reference is None else divergence / (tokens + len(ids))
-    return Perplexity(math.exp(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
+    return Perplexity(exponential(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
+
+
+def exponential(nll: float) -> float:
+    """exp(nll), which is infinite where floats end."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 @contextmanager

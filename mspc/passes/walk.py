@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mspc.errors import InputError
 from mspc.memory import free_memory
+from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, check_finite, precise_matmul, symmetrize
 from mspc.passes.blocks import Batch, advance, arrive, batches_of, run_block
@@ -220,23 +221,28 @@ class _Block:
     def other_order(self, matrix: Matrix) -> InputError:
         return InputError(
             f"{matrix.name}: the order in which its block runs its matrices depends on the text. Leave matrices that "
-            "are not always used dense with --skip REGEX."
+            f"are not always used dense, this one with {self.skip(matrix)}."
         )
 
     def check_new(self, matrix: Matrix, seen: Sequence[Matrix]) -> None:
         if matrix in seen:
             raise InputError(
                 f"{matrix.name}: used more than once in its block, and mspc needs one input per matrix. Leave it dense "
-                "with --skip REGEX."
+                f"with {self.skip(matrix)}."
             )
 
     def check_all(self, seen: Sequence[Matrix]) -> None:
-        missed = [matrix.name for matrix in self.matrices if matrix not in seen]
+        missed = [matrix for matrix in self.matrices if matrix not in seen]
         if missed:
+            names = ", ".join(matrix.name for matrix in missed)
             raise InputError(
-                f"{', '.join(missed)}: never called in a forward pass, so the input is unknown. Leave such matrices "
-                "dense with --skip REGEX."
+                f"{names}: never called in a forward pass, so the input is unknown. Leave such matrices dense with "
+                f"{self.skip(*missed)}."
             )
+
+    def skip(self, *matrices: Matrix) -> str:
+        """The option that leaves these matrices dense, in every block."""
+        return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -45,7 +45,8 @@ def evaluate_folder(
     if against is not None:
         _check_artifact(resolve(str(against)))
         reference = open_model(resolve(str(against)), device=model.device, dtype=dtype)
-        if (len(reference.blocks), reference.config.vocab_size) != (len(model.blocks), model.config.vocab_size):
+        sizes = [(len(one.blocks), one.config.get_text_config().vocab_size) for one in (reference, model)]
+        if sizes[0] != sizes[1]:
             raise InputError(f"{path} and {against} differ in blocks or vocabulary, so they cannot be compared.")
     with progress.stage("Perplexity", len(model.blocks)) as step:
         for result in perplexity.measure(model, windows.ids, reference, len(windows.begin)):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, Call, run_block, stored
+from mspc.passes.blocks import Batch, Call, EarlyExit, run_block, stored
 from mspc.passes.gradients import seed_of
 from mspc.types import Matrix
 
@@ -60,7 +60,7 @@ class Sample:
     output: Tensor
 
 
-class _Captured(Exception):
+class _Captured(EarlyExit):
     """Raised to leave a block as soon as the part has been called."""
 
 

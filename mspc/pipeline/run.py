@@ -18,10 +18,12 @@ from torch import Tensor
 
 from mspc.errors import InputError, Stopped
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
+from mspc.model.matrices import dense_notes
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
+from mspc.passes.trial import irregular_layers
 from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
@@ -95,7 +97,8 @@ class Run:
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
         _check_skips(model, settings.skip)
-        matrices = model.matrices(settings.skip)
+        irregular = irregular_layers(model)
+        matrices = model.matrices(settings.skip, irregular)
         self.settings = settings = choose_group_size(settings, matrices)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
         if isinstance(self.calibration, Tensor):
@@ -114,6 +117,8 @@ class Run:
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
+        for note in dense_notes(model.sorted_blocks(settings.skip, irregular)):
+            log.info(note)
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
             return

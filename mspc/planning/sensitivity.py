@@ -18,6 +18,7 @@ from statistics import median
 from torch import Tensor
 
 from mspc.errors import InputError
+from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of
 from mspc.passes.gradients import SquaredGradient, reverse_walk
@@ -104,7 +105,7 @@ def by_exponents(model: StreamedModel, matrices: MatricesByBlock, progress: Prog
                     if not math.isfinite(exponent):
                         raise InputError(
                             f"{matrix.name}: its eigenvalues have no power law, which the allocator alpha needs. "
-                            "Leave it dense with --skip REGEX, or choose another allocator."
+                            f"Leave it dense with {skip_option([matrix.name])}, or choose another allocator."
                         )
                     means[matrix.name] = RunningMean(exponent)
                     step(matrix.name)

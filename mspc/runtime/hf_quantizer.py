@@ -19,6 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mspc.errors import InputError
+from mspc.formats.decoding import check_finite
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.storage.checkpoint import map_file
@@ -67,6 +68,7 @@ class SparseQuantizer(HfQuantizer):
                 setattr(layer, part, getattr(layer, part).to(dtype))
             if not any(tensor.is_meta for tensor in layer.stored().values()):  # offloaded to disk
                 layer.check(name)
+                check_finite(layer.stored(), name)
         prepare(model, model.dtype)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
@@ -94,8 +96,15 @@ class SparseQuantizer(HfQuantizer):
 
 
 def check_files(matrices: dict[str, StoredMatrix], files: list[Path]) -> None:
-    """Raises InputError, naming the matrix, for a tensor that is missing or not of the described type."""
+    """Raises InputError, naming the matrix, for a tensor that is missing, not described or not of that type."""
     found = {key: kind for file in files for key, kind in types_of(map_file(file)).items()}
+    for key in found:
+        name, _, part = key.rpartition(".")
+        if part in ("codes", "values") and name not in matrices and f"{name}.weight" not in found:
+            raise InputError(
+                f"{name}: the files hold its {part}, but config.json does not describe it, so its weights would be "
+                "random. Get config.json again, or export the artifact again."
+            )
     for name, matrix in matrices.items():
         keys = {part: f"{name}.{part}" for part in matrix.tensors()}
         check_types({part: found[key] for part, key in keys.items() if key in found}, matrix, name)

@@ -13,15 +13,14 @@ from transformers import (
 )
 
 import mspc.runtime.hf_quantizer  # noqa: F401  registers the sparse export with transformers
-from mspc.errors import InputError, unknown
+from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory, unknown
 from mspc.formats.layout import with_offsets
 from mspc.kernels import cusparselt
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
-from mspc.model.open import choose_dtype, open_source
+from mspc.model.open import check_folder, choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.settings import DTYPES
 from mspc.storage.artifact import ArtifactSource
-from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import (
     base_of,
@@ -74,15 +73,15 @@ def load(
                 **source, dtype=chosen, device_map=device_map, attn_implementation=attn_implementation,
                 output_loading_info=True, trust_remote_code=False,
             )  # fmt: skip
-    except (ImportError, RuntimeError, ValueError) as error:  # shapes that do not fit, unknown options, no accelerate
-        if isinstance(error, InputError | torch.OutOfMemoryError):
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # shapes that do not fit, unknown options, no accelerate, damaged JSON
+        if isinstance(error, MspcError) or is_out_of_memory(error):
             raise
-        raise InputError(f"{folder}: transformers cannot load it ({error}).") from error
+        raise InputError(f"{folder}: transformers cannot load it ({in_brief(error)}).") from error
     model.config.name_or_path = str(folder)
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{folder} holds no {missing[0]}, which the model needs. Export or download it again.")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     model.requires_grad_(False)
     if device_map is None:
         model = model.to(main_device)
@@ -126,14 +125,13 @@ def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class of the model of a sparse export or a checkpoint, and the arguments that say where its weights are."""
     if is_sparse_export(folder):
         descriptions(read_quantization_config(folder), folder / "config.json")
-    else:
-        load_config(folder)
-    Checkpoint(folder)  # raises InputError for missing files, before transformers raises its own errors
+    check_folder(folder)  # before transformers raises its own errors
     return AutoModelForCausalLM, {"pretrained_model_name_or_path": folder, "use_safetensors": True}
 
 
 def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
     """The class of the model of an artifact, its config and its tensors, named as those of a sparse export."""
+    check_folder(folder)
     source = ArtifactSource(folder)
     if check:
         source.check_files()

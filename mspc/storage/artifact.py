@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.formats import layout
-from mspc.storage.checkpoint import read_file
+from mspc.formats.decoding import check_finite
+from mspc.storage.checkpoint import StoredType, read_file, types_in
 from mspc.storage.files import sha256_of
 from mspc.storage.manifest import MANIFEST, MatrixEntry, read_entries, read_manifest
 from mspc.types import CompressedLinear
@@ -66,6 +67,21 @@ class ArtifactSource:
     def shards(self) -> dict[str, list[str]]:
         return self._shards
 
+    def types(self) -> dict[str, StoredType]:
+        """By the manifest for what is compressed. Raises InputError, naming the tensor, for one that is nowhere."""
+        shards = {shard for key, shard in self._shard_of.items() if key not in self.whole}
+        found = {shard: types_in(self.folder / UNCHANGED / shard) for shard in sorted(shards)}
+        types: dict[str, StoredType] = {}
+        for key, shard in self._shard_of.items():
+            if entry := self.whole.get(key):
+                shape = entry.shape[::-1] if entry.address.transposed else entry.shape
+                types[key] = (str(entry.dtype).removeprefix("torch."), shape)
+            elif key in found[shard]:
+                types[key] = found[shard][key]
+            else:
+                raise InputError(f"{self.folder / UNCHANGED / shard} holds no {key}. Compress again, or restore it.")
+        return types
+
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
             if entry := self.whole.get(key):
@@ -102,4 +118,6 @@ def read_matrix(folder: Path, entry: MatrixEntry, *, exact: bool = False) -> Com
 
 def read_stored(folder: Path, entry: MatrixEntry) -> dict[str, Tensor]:
     keys = [f"{entry.name}.{part}" for part in entry.parts]
-    return {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / entry.file, keys)}
+    stored = {key.rpartition(".")[2]: tensor for key, tensor in read_file(folder / entry.file, keys)}
+    check_finite(stored, f"{folder / entry.file}, {entry.name}")
+    return stored

@@ -16,6 +16,16 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+STORED_TYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16",
+    "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""Names in a safetensors header -> names of torch."""
+StoredType = tuple[str, tuple[int, ...]]
+"""The name of a dtype, and a shape."""
+
+
 class TensorSource(Protocol):
     """Named tensors that can be read one at a time: a checkpoint, or an artifact that unpacks as it reads."""
 
@@ -27,13 +37,19 @@ class TensorSource(Protocol):
         """The weight files, each with the keys it holds, in the order of the source."""
         ...
 
+    def types(self) -> dict[str, StoredType]:
+        """The type of every tensor, by the headers alone."""
+        ...
+
 
 class Checkpoint:
     """The safetensors of one Hugging Face folder, single or sharded. Tensors are read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards = {name: _keys_of(folder / name) for name in _weight_files(folder)}
+        types = {name: types_in(folder / name) for name in _weight_files(folder)}
+        self._types = {key: kind for of_file in types.values() for key, kind in of_file.items()}
+        self._shards = {name: list(of_file) for name, of_file in types.items()}
         self._shard_of = {key: shard for shard, keys in self._shards.items() for key in keys}
 
     def keys(self) -> list[str]:
@@ -41,6 +57,9 @@ class Checkpoint:
 
     def shards(self) -> dict[str, list[str]]:
         return self._shards
+
+    def types(self) -> dict[str, StoredType]:
+        return self._types
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """`(key, tensor)` for every key, each file opened once. Raises InputError for a tensor that cannot be read."""
@@ -83,7 +102,7 @@ def files_of_index(index: Path) -> list[str]:
     """The weight files that an index names. Raises InputError for a damaged one, and for a path out of its folder."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is not a valid safetensors index ({error}); download the model again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
@@ -91,9 +110,15 @@ def files_of_index(index: Path) -> list[str]:
     return names
 
 
-def _keys_of(path: Path) -> list[str]:
+def types_in(path: Path) -> dict[str, StoredType]:
+    """The type of every tensor of one safetensors file, by its header."""
     with _opened(path) as file:
-        return list(file.keys())
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (_name_of(part.get_dtype()), tuple(part.get_shape())) for key, part in parts.items()}
+
+
+def _name_of(stored: str) -> str:
+    return STORED_TYPES.get(stored, stored.lower())
 
 
 def map_file(path: Path) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.formats import layout
+from mspc.formats.decoding import check_finite
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.formats.targets import target_from_dict
-from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.checkpoint import Checkpoint, StoredType
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
@@ -77,6 +78,14 @@ class SparseSource:
             for shard, keys in self._checkpoint.shards().items()
         }
 
+    def types(self) -> dict[str, StoredType]:
+        """By the config for what is compressed."""
+        types = {key: kind for key, kind in self._checkpoint.types().items() if key not in self._name_of}
+        for key, (_, matrix) in self._matrices.items():
+            shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
+            types[key] = (str(matrix.dtype).removeprefix("torch."), shape)
+        return types
+
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
             if key not in self._matrices:
@@ -93,6 +102,7 @@ def _read_stored(checkpoint: Checkpoint, name: str, matrix: StoredMatrix) -> dic
     present = [part for part in matrix.tensors() if f"{name}.{part}" in keys]
     stored = dict(zip(present, (t for _, t in checkpoint.read(f"{name}.{part}" for part in present)), strict=True))
     check_types(types_of(stored), matrix, name)
+    check_finite(stored, name)
     return stored
 
 
@@ -100,7 +110,7 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["quantization_config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} does not describe a sparse export of mspc ({error!r}), as `mspc export ARTIFACT sparse` "
             "writes; other checkpoints are loaded by transformers alone."

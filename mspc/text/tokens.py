@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.errors import InputError
+from mspc.errors import InputError, in_brief
 from mspc.text import builtin as builtin_text
 from mspc.text.builtin import Split
 from mspc.text.files import SUFFIXES, documents_of
@@ -108,11 +108,19 @@ def _text_per_window(begin: Beginning, sequence_length: int) -> int:
     return sequence_length - len(begin.wanted)
 
 
+def tokens_of(tokenizer: Any, text: str | list[str], **options: bool) -> Any:
+    """The ids of a text, or of several. Raises InputError for text that a tokenizer refuses, such as broken Unicode."""
+    try:
+        return tokenizer(text, verbose=False, **options)["input_ids"]
+    except Exception as error:  # whatever the tokenizers of many projects raise
+        raise InputError(f"The tokenizer refuses a text ({in_brief(error)}). Correct it, or the tokenizer.") from error
+
+
 def _tokenized(tokenizer: Any, documents: Iterable[str]) -> Iterator[list[int]]:
     """The tokens of each document. The tokenizer gets several documents at once, to work on all cores."""
     left = iter(documents)
     while texts := list(islice(left, AT_ONCE)):
-        yield from tokenizer(texts, verbose=False)["input_ids"]
+        yield from tokens_of(tokenizer, texts)
 
 
 def _windows(ids: list[int], length: int, rng: random.Random, begin: Beginning) -> list[list[int]]:
@@ -160,10 +168,10 @@ def _first_tokens(tokenizer: Any, text: str, most: int | None, special: bool) ->
 
     Without `special`, those that the tokenizer puts around a text are left out.
     """
-    options = {"verbose": False} if special else {"verbose": False, "add_special_tokens": False}
+    options = {} if special else {"add_special_tokens": False}
     characters = len(text) if most is None else 16 * most
     while True:
-        ids = list(tokenizer(text[:characters], **options)["input_ids"])
+        ids = list(tokens_of(tokenizer, text[:characters], **options))
         if characters >= len(text) or len(ids) >= 2 * int(most or 0):
             return ids
         characters *= 2

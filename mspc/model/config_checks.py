@@ -1,0 +1,124 @@
+"""Checks that a config.json and the tensors with it make a causal language model, before any weight is read."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from mspc.errors import InputError
+from mspc.storage.checkpoint import StoredType
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+"""Types of weights that a model can be loaded from."""
+STORABLE = FLOATS[1:]
+"""Types of weights that an artifact holds."""
+SUPPORTED = (
+    "mspc takes decoders that AutoModelForCausalLM knows: Llama, Qwen, Mistral, Gemma, Phi, GPT-2, Mamba and others"
+)
+GIVE = "Give a causal language model"
+DECODERS_IN_ANY_CASE = "gpt_neox"
+"""Causal models whose config says that they are no decoders."""
+OTHER_TASKS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "n_positions",
+)  # fmt: skip
+"""Sizes that no model has without a tensor of about that many rows, columns or layers."""
+TOLERANCE = 16
+"""Larger sizes than the tensors show, by this factor, would take minutes to refuse otherwise."""
+
+
+def setting_of(config: PreTrainedConfig, name: str) -> Any:
+    """An entry of the config of the language model; None without it, and where it differs from layer to layer."""
+    try:
+        return getattr(config.get_text_config(), name, None)
+    except Exception:  # transformers has a type of its own for entries that differ
+        return None
+
+
+def check_task(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises InputError for a model that is no decoder-only language model."""
+    named = getattr(config, "architectures", None)
+    architectures = [str(name) for name in named] if isinstance(named, list | tuple) else []
+    what = f"{folder} is a {config.model_type} model{f' ({architectures[0]})' if architectures else ''}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{what}, an encoder with a decoder. Give a decoder alone: {SUPPORTED}.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        inner = config.get_text_config()
+        remedy = GIVE
+        if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"
+        raise InputError(f"{what}, which is no causal language model. {remedy}: {SUPPORTED}.")
+    if getattr(config, "is_decoder", None) is False and not config.model_type.startswith(DECODERS_IN_ANY_CASE):
+        raise InputError(
+            f"{what}, which sees the tokens that it should predict (is_decoder is false). {GIVE}: {SUPPORTED}."
+        )
+    if architectures and all(name.endswith(OTHER_TASKS) for name in architectures):
+        raise InputError(f"{what}, which predicts no next token. {GIVE}: {SUPPORTED}.")
+
+
+def check_quantization(raw: Mapping[str, Any], folder: Path) -> None:
+    """Raises InputError for a config, or a part of one, that describes quantized weights in any way."""
+    for where, part in (("", raw), *((f"{name}.", part) for name, part in raw.items() if isinstance(part, dict))):
+        for key in ("quantization_config", "compression_config"):
+            found = part.get(key)
+            if found is None:
+                continue
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            if method is None:
+                raise InputError(
+                    f"{folder / 'config.json'} has a {where}{key} that names no quant_method ({str(found)[:80]}). "
+                    "Give a checkpoint that is not quantized. Delete the entry if its weights are not."
+                )
+            raise InputError(
+                f"{folder} is quantized already (quant_method {method!r}). Give a checkpoint that is not quantized, an "
+                "mspc artifact, or an export of the formats dense or sparse."
+            )
+
+
+def check_sizes(config: PreTrainedConfig, types: Mapping[str, StoredType]) -> None:
+    """Raises InputError for sizes far beyond those of the tensors, with which a model would not even be built."""
+    largest = max([len(types), *(size for _, shape in types.values() for size in shape)], default=0)
+    for name in SIZES:
+        size = setting_of(config, name)
+        if isinstance(size, int) and not (name != "intermediate_size") <= size <= TOLERANCE * largest:
+            raise InputError(
+                f"{name} is {size} in config.json, but no tensor of the checkpoint has more than {largest} rows or "
+                "columns. Give the config.json that belongs to the weights."
+            )
+
+
+def check_tensor(key: str, stored: StoredType, name: str, expected: Tensor, is_whole: bool) -> None:
+    """Raises InputError, naming the tensor, for a shape that the config does not mean or a dtype of no weight."""
+    dtype, shape = stored
+    if is_whole and shape != tuple(expected.shape):
+        raise InputError(
+            f"{name} has shape {shape} in the checkpoint, but {tuple(expected.shape)} by the config. Give the "
+            "config.json that belongs to the weights."
+        )
+    if expected.is_floating_point() and dtype not in FLOATS:
+        raise InputError(
+            f"{key} is stored as {dtype}, which is no weight without the scales of its quantization. Give the "
+            f"checkpoint in {', '.join(STORABLE)}."
+        )
+
+
+def check_surplus(model: PreTrainedModel, blocks_name: str, num_blocks: int, keys: Iterable[str]) -> None:
+    """Raises InputError for blocks in the checkpoint that the config leaves out.
+
+    Blocks that transformers ignores on purpose, such as those that predict several tokens, do not count.
+    """
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    extra = setting_of(model.config, "num_nextn_predict_layers") or 0
+    prefixes = {blocks_name, blocks_name.removeprefix(model.base_model_prefix + ".")}
+    index_of = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(prefixes)))})\.(\d+)\.")
+    for key in keys:
+        found = index_of.match(key)
+        if found and int(found[1]) >= num_blocks + extra and not any(pattern.search(key) for pattern in ignored):
+            raise InputError(
+                f"The checkpoint holds {key}, but by config.json the model has {num_blocks} blocks, the first of them "
+                "0. Give the config.json that belongs to the weights."
+            )

@@ -1,0 +1,53 @@
+"""A trial of a model on a few tokens, before any long work: it runs block by block, and calls its linear layers."""
+
+from collections import Counter
+from functools import partial
+
+import torch
+from torch import nn
+
+from mspc.model.matrices import LINEAR
+from mspc.model.streamed import StreamedModel
+from mspc.passes.blocks import batches_of, logits_after, run_block
+
+TOKENS = 8
+
+
+def irregular_layers(model: StreamedModel) -> set[str]:
+    """Weights of linear layers that their block does not call exactly once, so that they have no one input.
+
+    Some blocks read the weight without calling the layer. One block of each kind is run. Layers in a list, such as
+    experts, do not count: they may be called for other text. Raises InputError for a model that cannot be run block by
+    block.
+    """
+    (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
+    known: dict[object, set[str]] = {}
+    found: set[str] = set()
+    for index, block in enumerate(model.blocks):
+        kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
+        if kind not in known:
+            with model.loaded(index) as loaded, torch.no_grad():
+                known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
+        found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}
+    with model.loaded_outer(), torch.no_grad():
+        logits_after(model, batch)
+    return found
+
+
+def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
+    """Names of the linear layers that a run of their block does not call exactly once."""
+    layers = {
+        name: layer
+        for name, layer in block.named_modules()
+        if isinstance(layer, LINEAR) and not any(part.isdigit() for part in name.split("."))
+    }
+    calls = Counter[str]()
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name])) for name, layer in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name in layers if calls[name] != 1}

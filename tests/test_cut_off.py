@@ -1,0 +1,196 @@
+"""Failures: what was measured stays and is shown, in the bench and in benchmarks/gpu.py, and bugs are reported."""
+
+import importlib
+import json
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_cli import mspc_cli
+
+from mspc.bench import plots
+from mspc.bench import run as bench_run
+from mspc.cli import main as cli
+from mspc.errors import InputError
+from mspc.pipeline import evaluation
+
+BUGS = [
+    KeyError("x"),
+    ZeroDivisionError("division by zero"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    AssertionError(),
+]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["mspc", *map(str, arguments)])
+    cli.main()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluation, "load_config", fail)
+
+
+@pytest.mark.parametrize("error", BUGS, ids=lambda error: type(error).__name__)
+def test_a_bug_is_reported_with_what_to_attach(error, llama, monkeypatch, capsys, tmp_path):
+    failing(monkeypatch, error)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "eval", llama, "--text", "a b.txt")
+    assert ended.value.code == 1
+    out, told = capsys.readouterr()
+    (report,) = tmp_path.iterdir()
+    assert out == ""
+    assert "Traceback" not in told
+    assert told.startswith(f"Error: {type(error).__name__}" if not isinstance(error, ValueError) else "Error: 'utf-8'")
+    assert f"This is a bug of mspc, whatever the input was. Report it and attach {report}:" in told
+    assert len(told.strip().splitlines()) == 1
+    written = report.read_text()
+    assert shlex.join(["mspc", "eval", str(llama), "--text", "a b.txt"]) in written
+    assert f"torch {version('torch')}, transformers {version('transformers')}" in written
+    assert "Traceback (most recent call last)" in written
+    assert written.strip().splitlines()[-1].startswith(type(error).__name__)
+
+
+def test_debug_keeps_the_traceback(llama, monkeypatch, tmp_path):
+    failing(monkeypatch, KeyError("x"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(KeyError):
+        call(monkeypatch, "eval", llama, "--debug")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 3")]
+)
+def test_lack_of_memory_is_no_bug(error, llama, monkeypatch, capsys):
+    failing(monkeypatch, error)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "eval", llama)
+    assert ended.value.code == 1
+    assert "Error: the memory was not enough" in capsys.readouterr().err
+
+
+def test_an_infinite_perplexity_is_null_in_json(llama, calibration, monkeypatch):
+    measured = evaluation.perplexity.Perplexity(float("inf"), 800.0, 31, 1, 32, float("nan"))
+    monkeypatch.setattr("mspc.api.evaluate_folder", lambda *_: measured)
+    found = json.loads(mspc_cli("eval", llama, "--json").stdout, parse_constant=lambda name: pytest.fail(name))
+    assert (found["perplexity"], found["divergence"], found["nll"]) == (None, None, 800.0)
+    assert "perplexity inf over 31 tokens" in mspc_cli("eval", llama).stdout
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two checkpoints whose matrices take groups of 128."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = tmp_path_factory.mktemp("bench")
+    return [tiny.build(folder / name, "llama", seed=seed, **sizes) for seed, name in enumerate(("first", "second"))]
+
+
+QUICK = ("--batch", "1", "--context", "8", "--prefill", "8", "--repeats", 1, "--device", "cpu")
+
+
+@pytest.mark.parametrize("error", [InputError("is damaged"), RuntimeError("broken"), KeyboardInterrupt()])
+def test_rows_that_were_measured_are_shown_when_a_later_path_fails(error, models, monkeypatch, tmp_path):
+    measure = bench_run.measure
+
+    def fail(candidate: Any, *rest: Any) -> Any:
+        if candidate.name == str(models[1]):
+            raise error
+        return measure(candidate, *rest)
+
+    monkeypatch.setattr(bench_run, "measure", fail)
+    code = {InputError: 2, RuntimeError: 1, KeyboardInterrupt: 130}[type(error)]
+    shown = mspc_cli("bench", *models, *QUICK, "--json", tmp_path / "rows.json", code=code)
+    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert names == [str(models[0]), "int4 (torch)"]
+    for table in ("sizes", "decoding", "prefill"):
+        assert f"first: {table}" in shown.stdout
+    assert shown.stdout.count("int4 (torch)") >= 3
+
+
+def test_nothing_is_shown_when_nothing_was_measured(models, monkeypatch):
+    monkeypatch.setattr(bench_run, "measure", lambda *_: (_ for _ in ()).throw(InputError("is damaged")))
+    assert mspc_cli("bench", *models, *QUICK, code=2).stdout == ""
+
+
+@pytest.mark.parametrize("names", [1, 4, 12])
+def test_the_legend_covers_no_point(names, tmp_path, monkeypatch):
+    """Oracle: the boxes of legends and axes in pixels."""
+    rows = [row(f"out/some/long/path/number-{number}", number) for number in range(names)]
+    result = {
+        "rows": [row("dense", 0) | {"baseline": "bf16"}, *rows], "date": "2026-01-01", "label": "CPU",
+        "device": {"name": "a device"}, "configuration": {"baseline": "bf16", "dtype": "float32"},
+    }  # fmt: skip
+    figures = []
+    monkeypatch.setattr(plots, "write_atomically", lambda path, write: write(tmp_path / "plot.png"))
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k)))
+    plots.plot(result, tmp_path / "plot.png")
+    (figure,) = figures
+    assert len(figure.axes) == 2
+    for axis in figure.axes:
+        box, legend = axis.get_window_extent(), axis.get_legend().get_window_extent()
+        assert box.x1 <= legend.x0 + 1 or legend.y1 <= box.y0
+        assert figure.bbox.x0 - 1 <= legend.x0 < legend.x1 <= figure.bbox.x1 + 1
+        for line in axis.lines:
+            points = axis.transData.transform(np.column_stack(line.get_data()).astype(float))
+            assert not any(legend.contains(*point) for point in points)
+        assert box.width > 100
+
+
+def row(name: str, number: int) -> dict[str, Any]:
+    steps = [
+        {
+            "batch": batch,
+            "context": 8,
+            "speedup": {"bf16": 1 + number / 3 + batch},
+            "tokens_per_second": {"median": 5.0},
+        }
+        for batch in (1, 2, 4)
+    ]
+    return {
+        "name": name, "model": "m", "format": "2:4", "random_weights": False, "baseline": None, "decode": steps,
+        "perplexity": 9.0 + number,
+    }  # fmt: skip
+
+
+def test_an_interrupted_measurement_says_what_is_done_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+
+    def units(slot: Any) -> Any:
+        yield "first", lambda: {"rows": [{"a": 1.0}]}
+        yield "second", interrupted
+        yield "third", lambda: {"rows": [{"a": 2.0}]}
+
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    for part in ("kernels", "layers"):
+        monkeypatch.setitem(gpu.PARTS, part, units)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--dry-run", "--results", str(tmp_path), "--parts", "kernels", "layers"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 130
+    told = capsys.readouterr().out
+    (file,) = tmp_path.glob("kernels*.json")
+    assert f"kernels: 1 units in {file}, 2 left, next second" in told
+    assert "layers: nothing, 3 left, next first" in told
+    assert "The same command goes on there." in told
+    monkeypatch.setattr(gpu, "PARTS", {part: lambda slot: list(units(slot))[::2] for part in ("kernels", "layers")})
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 0
+    assert set(json.loads(file.read_text())["units"]) == {"first", "third"}
