@@ -214,6 +214,8 @@ def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypa
     case = opened(llama)
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: OldStyle.apply(forward(self, x)))
-    with pytest.raises(InputError, match=r"model\.layers\.\d: its derivatives .* Use --sensitivity gram"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.\d: its derivatives .* Runs without gradients: --solver admm with"
+    ):
         case.samples(tiny.ids(1), measure)
     assert tiny.parts_in_memory(case.model) == []

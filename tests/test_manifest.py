@@ -57,7 +57,7 @@ def test_it_holds_what_it_must(artifact, llama):
     assert manifest["source"]["name"] == llama.name
     assert set(manifest["source"]["sha256"]) == {"model.safetensors"}
     assert mspc.Recipe.from_dict(manifest["recipe"]) == mspc.Recipe.from_toml(artifact.path / "recipe.toml")
-    assert set(manifest["calibration"]) == {"source", "tokens", "sha256"}
+    assert set(manifest["calibration"]) == {"source", "tokens", "sha256", "bos"}
     assert manifest["calibration"]["tokens"] == 2 * 16
     assert set(manifest["sparsity"]) == {"requested", "achieved"}
     assert manifest["seconds"] > 0

@@ -137,7 +137,7 @@ def test_sizes_that_do_not_fit_the_weights_are_named(name, size, llama, calibrat
             Request((str(model),), batches=(1,), contexts=(8,), prefills=(8,), repeats=1, device="cpu"), progress=False
         )
     for told in (str(caught.value), *refusals(model, calibration, tmp_path / "out")):
-        assert "config.json" in told
+        assert "config.json" in told or (name == "vocab_size" and f"the model has {size} embeddings" in told)
         assert len(told) < 600
 
 

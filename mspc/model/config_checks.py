@@ -44,10 +44,12 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
     named = getattr(config, "architectures", None)
     architectures = [str(name) for name in named] if isinstance(named, list | tuple) else []
     what = f"{folder} is a {config.model_type} model{f' ({architectures[0]})' if architectures else ''}"
+    inner = config.get_text_config()
+    if not isinstance(inner, PreTrainedConfig):
+        raise InputError(f"{what}, and its text_config is no config of transformers. Get config.json again.")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{what}, an encoder with a decoder. Give a decoder alone: {SUPPORTED}.")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        inner = config.get_text_config()
         remedy = GIVE
         if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
             remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"

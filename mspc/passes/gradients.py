@@ -184,7 +184,7 @@ def reverse_walk(
 
 
 WITHOUT_GRADIENTS = (
-    "Or use no gradients: --solver admm with --allocator uniform, or with --allocator trace-rank --sensitivity gram."
+    "Runs without gradients: --solver admm with --allocator uniform, or with --allocator trace-rank --sensitivity gram."
 )
 
 
