@@ -74,8 +74,8 @@ def prune(args: argparse.Namespace) -> dict[str, Any]:
     times.append(time.monotonic())
     cpu = time.process_time() - cpu
     dtype = str(model.dtype).removeprefix("torch.")
-    dtype = AutoConfig.from_pretrained(args.model, trust_remote_code=False).dtype
-    model.to(dtype).save_pretrained(args.out, save_compressed=False)
+    stored = AutoConfig.from_pretrained(args.model, trust_remote_code=False).dtype
+    model.to(stored).save_pretrained(args.out, save_compressed=False)
     tokenizer.save_pretrained(args.out)
     times.append(time.monotonic())
     names = ("import_seconds", "load_seconds", "seconds", "save_seconds")

@@ -79,6 +79,12 @@ def test_weights_that_are_no_numbers_are_named(value, tmp_path):
         list(Checkpoint(tmp_path).fingerprint())
 
 
+def test_a_mask_of_old_files_may_be_infinite(tmp_path):
+    """GPT-NeoX and GPT-J stored -1e9 in float16, which transformers ignores."""
+    single(tmp_path, **{"layers.0.attention.masked_bias": torch.tensor(-1e9).half()})
+    assert len(list(Checkpoint(tmp_path).fingerprint())) == 1
+
+
 def test_a_single_file_goes_before_all_others_as_in_transformers(tmp_path):
     """Published folders also hold the same weights in other layouts (consolidated.safetensors) or a stale index."""
     source = tiny.build(tmp_path, "llama")

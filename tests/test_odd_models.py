@@ -284,6 +284,15 @@ WRAPPERS = {
     "gemma3": {"text_config": SMALL | {"head_dim": 16}, "vision_config": VISION | {"patch_size": 14}},
     "gemma4": {"text_config": SMALL | PER_LAYER, "vision_config": VISION | {"patch_size": 14}},
     "gemma4_text": SMALL | PER_LAYER,
+    "gemma4_text, shared keys and values": SMALL
+    | PER_LAYER
+    | {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": PER_LAYER["layer_types"] * 3},
+    "falcon, one block that returns a tuple": {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    },
     "qwen3_5": {"text_config": SMALL | LINEAR_ATTENTION, "vision_config": VISION},
 }
 
@@ -292,7 +301,7 @@ WRAPPERS = {
 def test_configs_that_are_nested_or_differ_from_layer_to_layer(family, calibration, tmp_path):
     """Oracle: transformers on the dense export."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **WRAPPERS[family]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.partition(",")[0], **WRAPPERS[family]))
     source, text = tiny.save(model, tmp_path / "model"), text_of(tmp_path)
     artifact = tiny.compress(source, tmp_path / "out", calibration, effort="fast")
     dense = artifact.export("dense", tmp_path / "dense", verify=False, progress=False)

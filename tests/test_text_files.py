@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,13 @@ def test_what_is_no_text_in_a_folder_is_left_out(tmp_path, caplog):
     (tmp_path / ".git" / "a.txt").write_text("hidden")
     (tmp_path / "._a.txt").write_bytes(b"\0\5\x16\7")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"features": {}, "splits": []}))
+    (tmp_path / "numbers.json").write_text("[1, 2, 3]")
     (tmp_path / "b.txt").mkdir()
     (tmp_path / "b.txt" / "c.JSONL").write_text(lines(TEXTS))
     with caplog.at_level("INFO", "mspc"):
         assert read(tmp_path) == TEXTS
-    assert "dataset_info.json has no `text` field and is left out" in caplog.text
+    assert re.search(r"dataset_info\.json, line 1: expected .* The file is left out\.", caplog.text)
+    assert re.search(r"numbers\.json, .* The file is left out\.", caplog.text)
     with pytest.raises(InputError, match=r"dataset_info\.json, line 1: expected .*`text` field, but it holds features"):
         read(tmp_path / "dataset_info.json")
 

@@ -105,7 +105,8 @@ def bench(
     Formats that are not faster than the baseline are marked "no gain". Figures
     of a CPU say nothing about the kernels. See docs/benchmark.md.
     """
-    with reported(debug, "Figures measured so far are above, and in the --json file."):
+    kept = "Figures measured so far are above" if json_file is None else f"Figures measured so far are in {json_file}"
+    with reported(debug, f"{kept}."):
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run

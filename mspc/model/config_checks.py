@@ -54,7 +54,11 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
         if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
             remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"
         raise InputError(f"{what}, which is no causal language model. {remedy}: {SUPPORTED}.")
-    if getattr(config, "is_decoder", None) is False and not config.model_type.startswith(DECODERS_IN_ANY_CASE):
+    if (
+        getattr(type(config), "is_decoder", None) is False
+        and config.is_decoder is False
+        and not config.model_type.startswith(DECODERS_IN_ANY_CASE)
+    ):
         raise InputError(
             f"{what}, which sees the tokens that it should predict (is_decoder is false). {GIVE}: {SUPPORTED}."
         )

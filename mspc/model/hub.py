@@ -46,8 +46,8 @@ def resolve(model: str) -> Path:
 def _downloaded(model: str) -> Path:
     """The folder of a hub id in the cache, with the weights that its index names and all else that belongs to it.
 
-    Without an index the weights are `model.safetensors`. Processes that want the same file wait for each other in
-    huggingface_hub, so that one downloads it.
+    Without an index the weights are `model.safetensors`, or else all safetensors files. Processes that want the same
+    file wait for each other in huggingface_hub, so that one downloads it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -60,7 +60,10 @@ def _downloaded(model: str) -> Path:
     with suppress(LocalEntryNotFoundError):  # offline, the weights and what else is in the cache must do
         snapshot_download(model, revision=version, ignore_patterns=LEFT_OUT)
     wanted = [*(glob.escape(name) for name in weights), *VOCABULARIES]
-    return Path(snapshot_download(model, revision=version, allow_patterns=wanted, ignore_patterns=NEVER))
+    folder = Path(snapshot_download(model, revision=version, allow_patterns=wanted, ignore_patterns=NEVER))
+    if weights == [SINGLE] and not (folder / SINGLE).is_file():  # files of other names, as they are read from a folder
+        snapshot_download(model, revision=version, allow_patterns="*.safetensors", ignore_patterns=[*NEVER, "*/*"])
+    return folder
 
 
 def load_config(folder: Path) -> PreTrainedConfig:

@@ -11,8 +11,8 @@ from mspc.errors import InputError
 from mspc.model.hub import load_tokenizer
 from mspc.progress import log
 
-NEEDED = ("bos", "eos", "pad", "unk")
-"""Special tokens that a text or a generation can meet."""
+NEEDED = ("bos", "eos", "unk")
+"""Special tokens that a text or a generation can meet. mspc never pads, and some old models have no such embedding."""
 COMPARED = ("bos", "eos", "pad")
 """Special tokens whose ids config.json names."""
 

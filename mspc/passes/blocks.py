@@ -96,7 +96,7 @@ def _capture_with(model: StreamedModel, ids: Tensor, num_outputs: int) -> tuple[
     def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if index != len(calls):
             raise ValueError(f"block {index} is run after {len(calls)} blocks")
-        if first and hidden is not first[0]:
+        if first and not _is_same(hidden, first[0]):
             raise ValueError(f"something comes between the blocks {index - 1} and {index}")
         if hidden.shape[:-1] != ids.shape:
             raise ValueError(f"its blocks take hidden states {tuple(hidden.shape)} for tokens {tuple(ids.shape)}")
@@ -112,6 +112,11 @@ def _capture_with(model: StreamedModel, ids: Tensor, num_outputs: int) -> tuple[
         except EarlyExit:
             return first[0], calls
     raise ValueError(f"it runs {len(calls)} of its {len(model.blocks)} blocks")
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Tell if two tensors are the same one, or views of all of it: Gemma 4 cuts its hidden states at position 0."""
+    return (a.shape, a.stride(), a.data_ptr()) == (b.shape, b.stride(), b.data_ptr())
 
 
 def _as_outputs(hidden: Tensor, num_outputs: int) -> Any:
@@ -137,6 +142,7 @@ def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) 
     call = batch.calls[index]
     with _in_words(f"{model.block_name(index)} cannot be run by itself, as mspc does"):
         output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
+    model.num_outputs = len(output) if isinstance(output, tuple) else 0  # a model with one block shows it only here
     return hidden_of(batch, output)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mspc.errors import InputError
 from mspc.model.matrices import LINEAR
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of, logits_after, run_block
@@ -16,16 +17,23 @@ TOKENS = 8
 def irregular_layers(model: StreamedModel) -> set[str]:
     """Weights of linear layers that their block does not call exactly once, so that they have no one input.
 
-    Some blocks read the weight without calling the layer. One block of each kind is run. Layers in a list, such as
-    experts, do not count: they may be called for other text. Raises InputError for a model that cannot be run block by
-    block.
+    Some blocks read the weight without calling the layer. One block of each kind is run, or all of them where one needs
+    another. Layers in a list, such as experts, do not count: they may be called for other text. Raises InputError for a
+    model that cannot be run block by block.
     """
+    try:
+        return _tried(model, all_blocks=False)
+    except InputError:
+        return _tried(model, all_blocks=True)
+
+
+def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
     (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
     known: dict[object, set[str]] = {}
     found: set[str] = set()
     for index, block in enumerate(model.blocks):
         kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
-        if kind not in known:
+        if all_blocks or kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
         found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}

@@ -101,7 +101,7 @@ class Run:
         matrices = model.matrices(settings.skip, irregular)
         self.settings = settings = choose_group_size(settings, matrices)
         self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
-        if isinstance(self.calibration, Tensor):
+        if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
         if tokens.note:

@@ -68,7 +68,7 @@ LEFTOVERS = _anywhere(
 VOCABULARIES = [
     f"*{title}*.{suffix}"
     for title in ("vocab", "token", "merges", "bpe", "spm", "sentencepiece")
-    for suffix in ("bin", "pkl", "npz", "dat")
+    for suffix in ("bin", "pkl", "npz", "dat", "pb")
 ]
 """Files that belong although their names are those of weights."""
 OWN = [*OWN_FILES, *(f"{folder}/*" for folder in OWN_FOLDERS)]
@@ -82,7 +82,9 @@ SHOWN = 30
 
 def belongs(name: str) -> bool:
     """Tell if a file of a repository, by its path there with `/`, belongs to the model and is no weights."""
-    return not _matches(name, LEFT_OUT) or (_matches(name, VOCABULARIES) and not _matches(name, NEVER))
+    return not _matches(name, LEFT_OUT) or (
+        _matches(name.rpartition("/")[2], VOCABULARIES) and not _matches(name, NEVER)
+    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -42,6 +42,10 @@ class TensorSource(Protocol):
         ...
 
 
+UNUSED = ".masked_bias"
+"""A tensor of old GPT-NeoX and GPT-J files that transformers ignores: -1e9, which is -infinity in float16."""
+
+
 class Checkpoint:
     """The safetensors of one Hugging Face folder, single or sharded. Tensors are read on demand."""
 
@@ -73,6 +77,8 @@ class Checkpoint:
         """`(weight file, sha256)` for each. Raises InputError, naming the tensor, for NaN or infinity in weights."""
         for shard, keys in self._shards.items():
             for key, tensor in self.read(keys):
+                if key.endswith(UNUSED):
+                    continue
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise InputError(f"{self.folder / shard}: {key} contains NaN or infinity; the weights are damaged.")
             yield shard, sha256_of(self.folder / shard)

@@ -64,7 +64,13 @@ def _read(path: Path, reading: Reading, tokenizer: Any, in_folder: bool) -> Iter
         if suffix == ".jsonl":
             with path.open(encoding=encoding) as lines:
                 return list(_read_lines(path, lines, reading, tokenizer))
-        return _read_json(path, encoding, reading, tokenizer, in_folder)
+        try:
+            return _read_json(path, encoding, reading, tokenizer)
+        except InputError as error:
+            if not in_folder:
+                raise
+            log.info(f"{error} The file is left out.")  # folders of text hold JSON of many kinds
+            return []
     except UnicodeError as error:
         raise _undecodable(path, encoding) from error
     except OSError as error:
@@ -120,7 +126,7 @@ def _read_lines(path: Path, lines: Iterable[str], reading: Reading, tokenizer: A
         yield document(row, reading.column, tokenizer, partial("{}, line {}".format, path, number))
 
 
-def _read_json(path: Path, encoding: str, reading: Reading, tokenizer: Any, in_folder: bool) -> list[str]:
+def _read_json(path: Path, encoding: str, reading: Reading, tokenizer: Any) -> list[str]:
     """An array of objects or strings, one object, or, as in a .jsonl, one object a line."""
     text = path.read_text(encoding=encoding).removeprefix(MARK)
     try:
@@ -132,9 +138,6 @@ def _read_json(path: Path, encoding: str, reading: Reading, tokenizer: Any, in_f
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}, line 1: this JSON cannot be read ({error}). Give an array of objects.") from error
     if isinstance(value, dict):
-        if in_folder and column_of(value, reading.column) is None:
-            log.info(f"Note: {path} has no `{reading.column or TEXT}` field and is left out.")
-            return []
         return [document(value, reading.column, tokenizer, lambda: f"{path}, line 1")]
     if not isinstance(value, list):
         raise InputError(f"{path}, line 1: expected an array of objects with a `{reading.column or TEXT}` field.")
