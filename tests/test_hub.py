@@ -49,6 +49,8 @@ def resolving(cache: Path, address: str, names: list[str], **environment: str) -
         "HF_ENDPOINT": address,
         "NO_PROXY": "127.0.0.1",
         "HF_HOME": str(cache),
+        "HF_HUB_CACHE": str(cache / "hub"),  # tokenicer, which GPTQModel imports, sets its own
+        "HF_XET_CACHE": str(cache / "xet"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     environment = os.environ | variables | {"HF_HUB_OFFLINE": "0"} | environment
