@@ -6,6 +6,7 @@ carry more than the hidden states and their gradients through the blocks, as `ms
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ class BlockRun:
         return vjp(self, hidden, weights)[1](cotangent)
 
 
-class Measure:
+class Measure(ABC):
     """A quantity of each matrix that the reverse walk averages over samples.
 
     The state of a batch is its hidden states, and the cotangent their gradient; a subclass may carry other tensors.
@@ -80,9 +81,9 @@ class Measure:
         """The cotangent of the state after the last block; `loss` is the mean over tokens."""
         return grad(loss)(state)
 
+    @abstractmethod
     def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
         """The cotangent before a block, and what is kept of each weight, by parameter name."""
-        raise NotImplementedError
 
     def value(self, matrix: Matrix, kept: Tensor) -> Tensor:
         """The value of a sample: here the mean over the weights of the matrix."""

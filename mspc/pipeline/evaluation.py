@@ -43,8 +43,9 @@ def evaluate_folder(
     model = open_model(folder, device=choose_device(device), dtype=dtype)
     reference = None
     if against is not None:
-        _check_artifact(resolve(str(against)))
-        reference = open_model(resolve(str(against)), device=model.device, dtype=dtype)
+        other = resolve(str(against))
+        _check_artifact(other)
+        reference = open_model(other, device=model.device, dtype=dtype)
         sizes = [(len(one.blocks), one.config.get_text_config().vocab_size) for one in (reference, model)]
         if sizes[0] != sizes[1]:
             raise InputError(f"{path} and {against} differ in blocks or vocabulary, so they cannot be compared.")
