@@ -92,7 +92,7 @@ class Slot:
 
     @cached_property
     def operations(self) -> tuple[Operations, str]:
-        return choose_operations(self.device, self.progress)
+        return choose_operations(self.device)
 
     def plan(self) -> Plan:
         """The steps of the end-to-end parts."""

@@ -47,7 +47,6 @@ from mspc.bench.tinygemm import TinygemmLinear
 from mspc.errors import InputError, MspcError
 from mspc.formats import layout
 from mspc.formats.decoding import decode_mask
-from mspc.progress import Silent
 from mspc.runtime.joined import ConcatenatedLinear
 from mspc.runtime.linear import SparseLinear
 from mspc.types import NM
@@ -178,7 +177,7 @@ def test_operations_that_do_not_compile_are_plain_and_reported(monkeypatch, capl
     monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
     monkeypatch.setattr(Operations, "compiled", lambda operations: Operations(fails, fails, fails))
     with caplog.at_level("INFO", logger="mspc"):
-        operations, kind = bench_run.choose_operations(torch.device("cuda"), Silent())
+        operations, kind = bench_run.choose_operations(torch.device("cuda"))
     assert (operations, kind) == (Operations(), "plain")
     assert caplog.messages[0].endswith(": no gcc")
 

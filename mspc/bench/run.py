@@ -51,7 +51,7 @@ def bench(request: Request, *, progress: Progress | None = None, save: Save | No
 
 def run(request: Request, plan: Plan, progress: Progress, save: Save | None) -> dict[str, Any]:
     """The measurements of a plan."""
-    operations, kind = choose_operations(plan.device, progress)
+    operations, kind = choose_operations(plan.device)
     with progress.stage("Ceilings of the device", 1) as step:
         ceilings = measure_ceilings(plan.device, compute_dtype(plan.device), plan.repeats)
         step("")
@@ -102,7 +102,7 @@ def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) ->
     }
 
 
-def choose_operations(device: torch.device, progress: Progress) -> tuple[Operations, str]:
+def choose_operations(device: torch.device) -> tuple[Operations, str]:
     """The operations between products: on CUDA one compiled kernel each, plain ones if that fails or on a CPU."""
     if device.type != "cuda":
         return Operations(), "plain"
