@@ -1,12 +1,21 @@
-"""The results of an artifact in float32: logits on fixed tokens and a greedy continuation, for runtimes to match."""
+"""The results of an artifact in float32: logits on fixed tokens and a greedy continuation, for runtimes to match.
 
+One longer sequence exceeds the windows and original contexts that the config names, up to USUAL tokens of it.
+"""
+
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from exporters.limits import Limit, limits_of, ropes
 from mspc.errors import InputError
 from mspc.model.hub import load_config, load_tokenizer, longest_sequence
 from mspc.model.streamed import StreamedModel
@@ -14,6 +23,24 @@ from mspc.storage.artifact import REFERENCE, ArtifactSource
 from mspc.text.tokens import windows_of_test_text
 
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 16, 8, 16
+USUAL = 2048
+"""Tokens of the longest sequence that is run unless longer ones are asked for."""
+COMPARED, DECODED = 32, 16
+"""Positions at the end of a long sequence whose logits are compared, and how many of them go through the cache."""
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """One long sequence `ids` (1, T) and the logits (1, K, V) float32 of its last K positions.
+
+    The last `decoded` tokens are those that a runtime adds one by one to its cache; those before them exceed the
+    limits already. `exceeded` says in words which those are.
+    """
+
+    ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    decoded: int
+    exceeded: str
 
 
 @dataclass(frozen=True)
@@ -25,13 +52,20 @@ class Reference:
     logits: NDArray[np.float32]
     tokens: NDArray[np.int64]
     margins: NDArray[np.float32]
+    beyond: Beyond | None = None
+    missed: str = ""
+    """The limits of the config that no sequence exceeds, in words."""
 
     @property
     def prompt(self) -> list[int]:
         return [int(i) for i in self.ids[0, :PROMPT]]
 
     def save(self, folder: Path) -> None:
-        np.savez(folder / REFERENCE, ids=self.ids, logits=self.logits, tokens=self.tokens, margins=self.margins)
+        values = {"ids": self.ids, "logits": self.logits, "tokens": self.tokens, "margins": self.margins}
+        values |= {"missed": np.array(self.missed)}
+        if self.beyond:
+            values |= {f"beyond.{name}": np.array(value) for name, value in vars(self.beyond).items()}
+        np.savez(folder / REFERENCE, **values)  # type: ignore[arg-type]
 
 
 def load_reference(folder: Path) -> Reference:
@@ -41,7 +75,12 @@ def load_reference(folder: Path) -> Reference:
         )
     try:
         with np.load(folder / REFERENCE, allow_pickle=False) as file:
-            return Reference(file["ids"], file["logits"], file["tokens"], file["margins"])
+            parts = file["ids"], file["logits"], file["tokens"], file["margins"]
+            beyond = None
+            if "beyond.ids" in file:
+                exceeded = str(file["beyond.exceeded"])
+                beyond = Beyond(file["beyond.ids"], file["beyond.logits"], int(file["beyond.decoded"]), exceeded)
+            return Reference(*parts, beyond, str(file["missed"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder / REFERENCE} cannot be read ({error}); give --against ARTIFACT.") from error
 
@@ -52,16 +91,18 @@ def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:
     return StreamedModel(source, load_config(artifact), torch.device("cpu"), dtype, eager=False)
 
 
-def compute_reference(artifact: Path) -> Reference:
-    """The whole model is in memory, as it is in the runtimes that are compared with it."""
+def compute_reference(artifact: Path, *, long: bool = False) -> Reference:
+    """The whole model is in memory, as it is in the runtimes that are compared with it.
+
+    With `long`, limits of more than USUAL tokens are exceeded as well.
+    """
     model = exact_model(artifact, torch.float32)
     config = model.config
     length = min(LENGTH, (longest_sequence(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
-    if any(artifact.glob("*token*")) or any(artifact.glob("vocab*")):
-        ids = windows_of_test_text(load_tokenizer(artifact), "builtin", length, SEQUENCES).ids
-    else:  # a model that came without one, and was calibrated on token ids
-        vocabulary = config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+    ids = _ids(artifact, config, SEQUENCES, length)
+    limits = limits_of(config)
+    reached = limits if long else [limit for limit in limits if limit.tokens < USUAL]
+    missed = in_words([limit for limit in limits if limit not in reached])
     with model.whole() as loaded, torch.no_grad():
         logits = loaded(input_ids=ids, use_cache=False).logits.float()
         sequence, tokens, margins = ids[:1, :PROMPT], [], []
@@ -70,4 +111,45 @@ def compute_reference(artifact: Path) -> Reference:
             tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
             sequence = torch.cat([sequence, best.indices[None, :1]], 1)
-    return Reference(ids.numpy(), logits.numpy(), np.array(tokens), np.array(margins, np.float32))
+        beyond = _beyond(artifact, loaded, reached, None if long else USUAL) if reached else None
+    return Reference(ids.numpy(), logits.numpy(), np.array(tokens), np.array(margins, np.float32), beyond, missed)
+
+
+def _ids(artifact: Path, config: PreTrainedConfig, sequences: int, length: int) -> Tensor:
+    """Tokens (sequences, length) of the built-in text, from its beginning again where it is too short."""
+    if any(artifact.glob("*token*")) or any(artifact.glob("vocab*")):
+        tokenizer = load_tokenizer(artifact)
+        try:
+            return windows_of_test_text(tokenizer, "builtin", length, sequences).ids
+        except InputError:
+            part = windows_of_test_text(tokenizer, "builtin", LENGTH, None).ids.flatten()
+            return part.repeat(-(-sequences * length // len(part)))[: sequences * length].view(sequences, length)
+    # a model that came without a tokenizer, and was calibrated on token ids
+    vocabulary = config.get_text_config().vocab_size
+    return torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+def _beyond(artifact: Path, loaded: PreTrainedModel, reached: Sequence[Limit], most: int | None) -> Beyond:
+    """The last logits of a sequence longer than every limit in `reached`, in one pass without a cache."""
+    config, limit = loaded.config, reached[-1].tokens
+    is_dynamic = any("dynamic" in str(rope.get("rope_type")) for rope in ropes(config))
+    longest = None if is_dynamic else longest_sequence(config)
+    length = min(size for size in (limit + COMPARED, longest, most) if size is not None)
+    # Dynamic frequencies depend on the length, so keys in a cache are others than those of one pass.
+    decoded = 0 if is_dynamic else min(DECODED, length - limit - 1)
+    ids = _ids(artifact, config, 1, length)
+    logits = last_logits(loaded, ids, COMPARED).logits.float()
+    return Beyond(ids.numpy(), logits.numpy(), decoded, in_words(reached))
+
+
+def last_logits(model: Any, ids: Tensor, count: int, **options: Any) -> Any:
+    """What a model of transformers gives for `ids`, its logits only at the last `count` positions."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = count
+    out = model(input_ids=ids, **({"use_cache": False} | options))
+    out.logits = out.logits[:, -count:]
+    return out
+
+
+def in_words(limits: Sequence[Limit]) -> str:
+    return " and ".join(map(str, limits))

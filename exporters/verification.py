@@ -4,7 +4,8 @@
 2. Every matrix, read back by code that shares nothing with the packer, equals that of the artifact exactly. Its zeros
    and the groups of its N:M pattern are counted.
 3. Every runtime that the format is made for loads the folder; its logits on fixed tokens are within the tolerance of
-   its arithmetic, and its greedy tokens are the same up to the first that is too close to call.
+   its arithmetic, and its greedy tokens are the same up to the first that is too close to call. The same is asked of
+   the last logits of a sequence that exceeds the windows and original contexts of the config.
 
 A runtime is `verified`, `unsupported` (it rules the format out, with the reason), `not installed` (with the remedy), or
 it is a `mismatch` or has `failed`; only the last two, and any wrong weight, are failures.
@@ -39,11 +40,12 @@ UNREADABLE = (MspcError, OSError, LookupError, TypeError, ValueError)
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, Any]:
+def verify(folder: Path, against: Path | None, progress: Progress, *, long: bool = False) -> dict[str, Any]:
     """The report, which is also written to `verification.json`.
 
     Without `against`, matrices are compared with the digests in the export manifest, and logits with those of
-    the artifact at export. Raises InputError for a folder that is no export, or one of another artifact.
+    the artifact at export. With `long`, every window and original context is exceeded, however long it is. Raises
+    InputError for a folder that is no export, or one of another artifact.
     """
     manifest = read_export_manifest(folder)
     for checked in (folder, against):
@@ -54,11 +56,15 @@ def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, 
         _check_origin(folder, manifest, artifact)
     if against:
         with progress.stage("Reference logits", 1) as step:
-            reference = compute_reference(against)
+            reference = compute_reference(against, long=long)
             step("")
         reference.save(folder)
     else:
         reference = load_reference(folder)
+        if long and reference.missed:
+            raise InputError(
+                f"{folder} has no logits of the artifact beyond {reference.missed}: give --against ARTIFACT."
+            )
     report: dict[str, Any] = {
         "format": manifest.format,
         "against": "artifact" if against else "export manifest",
@@ -72,6 +78,11 @@ def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, 
             report["runtimes"][name] = result = check_runtime(name, folder, manifest, reference)
             step(result["status"])
         log.info(f"{name}: {in_words(result)}")
+    if reference.beyond:
+        ids, exceeded = reference.beyond.ids, reference.beyond.exceeded
+        report["beyond"] = {"tokens": ids.shape[1], "exceeded": exceeded, "missed": reference.missed}
+    if reference.missed:
+        log.warning(f"Not reached: {reference.missed}; mspc verify --long checks it.")
     write_json(folder / REPORT, report)
     return report
 
@@ -198,11 +209,14 @@ def _digest_difference(entry: MatrixEntry, decoded: Decoded) -> str | None:
 
 def check_runtime(name: str, folder: Path, manifest: ExportManifest, reference: Reference) -> dict[str, Any]:
     """One runtime's result: its status, and the numbers or the reason."""
+    beyond, last = reference.beyond, None
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # banners and pages of settings, from some
             runner = runtimes.load(name, folder, manifest)
             logits = runner.logits(reference.ids)
             tokens = runner.generate(reference.prompt, len(reference.tokens))
+            if beyond:  # after the others, since it may change the frequencies of dynamic rotary embeddings
+                last = runner.last_logits(beyond.ids, beyond.decoded, beyond.logits.shape[1])
     except runtimes.Unsupported as limit:
         return {"status": "unsupported", "reason": str(limit)}
     except ModuleNotFoundError as missing:
@@ -213,22 +227,31 @@ def check_runtime(name: str, folder: Path, manifest: ExportManifest, reference: 
     result: dict[str, Any] = {"status": "verified", "version": runner.version, "tolerance": runner.tolerance}
     if logits.shape != expected.shape:
         return result | {"status": "mismatch", "reason": f"its logits have shape {logits.shape}, not {expected.shape}"}
-    error = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+    error = _relative_error(logits, expected)
     compared = comparable_tokens(reference, float(np.abs(logits - expected).max()))
     equal = np.cumprod(np.array(tokens) == reference.tokens).sum() if len(tokens) == len(reference.tokens) else 0
     result |= {"relative_error": error, "greedy_tokens_compared": compared, "greedy_tokens_equal": int(equal)}
     result["greedy_tokens"] = tokens
-    if not error <= runner.tolerance:
-        return result | {
-            "status": "mismatch",
-            "reason": f"logits are off by {error:.2g}, more than {runner.tolerance:g}",
-        }
-    if equal < compared:
-        return result | {
-            "status": "mismatch",
-            "reason": f"greedy tokens {tokens[:compared]} differ from the artifact's",
-        }
-    return result
+    wrong = _excess(error, runner)
+    if wrong is None and equal < compared:
+        wrong = f"greedy tokens {tokens[:compared]} differ from the artifact's"
+    if beyond and last is not None:
+        if last.shape != beyond.logits.shape:
+            wrong = wrong or f"its last logits have shape {last.shape}, not {beyond.logits.shape}"
+        else:
+            result["relative_error_beyond"] = error = _relative_error(last, beyond.logits)
+            wrong = wrong or _excess(error, runner, f" beyond {beyond.exceeded}")
+    return result if wrong is None else result | {"status": "mismatch", "reason": wrong}
+
+
+def _relative_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def _excess(error: float, runner: runtimes.Runner, where: str = "") -> str | None:
+    return (
+        None if error <= runner.tolerance else f"logits{where} are off by {error:.2g}, more than {runner.tolerance:g}"
+    )
 
 
 def in_words(result: dict[str, Any]) -> str:
@@ -236,7 +259,8 @@ def in_words(result: dict[str, Any]) -> str:
         return f"{result['status']} ({result['reason']})"
     error, tokens = result["relative_error"], result["greedy_tokens_equal"]
     rest = ", the next too close to call" if tokens < len(result["greedy_tokens"]) else ""
-    return f"verified, relative error {error:.1e}, the first {tokens} greedy tokens equal{rest}"
+    beyond = f", {result['relative_error_beyond']:.1e} beyond the limits" if "relative_error_beyond" in result else ""
+    return f"verified, relative error {error:.1e}{beyond}, the first {tokens} greedy tokens equal{rest}"
 
 
 def comparable_tokens(reference: Reference, error: float) -> int:

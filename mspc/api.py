@@ -186,15 +186,21 @@ def export(
 
 
 def verify(
-    folder: str | Path, against: Artifact | str | Path | None = None, *, progress: ProgressLike = True
+    folder: str | Path,
+    against: Artifact | str | Path | None = None,
+    *,
+    long: bool = False,
+    progress: ProgressLike = True,
 ) -> dict[str, Any]:
     """Read an export back and run it in each runtime that is installed; returns what was compared.
 
-    `against` is the artifact that the export was made from; without it, the export's own record counts. Raises
+    `against` is the artifact that the export was made from; without it, the export's own record counts. With `long`,
+    a sequence exceeds every window and original context, not only those that 2048 tokens reach. Raises
     VerificationError for a mismatch.
     """
     artifact = against.path if isinstance(against, Artifact) else against
-    result = verification.verify(Path(folder), None if artifact is None else Path(artifact), as_progress(progress))
+    path = None if artifact is None else Path(artifact)
+    result = verification.verify(Path(folder), path, as_progress(progress), long=long)
     if wrong := verification.failures(result):
         raise VerificationError(f"{folder} is wrong: {verification.in_short(wrong)}.")
     return result

@@ -29,6 +29,8 @@ class Runner:
     """Tokens (B, T) -> logits (B, T, V)."""
     generate: Callable[[Sequence[int], int], list[int]]
     """Prompt, number of tokens -> the greedy continuation, by the runtime's own generation where it has one."""
+    last_logits: Callable[[NDArray[np.int64], int, int], NDArray[np.float32]]
+    """Tokens (1, T), N, K -> logits (1, K, V) of the last K; the last N are added to the cache one by one."""
 
 
 @dataclass(frozen=True)

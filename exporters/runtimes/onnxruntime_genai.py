@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,4 +71,12 @@ def runner_of(model: Any, tolerance: float) -> Runner:
             running.generate_next_token()
         return [int(token) for token in running.get_sequence(0)[len(prompt) :]]
 
-    return Runner(genai.__version__, tolerance, logits, generate)
+    def last(ids: NDArray[np.int64], decoded: int, count: int) -> NDArray[np.float32]:
+        length = ids.shape[1]
+        running, split, parts = generator(1, length), length - decoded, []
+        for begin, end in pairwise([0, *range(split, length + 1)]):
+            running.append_tokens(ids[:, begin:end].astype(np.int32))
+            parts.append(np.array(running.get_output("logits"))[:, -count:])
+        return np.concatenate(parts, axis=1)[:, -count:].astype(np.float32)
+
+    return Runner(genai.__version__, tolerance, logits, generate, last)

@@ -85,6 +85,10 @@ def verify(
         Path | None,
         typer.Option(metavar="ARTIFACT", help="Compare with the artifact that DIR was made from.", show_default=False),
     ] = None,
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="Exceed windows and original contexts of more than 2048 tokens as well."),
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -96,8 +100,9 @@ def verify(
 
     Every file is compared by its digest, every matrix is read back by code of
     its own, and every runtime that is installed must give the same logits, within
-    its tolerance, and greedy tokens up to the first that is too close to call. The
-    result goes to DIR/verification.json.
+    its tolerance, and greedy tokens up to the first that is too close to call. One
+    sequence exceeds the sliding window and the original context of the config,
+    if 2048 tokens do. The result goes to DIR/verification.json.
     """
     with reported(debug):
         from exporters.verification import failures, in_short
@@ -105,7 +110,7 @@ def verify(
         from mspc.cli.tables import verification_table
         from mspc.progress import Console
 
-        result = verify_export(folder, against, Console())
+        result = verify_export(folder, against, Console(), long=long)
         wrong = failures(result)
         if as_json:
             print_json(result)

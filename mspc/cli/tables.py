@@ -33,17 +33,20 @@ def format_table(formats: Mapping[str, Any], runtimes: Mapping[str, Any]) -> Tab
 def verification_table(result: dict[str, Any]) -> Table:
     """One row per check, for `mspc verify`."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("check", "status", "relative error", "greedy tokens equal", ""):
+    beyond = ["beyond limits"] if "beyond" in result else []
+    for heading in ("check", "status", "relative error", *beyond, "greedy tokens equal", ""):
         table.add_column(heading)
     for check, counted in (("files", "checked"), ("weights", "matrices")):
         wrong = result[check]["wrong"]
-        table.add_row(check, "mismatch" if wrong else "verified", "", "", f"{result[check][counted]} {counted}")
+        cells = ["", *([""] if beyond else []), "", f"{result[check][counted]} {counted}"]
+        table.add_row(check, "mismatch" if wrong else "verified", *cells)
     for name, of in result["runtimes"].items():
-        error, tokens = of.get("relative_error"), of.get("greedy_tokens_equal")
+        names = ("relative_error", "relative_error_beyond")[: 1 + len(beyond)]
+        errors, tokens = [of.get(error) for error in names], of.get("greedy_tokens_equal")
         table.add_row(
             f"{name} {of.get('version', '')}".strip(),
             of["status"],
-            "" if error is None else f"{error:.1e}",
+            *("" if error is None else f"{error:.1e}" for error in errors),
             "" if tokens is None else str(tokens),
             escape(of.get("reason", "")),  # mspc[gptq] is no markup
         )
