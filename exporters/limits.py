@@ -1,6 +1,6 @@
 """Lengths beyond which a model computes in another way, by its config: windows, chunks and rope switches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ WINDOWS = {
 """Settings in tokens, as the families of transformers name them."""
 WITHOUT_WINDOW = {"full_attention", "linear_attention", "conv", "moe", "mlp"}
 """Entries of layer_types that no window concerns."""
+LONGROPE, DYNAMIC = "longrope", "dynamic"
+"""Values of rope_type whose frequencies change with the length of the sequence."""
 
 
 @dataclass(frozen=True, order=True)
@@ -36,33 +38,53 @@ class Limit:
 
 def limits_of(config: PreTrainedConfig) -> list[Limit]:
     """The limits that a sequence of a permitted length can exceed, smallest first."""
-    longest = longest_sequence(config)
-    found = {Limit(tokens, name) for name, tokens in _windows(config)}
+    longest = permitted(config)
+    found = set(windows_of(config))
     for rope in ropes(config):
-        rope_type = str(rope.get("rope_type", "default"))
-        original = rope.get("original_max_position_embeddings", setting_of(config, "original_max_position_embeddings"))
-        if "dynamic" in rope_type:  # made for sequences beyond the maximum
-            found.add(Limit(original or longest or 0, "original context"))
-            longest = None
-        elif rope_type not in ("default", "linear") and isinstance(original, int):
+        original = _original_context(config, rope)
+        if original is not None and rope["rope_type"] not in ("default", "linear"):
             found.add(Limit(original, "original context"))
-    return sorted(limit for limit in found if limit.tokens > 0 and (longest is None or limit.tokens < longest))
+    return sorted(limit for limit in found if longest is None or limit.tokens < longest)
 
 
-def _windows(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+def switches_of(config: PreTrainedConfig) -> list[int]:
+    """Lengths beyond which even the first positions are encoded in another way, so that a cache of keys grows wrong.
+
+    transformers computes the keys of Phi-3 again there; no graph and no other runtime does.
+    """
+    found = [_original_context(config, rope) for rope in ropes(config) if rope["rope_type"] in (LONGROPE, DYNAMIC)]
+    return [tokens for tokens in found if tokens is not None]
+
+
+def is_dynamic(config: PreTrainedConfig) -> bool:
+    """True if the frequencies of rotary embedding depend on the length of the sequence that is run."""
+    return any(rope["rope_type"] == DYNAMIC for rope in ropes(config))
+
+
+def permitted(config: PreTrainedConfig) -> int | None:
+    """Maximum sequence length in tokens, or None; dynamic frequencies are made for what exceeds the config's."""
+    return None if is_dynamic(config) else longest_sequence(config)
+
+
+def _original_context(config: PreTrainedConfig, rope: Mapping[str, Any]) -> int | None:
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    found = (rope.get(names[0]), *(setting_of(config, name) for name in names))
+    return next((tokens for tokens in found if isinstance(tokens, int)), None)
+
+
+def windows_of(config: PreTrainedConfig) -> list[Limit]:
+    """The windows and chunks of attention that some layer has."""
     layers = set(setting_of(config, "layer_types") or ())
     if (layers and layers <= WITHOUT_WINDOW) or setting_of(config, "use_sliding_window") is False:
-        return
-    for setting, name in WINDOWS.items():
-        tokens = setting_of(config, setting)
-        if isinstance(tokens, int):
-            yield name, tokens
+        return []
+    found = ((setting_of(config, setting), name) for setting, name in WINDOWS.items())
+    return [Limit(tokens, name) for tokens, name in found if isinstance(tokens, int) and tokens > 0]
 
 
-def ropes(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The parameters of rotary embedding: one set, or one for each kind of layer."""
     parameters = setting_of(config, "rope_parameters")
     if not isinstance(parameters, Mapping):
         return []
     nested = [part for part in parameters.values() if isinstance(part, Mapping)]
-    return nested or [parameters]
+    return [{"rope_type": "default", **part} for part in nested or [parameters]]

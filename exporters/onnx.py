@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from exporters.folder import read_config
 from exporters.genai import genai_config
+from exporters.limits import DYNAMIC, LONGROPE
 from exporters.onnx_graph import decoder_graph
 from exporters.packed import grids_of
 from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
-from mspc.progress import Step
+from mspc.progress import Step, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.carrying import carry
 from mspc.storage.config_json import with_dtype
@@ -55,6 +56,11 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {options.weights!r}.")
     if options.accuracy_level not in range(5):
         raise InputError(f"accuracy_level must be 0 to 4, not {options.accuracy_level}.")
+    if DYNAMIC in rope_types(config):
+        raise InputError(
+            "rope_type is dynamic: its frequencies depend on the length of the text, which a graph with a cache of keys "
+            "cannot follow. Export dense or sparse."
+        )
     if options.weights in FLOATS:
         return
     if not any(matrix.target.grid for matrix in matrices):
@@ -76,6 +82,16 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
                 f"{matrix.name}: {options.weights} takes groups that are a multiple of {SMALLEST_BLOCK} inputs, not of "
                 f"{size}; compress with such a --group-size, or export float32 or float16 weights."
             )
+
+
+def rope_types(config: Any) -> set[str]:
+    """Every rope_type in a config.json, however old or nested it is."""
+    if not isinstance(config, dict):
+        return set()
+    found = set().union(*(rope_types(value) for value in config.values()))
+    if isinstance(named := config.get("rope_type", config.get("type")), str):
+        found.add(named)
+    return found
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
@@ -104,6 +120,11 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     write_json(out / "config.json", with_dtype(config, FLOAT16 if options.weights == FLOAT16 else FLOAT32))
     generation = out / "generation_config.json"
     settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    if LONGROPE in rope_types(config):
+        log.warning(
+            "The model changes its rotary embedding (longrope) beyond its original context. The cache of a text that "
+            "grows beyond it keeps keys of the shorter one: run the whole text again there, as transformers does."
+        )
     session = EXACT_QDQ if options.weights == QDQ else {}
     write_json(out / "genai_config.json", genai_config(config, settings, _cache(graph), session))
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from exporters.limits import Limit, limits_of, ropes
+from exporters.limits import Limit, is_dynamic, limits_of, permitted, switches_of
 from mspc.errors import InputError
-from mspc.model.hub import load_config, load_tokenizer, longest_sequence
+from mspc.model.hub import load_config, load_tokenizer
 from mspc.model.streamed import StreamedModel
 from mspc.storage.artifact import REFERENCE, ArtifactSource
 from mspc.text.tokens import windows_of_test_text
@@ -98,7 +98,9 @@ def compute_reference(artifact: Path, *, long: bool = False) -> Reference:
     """
     model = exact_model(artifact, torch.float32)
     config = model.config
-    length = min(LENGTH, (longest_sequence(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
+    switches = switches_of(config)
+    length = min(LENGTH, (permitted(config) or LENGTH + NEW_TOKENS) - NEW_TOKENS)
+    length -= length - 1 in switches  # or the last token, which goes through the cache, would be the first beyond
     ids = _ids(artifact, config, SEQUENCES, length)
     limits = limits_of(config)
     reached = limits if long else [limit for limit in limits if limit.tokens < USUAL]
@@ -109,7 +111,8 @@ def compute_reference(artifact: Path, *, long: bool = False) -> Reference:
         for _ in range(NEW_TOKENS):
             best = loaded(input_ids=sequence, use_cache=False).logits[0, -1].float().topk(2)
             tokens.append(int(best.indices[0]))
-            margins.append(float(best.values[0] - best.values[1]))
+            switched = any(PROMPT <= switch < sequence.shape[1] for switch in switches)
+            margins.append(0.0 if switched else float(best.values[0] - best.values[1]))  # 0 is not compared
             sequence = torch.cat([sequence, best.indices[None, :1]], 1)
         beyond = _beyond(artifact, loaded, reached, None if long else USUAL) if reached else None
     return Reference(ids.numpy(), logits.numpy(), np.array(tokens), np.array(margins, np.float32), beyond, missed)
@@ -132,11 +135,9 @@ def _ids(artifact: Path, config: PreTrainedConfig, sequences: int, length: int) 
 def _beyond(artifact: Path, loaded: PreTrainedModel, reached: Sequence[Limit], most: int | None) -> Beyond:
     """The last logits of a sequence longer than every limit in `reached`, in one pass without a cache."""
     config, limit = loaded.config, reached[-1].tokens
-    is_dynamic = any("dynamic" in str(rope.get("rope_type")) for rope in ropes(config))
-    longest = None if is_dynamic else longest_sequence(config)
-    length = min(size for size in (limit + COMPARED, longest, most) if size is not None)
+    length = min(size for size in (limit + COMPARED, permitted(config), most) if size is not None)
     # Dynamic frequencies depend on the length, so keys in a cache are others than those of one pass.
-    decoded = 0 if is_dynamic else min(DECODED, length - limit - 1)
+    decoded = 0 if is_dynamic(config) else min(DECODED, length - limit - 1)
     ids = _ids(artifact, config, 1, length)
     logits = last_logits(loaded, ids, COMPARED).logits.float()
     return Beyond(ids.numpy(), logits.numpy(), decoded, in_words(reached))

@@ -1,6 +1,5 @@
 """ONNX Runtime GenAI on the CPU: an ONNX folder by its genai_config.json, a GPTQ folder through its model builder."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,11 +11,15 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as genai
 from numpy.typing import NDArray
+from transformers import AutoConfig
 
+from exporters.limits import ropes, windows_of
 from exporters.manifest import ExportManifest
 from exporters.runtimes import FLOAT32, Runner, Unsupported
 from exporters.runtimes.onnxruntime import tolerance_of
+from mspc.model.config_checks import setting_of
 
+ROPE_TYPES = {"default", "linear", "llama3"}
 NOT_ROUNDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
 
@@ -36,9 +39,15 @@ def _check_gptq(folder: Path, manifest: ExportManifest) -> None:
         raise Unsupported("its model builder reads the zero points of gptq_v2 as those of gptq")
     if any(grid.bits == 3 for grid in grids):
         raise Unsupported("its model builder does not unpack 3 bits")
-    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    if "modules_in_block_to_quantize" in quantization:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if "modules_in_block_to_quantize" in config.quantization_config:
         raise Unsupported("its model builder takes no GPTQ folder with matrices left dense")
+    if len(parts := ropes(config)) > 1:
+        raise Unsupported("its model builder does not read rotary embeddings that differ between layers")
+    if others := {part["rope_type"] for part in parts} - ROPE_TYPES:
+        raise Unsupported(f"its model builder computes other rotary embeddings than rope_type {min(others)}")
+    if windows_of(config) and not setting_of(config, "layer_types"):
+        raise Unsupported("its model builder leaves out a sliding window unless layer_types say where it is")
 
 
 def build(folder: Path, out: Path) -> None:

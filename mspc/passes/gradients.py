@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp
+from torch.func import functional_call, vjp
 
 from mspc.errors import ActivationError, InputError
 from mspc.model.streamed import StreamedModel
@@ -79,7 +79,7 @@ class Measure(ABC):
 
     def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
         """The cotangent of the state after the last block; `loss` is the mean over tokens."""
-        return grad(loss)(state)
+        return _gradient(loss, state)
 
     @abstractmethod
     def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
@@ -114,7 +114,7 @@ class OutputFisher(Measure):
         def summed(hidden: Tensor) -> Tensor:
             return predicted * loss(hidden)  # small gradients would vanish in float16
 
-        return grad(summed)(state)
+        return _gradient(summed, state)
 
     def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
         outputs = dict[str, Tensor]()
@@ -182,6 +182,13 @@ def reverse_walk(
                 for matrix in matrices[index]:
                     value = measure.value(matrix, values[model.name_in_block(index, matrix)])
                     yield Sample(matrix, _checked(matrix, value))
+
+
+def _gradient(loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    """The gradient of a function of hidden states that may write to buffers, such as those of longrope."""
+    with torch.enable_grad():
+        hidden = state.detach().requires_grad_()
+        return torch.autograd.grad(loss(hidden), hidden)[0]
 
 
 WITHOUT_GRADIENTS = (
