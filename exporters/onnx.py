@@ -58,8 +58,8 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
         raise InputError(f"accuracy_level must be 0 to 4, not {options.accuracy_level}.")
     if DYNAMIC in rope_types(config):
         raise InputError(
-            "rope_type is dynamic: its frequencies depend on the length of the text, which a graph with a cache of keys "
-            "cannot follow. Export dense or sparse."
+            "rope_type is dynamic: its frequencies depend on the length of the text, and the keys in a cache are those "
+            "of a shorter one. Export dense or sparse."
         )
     if options.weights in FLOATS:
         return

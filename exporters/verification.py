@@ -79,9 +79,9 @@ def verify(folder: Path, against: Path | None, progress: Progress, *, long: bool
             step(result["status"])
         log.info(f"{name}: {in_words(result)}")
     if reference.beyond:
-        ids, exceeded = reference.beyond.ids, reference.beyond.exceeded
-        report["beyond"] = {"tokens": ids.shape[1], "exceeded": exceeded, "missed": reference.missed}
+        report["beyond"] = {"tokens": reference.beyond.ids.shape[1], "exceeded": reference.beyond.exceeded}
     if reference.missed:
+        report["missed"] = reference.missed
         log.warning(f"Not reached: {reference.missed}; mspc verify --long checks it.")
     write_json(folder / REPORT, report)
     return report

@@ -233,7 +233,7 @@ def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
         tokens[3] += 1
         margins[3] = 0.0 if fault.endswith("call") else margins[3]
     reference_module.Reference(right.ids, right.logits, right.tokens, margins).save(folder)
-    runtime.load = lambda *_: Runner("1", 1e-2, lambda ids: logits, lambda prompt, count: tokens.tolist())
+    runtime.load = lambda *_: Runner("1", 1e-2, lambda ids: logits, lambda prompt, count: tokens.tolist(), pytest.fail)
     status, reason = result(folder)
     report = json.loads((folder / "verification.json").read_text())["runtimes"]["transformers"]
     assert ("3 greedy tokens equal, the next too close to call" in in_words(report)) == fault.endswith("call")

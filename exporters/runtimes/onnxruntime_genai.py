@@ -19,7 +19,7 @@ from exporters.runtimes import FLOAT32, Runner, Unsupported
 from exporters.runtimes.onnxruntime import tolerance_of
 from mspc.model.config_checks import setting_of
 
-ROPE_TYPES = {"default", "linear", "llama3"}
+ROPE_TYPES = {"default", "llama3"}
 NOT_ROUNDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
 
@@ -45,7 +45,7 @@ def _check_gptq(folder: Path, manifest: ExportManifest) -> None:
     if len(parts := ropes(config)) > 1:
         raise Unsupported("its model builder does not read rotary embeddings that differ between layers")
     if others := {part["rope_type"] for part in parts} - ROPE_TYPES:
-        raise Unsupported(f"its model builder computes other rotary embeddings than rope_type {min(others)}")
+        raise Unsupported(f"its model builder does not compute rotary embeddings of rope_type {min(others)}")
     if windows_of(config) and not setting_of(config, "layer_types"):
         raise Unsupported("its model builder leaves out a sliding window unless layer_types say where it is")
 

@@ -1,5 +1,6 @@
 """transformers on the CPU, in float32 where the format allows it."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,16 +75,21 @@ def runner_of(model: Any, version: str, tolerance: float) -> Runner:
                 if "get_seq_length" not in str(error):
                     raise
                 # It asks the cache for its length, which it does not know when no layer is attention.
-                found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                found = ids
+                for _ in range(count):
+                    best = model(input_ids=found, use_cache=False).logits[:, -1:].argmax(-1)
+                    found = torch.cat([found, best], 1)
         return list(found[0, len(prompt) :].tolist())
 
     def last(ids: NDArray[np.int64], decoded: int, count: int) -> NDArray[np.float32]:
         tokens, split = torch.from_numpy(ids), ids.shape[1] - decoded
+        accepted = inspect.signature(model.forward).parameters  # versions of transformers differ in the name
+        cache = "cache" if "cache" in accepted else "past_key_values"
         with torch.no_grad():
             out = last_logits(model, tokens[:, :split], count - decoded, use_cache=decoded > 0)
             parts = [out.logits]
             for at in range(split, ids.shape[1]):
-                out = model(input_ids=tokens[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+                out = model(input_ids=tokens[:, at : at + 1], use_cache=True, **{cache: out[cache]})
                 parts.append(out.logits)
             found: NDArray[np.float32] = torch.cat(parts, 1).float().numpy()
         return found
