@@ -1,6 +1,6 @@
 """Every format in every runtime: relative errors of logits, equal greedy tokens, sizes, and speed of export.
 
-    python benchmarks/verify_all.py [--models bundled llama qwen3 opt gpt2] [--json FILE] [--markdown FILE]
+    python benchmarks/verify_all.py [--models bundled llama qwen3 opt gpt2 mistral phi3] [--json FILE]
 
 The bundled model is trained; the others are random models of 2 blocks, made here. Each is compressed in several ways
 and every artifact is exported to every format that accepts it. A runtime that fails or computes something else makes
@@ -31,11 +31,15 @@ from mspc.storage.artifact import ArtifactSource
 BUNDLED = Path(__file__).parent.parent / "examples" / "tiny_llama"
 ATTENTION = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 256}
 GATED = ATTENTION | {"intermediate_size": 256, "num_key_value_heads": 2}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48}
+LONGROPE |= {"short_factor": [1.0] * 16, "long_factor": [1.0 + step / 4 for step in range(16)]}
 MODELS = {
     "llama": GATED,
     "qwen3": GATED | {"head_dim": 32},
     "opt": ATTENTION | {"ffn_dim": 256, "word_embed_proj_dim": 128},
     "gpt2": ATTENTION | {"n_inner": 256},
+    "mistral": GATED | {"sliding_window": 24},
+    "phi3": GATED | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 48, "pad_token_id": 0},
 }
 ARTIFACTS = {
     "50%": {"sparsity": 0.5},
@@ -137,7 +141,8 @@ def table_of(rows: list[dict[str, object]]) -> Table:
 def in_short(result: dict[str, object]) -> str:
     if result["status"] != "verified":
         return f"{result['status']} ({result['reason']})"
-    return f"{result['relative_error']:.0e}, {result['greedy_tokens_equal']}"
+    beyond = f" ({result['relative_error_beyond']:.0e} beyond limits)" if "relative_error_beyond" in result else ""
+    return f"{result['relative_error']:.0e}{beyond}, {result['greedy_tokens_equal']}"
 
 
 def main() -> None:

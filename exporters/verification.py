@@ -82,7 +82,7 @@ def verify(folder: Path, against: Path | None, progress: Progress, *, long: bool
         report["beyond"] = {"tokens": reference.beyond.ids.shape[1], "exceeded": reference.beyond.exceeded}
     if reference.missed:
         report["missed"] = reference.missed
-        log.warning(f"Not reached: {reference.missed}; mspc verify --long checks it.")
+        log.warning(f"Not reached: {reference.missed}; mspc verify --against ARTIFACT --long checks it.")
     write_json(folder / REPORT, report)
     return report
 

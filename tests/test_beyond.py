@@ -255,7 +255,7 @@ def test_what_is_not_reached_is_said_and_long_reaches_it(calibration, tmp_path, 
     artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, pattern="2:4", allocator="uniform")
     with caplog.at_level(logging.WARNING, logger="mspc"):
         out = artifact.export("dense", tmp_path / "dense", progress=False)
-    assert "Not reached: the sliding window of 80; mspc verify --long checks it." in caplog.text
+    assert "Not reached: the sliding window of 80; mspc verify --against ARTIFACT --long checks it." in caplog.text
     assert report_of(out)["missed"] == "the sliding window of 80"
     assert "relative_error_beyond" not in report_of(out)["runtimes"]["transformers"]
     with pytest.raises(InputError, match=r"beyond the sliding window of 80: give --against ARTIFACT"):
