@@ -1,10 +1,11 @@
-"""Lengths beyond which a model computes in another way, by its config: windows, chunks and rope switches."""
+"""Lengths beyond which a model computes in another way, by its config: windows, chunks and rope switches.
+
+A config is one of transformers, whose own classes complete and unify what is in config.json.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from mspc.model.config_checks import setting_of
 from mspc.model.hub import longest_sequence
@@ -36,7 +37,7 @@ class Limit:
         return f"the {self.name} of {self.tokens}"
 
 
-def limits_of(config: PreTrainedConfig) -> list[Limit]:
+def limits_of(config: Any) -> list[Limit]:
     """The limits that a sequence of a permitted length can exceed, smallest first."""
     longest = permitted(config)
     found = set(windows_of(config))
@@ -47,7 +48,7 @@ def limits_of(config: PreTrainedConfig) -> list[Limit]:
     return sorted(limit for limit in found if longest is None or limit.tokens < longest)
 
 
-def switches_of(config: PreTrainedConfig) -> list[int]:
+def switches_of(config: Any) -> list[int]:
     """Lengths beyond which even the first positions are encoded in another way, so that a cache of keys grows wrong.
 
     transformers computes the keys of Phi-3 again there; no graph and no other runtime does.
@@ -56,23 +57,23 @@ def switches_of(config: PreTrainedConfig) -> list[int]:
     return [tokens for tokens in found if tokens is not None]
 
 
-def is_dynamic(config: PreTrainedConfig) -> bool:
+def is_dynamic(config: Any) -> bool:
     """True if the frequencies of rotary embedding depend on the length of the sequence that is run."""
     return any(rope["rope_type"] == DYNAMIC for rope in ropes(config))
 
 
-def permitted(config: PreTrainedConfig) -> int | None:
+def permitted(config: Any) -> int | None:
     """Maximum sequence length in tokens, or None; dynamic frequencies are made for what exceeds the config's."""
     return None if is_dynamic(config) else longest_sequence(config)
 
 
-def _original_context(config: PreTrainedConfig, rope: Mapping[str, Any]) -> int | None:
+def _original_context(config: Any, rope: Mapping[str, Any]) -> int | None:
     names = ("original_max_position_embeddings", "max_position_embeddings")
     found = (rope.get(names[0]), *(setting_of(config, name) for name in names))
     return next((tokens for tokens in found if isinstance(tokens, int)), None)
 
 
-def windows_of(config: PreTrainedConfig) -> list[Limit]:
+def windows_of(config: Any) -> list[Limit]:
     """The windows and chunks of attention that some layer has."""
     layers = set(setting_of(config, "layer_types") or ())
     if (layers and layers <= WITHOUT_WINDOW) or setting_of(config, "use_sliding_window") is False:
@@ -81,7 +82,7 @@ def windows_of(config: PreTrainedConfig) -> list[Limit]:
     return [Limit(tokens, name) for tokens, name in found if isinstance(tokens, int) and tokens > 0]
 
 
-def ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+def ropes(config: Any) -> list[dict[str, Any]]:
     """The parameters of rotary embedding: one set, or one for each kind of layer."""
     parameters = setting_of(config, "rope_parameters")
     if not isinstance(parameters, Mapping):

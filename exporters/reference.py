@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from exporters.limits import Limit, is_dynamic, limits_of, permitted, switches_of
 from mspc.errors import InputError
@@ -118,7 +117,7 @@ def compute_reference(artifact: Path, *, long: bool = False) -> Reference:
     return Reference(ids.numpy(), logits.numpy(), np.array(tokens), np.array(margins, np.float32), beyond, missed)
 
 
-def _ids(artifact: Path, config: PreTrainedConfig, sequences: int, length: int) -> Tensor:
+def _ids(artifact: Path, config: Any, sequences: int, length: int) -> Tensor:
     """Tokens (sequences, length) of the built-in text, from its beginning again where it is too short."""
     if any(artifact.glob("*token*")) or any(artifact.glob("vocab*")):
         tokenizer = load_tokenizer(artifact)
@@ -132,7 +131,7 @@ def _ids(artifact: Path, config: PreTrainedConfig, sequences: int, length: int) 
     return torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
 
 
-def _beyond(artifact: Path, loaded: PreTrainedModel, reached: Sequence[Limit], most: int | None) -> Beyond:
+def _beyond(artifact: Path, loaded: Any, reached: Sequence[Limit], most: int | None) -> Beyond:
     """The last logits of a sequence longer than every limit in `reached`, in one pass without a cache."""
     config, limit = loaded.config, reached[-1].tokens
     length = min(size for size in (limit + COMPARED, permitted(config), most) if size is not None)
@@ -144,7 +143,7 @@ def _beyond(artifact: Path, loaded: PreTrainedModel, reached: Sequence[Limit], m
 
 
 def last_logits(model: Any, ids: Tensor, count: int, **options: Any) -> Any:
-    """What a model of transformers gives for `ids`, its logits only at the last `count` positions."""
+    """The output of a model of transformers for `ids`, with the logits of the last `count` positions only."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = count
     out = model(input_ids=ids, **({"use_cache": False} | options))

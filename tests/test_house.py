@@ -23,7 +23,7 @@ KNOW_TRANSFORMERS = {
     "mspc.api",
     "mspc.model.config_checks", "mspc.model.hub", "mspc.model.matrices", "mspc.model.streamed",
     "mspc.runtime.hf_quantizer", "mspc.runtime.loading",
-    "exporters.onnx_graph", "exporters.runtimes.transformers",
+    "exporters.onnx_graph", "exporters.runtimes.onnxruntime_genai", "exporters.runtimes.transformers",
 }  # fmt: skip
 PUBLIC = {"compress", "evaluate", "export", "load", "masks", "plan", "recover", "report", "verify"}
 SAY_IT = {"language.py", "test_house.py"}
