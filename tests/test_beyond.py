@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -310,6 +311,28 @@ def test_dynamic_frequencies_are_refused_as_a_graph(where, key, named):
     with pytest.raises(InputError, match=r"rope_type is dynamic.*Export dense or sparse"):
         onnx_format.check([], config, onnx_format.Options())
     onnx_format.check([], {key: {named: "linear"}}, onnx_format.Options())
+
+
+@pytest.mark.parametrize(("length", "decoded", "count"), [(12, 3, 8), (12, 0, 5), (17, 1, 4), (4, 2, 4), (11, 5, 6)])
+def test_the_last_tokens_go_through_the_cache_of_a_graph(length, decoded, count):
+    """Oracle: a graph whose logits are the token and its place, by the length of the cache that it was given."""
+    runtime = pytest.importorskip("exporters.runtimes.onnxruntime")
+    pieces = []
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids, past = feeds["input_ids"], feeds["past_key_values.0.key"]
+        pieces.append(ids.shape[1])
+        places = past.shape[2] + np.arange(ids.shape[1])
+        longer = np.concatenate([past, np.zeros((1, 2, ids.shape[1], 4), np.float32)], axis=2)
+        return {"logits": np.stack([ids, places[None]], axis=-1), "present.0.key": longer}
+
+    inputs = {"input_ids": ([None, None], np.int64), "past_key_values.0.key": ([None, 2, None, 4], np.float32)}
+    found = runtime.cached_runner("1", 1e-4, inputs, run).last_logits(
+        np.arange(100, 100 + length)[None], decoded, count
+    )
+    expected = np.arange(length - count, length)
+    np.testing.assert_array_equal(found, np.stack([100 + expected, expected], axis=-1)[None])
+    assert pieces == [length - decoded] + [1] * decoded
 
 
 def onnx_results(artifact: mspc.Artifact, out: Path) -> dict[str, dict[str, object]]:

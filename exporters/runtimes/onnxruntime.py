@@ -13,8 +13,6 @@ from exporters.manifest import ExportManifest
 from exporters.runtimes import EXACT, HALF, Runner
 
 Feeds = dict[str, NDArray[Any]]
-AT_ONCE = 2048
-"""Tokens in one run, at most: it gives the logits of them all."""
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
@@ -75,10 +73,9 @@ def cached_runner(
     def last(ids: NDArray[np.int64], decoded: int, count: int) -> NDArray[np.float32]:
         split, past = ids.shape[1] - decoded, empty(1)
         parts: list[NDArray[Any]] = []
-        begins = [0, *reversed(range(split - AT_ONCE, 0, -AT_ONCE)), *range(split, ids.shape[1] + 1)]
-        for begin, end in pairwise(begins):
+        for begin, end in pairwise([0, *range(split, ids.shape[1] + 1)]):
             scores, past = step(ids[:, begin:end], past)
-            parts = [*parts, scores][-1 - decoded :]
+            parts.append(scores[:, -count:])
         return np.concatenate(parts, axis=1)[:, -count:].astype(np.float32)
 
     return Runner(version, tolerance, logits, generate, last)
