@@ -417,6 +417,7 @@ def gptq(name: str, calibration: Path, out: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
@@ -441,6 +442,7 @@ def test_models_that_the_builder_of_genai_computes_wrong(name, changes, reason, 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "llama3"])
 def test_models_that_every_runtime_of_gptq_computes_right(name, calibration, tmp_path):
     for module in ("gptqmodel", "optimum", "onnxruntime_genai"):
@@ -452,6 +454,7 @@ def test_models_that_every_runtime_of_gptq_computes_right(name, calibration, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_phi3_is_known_to_fail_in_gptqmodel(calibration, tmp_path, monkeypatch):
     runtime = pytest.importorskip("exporters.runtimes.gptqmodel")
     monkeypatch.setitem(formats.FORMATS, "gptq", replace(formats.FORMATS["gptq"], runtimes=("gptqmodel",)))
