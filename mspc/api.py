@@ -79,7 +79,7 @@ def compress(
     """Prune and quantize the matrices of a model, each according to its sensitivity.
 
     Args:
-        model: Checkpoint folder, hub id, or a transformers model in memory, which stays as it is. (It is saved next to
+        model: Checkpoint folder, .gguf file, hub id, or a transformers model in memory, which stays as it is. (It is saved next to
             `out` meanwhile.)
         recipe: What to make of it; `Recipe()` makes half of the weights zero.
         out: Folder to write.
@@ -218,7 +218,7 @@ def evaluate(
     """Perplexity on test text, cut into windows that do not overlap.
 
     Args:
-        model: Checkpoint folder, hub id, artifact, dense or sparse export (a block at a time in memory), or a
+        model: Checkpoint folder, .gguf file, hub id, artifact, dense or sparse export (a block at a time in memory), or a
             transformers model in memory, such as `mspc.load` returns.
         text: Name of a text source, a list of documents, or token ids, an integer tensor (N, T) of N windows.
         tokenizer: Tokenizer of the text; None: the one in the model's folder.
