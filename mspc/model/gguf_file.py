@@ -41,7 +41,7 @@ def as_folder(path: Path) -> Path:
 
 
 def origin_note(config: Any) -> str | None:
-    """What to say beside results of a model whose weights were quantized before."""
+    """The line under results of a model whose weights were quantized before."""
     origin = getattr(config, ORIGIN, None)
     return origin and f"The reference was dequantized from {origin}; a 4-bit method on that grid can look lossless."
 
