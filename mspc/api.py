@@ -79,8 +79,8 @@ def compress(
     """Prune and quantize the matrices of a model, each according to its sensitivity.
 
     Args:
-        model: Checkpoint folder, hub id, or a transformers model in memory, which stays as it is. (It is saved next to
-            `out` meanwhile.)
+        model: Checkpoint folder, .gguf file, hub id, or a transformers model in memory, which stays as it is. (It is
+            saved next to `out` meanwhile.)
         recipe: What to make of it; `Recipe()` makes half of the weights zero.
         out: Folder to write.
         tokenizer: Tokenizer of the calibration text; None: the one in the model's folder.
@@ -224,8 +224,8 @@ def evaluate(
     """Perplexity on test text, cut into windows that do not overlap.
 
     Args:
-        model: Checkpoint folder, hub id, artifact, dense or sparse export (a block at a time in memory), or a
-            transformers model in memory, such as `mspc.load` returns.
+        model: Checkpoint folder, .gguf file, hub id, artifact, dense or sparse export (a block at a time in memory),
+            or a transformers model in memory, such as `mspc.load` returns.
         text: Name of a text source, a list of documents, or token ids, an integer tensor (N, T) of N windows.
         tokenizer: Tokenizer of the text; None: the one in the model's folder.
         sequence_length: Tokens per window; None: 2048, or the model's maximum if that is less.

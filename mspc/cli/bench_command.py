@@ -25,7 +25,9 @@ def bench(
     paths: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="PATH...", help="Artifacts, sparse exports, checkpoint folders, hub ids.", show_default=False
+            metavar="PATH...",
+            help="Artifacts, sparse exports, checkpoint folders, .gguf files, hub ids.",
+            show_default=False,
         ),
     ] = None,
     shapes: Annotated[

@@ -23,7 +23,7 @@ from mspc.progress import log
 from mspc.recipe import Recipe
 from mspc.version import __version__
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, .gguf file or hub id.")]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder that `mspc compress` wrote.")]
 OutOption = Annotated[Path, typer.Option(help="Folder to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -43,7 +43,8 @@ app.command()(compress)
 @app.command(name="eval")
 def eval_(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Checkpoint folder, hub id, artifact, dense or sparse export.")
+        str,
+        typer.Argument(metavar="PATH", help="Checkpoint folder, .gguf file, hub id, artifact, dense or sparse export."),
     ],
     text: Annotated[
         str,

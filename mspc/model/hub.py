@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from mspc.errors import InputError, in_brief
 from mspc.model.config_checks import check_quantization, check_task, setting_of
+from mspc.model.gguf_file import as_folder, is_gguf
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.carrying import HIDDEN, LEFT_OUT, NEVER, VOCABULARIES
 from mspc.storage.checkpoint import INDEX, SINGLE, files_of_index
@@ -22,12 +23,16 @@ from mspc.storage.sparse_export import is_sparse_export
 
 
 def resolve(model: str) -> Path:
-    """The local folder of a path or hub id, which is downloaded."""
+    """The local folder of a path or hub id, which is downloaded. A GGUF file is made dense in a cache."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if is_gguf(path):
+        return as_folder(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputError(f"Model {model!r} is not a folder. Give a Hugging Face checkpoint folder or a hub id.")
+        raise InputError(
+            f"Model {model!r} is not a folder. Give a Hugging Face checkpoint folder, a .gguf file or a hub id."
+        )
     try:
         return _downloaded(model)
     except InputError:

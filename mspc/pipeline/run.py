@@ -66,7 +66,7 @@ class Run:
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
         self.source = resolve(self.model_name)
-        is_local = Path(self.model_name).expanduser().is_dir()
+        is_local = Path(self.model_name).expanduser().exists()
         self.source_name = self.source.resolve().name if is_local else self.model_name
         if is_artifact(self.source):
             raise InputError(f"{self.source} is an mspc artifact already. Compress the original checkpoint instead.")

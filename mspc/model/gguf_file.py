@@ -1,0 +1,163 @@
+"""A GGUF file as a checkpoint folder: transformers makes its weights dense, once, in a cache."""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from mspc.errors import InputError, in_brief
+from mspc.memory import free_memory
+from mspc.progress import log
+
+ORIGIN = "dequantized_from"
+"""The key of config.json that says what the weights were before: the type of most of those in blocks."""
+
+EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that are dense already. All others become bfloat16."""
+
+
+def is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() == ".gguf"
+
+
+def as_folder(path: Path) -> Path:
+    """The folder of a GGUF file in the cache, made if it is not there. The name of the folder is that of the file.
+
+    The cache is `mspc/gguf` in XDG_CACHE_HOME, or else in `~/.cache`. Raises InputError for a file that transformers
+    cannot read, and for one that does not fit in memory.
+    """
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache() / "gguf" / key / path.stem
+    if not (folder / "config.json").is_file():
+        _convert(path, folder)
+    return folder
+
+
+def origin_note(config: Any) -> str | None:
+    """The line under results of a model whose weights were quantized before."""
+    origin = getattr(config, ORIGIN, None)
+    return origin and f"The reference was dequantized from {origin}; a 4-bit method on that grid can look lossless."
+
+
+def cache() -> Path:
+    """Folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc"
+
+
+def _convert(path: Path, folder: Path) -> None:
+    if find_spec("gguf") is None:
+        raise InputError(f"{path}: reading GGUF files needs mspc[gguf]. Run: pip install 'mspc[gguf]'.")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith(ARRAYS)}
+    except Exception as error:  # damaged or cut off: the reader checks little
+        raise InputError(f"{path} is no whole GGUF file ({in_brief(error)}). Get it again.") from error
+    sizes, in_blocks, largest = Counter[str](), Counter[str](), 0
+    for tensor in reader.tensors:
+        name, count = tensor.tensor_type.name, int(tensor.n_elements)
+        sizes[name] += count
+        in_blocks[name] += count if tensor.name.startswith("blk.") else 0
+        largest = max(largest, count)
+    if not in_blocks:
+        raise InputError(f"{path} has no tensors of decoder layers. Give a GGUF file of a whole language model.")
+    del reader  # its pages
+    origin, total = in_blocks.most_common(1)[0][0], sum(sizes.values())
+    dtype = EXACT.get(origin, torch.bfloat16)
+    # Each parameter twice, as it is read and in the model, and the largest tensor and its copy as they are made dense.
+    _check_memory(path, 2 * (total * dtype.itemsize + largest * torch.float32.itemsize))
+    shares = ", ".join(f"{name} {count / total:.0%}" for name, count in sizes.most_common() if count / total >= 0.005)
+    log.info(f"{path.name} holds {shares}. Making it dense in {str(dtype)[6:]}, in {folder}.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(mkdtemp(dir=folder.parent))
+    try:
+        _write(path, new, dtype, fields, origin)
+        new.chmod(0o755)
+        if folder.exists():  # another process was faster, or an earlier one was cut off
+            shutil.rmtree(folder)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+ARRAYS = ("tokens", "scores", "token_type", "merges")
+"""Endings of keys whose values are long and read by transformers."""
+
+
+def _check_memory(path: Path, needed: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise InputError(
+            f"{path}: making it dense takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free. "
+            "Free some, or give the checkpoint in safetensors, which is read block by block."
+        )
+
+
+def _write(path: Path, new: Path, dtype: torch.dtype, fields: dict[str, Any], origin: str) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if hasattr(transformers, "GgufConfig"):  # since 5.2x, which leave the weights packed without it
+        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    else:
+        dense = {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False, **dense
+        )
+    except Exception as error:  # an architecture or tokenizer that transformers does not know
+        raise InputError(
+            f"{path}: transformers cannot read it ({in_brief(error)}). Give the checkpoint that it was made from."
+        ) from error
+    if origin not in EXACT:
+        setattr(model.config, ORIGIN, origin)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.name_or_path = ""
+    _name_special_ids(model, fields)
+    _add_bos(tokenizer, fields)
+    tokenizer.save_pretrained(new)
+    model.save_pretrained(new)
+
+
+def _name_special_ids(model: Any, fields: dict[str, Any]) -> None:
+    """Write the special ids of the file into the config and the generation config."""
+    for name, key in (("bos", "bos"), ("pad", "padding")):
+        _set_id(model, f"{name}_token_id", fields.get(f"tokenizer.ggml.{key}_token_id"))
+    ends = [fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    _set_id(model, "eos_token_id", ends[0] if len(ends) == 1 else ends or None)
+
+
+def _set_id(model: Any, name: str, value: Any) -> None:
+    setattr(model.config, name, value)
+    setattr(model.generation_config, name, value)
+
+
+def _add_bos(tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Let the tokenizer begin texts with BOS if and only if the file says so.
+
+    Where it says nothing, the rule of llama.cpp holds: SentencePiece vocabularies and Llama 3 begin with BOS.
+    """
+    of_kind = fields.get("tokenizer.ggml.model") == "llama" or fields.get("tokenizer.ggml.pre") == "llama-bpe"
+    wanted = bool(fields.get("tokenizer.ggml.add_bos_token", of_kind)) and tokenizer.bos_token_id is not None
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if wanted == begins:
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    template = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A" if wanted else "$A",
+        pair=f"{tokenizer.bos_token} $A {tokenizer.bos_token} $B" if wanted else "$A $B",
+        special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)] if wanted else [],
+    )
+    tokenizer.backend_tokenizer.post_processor = template

@@ -1,0 +1,184 @@
+"""GGUF files as models, against what they were exported from: weights, tokens, special ids, templates."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
+
+import mspc
+from mspc.errors import InputError
+from mspc.model import gguf_file
+from mspc.model.hub import resolve
+
+gguf = pytest.importorskip("gguf")
+
+LLAMA = Path(__file__).parent.parent / "examples" / "tiny_llama"
+VOCABULARY = json.loads((LLAMA / "config.json").read_text())["vocab_size"]
+TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+SENTENCE = "Hello, world!  It's 2024:\n\n the the déjà vu 123456"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, artifact_of: Callable[..., mspc.Artifact]
+) -> Callable[..., tuple[mspc.Artifact, Path]]:
+    """`exported(bits)`: a Llama in 16, 8 or 4 bits, and its GGUF file, once."""
+    made: dict[int, tuple[mspc.Artifact, Path]] = {}
+
+    def get(bits: int = 16) -> tuple[mspc.Artifact, Path]:
+        if bits not in made:
+            folder = tmp_path_factory.mktemp("gguf")
+            model, out = folder / "model", folder / "out"
+            ids = {"bos_token_id": 0, "eos_token_id": 0}
+            tiny.build(model, "llama", hidden_size=64, vocab_size=VOCABULARY, **ids)
+            for file in LLAMA.glob("tokenizer*"):
+                shutil.copy(file, model)
+            artifact = artifact_of(model, bits=bits, **({"sparsity": 0.5} if bits == 16 else {}))
+            mspc.export(artifact, "gguf", out=out, progress=False)
+            made[bits] = artifact, next(out.glob("*.gguf"))
+        return made[bits]
+
+    return get
+
+
+KINDS = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight.float() for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("bits", "origin"),
+    [(16, None), (8, "Q8_0"), (4, "Q4_0")],
+)
+def test_weights_are_those_of_the_artifact(exported, tmp_path, bits, origin):
+    artifact, file = exported(bits)
+    folder = resolve(str(file))
+    mspc.export(artifact, "dense", out=tmp_path / "dense", progress=False)
+    expected, found = weights_of(tmp_path / "dense"), weights_of(folder)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight.bfloat16().float()) or torch.equal(found[name], weight), name
+    assert json.loads((folder / "config.json").read_text()).get("dequantized_from") == origin
+
+
+def test_tokens_special_ids_and_template_are_those_of_the_source(exported, tmp_path):
+    folder = resolve(str(changed(exported()[1], tmp_path / "m.gguf", chat_template=TEMPLATE)))
+    found, expected = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(exported()[0].path)
+    assert found(SENTENCE)["input_ids"] == expected(SENTENCE)["input_ids"]
+    assert (found.bos_token_id, found.eos_token_id) == (expected.bos_token_id, expected.eos_token_id)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == expected.eos_token_id
+    assert found.chat_template == TEMPLATE
+
+
+def changed(file: Path, out: Path, **values: object) -> Path:
+    """A copy of a GGUF file with other values of `tokenizer.NAME`; None leaves the key out."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    named = {f"tokenizer.{'' if name == 'chat_template' else 'ggml.'}{name}": value for name, value in values.items()}
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key in named:
+            continue
+        sub = field.types[1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub)
+    for key, value in named.items():
+        if value is not None:
+            writer.add_key_value(key, value, KINDS[type(value)])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("values", "begins"),
+    [
+        ({"add_bos_token": True}, True),
+        ({"add_bos_token": False}, False),
+        ({"add_bos_token": None}, False),  # a byte-level vocabulary
+    ],
+)
+def test_texts_begin_as_the_file_says(exported, tmp_path, values, begins):
+    folder = resolve(str(changed(exported()[1], tmp_path / "m.gguf", **values)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) is begins
+    assert tokenizer.decode(tokenizer(SENTENCE)["input_ids"], skip_special_tokens=True) == SENTENCE
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"), [({"eot_token_id": 5}, [2, 5]), ({"eot_token_id": 2}, 2), ({"eom_token_id": 7}, [2, 7])]
+)
+def test_every_end_of_the_file_ends_a_text(exported, tmp_path, values, ends):
+    folder = resolve(str(changed(exported()[1], tmp_path / "m.gguf", eos_token_id=2, **values)))
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+
+
+def test_a_file_is_made_dense_once(exported, monkeypatch):
+    file = exported()[1]
+    first = resolve(str(file))
+    monkeypatch.setattr(gguf_file, "_convert", lambda *_: pytest.fail("made again"))
+    assert resolve(str(file)) == first
+    assert first.name == file.stem
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model", b"GGUF\x03\0\0\0" + 16 * b"\xff"])
+def test_damaged_files_are_refused(tmp_path, content):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=r"m\.gguf is no whole GGUF file"):
+        resolve(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache").rglob("config.json"))
+
+
+def test_files_that_are_cut_off_are_refused(exported, tmp_path):
+    content = exported()[1].read_bytes()
+    for share in (0.3, 0.6, 0.999):
+        (tmp_path / "m.gguf").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=r"m\.gguf"):
+            resolve(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_an_architecture_that_transformers_does_not_know_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "abacus")
+    writer.add_tensor("blk.0.attn_q.weight", torch.zeros(2, 2).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="transformers cannot read it .*abacus"):
+        resolve(str(tmp_path / "m.gguf"))
+
+
+def test_a_file_larger_than_memory_is_refused(exported, monkeypatch):
+    monkeypatch.setattr(gguf_file, "free_memory", lambda _: 1000)
+    with pytest.raises(InputError, match=r"takes 0\.\d GB of memory, and 0\.0 GB are free"):
+        resolve(str(exported()[1]))
+
+
+def test_without_the_extra_it_is_named(exported, monkeypatch):
+    monkeypatch.setattr(gguf_file, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install 'mspc\[gguf\]'"):
+        resolve(str(exported()[1]))
+
+
+def test_a_file_is_a_model_of_every_verb(exported, calibration, test_text, tmp_path):
+    source, file = exported(8)
+    artifact = tiny.compress(file, tmp_path / "small", calibration, sparsity=0.5)
+    assert artifact.manifest["source"]["name"] == file.stem
+    found, expected = (mspc.evaluate(one, test_text, sequence_length=64, progress=False) for one in (file, source))
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=5e-3)  # its scales were rounded to bfloat16
