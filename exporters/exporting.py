@@ -16,7 +16,7 @@ from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
-from mspc.storage.output_folder import held, is_empty, publish, recover, sibling
+from mspc.storage.output_folder import held, is_empty, left_clean, publish, recover, sibling
 from mspc.types import PlannedMatrix
 
 
@@ -43,18 +43,27 @@ def export(
     source.check_files()
     for difference in check_tokenizer_of(artifact):
         log.warning(difference)
-    module = load(format_name)
-    partial = sibling(out, "new")
+    with left_clean(out):
+        _write(source, artifact, format_name, chosen, out, verified, progress)
+    return out
+
+
+def _write(
+    source: ArtifactSource, artifact: Path, format_name: str, options: Any, out: Path, verified: bool,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Write the folder next to its place, verify it, and put it there."""
+    module, partial = load(format_name), sibling(out, "new")
     partial.mkdir(parents=True, exist_ok=True)
     with held(partial):
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             with progress.stage(f"Exporting {format_name}", len(source.keys())) as step:
-                module.export(source, partial, chosen, step)
-            for note in module.notes(source.entries, chosen):
+                module.export(source, partial, options, step)
+            for note in module.notes(source.entries, options):
                 log.warning(note)
-            write_export_manifest(partial, format_name, chosen, source)
+            write_export_manifest(partial, format_name, options, source)
             if verified:
                 _verify(partial, artifact, progress)
             else:
@@ -63,7 +72,6 @@ def export(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         publish(partial, out)
-    return out
 
 
 def check(

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_manifest
-from mspc.storage.output_folder import held, sibling, working_folder
+from mspc.storage.output_folder import held, left_clean, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
 from mspc.types import PlannedMatrix
@@ -101,6 +101,7 @@ def compress(
         raise InputError(f"recipe must be an mspc.Recipe, such as Recipe(sparsity=0.5), not {recipe!r}.")
     if isinstance(exports, str):
         raise InputError(f"exports must be a list of formats, such as [{exports!r}], not a string.")
+    exports = tuple(dict.fromkeys(exports))
     check_given(calibration, "calibration")
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
@@ -116,15 +117,12 @@ def compress(
         recipe = replace(recipe, group_size=32) if settings.quantizes or settings.has_budget else recipe
     start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
-    folder = working_folder(out, resume=resume, overwrite=overwrite)
     try:
-        with held(folder), _saved(model, tokenizer, out) as source:
-            run = run or start(source)
-            run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
-    except InputError:
-        with suppress(OSError):  # removes the folder only if it is empty: nothing was begun
-            folder.rmdir()
-        raise
+        with left_clean(out):
+            folder = working_folder(out, resume=resume, overwrite=overwrite)
+            with held(folder), _saved(model, tokenizer, out) as source:
+                run = run or start(source)
+                run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)

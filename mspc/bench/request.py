@@ -23,6 +23,7 @@ from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
 from mspc.model.hub import choose_device, resolve
+from mspc.sizes import in_words
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.reading import Reading
@@ -204,7 +205,7 @@ def check_memory(plan: Plan, free: int) -> None:
             weights += copied_bytes(shape, candidate.format) if plan.device.type == "cuda" else 0
             if weights + cache > free:
                 raise InputError(
-                    f"{candidate.name} of {shape.name} needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} "
-                    f"GB for the cache of {tokens:,} tokens, but {plan.device} has {free / 1e9:.1f} GB free. Choose "
+                    f"{candidate.name} of {shape.name} needs {in_words(weights)} for weights and {in_words(cache)} "
+                    f"for the cache of {tokens:,} tokens, but {plan.device} has {in_words(free)} free. Choose "
                     "--shapes 1b, a smaller --batch or --context, or another --device."
                 )

@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from mspc.sizes import in_words
+
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each model shape, by its name."""
@@ -38,8 +40,8 @@ def _sizes(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Ta
             label(row),
             row["engine"],
             f"{row['bits_per_weight']:.3f}" + (f" + {copied:.3f}" if copied else ""),
-            f"{row['weight_bytes'] / 1e9:.3f} GB",
-            "-" if peak is None else f"{peak / 1e9:.2f} GB",
+            in_words(row["weight_bytes"]),
+            "-" if peak is None else in_words(peak),
             "-" if perplexity is None else f"{perplexity:.3f}",
         )
     return table

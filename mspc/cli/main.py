@@ -25,6 +25,7 @@ from mspc.cli.console import (  # fmt: skip
     reported,
 )
 from mspc.cli.export_commands import export, verify
+from mspc.progress import log
 from mspc.version import __version__
 
 app = typer.Typer(
@@ -102,10 +103,12 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     """Show the matrices of an artifact: pattern, sparsity, bits, error."""
     with reported(debug):
         from mspc.cli.tables import matrix_table
-        from mspc.pipeline.summary import summary
+        from mspc.pipeline.summary import summary, unused_note
         from mspc.storage.manifest import read_manifest
 
         manifest = read_manifest(artifact)
+        if unused := manifest.get("unused_tensors"):
+            log.warning(unused_note(unused))
     if as_json:
         print_json(manifest)
         return
