@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,20 +31,26 @@ class Reference:
     def prompt(self) -> list[int]:
         return [int(i) for i in self.ids[0, :PROMPT]]
 
-    def save(self, folder: Path) -> None:
-        np.savez(folder / REFERENCE, ids=self.ids, logits=self.logits, tokens=self.tokens, margins=self.margins)
+    def save(self, path: Path) -> None:
+        np.savez(path, ids=self.ids, logits=self.logits, tokens=self.tokens, margins=self.margins)
 
 
-def load_reference(folder: Path) -> Reference:
-    if not (folder / REFERENCE).is_file():
-        raise InputError(
-            f"{folder} was exported without verification, so it has no {REFERENCE}: give --against ARTIFACT."
-        )
+def reference_of(folder: Path) -> Path:
+    """The file next to an export, which ships without it, where `--reference` puts the results of its artifact."""
+    place = folder.resolve()
+    return place.with_name(f"{place.name}.{REFERENCE}")
+
+
+def load_reference(folder: Path) -> Reference | None:
+    """The results that were kept next to an export; None without them."""
+    path = reference_of(folder)
+    if not path.is_file():
+        return None
     try:
-        with np.load(folder / REFERENCE, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return Reference(file["ids"], file["logits"], file["tokens"], file["margins"])
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / REFERENCE} cannot be read ({error}); give --against ARTIFACT.") from error
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}). Give --against ARTIFACT, or delete it.") from error
 
 
 def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:

@@ -6,8 +6,9 @@
 3. Every runtime that the format is made for loads the folder; its logits on fixed tokens are within the tolerance of
    its arithmetic, and its greedy tokens are the same up to the first that is too close to call.
 
-A runtime is `verified`, `unsupported` (it rules the format out, with the reason), `not installed` (with the remedy), or
-it is a `mismatch` or has `failed`; only the last two, and any wrong weight, are failures.
+A runtime is `verified`, `unsupported` (it rules the format out, with the reason), `not installed` (with the remedy),
+`not run` (without the artifact or its logits), or it is a `mismatch` or has `failed`; only the last two, and any wrong
+weight, are failures.
 """
 
 import hashlib
@@ -36,14 +37,18 @@ from mspc.types import NM, CompressedLinear
 
 # Errors of readers on a damaged export: they check nothing twice.
 UNREADABLE = (MspcError, OSError, LookupError, TypeError, ValueError)
+NO_REFERENCE = "the right logits are not here; give --against ARTIFACT, or export with --reference"
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, Any]:
+def verify(
+    folder: Path, against: Path | None, progress: Progress, reference: Reference | None = None
+) -> dict[str, Any]:
     """The report, which is also written to `verification.json`.
 
-    Without `against`, matrices are compared with the digests in the export manifest, and logits with those of
-    the artifact at export. Raises InputError for a folder that is no export, or one of another artifact.
+    Without `against`, matrices are compared with the digests in the export manifest, and logits with those that were
+    kept at export; without them, no runtime is run. `reference` are the results of `against`, if they are known.
+    Raises InputError for a folder that is no export, or one of another artifact.
     """
     manifest = read_export_manifest(folder)
     for checked in (folder, against):
@@ -52,13 +57,8 @@ def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, 
     artifact = ArtifactSource(against, exact=True) if against else None
     if artifact:
         _check_origin(folder, manifest, artifact)
-    if against:
-        with progress.stage("Reference logits", 1) as step:
-            reference = compute_reference(against)
-            step("")
-        reference.save(folder)
-    else:
-        reference = load_reference(folder)
+    if reference is None:
+        reference = reference_for(against, progress) if against else load_reference(folder)
     report: dict[str, Any] = {
         "format": manifest.format,
         "against": "artifact" if against else "export manifest",
@@ -68,12 +68,24 @@ def verify(folder: Path, against: Path | None, progress: Progress) -> dict[str, 
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     for name in FORMATS[manifest.format].runtimes:
+        if reference is None:
+            report["runtimes"][name] = {"status": "not run", "reason": NO_REFERENCE}
+            continue
         with progress.stage(f"Verifying in {name}", 1) as step:
             report["runtimes"][name] = result = check_runtime(name, folder, manifest, reference)
             step(result["status"])
         log.info(f"{name}: {in_words(result)}")
+    if reference is None:
+        log.warning(f"Files and weights are checked. No runtime was run: {NO_REFERENCE}.")
     write_json(folder / REPORT, report)
     return report
+
+
+def reference_for(artifact: Path, progress: Progress) -> Reference:
+    with progress.stage("Reference logits", 1) as step:
+        reference = compute_reference(artifact)
+        step("")
+    return reference
 
 
 def _check_origin(folder: Path, manifest: ExportManifest, artifact: ArtifactSource) -> None:

@@ -168,18 +168,20 @@ def export(
     *,
     overwrite: bool = False,
     verify: bool = True,
+    reference: bool = False,
     progress: ProgressLike = True,
     **options: Any,
 ) -> Path:
     """Write an artifact in a format that a runtime loads, and verify it there; returns `out`.
 
-    `format_name` is one of `exporters.formats.FORMATS`, and `options` are those of the format. Raises InputError for
-    an artifact that the format cannot hold, and VerificationError if the export computes something else.
+    `format_name` is one of `exporters.formats.FORMATS`, and `options` are those of the format. `reference` keeps the
+    logits of the artifact in a file next to `out`, with which `verify` runs the runtimes without the artifact. Raises
+    InputError for an artifact that the format cannot hold, and VerificationError if the export computes something else.
     """
     path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
     return exporting.export(
-        path, format_name, Path(out), overwrite=overwrite, verified=verify, options=options,
-        progress=as_progress(progress),
+        path, format_name, Path(out), overwrite=overwrite, verified=verify, keep_reference=reference,
+        options=options, progress=as_progress(progress),
     )  # fmt: skip
 
 
@@ -188,8 +190,8 @@ def verify(
 ) -> dict[str, Any]:
     """Read an export back and run it in each runtime that is installed; returns what was compared.
 
-    `against` is the artifact that the export was made from; without it, the export's own record counts. Raises
-    VerificationError for a mismatch.
+    `against` is the artifact that the export was made from. Without it, the export's own record counts, and runtimes
+    are run only if the logits were kept at export (`reference=True`). Raises VerificationError for a mismatch.
     """
     artifact = against.path if isinstance(against, Artifact) else against
     result = verification.verify(Path(folder), None if artifact is None else Path(artifact), as_progress(progress))
