@@ -512,7 +512,7 @@ def test_other_dtypes_than_those_of_the_files_are_told(computed, told):
     configuration = {"dtype": computed, "perplexity": {"text": "builtin", "max_windows": 20}}
     assert list(notes({"configuration": configuration, "rows": rows})) == told
     rows[0]["perplexity"] = 9.0
-    assert list(notes({"configuration": configuration, "rows": rows}))[-1].startswith("Perplexities are of 20 windows")
+    assert list(notes({"configuration": configuration, "rows": rows}))[-1].startswith("Perplexities are of at most 20 windows")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
