@@ -93,7 +93,7 @@ class Plan:
     device: torch.device
     left_out: tuple[str, ...]
     """The reasons why a baseline is not measured."""
-    evaluation: Evaluation | None
+    evaluation: Evaluation | None = None
     """None: no perplexity is measured."""
 
     @property

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mspc.errors import InputError, in_brief
-from mspc.model.config_checks import STORABLE, check_sizes, check_surplus, check_tensor, setting_of
+from mspc.model.config_checks import STORABLE, check_sizes, check_tensor, count_blocks, setting_of
 from mspc.model.matrices import BlockMatrices, Selection, check_reached, skip_option, sort_block
 from mspc.storage.checkpoint import UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
@@ -73,9 +73,10 @@ class StreamedModel:
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
-        check_surplus(self.model, self.blocks_name, len(self.blocks), types)
+        stored_blocks = count_blocks(self.model, self.blocks_name, len(self.blocks), types)
         self.source_tensors = _map_keys(self.model, source.keys())
-        _match_ties(self.model, self.source_tensors)
+        few = f"It has {stored_blocks} blocks, but by config.json the model has {len(self.blocks)}. "
+        _match_ties(self.model, self.source_tensors, few if 0 < stored_blocks < len(self.blocks) else "")
         self._check_types(types)
         self.num_outputs = 0
         """Length of the tuple that the model expects of its blocks; 0 for hidden states alone. Found when it runs."""
@@ -302,7 +303,7 @@ def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, SourceTe
     return plain | converted
 
 
-def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> None:
+def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], known_cause: str) -> None:
     """Untie weights that the checkpoint stores separately, as transformers does. The other ties share one entry.
 
     Raises InputError for a parameter that the checkpoint does not hold under any of its names.
@@ -317,8 +318,8 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> N
             continue
         if not known:
             raise InputError(
-                f"The checkpoint holds no {aliases[0]}, which the model needs. It is incomplete, or its config.json "
-                "is of another model: get it again."
+                f"The checkpoint holds no {aliases[0]}, which the model needs. {known_cause}It is incomplete, or its "
+                "config.json is of another model: get it again."
             )
         for name in known[1:]:
             _assign(model, name, nn.Parameter(tensor, requires_grad=False))
