@@ -119,6 +119,32 @@ def test_rows_that_were_measured_are_shown_when_a_later_path_fails(error, models
     assert shown.stdout.count("int4 (torch)") >= 3
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("fault", ["nowhere", "damaged"])
+def test_eval_shows_the_paths_before_the_one_that_fails(fault, as_json, place, models, tmp_path):
+    """Oracle: `mspc.evaluate` of each."""
+    bad = tmp_path / "bad"
+    if fault == "damaged":
+        bad.mkdir()
+        for path in models[0].iterdir():
+            (bad / path.name).write_bytes(path.read_bytes()[: 900 if path.suffix == ".safetensors" else None])
+    paths = [*models[:place], bad, *models[place:]]
+    options = ["--max-windows", 2, "--sequence-length", 16, "--device", "cpu", *["--json"] * as_json]
+    shown = mspc_cli("eval", *paths, *options, code=2)
+    lines = shown.stdout.splitlines()
+    assert len(lines) == place
+    for path, line in zip(models, lines, strict=False):
+        right = mspc.evaluate(path, max_windows=2, sequence_length=16, device="cpu", progress=False).perplexity
+        if as_json:
+            found = json.loads(line)
+            assert (found["path"], found["perplexity"]) == (str(path), right)
+        else:
+            assert line.startswith(f"{path}: perplexity {right:.4f} over 30 tokens, 2 windows of 16")
+    assert str(bad) in shown.stderr
+    assert len([line for line in shown.stderr.splitlines() if line.startswith("Error: ")]) == 1
+
+
 def test_each_row_is_shown_when_it_is_known(models, monkeypatch, capsys):
     """On stderr, before the next one begins: the speeds of the last line are those of the JSON."""
     measure, seen = bench_run.measure, []

@@ -3,7 +3,7 @@
 import logging
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from mspc.cli.export_commands import export, verify
 from mspc.progress import log
 from mspc.version import __version__
 
+if TYPE_CHECKING:
+    from mspc.passes.perplexity import Perplexity
+
 app = typer.Typer(
     name="mspc",
     help="Prune and quantize a large language model in one call, each weight matrix according to its sensitivity; "
@@ -43,8 +46,13 @@ app.command()(compress)
 
 @app.command(name="eval")
 def eval_(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Checkpoint folder, hub id, artifact, dense or sparse export.")
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Checkpoint folders, hub ids, artifacts, dense or sparse exports.",
+            show_default=False,
+        ),
     ],
     text: Annotated[
         str,
@@ -75,27 +83,36 @@ def eval_(
     mspc eval MODEL                         the original
     mspc eval out/small                     the compressed model
     mspc eval out/small --against MODEL     and its distance from MODEL
+    mspc eval MODEL out/a out/b             one after the other
     mspc eval out/small --text t.txt --max-windows 100
 
     The text is one stream of tokens, cut into windows that do not overlap.
     Compare only perplexities of the same text, window length, number of windows
-    and --bos.
+    and --bos. Of several PATHs, each is printed when it is known, with --json as
+    one object a line.
     """
     with reported(debug):
         from mspc.api import evaluate
 
-        result = evaluate(
-            path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
-            dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
-        )  # fmt: skip
-    if as_json:
-        print_json({name: value for name, value in asdict(result).items() if value is not None})
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
-            f"{result.sequence_length}"
-            + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token")
-        )
+        for path in paths:
+            result = evaluate(
+                path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
+                dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
+            )  # fmt: skip
+            named = len(paths) > 1
+            if as_json:
+                found = {name: value for name, value in asdict(result).items() if value is not None}
+                print_json(({"path": path} if named else {}) | found)
+            else:
+                print(f"{path}: " * named + in_words(result), flush=True)
+
+
+def in_words(result: "Perplexity") -> str:
+    against = "" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token"
+    return (
+        f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
+        f"{result.sequence_length}{against}"
+    )
 
 
 @app.command()
