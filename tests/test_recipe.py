@@ -95,7 +95,7 @@ def test_sizes_are_shown_in_kilobytes_below_ten_megabytes(num_bytes, shown):
     "num_bytes", [1, 999, 4_012_345, 4_013_000, 10_000_001, 123_456_789, 1_000_000_001, 99_999_999_999]
 )
 def test_a_size_that_is_shown_as_the_least_may_be_asked_for(num_bytes):
-    """What is read back is not less, and by less than one part in 99 more."""
+    """The size that is read back is not less, and larger by less than one part in 98."""
     asked = bytes_of(at_least(num_bytes))
     assert num_bytes <= asked <= max(num_bytes * 1.0102, 1000)
 

@@ -1,4 +1,4 @@
-"""Which matrices are compressed: --only and --skip; and tensors that no parameter uses, which are named.
+"""Choice of matrices by --only and --skip; and tensors that no parameter uses, which are named.
 
 Oracles: the tensors of the dense export against those of the source; sets of names made by hand.
 """

@@ -99,19 +99,21 @@ def eval_(
                 path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
                 dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
             )  # fmt: skip
-            named = len(paths) > 1
-            if as_json:
-                found = {name: value for name, value in asdict(result).items() if value is not None}
-                print_json(({"path": path} if named else {}) | found)
-            else:
-                print(f"{path}: " * named + in_words(result), flush=True)
+            show(result, path if len(paths) > 1 else None, as_json)
 
 
-def in_words(result: "Perplexity") -> str:
-    against = "" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token"
-    return (
-        f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
-        f"{result.sequence_length}{against}"
+def show(result: "Perplexity", path: str | None, as_json: bool) -> None:
+    """Print a result on a line, with its path if there are several."""
+    if as_json:
+        found = {name: value for name, value in asdict(result).items() if value is not None}
+        print_json(found if path is None else {"path": path} | found)
+        return
+    print(
+        ("" if path is None else f"{path}: ")
+        + f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
+        + f"{result.sequence_length}"
+        + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token"),
+        flush=True,
     )
 
 
