@@ -76,7 +76,7 @@ def _write(
             if reference is not None:
                 _verify(partial, artifact, reference, progress)
             else:
-                log.warning(f"{out} was not verified; `mspc verify` does that any time.")
+                log.warning(f"{out} was not verified; `mspc verify {out} --against {artifact}` does that any time.")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
