@@ -41,9 +41,7 @@ def exported(artifact: mspc.Artifact, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
     """A copy to spoil, with the reference next to it."""
-    copy = Path(shutil.copytree(exported, tmp_path / "dense"))
-    shutil.copy(reference_module.reference_of(exported), reference_module.reference_of(copy))
-    return copy
+    return tiny.copied(exported, tmp_path / "dense")
 
 
 def check(folder: Path, against: Path | None = None) -> dict[str, object]:
