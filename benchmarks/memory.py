@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from mspc.sizes import in_words
+
 TOKENIZER = Path(__file__).parent.parent / "examples" / "tiny_llama"
 CONFIG = LlamaConfig(
     vocab_size=128256,
@@ -74,7 +76,7 @@ def main() -> None:
     command = [sys.executable, "-m", "mspc", "compress", str(model), "--out", str(folder / "out"), "--overwrite"]
     subprocess.run([*command, *options], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     manifest = json.loads((folder / "out" / "mspc.json").read_text())
-    print(f"peak {manifest['peak_memory_bytes'] / 1e9:.2f} GB, {manifest['seconds']:.0f} s")
+    print(f"peak {in_words(manifest['peak_memory_bytes'])}, {manifest['seconds']:.0f} s")
     if args.folder is None:
         shutil.rmtree(folder)
 

@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import mspc
 from mspc.model.hub import load_tokenizer
+from mspc.sizes import in_words
 from mspc.text.tokens import calibration_tokens
 
 TIERS: dict[str, dict[str, Any]] = {
@@ -261,7 +262,7 @@ def table_of(model: Model, rows: list[dict[str, Any]]) -> Table:
         for name in ("seconds", "process_seconds", "cpu_seconds"):
             cells += [f"{row[name]:.1f}", f"{row[f'{name}_ratio']:.2f}"]
         gaps = " / ".join(f"{gap:.4f}" for gap in row.get("gap", ())) or "-"
-        table.add_row(row["tool"], *cells, f"{row['peak_memory_bytes'] / 1e9:.2f} GB", gaps)
+        table.add_row(row["tool"], *cells, in_words(row["peak_memory_bytes"]), gaps)
     return table
 
 

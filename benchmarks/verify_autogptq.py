@@ -38,6 +38,7 @@ import mspc
 from exporters.reference import PROMPT, Reference, compute_reference
 from exporters.runtimes import FLOAT32
 from exporters.verification import comparable_tokens
+from mspc.storage.artifact import REFERENCE
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "autogptq-requirements.txt"
@@ -99,7 +100,7 @@ def make_cases(model: str, bits: int, work: Path, *, asymmetric: bool) -> list[C
     reference = compute_reference(artifact.path)
     checkpoint_format = "gptq_v2" if asymmetric else "gptq"
     folder = artifact.export("gptq", work / f"{model}-int{bits}-{checkpoint_format}", verify=False, progress=False)
-    reference.save(folder)
+    reference.save(folder / REFERENCE)
     tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     cases = [Case(model, bits, checkpoint_format, "tied" if tied else "own", folder, reference)]
     if tied:

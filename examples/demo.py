@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mspc
+from mspc.sizes import in_words
 
 MODEL = Path(__file__).parent / "tiny_llama"
 # The default, 128 sequences, takes half as long again and gives a slightly better model.
@@ -19,9 +20,9 @@ RECIPE = mspc.Recipe(bits_per_weight=3.25, group_size=64, num_sequences=16)
 WINDOWS = 50
 
 
-def megabytes(folder: Path) -> str:
+def size(folder: Path) -> str:
     """Size of all weights in a folder."""
-    return f"{sum(file.stat().st_size for file in folder.rglob('*.safetensors')) / 1e6:.2f} MB"
+    return in_words(sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     table.add_row(f"perplexity on {WINDOWS} test windows", f"{dense.perplexity:.2f}", f"{compressed.perplexity:.2f}")
     table.add_row("bits per weight of the compressed matrices", "16", f"{manifest['bits_per_weight']:.3f}")
     table.add_row("zeros in these matrices", "0%", f"{manifest['sparsity']['achieved']:.1%}")
-    table.add_row("size of all weights, embeddings included", megabytes(MODEL), megabytes(args.out))
+    table.add_row("size of all weights, embeddings included", size(MODEL), size(args.out))
     Console(width=100).print(table)
     print(f"{manifest['seconds']:.0f} s to compress, {time.monotonic() - begin:.0f} s in all.")
 

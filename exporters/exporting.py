@@ -10,13 +10,14 @@ from typing import Any
 
 from exporters.formats import FORMATS, load
 from exporters.manifest import write_export_manifest
-from exporters.verification import failures, in_short, verify
+from exporters.reference import Reference, reference_of
+from exporters.verification import failures, in_short, reference_for, verify
 from mspc.errors import InputError, VerificationError, unknown
 from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
-from mspc.storage.output_folder import held, is_empty, publish, recover, sibling
+from mspc.storage.output_folder import held, is_empty, left_clean, publish, recover, sibling
 from mspc.types import PlannedMatrix
 
 
@@ -27,11 +28,13 @@ def export(
     *,
     overwrite: bool = False,
     verified: bool = True,
+    keep_reference: bool = False,
     options: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write `artifact` in a format of `FORMATS` to the folder `out`, which appears when it is whole and verified.
 
+    With `keep_reference`, the logits that `verify` compares with without the artifact are kept next to `out`.
     Raises InputError for an unknown format or option, for what the format cannot hold, and for an existing
     output. Raises VerificationError when the export does not hold or compute the same as the artifact.
     """
@@ -39,31 +42,46 @@ def export(
     source = ArtifactSource(artifact)
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
     chosen = check(format_name, [entry.planned for entry in source.entries], config, options or {})
+    if keep_reference and not verified:
+        raise InputError("--reference keeps what the verification computes. Leave --no-verify or --reference out.")
     _check_out(artifact, out, overwrite)
     source.check_files()
     for difference in check_tokenizer_of(artifact):
         log.warning(difference)
-    module = load(format_name)
-    partial = sibling(out, "new")
+    with left_clean(out):
+        reference = _write(source, artifact, format_name, chosen, out, verified, progress)
+    reference_of(out).unlink(missing_ok=True)  # that of an older export
+    if keep_reference and reference is not None:
+        reference.save(reference_of(out))
+    return out
+
+
+def _write(
+    source: ArtifactSource, artifact: Path, format_name: str, options: Any, out: Path, verified: bool,
+    progress: Progress,
+) -> Reference | None:  # fmt: skip
+    """Write the folder next to its place, verify it, and put it there; returns the results of the artifact."""
+    module, partial = load(format_name), sibling(out, "new")
     partial.mkdir(parents=True, exist_ok=True)
     with held(partial):
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             with progress.stage(f"Exporting {format_name}", len(source.keys())) as step:
-                module.export(source, partial, chosen, step)
-            for note in module.notes(source.entries, chosen):
+                module.export(source, partial, options, step)
+            for note in module.notes(source.entries, options):
                 log.warning(note)
-            write_export_manifest(partial, format_name, chosen, source)
-            if verified:
-                _verify(partial, artifact, progress)
+            write_export_manifest(partial, format_name, options, source)
+            reference = reference_for(artifact, progress) if verified else None
+            if reference is not None:
+                _verify(partial, artifact, reference, progress)
             else:
-                log.warning(f"{out} was not verified; `mspc verify` does that any time.")
+                log.warning(f"{out} was not verified; `mspc verify {out} --against {artifact}` does that any time.")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         publish(partial, out)
-    return out
+    return reference
 
 
 def check(
@@ -103,8 +121,8 @@ def _check_out(artifact: Path, out: Path, overwrite: bool) -> None:
             raise InputError(f"{out} holds an older export; choose another --out, or --overwrite it.")
 
 
-def _verify(folder: Path, artifact: Path, progress: Progress) -> None:
-    result = verify(folder, artifact, progress)
+def _verify(folder: Path, artifact: Path, reference: Reference, progress: Progress) -> None:
+    result = verify(folder, artifact, progress, reference)
     if found := failures(result):
         raise VerificationError(f"The export is wrong and was not kept: {in_short(found)}.")
     if not any(found["status"] == "verified" for found in result["runtimes"].values()):

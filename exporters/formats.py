@@ -83,6 +83,7 @@ def load(format_name: str) -> ModuleType:
         raise unknown("format", format_name, FORMATS)
     row = FORMATS[format_name]
     try:
+        importlib.import_module(f"exporters.reading.{row.module.rpartition('.')[2]}")  # needed after the export
         return importlib.import_module(row.module)
     except ModuleNotFoundError as error:
         if row.extra is None or str(error.name).startswith(("mspc", "exporters")):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -59,29 +60,35 @@ class Reference:
     def prompt(self) -> list[int]:
         return [int(i) for i in self.ids[0, :PROMPT]]
 
-    def save(self, folder: Path) -> None:
+    def save(self, path: Path) -> None:
         values = {"ids": self.ids, "logits": self.logits, "tokens": self.tokens, "margins": self.margins}
         values |= {"missed": np.array(self.missed)}
         if self.beyond:
             values |= {f"beyond.{name}": np.array(value) for name, value in vars(self.beyond).items()}
-        np.savez(folder / REFERENCE, **values)  # type: ignore[arg-type]
+        np.savez(path, **values)  # type: ignore[arg-type]
 
 
-def load_reference(folder: Path) -> Reference:
-    if not (folder / REFERENCE).is_file():
-        raise InputError(
-            f"{folder} was exported without verification, so it has no {REFERENCE}: give --against ARTIFACT."
-        )
+def reference_of(folder: Path) -> Path:
+    """The file next to an export, which ships without it, where `--reference` puts the results of its artifact."""
+    place = folder.resolve()
+    return place.with_name(f"{place.name}.{REFERENCE}")
+
+
+def load_reference(folder: Path) -> Reference | None:
+    """The results that were kept next to an export; None without them."""
+    path = reference_of(folder)
+    if not path.is_file():
+        return None
     try:
-        with np.load(folder / REFERENCE, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             parts = file["ids"], file["logits"], file["tokens"], file["margins"]
             beyond = None
             if "beyond.ids" in file:
                 exceeded = str(file["beyond.exceeded"])
                 beyond = Beyond(file["beyond.ids"], file["beyond.logits"], int(file["beyond.decoded"]), exceeded)
             return Reference(*parts, beyond, str(file["missed"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder / REFERENCE} cannot be read ({error}); give --against ARTIFACT.") from error
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}). Give --against ARTIFACT, or delete it.") from error
 
 
 def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:

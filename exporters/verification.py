@@ -7,8 +7,9 @@
    its arithmetic, and its greedy tokens are the same up to the first that is too close to call. The same is asked of
    the last logits of a sequence that exceeds the windows and original contexts of the config.
 
-A runtime is `verified`, `unsupported` (it rules the format out, with the reason), `not installed` (with the remedy), or
-it is a `mismatch` or has `failed`; only the last two, and any wrong weight, are failures.
+A runtime is `verified`, `unsupported` (it rules the format out, with the reason), `not installed` (with the remedy),
+`not run` (without the artifact or its logits), or it is a `mismatch` or has `failed`; only the last two, and any wrong
+weight, are failures.
 """
 
 import hashlib
@@ -37,15 +38,19 @@ from mspc.types import NM, CompressedLinear
 
 # Errors of readers on a damaged export: they check nothing twice.
 UNREADABLE = (MspcError, OSError, LookupError, TypeError, ValueError)
+NO_REFERENCE = "the right logits are not here; give --against ARTIFACT, or export with --reference"
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
-def verify(folder: Path, against: Path | None, progress: Progress, *, long: bool = False) -> dict[str, Any]:
+def verify(
+    folder: Path, against: Path | None, progress: Progress, reference: Reference | None = None, *, long: bool = False
+) -> dict[str, Any]:
     """The report, which is also written to `verification.json`.
 
-    Without `against`, matrices are compared with the digests in the export manifest, and logits with those of
-    the artifact at export. With `long`, every window and original context is exceeded, however long it is. Raises
-    InputError for a folder that is no export, or one of another artifact.
+    Without `against`, matrices are compared with the digests in the export manifest, and logits with those that were
+    kept at export; without them, no runtime is run. `reference` are the results of `against`, if they are known.
+    With `long`, every window and original context is exceeded, however long it is. Raises InputError for a folder
+    that is no export, or one of another artifact.
     """
     manifest = read_export_manifest(folder)
     for checked in (folder, against):
@@ -54,17 +59,11 @@ def verify(folder: Path, against: Path | None, progress: Progress, *, long: bool
     artifact = ArtifactSource(against, exact=True) if against else None
     if artifact:
         _check_origin(folder, manifest, artifact)
-    if against:
-        with progress.stage("Reference logits", 1) as step:
-            reference = compute_reference(against, long=long)
-            step("")
-        reference.save(folder)
-    else:
-        reference = load_reference(folder)
-        if long and reference.missed:
-            raise InputError(
-                f"{folder} has no logits of the artifact beyond {reference.missed}: give --against ARTIFACT."
-            )
+    if reference is None:
+        reference = reference_for(against, progress, long=long) if against else load_reference(folder)
+    if long and (reference is None or reference.missed):
+        beyond = f" beyond {reference.missed}" if reference else ""
+        raise InputError(f"{folder} has no logits of the artifact{beyond}: give --against ARTIFACT.")
     report: dict[str, Any] = {
         "format": manifest.format,
         "against": "artifact" if against else "export manifest",
@@ -74,17 +73,29 @@ def verify(folder: Path, against: Path | None, progress: Progress, *, long: bool
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     for name in FORMATS[manifest.format].runtimes:
+        if reference is None:
+            report["runtimes"][name] = {"status": "not run", "reason": NO_REFERENCE}
+            continue
         with progress.stage(f"Verifying in {name}", 1) as step:
             report["runtimes"][name] = result = check_runtime(name, folder, manifest, reference)
             step(result["status"])
         log.info(f"{name}: {in_words(result)}")
-    if reference.beyond:
-        report["beyond"] = {"tokens": reference.beyond.ids.shape[1], "exceeded": reference.beyond.exceeded}
-    if reference.missed:
+    if reference is None:
+        log.warning(f"Files and weights are checked. No runtime was run: {NO_REFERENCE}.")
+    elif reference.missed:
         report["missed"] = reference.missed
         log.warning(f"Not reached: {reference.missed}; mspc verify --against ARTIFACT --long checks it.")
+    if reference is not None and reference.beyond:
+        report["beyond"] = {"tokens": reference.beyond.ids.shape[1], "exceeded": reference.beyond.exceeded}
     write_json(folder / REPORT, report)
     return report
+
+
+def reference_for(artifact: Path, progress: Progress, *, long: bool = False) -> Reference:
+    with progress.stage("Reference logits", 1) as step:
+        reference = compute_reference(artifact, long=long)
+        step("")
+    return reference
 
 
 def _check_origin(folder: Path, manifest: ExportManifest, artifact: ArtifactSource) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_manifest
-from mspc.storage.output_folder import held, sibling, working_folder
+from mspc.storage.output_folder import held, left_clean, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
 from mspc.types import PlannedMatrix
@@ -101,6 +101,7 @@ def compress(
         raise InputError(f"recipe must be an mspc.Recipe, such as Recipe(sparsity=0.5), not {recipe!r}.")
     if isinstance(exports, str):
         raise InputError(f"exports must be a list of formats, such as [{exports!r}], not a string.")
+    exports = tuple(dict.fromkeys(exports))
     check_given(calibration, "calibration")
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
@@ -116,15 +117,12 @@ def compress(
         recipe = replace(recipe, group_size=32) if settings.quantizes or settings.has_budget else recipe
     start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
-    folder = working_folder(out, resume=resume, overwrite=overwrite)
     try:
-        with held(folder), _saved(model, tokenizer, out) as source:
-            run = run or start(source)
-            run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
-    except InputError:
-        with suppress(OSError):  # removes the folder only if it is empty: nothing was begun
-            folder.rmdir()
-        raise
+        with left_clean(out):
+            folder = working_folder(out, resume=resume, overwrite=overwrite)
+            with held(folder), _saved(model, tokenizer, out) as source:
+                run = run or start(source)
+                run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)
@@ -170,18 +168,20 @@ def export(
     *,
     overwrite: bool = False,
     verify: bool = True,
+    reference: bool = False,
     progress: ProgressLike = True,
     **options: Any,
 ) -> Path:
     """Write an artifact in a format that a runtime loads, and verify it there; returns `out`.
 
-    `format_name` is one of `exporters.formats.FORMATS`, and `options` are those of the format. Raises InputError for
-    an artifact that the format cannot hold, and VerificationError if the export computes something else.
+    `format_name` is one of `exporters.formats.FORMATS`, and `options` are those of the format. `reference` keeps the
+    logits of the artifact in a file next to `out`, with which `verify` runs the runtimes without the artifact. Raises
+    InputError for an artifact that the format cannot hold, and VerificationError if the export computes something else.
     """
     path = artifact.path if isinstance(artifact, Artifact) else Path(artifact)
     return exporting.export(
-        path, format_name, Path(out), overwrite=overwrite, verified=verify, options=options,
-        progress=as_progress(progress),
+        path, format_name, Path(out), overwrite=overwrite, verified=verify, keep_reference=reference,
+        options=options, progress=as_progress(progress),
     )  # fmt: skip
 
 
@@ -194,9 +194,9 @@ def verify(
 ) -> dict[str, Any]:
     """Read an export back and run it in each runtime that is installed; returns what was compared.
 
-    `against` is the artifact that the export was made from; without it, the export's own record counts. With `long`,
-    a sequence exceeds every window and original context, not only those that 2048 tokens reach. Raises
-    VerificationError for a mismatch.
+    `against` is the artifact that the export was made from. Without it, the export's own record counts, and runtimes
+    are run only if the logits were kept at export (`reference=True`). With `long`, a sequence exceeds every window and
+    original context, not only those that 2048 tokens reach. Raises VerificationError for a mismatch.
     """
     artifact = against.path if isinstance(against, Artifact) else against
     path = None if artifact is None else Path(artifact)

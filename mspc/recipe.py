@@ -13,7 +13,8 @@ from typing import Any, get_args
 import tomli_w
 
 from mspc.errors import InputError, unknown
-from mspc.settings import EFFORTS, ROW, SPREADS, Settings, bytes_of, check_encoding, fixed_pattern, resolve
+from mspc.settings import EFFORTS, ROW, SPREADS, Settings, check_encoding, fixed_pattern, resolve
+from mspc.sizes import bytes_of
 from mspc.types import BITS, UNQUANTIZED_BITS
 
 
@@ -24,6 +25,12 @@ def option(default: Any, text: str, *, advanced: bool = True, **cli: Any) -> Any
 
 def common(default: Any, text: str, **cli: Any) -> Any:
     return option(default, text, advanced=False, **cli)
+
+
+def repeatable(text: str) -> Any:
+    """A field that holds regular expressions."""
+    metadata = {"default": (), "help": text, "advanced": False, "metavar": "REGEX"}
+    return dataclasses.field(default=(), metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,9 @@ class Recipe:
     bits_per_weight: float | None = common(
         None, "Size budget in bits per weight, masks and scales included. Chooses sparsity and bits of each matrix."
     )
-    target_size: str | None = common(None, "Size budget for all weights of the sparse export, such as 2.2GB.")
+    target_size: str | None = common(
+        None, "Size budget for all weights of the sparse export, such as 800MB, 2.2GB or 2GiB."
+    )
     effort: str | None = common(
         "default", "Preset for the options marked *: fast, default or best.", metavar="fast|default|best"
     )
@@ -53,13 +62,12 @@ class Recipe:
         "Calibration text: builtin (Python's own documentation), c4, wikitext2, a .txt, .jsonl, .json or .parquet "
         "file, a folder of them, or a dataset id.",
     )
-    skip: tuple[str, ...] = dataclasses.field(
-        default=(),
-        metadata={
-            "default": (), "advanced": False, "metavar": "REGEX",
-            "help": "Leave matrices dense if their name matches this regular expression anywhere. Repeatable.",
-        },
-    )  # fmt: skip
+    skip: tuple[str, ...] = repeatable(
+        "Leave matrices dense if their name matches this regular expression anywhere. Repeatable."
+    )
+    only: tuple[str, ...] = repeatable(
+        "Compress only matrices whose name matches this regular expression anywhere; --skip wins over it. Repeatable."
+    )
     device: str | None = common("auto", "Device to compute on: auto, cpu, cuda, cuda:1, ...")
     group_size: int | str | None = option(
         "auto",
@@ -142,7 +150,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field.name, field.type, getattr(self, field.name))
-        object.__setattr__(self, "skip", tuple(self.skip))
+        for name in REPEATABLE:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, value in self.asked().items():
             _check_value(name, value)
         self.settings()
@@ -159,7 +168,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The options that were asked for, as plain values for TOML and JSON."""
-        return {name: list(value) if name == "skip" else value for name, value in self.asked().items()}
+        return {name: list(value) if name in REPEATABLE else value for name, value in self.asked().items()}
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.to_dict())
@@ -193,6 +202,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata.get("shown", "none" if default in (None, ()) else default))
 
 
+REPEATABLE = ("skip", "only")
+"""Options that hold regular expressions."""
 AT_LEAST = {
     "num_sequences": 1, "sensitivity_sequences": 1, "sensitivity_probes": 1, "group_size": 1, "iterations": 1,
     "sequence_length": 2, "reconstruct": 0,
@@ -224,12 +235,12 @@ def _check_value(name: str, value: Any) -> None:
         raise InputError(f"search_minutes must be a number above 0, not {value}.")
     elif name == "damp" and not 0 <= value < float("inf"):
         raise InputError(f"damp must be a number >= 0, not {value}.")
-    elif name == "skip":
+    elif name in REPEATABLE:
         for pattern in value:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(f"skip: {pattern!r} is not a regular expression ({error}).") from error
+                raise InputError(f"{name}: {pattern!r} is not a regular expression ({error}).") from error
 
 
 def _check_type(name: str, kind: Any, value: object) -> None:

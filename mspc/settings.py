@@ -1,12 +1,12 @@
 """The settings of a run: every choice of a recipe with its value, and the check that each value given has an effect."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mspc.errors import InputError, unknown
+from mspc.sizes import bytes_of
 from mspc.types import NM, UNQUANTIZED_BITS, Grid, parse_nm
 
 MIXED_PATTERN = "N:16"
@@ -86,6 +86,8 @@ class Settings:
     """None until the model is known."""
     seed: int
     skip: tuple[str, ...]
+    only: tuple[str, ...]
+    """Empty: every matrix, apart from those that `skip` names."""
     plan: str | None
     damp: float
     activation_order: bool
@@ -155,6 +157,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the option names; what is None is left out, and a group size of None is `row`."""
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
+        values["only"] = list(self.only) or None
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -313,14 +316,6 @@ def check_reconstruct(settings: Settings) -> None:
 def fixed_pattern(pattern: str) -> NM | None:
     """`"2:4"` -> NM(2, 4); None for a pattern that is not the same in every matrix."""
     return None if pattern in ("unstructured", MIXED_PATTERN) else parse_nm(pattern)
-
-
-def bytes_of(size: str) -> int:
-    """`"2.2GB"` -> 2_200_000_000; the units k, M, G and T are powers of 1000."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", size)
-    if not match:
-        raise InputError(f"target_size must be a number with a unit, such as 2.2GB, not {size!r}.")
-    return int(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
 
 
 def check_encoding(name: str) -> None:

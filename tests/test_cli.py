@@ -30,7 +30,7 @@ RUN_FLAGS = {
     *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
 }
 RECIPE_FLAGS = {
-    *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--effort", "--solver"),
+    *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--only", "--effort", "--solver"),
     *("--bits-per-weight", "--target-size"),
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
     "--search-minutes",
@@ -233,7 +233,10 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
             "The allocator search needs validation text, and none is left. Give more",
         ),
         (("--reconstruct", 9, "--bits", 4), "reconstruct tunes weights that are not quantized, and bits is 4. Leave"),
-        (("--target-size", "small"), "target_size must be a number with a unit, such as 2.2GB, not 'small'"),
+        (
+            ("--target-size", "small"),
+            "such as 800MB or 2.2GB (powers of 1000) or 2GiB (of 1024), not 'small'",
+        ),
         (("--target-size", "1GB", "--bits-per-weight", 3), "are both a budget. Give one of them"),
         (("--target-size", "1GB", "--bits", 4), "target_size and bits 4 exclude each other"),
         (("--bits-per-weight", 3, "--sparsity", 0.5), "bits_per_weight and sparsity 0.5 exclude each other"),
@@ -246,6 +249,15 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
         (("--bits", 4, "--group-size", 128), "model.layers.0.self_attn.q_proj: group size 128 does not divide its 32"),
         (("--pattern", "2:4", "--activation-order", "--solver", "obs"), "activation order reorders columns"),
         (("--skip", ""), "Nothing is left to compress"),
+        (
+            ("--only", "up_proj", "--skip", "proj"),
+            "Nothing is left to compress: --skip matches every matrix of every block ",
+        ),
+        (("--only", "lm_head"), "--only lm_head matches no matrix of a block, such as model.layers.0.self"),
+        (("--only", "q_proj", "--only", "layernorm"), "--only layernorm matches no matrix of a block"),
+        (("--only", r"layers\.2\."), r"--only layers\.2\. matches no matrix of a block"),
+        (("--target-size", "1GB"), "target_size is 1GB, and the weights have 151 KB as they are. Ask for less."),
+        (("--target-size", "1KiB"), "target_size 1KiB cannot be reached. The smallest is "),
         (("--skip", "lm_head"), "--skip lm_head matches no matrix of a block, such as model.layers.0.self"),
         (("--calibration", "nowhere.txt"), "Text 'nowhere.txt' does not exist (looked for /"),
         (("--plan", "nowhere.json"), "Plan nowhere.json does not exist"),

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_cli import mspc_cli
+from test_cli import mspc_cli, refused
 
+import mspc
 from mspc.bench import plots
 from mspc.bench import run as bench_run
 from mspc.cli import main as cli
@@ -116,6 +117,112 @@ def test_rows_that_were_measured_are_shown_when_a_later_path_fails(error, models
     for table in ("sizes", "decoding", "prefill"):
         assert f"first: {table}" in shown.stdout
     assert shown.stdout.count("int4 (torch)") >= 3
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("fault", ["nowhere", "damaged"])
+def test_eval_shows_the_paths_before_the_one_that_fails(fault, as_json, place, models, tmp_path):
+    """Oracle: `mspc.evaluate` of each."""
+    bad = tmp_path / "bad"
+    if fault == "damaged":
+        bad.mkdir()
+        for path in models[0].iterdir():
+            (bad / path.name).write_bytes(path.read_bytes()[: 900 if path.suffix == ".safetensors" else None])
+    paths = [*models[:place], bad, *models[place:]]
+    options = ["--max-windows", 2, "--sequence-length", 16, "--device", "cpu", *["--json"] * as_json]
+    shown = mspc_cli("eval", *paths, *options, code=2)
+    lines = shown.stdout.splitlines()
+    assert len(lines) == place
+    for path, line in zip(models, lines, strict=False):
+        right = mspc.evaluate(path, max_windows=2, sequence_length=16, device="cpu", progress=False).perplexity
+        if as_json:
+            found = json.loads(line)
+            assert (found["path"], found["perplexity"]) == (str(path), right)
+        else:
+            assert line.startswith(f"{path}: perplexity {right:.4f} over 30 tokens, 2 windows of 16")
+    assert str(bad) in shown.stderr
+    assert len([line for line in shown.stderr.splitlines() if line.startswith("Error: ")]) == 1
+
+
+def test_each_row_is_shown_when_it_is_known(models, monkeypatch, capsys):
+    """On stderr, before the next one begins: the speeds of the last line are those of the JSON."""
+    measure, seen = bench_run.measure, []
+
+    def note(candidate: Any, *rest: Any) -> Any:
+        seen.append(capsys.readouterr().err)
+        return measure(candidate, *rest)
+
+    monkeypatch.setattr(bench_run, "measure", note)
+    with pytest.raises(SystemExit) as ended:
+        cli.app([str(word) for word in ("bench", *models, *QUICK, "--no-perplexity")])
+    assert ended.value.code == 0
+    seen.append(capsys.readouterr().err)
+    names = [
+        f"first, {models[0]} (dense): 32.000 bits/weight, ",
+        "first, int4 (torch): ",
+        f"first, {models[1]} (dense): ",
+    ]
+    assert len(seen) == 4
+    for number, text in enumerate(seen):
+        lines = text.splitlines()
+        assert [any(line.startswith(name) for line in lines) for name in names] == [number == k + 1 for k in range(3)]
+        if number:
+            assert any(
+                line.startswith("  context 8, batch 1: ") and " tokens/s, x dense float32 " in line for line in lines
+            )
+            assert any(line.startswith("  prompt 8: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--max-windows", 3, "--sequence-length", 16], {"max_windows": 3, "sequence_length": 16}),
+        (["--max-windows", 1], {"max_windows": 1}),
+        (["--sequence-length", 32, "--bos", "no"], {"max_windows": 20, "sequence_length": 32, "bos": "no"}),
+        ([], {"max_windows": 20}),
+    ],
+    ids=str,
+)
+def test_the_bench_measures_the_windows_that_eval_does(options, expected, models, tmp_path):
+    """Oracle: `mspc.evaluate` with the same arguments."""
+    shown = mspc_cli("bench", models[0], *QUICK, *options, "--json", tmp_path / "rows.json")
+    result = json.loads((tmp_path / "rows.json").read_text())
+    found = result["rows"][0]["perplexity"]
+    assert found == mspc.evaluate(models[0], device="cpu", progress=False, **expected).perplexity
+    assert result["configuration"]["perplexity"] == {
+        "text": "builtin", "sequence_length": None, "bos": "auto", **expected,
+    }  # fmt: skip
+    assert f"{found:.3f}" in shown.stdout
+    assert f"perplexity {found:.3f}" in shown.stderr
+
+
+def test_the_bench_measures_no_perplexity_if_it_is_not_to(models, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_run, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    shown = mspc_cli("bench", *models, *QUICK, "--no-perplexity", "--json", tmp_path / "rows.json")
+    result = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["perplexity"] for row in result["rows"]] == [None] * 3
+    assert result["configuration"]["perplexity"] is None
+    assert "erplexit" not in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-windows", 0], "--max-windows must be at least 1, not 0"),
+        (["--max-windows", -3], "--max-windows must be at least 1, not -3"),
+        (["--sequence-length", 1], "--sequence-length must be at least 2, not 1"),
+        (["--sequence-length", 129], "A sequence length of 129 is longer than the model allows (128)"),
+        (["--no-perplexity", "--max-windows", 3], "--max-windows 3 has no effect with --no-perplexity"),
+        (["--no-perplexity", "--sequence-length", 16], "--sequence-length 16 has no effect with --no-perplexity"),
+        (["--no-perplexity", "--bos", "no"], "--bos no has no effect with --no-perplexity"),
+        (["--shapes", "from-model", "--max-windows", 3], "--max-windows 3 has no effect with --shapes from-model"),
+    ],
+    ids=str,
+)
+def test_windows_that_cannot_be_or_have_no_effect_are_refused(options, message, models, monkeypatch):
+    monkeypatch.setattr(bench_run, "measure", lambda *_: pytest.fail("measured"))
+    assert message in refused("bench", models[0], *QUICK, *options)
 
 
 def test_nothing_is_shown_when_nothing_was_measured(models, monkeypatch):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from exporters import exporting, verification
 from exporters.formats import FORMATS
 from mspc.errors import InputError, StorageError
 from mspc.formats import layout
+from mspc.planning.measurements import Measurements
 from mspc.progress import Silent
 from mspc.storage import files
 from mspc.storage.artifact import REPORT
@@ -160,9 +162,63 @@ def test_compress_exports_in_the_same_call(llama, recipe, tmp_path):
     shutil.rmtree(artifact.path / "exports")
     mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense"], resume=True, progress=False)
     again = content(out)
-    assert {name: again[name] for name in first if name != "verification.npz"} == {
-        name: first[name] for name in first if name != "verification.npz"
-    }
+    assert again == first
+
+
+OF_BUDGET = "A size budget may choose 16, 8, 4, 3 or 2 bits. model.layers.0.self_attn.q_proj: "
+EARLY = [
+    ("gguf", {"bits": 3}, "gguf takes 4 or 8 bits in groups of 32"),
+    ("gguf", {"bits": 4, "group_size": 16}, "gguf takes 4 or 8 bits in groups of 32"),
+    ("gguf", {"bits": 4, "asymmetric": True}, "gguf takes symmetric grids"),
+    ("gguf", {"bits_per_weight": 4.0}, f"{OF_BUDGET}gguf takes 4 or 8 bits"),
+    ("gguf", {"target_size": "110KB"}, f"{OF_BUDGET}gguf takes 4 or 8 bits"),
+    ("gptq", {"sparsity": 0.5}, "gptq holds quantized weights, and no matrix has a grid"),
+    ("gptq", {"bits": 4, "group_size": 16}, "gptq takes groups of 32, 64, 128 or row, not of 16"),
+    ("gptq", {"bits_per_weight": 4.0, "group_size": 16}, "gptq takes groups of 32, 64, 128 or row, not of 16"),
+    ("compressed-tensors", {"pattern": "2:4"}, "compressed-tensors holds quantized weights"),
+    ("compressed-tensors", {"bits": 8, "group_size": 8}, "compressed-tensors takes groups of 32, 64, 128 or row"),
+]
+
+
+@pytest.mark.parametrize(("format_name", "options", "message"), EARLY, ids=str)
+def test_what_an_export_cannot_hold_is_said_before_any_work(
+    format_name, options, message, llama, calibration, tmp_path, monkeypatch
+):
+    for measure in ("sensitivities", "fisher_factors", "loss_curves"):
+        monkeypatch.setattr(Measurements, measure, lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("mspc.pipeline.run.solve_blocks", lambda *args, **kwargs: pytest.fail("solved"))
+    monkeypatch.setattr("mspc.pipeline.run.draw", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(InputError) as caught:
+        tiny.compress(llama, tmp_path / "out", calibration, exports=["dense", format_name], **options)
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["onnx_ir", "onnxscript", "onnx", "gguf"])
+def test_a_missing_package_is_named_before_any_work(package, llama, calibration, tmp_path, monkeypatch):
+    """As if the package were not installed: Python refuses to import a module that is None."""
+    format_name = "gguf" if package == "gguf" else "onnx"
+    monkeypatch.setitem(sys.modules, package, None)
+    ours = ("exporters.onnx", "exporters.gguf", "exporters.reading.")
+    for name in [name for name in sys.modules if name.startswith(ours)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("mspc.api.Run", lambda *_: pytest.fail("began"))
+    with pytest.raises(InputError, match=rf"needs {package}, in mspc's extra {format_name}: pip install"):
+        tiny.compress(llama, tmp_path / "out", calibration, exports=["dense", format_name], bits=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_asked_for_twice_is_made_once(llama, recipe, tmp_path):
+    artifact = mspc.compress(llama, recipe, out=tmp_path / "out", exports=["dense", "dense"], progress=False)
+    assert [path.name for path in (artifact.path / "exports").iterdir()] == ["dense"]
+
+
+def test_a_budget_may_be_exported_by_what_holds_mixed_bits(llama, calibration, tmp_path):
+    """Oracle: the weights read back, in the verification."""
+    recipe = {"bits_per_weight": 6.0, "skip": ["k_proj", "v_proj"], "group_size": 32}
+    artifact = tiny.compress(llama, tmp_path / "out", calibration, exports=["compressed-tensors"], **recipe)
+    assert artifact.manifest["bits_per_weight"] <= 6.0
+    assert (artifact.path / "exports" / "compressed-tensors" / EXPORT_MANIFEST).is_file()
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,9 @@ def test_sizes_that_do_not_fit_the_weights_are_named(name, size, llama, calibrat
     for told in (str(caught.value), *refusals(model, calibration, tmp_path / "out")):
         assert "config.json" in told or (name == "vocab_size" and f"the model has {size} embeddings" in told)
         assert len(told) < 600
+        if name == "num_hidden_layers" and size in (1, 3):
+            assert "has 2 blocks" in told
+            assert f"by config.json the model has {size}" in told
 
 
 def test_surplus_blocks_are_refused_in_artifacts_and_exports_too(artifact_of, calibration, tmp_path):
@@ -147,7 +150,7 @@ def test_surplus_blocks_are_refused_in_artifacts_and_exports_too(artifact_of, ca
     for path in (artifact.path, sparse):
         model = changed(path, tmp_path / f"{path.name}-changed", num_hidden_layers=1)
         for verb in (lambda m: mspc.evaluate(m, str(calibration), sequence_length=16, progress=False), mspc.load):
-            with pytest.raises(InputError, match=r"holds model\.layers\.1\..*the model has 1 blocks"):
+            with pytest.raises(InputError, match=r"has 2 blocks and holds model\.layers\.1\..*the model has 1 blocks"):
                 verb(model)
 
 

@@ -4,7 +4,6 @@ A failure of a runtime that is known is asserted by running it, so that the day 
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ def traced_once(graphs: dict[tuple[object, ...], ir.Model], monkeypatch: pytest.
 
 def export(artifact: mspc.Artifact, out: Path, **options: object) -> dict[str, dict[str, object]]:
     """The results of the runtimes."""
-    exporting.export(artifact.path, "onnx", out, options=options)
+    exporting.export(artifact.path, "onnx", out, keep_reference=True, options=options)
     return json.loads((out / "verification.json").read_text())["runtimes"]
 
 
@@ -218,7 +217,7 @@ def test_gptq_v2_in_genai_is_a_mismatch(only_genai, artifact_of, tmp_path, monke
 
 def spoiled(folder: Path, tmp_path: Path, change: Callable[[Path], None]) -> Path:
     """A copy that `change` was done to, whose export manifest has the new digests."""
-    out = Path(shutil.copytree(folder, tmp_path / "spoiled"))
+    out = tiny.copied(folder, tmp_path / "spoiled")
     change(out)
     tiny.redigest(out)
     return out

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import tiny
 from test_resume import content, killed_at, run
 
 import mspc
@@ -202,7 +203,7 @@ def test_a_disk_too_small_is_noticed_before_anything_is_solved(llama, recipe, tm
     monkeypatch.setattr("mspc.pipeline.run.solve_blocks", lambda *args: pytest.fail("solved"))
     for free in (0, 30_000):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(10**6, 0, free))
-        with pytest.raises(StorageError, match=r"GB free, and the output needs about"):
+        with pytest.raises(StorageError, match=r"KB free, and the output needs about .* KB: free"):
             run(llama, recipe, tmp_path / str(free))
 
 
@@ -216,6 +217,50 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(made, llama, recipe, tmp_
         run(llama, wrong, tmp_path / "out", overwrite=True)
     assert names(tmp_path) == (["out"] if made else [])
     assert not made or content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("out", ["out", "deep/out", "deep/er/and/out", "here/out", "here"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"calibration": "nowhere.txt"}, {"only": ["nothing"]}, {"num_sequences": 10**6}, {"bits": 4, "group_size": 7}],
+)
+def test_a_refused_run_makes_no_folder(wrong, out, llama, recipe, tmp_path):
+    """Folders that were there before stay, also empty ones."""
+    (tmp_path / "here").mkdir()
+    asked = mspc.Recipe(**recipe.to_dict() | {"calibration": recipe.calibration} | wrong)
+    with pytest.raises(InputError):
+        run(llama, asked, tmp_path / out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+@pytest.mark.parametrize("exports", [["gguf"], ["dense", "gptq"], ["sparse", "compressed-tensors"]])
+def test_a_run_whose_exports_cannot_be_made_leaves_nothing(exports, llama, recipe, tmp_path):
+    with pytest.raises(InputError, match="quantize|takes"):
+        mspc.compress(
+            llama, mspc.Recipe(**recipe.to_dict() | {"bits": 16 if "gguf" not in exports else 3}),
+            out=tmp_path / "a" / "out", exports=exports, progress=False,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_memory_that_is_refused_leaves_nothing(llama, recipe, tmp_path):
+    model = tiny.reference(llama)
+    for wrong in ({"only": ["nothing"]}, {"skip": ["nothing"]}, {"calibration": "nowhere.txt"}):
+        asked = mspc.Recipe(**recipe.to_dict() | wrong)
+        with pytest.raises(InputError, match="nothing|nowhere"):
+            mspc.compress(model, asked, out=tmp_path / "a" / "b", tokenizer=tiny.byte_tokenizer(), progress=False)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["gptq", "nope", "onnx"])
+def test_an_export_that_is_refused_or_fails_leaves_nothing(wrong, older, tmp_path, monkeypatch):
+    artifact, options = mspc.Artifact(older), {"weights": "qdq"} if wrong == "onnx" else {}
+    with pytest.raises(InputError):
+        artifact.export(wrong, tmp_path / "a" / "b", progress=False, **options)
+    monkeypatch.setattr("exporters.dense.write_shards", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        artifact.export("dense", tmp_path / "a" / "b", progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unfinished_run_is_no_artifact_yet(llama, recipe, tmp_path):

@@ -4,7 +4,6 @@ A loader failure that is known is asserted by calling the loader, so that the da
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +89,7 @@ def test_mixed_bits_are_read_by_gptqmodel_and_known_to_fail_in_transformers(mixe
 
 def spoiled(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, object]], None]) -> Path:
     """A copy with other tensors and another quantization_config, whose export manifest has the new digests."""
-    out = Path(shutil.copytree(folder, tmp_path / "spoiled"))
+    out = tiny.copied(folder, tmp_path / "spoiled")
     tensors = load_file(out / "model.safetensors")
     config = json.loads((out / "config.json").read_text())
     change(tensors, config["quantization_config"])
@@ -104,7 +103,9 @@ def spoiled(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tens
 @pytest.mark.parametrize("asymmetric", [False, pytest.param(True, marks=SLOW)])
 def test_zero_points_of_the_other_version_are_noticed(asymmetric, artifact_of, tmp_path):
     """The loaders read them without a word, one step off."""
-    folder = artifact_of("llama", asymmetric=asymmetric).export("gptq", tmp_path / "out", progress=False)
+    folder = artifact_of("llama", asymmetric=asymmetric).export(
+        "gptq", tmp_path / "out", reference=True, progress=False
+    )
 
     def change(tensors, config):
         config["checkpoint_format"] = "gptq" if asymmetric else "gptq_v2"
@@ -117,7 +118,9 @@ def test_zero_points_of_the_other_version_are_noticed(asymmetric, artifact_of, t
 
 def test_sparse_compressed_tensors_become_random_weights_and_are_noticed(artifact_of, tmp_path):
     """The loader finds no compressor for the format, and reports its tensors as unexpected only."""
-    folder = artifact_of("llama", pattern="2:4").export("compressed-tensors", tmp_path / "out", progress=False)
+    folder = artifact_of("llama", pattern="2:4").export(
+        "compressed-tensors", tmp_path / "out", reference=True, progress=False
+    )
 
     def change(tensors, config):
         for name in [name for name in tensors if name.endswith(".weight_packed")]:
@@ -149,7 +152,7 @@ def test_a_zero_point_of_zero_in_the_first_version_is_noticed(calibration, tmp_p
     tiny.save(model, tmp_path / "model")
     options = {"bits": 4, "group_size": 32, "asymmetric": True, "solver": "mask", "criterion": "magnitude"}
     artifact = tiny.compress(tmp_path / "model", tmp_path / "artifact", calibration, allocator="uniform", **options)
-    folder = artifact.export("gptq", tmp_path / "out", progress=False)
+    folder = artifact.export("gptq", tmp_path / "out", reference=True, progress=False)
 
     def change(tensors, config):
         config["checkpoint_format"] = "gptq"

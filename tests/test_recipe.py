@@ -13,6 +13,7 @@ from mspc.published.allocators import ALLOCATORS
 from mspc.published.criteria import CRITERIA
 from mspc.recipe import Recipe
 from mspc.settings import EFFORTS, NEEDED_BY
+from mspc.sizes import at_least, bytes_of, in_words
 from mspc.solvers import SOLVERS
 from mspc.types import NM, Grid
 
@@ -24,7 +25,8 @@ OTHER = (
         "sensitivity": "hutchinson", "sensitivity_sequences": 7, "sensitivity_probes": 2, "damp": 0.1,
         "calibration": 'a "quoted" path\\with\nlines', "num_sequences": 9, "sequence_length": 33, "seed": 5,
         "text_column": "body", "text_encoding": "cp1252", "bos": "no",
-        "skip": ("lm_head", r"layers\.[0-3]\."), "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
+        "skip": ("lm_head", r"layers\.[0-3]\."), "only": ("q_proj", "mlp"),
+        "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
     },
     {"allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
     {"plan": "plan.json"},
@@ -45,16 +47,57 @@ def test_toml_holds_what_was_asked_and_comes_back(values, tmp_path):
     recipe, path = Recipe(**values), tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_toml(path) == recipe
-    written = {name: list(value) if name == "skip" else value for name, value in values.items()}
+    written = {name: list(value) if name in ("skip", "only") else value for name, value in values.items()}
     assert tomllib.loads(recipe.to_toml()) == written
 
 
 @pytest.mark.parametrize(
     ("size", "num_bytes"),
-    [("2.2GB", 2_200_000_000), ("900 MB", 900_000_000), ("1.5k", 1500), ("77", 77), ("3TB", 3 * 10**12)],
-)
+    [
+        ("2.2GB", 2_200_000_000), ("900 MB", 900_000_000), ("1.5k", 1500), ("77", 77), ("3TB", 3 * 10**12),
+        ("5KB", 5000), ("5kb", 5000), ("5KiB", 5120), ("0.5 MiB", 2**19), ("2GiB", 2**31), ("2gib", 2**31),
+        ("1.5TiB", 3 * 2**39), ("3Mi", 3 * 2**20), ("10B", 10), ("0.29GB", 290_000_000), ("4,012 KB", 4_012_000),
+        ("1,234,567", 1_234_567), (".5MB", 500_000),
+    ],
+)  # fmt: skip
 def test_sizes(size, num_bytes):
+    """Oracle: arithmetic of integers by hand."""
     assert Recipe(target_size=size).settings().target_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    "size", ["", "GB", "-1GB", "2.2.2GB", "1e9", "2 GB 3", "2XB", "2GBB", "2iB", "2,2GB", "nan", "٣GB"]
+)
+def test_what_is_no_size_is_refused_with_what_is(size):
+    with pytest.raises(InputError, match=r"a number with a unit, such as 800MB or 2\.2GB .* or 2GiB"):
+        Recipe(target_size=size)
+
+
+@pytest.mark.parametrize("size", ["0", "0GB", "0.0001KB", "0.5"])
+def test_no_size_at_all_is_refused(size):
+    with pytest.raises(InputError, match="target_size must be at least 1 byte, not"):
+        Recipe(target_size=size)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [
+        (0, "0.0 KB"), (512, "0.5 KB"), (9_960, "10.0 KB"), (10_000, "10 KB"), (131_072, "131 KB"),
+        (4_012_345, "4,012 KB"), (9_999_499, "9,999 KB"), (10_000_000, "10.0 MB"), (116_449_999, "116.4 MB"),
+        (999_949_999, "999.9 MB"), (1_000_000_000, "1.00 GB"), (2_210_000_000, "2.21 GB"), (7 * 10**12, "7,000.00 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_are_shown_in_kilobytes_below_ten_megabytes(num_bytes, shown):
+    assert in_words(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    "num_bytes", [1, 999, 4_012_345, 4_013_000, 10_000_001, 123_456_789, 1_000_000_001, 99_999_999_999]
+)
+def test_a_size_that_is_shown_as_the_least_may_be_asked_for(num_bytes):
+    """The size that is read back is not less, and larger by less than one part in 98."""
+    asked = bytes_of(at_least(num_bytes))
+    assert num_bytes <= asked <= max(num_bytes * 1.0102, 1000)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +136,8 @@ def test_whole_numbers_do_where_fractions_are_meant():
 
 
 def test_lists_become_tuples():
-    assert Recipe(skip=["a", "b"]).skip == ("a", "b")
+    assert Recipe(skip=["a", "b"], only=["c"]).skip == ("a", "b")
+    assert Recipe(only=["c"]).only == ("c",)
 
 
 # Without effect
@@ -133,7 +177,7 @@ def test_the_table_of_effects_is_whole():
     """Every option is in it, but those that always count."""
     always = {
         "bits_per_weight", "target_size", "effort", "solver", "reconstruct", "calibration", "num_sequences",
-        "sequence_length", "seed", "skip", "plan", "device", "dtype", "text_column", "text_encoding", "bos",
+        "sequence_length", "seed", "skip", "only", "plan", "device", "dtype", "text_column", "text_encoding", "bos",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 
@@ -230,6 +274,8 @@ def test_settings_know_the_names_of_the_allocators():
         ({"dtype": "float15"}, r"Unknown dtype 'float15': did you mean 'float1?[36]"),
         ({"skip": "lm_head"}, r"skip must be of type .*, not 'lm_head'"),
         ({"skip": ("(",)}, r"skip: '\(' is not a regular expression"),
+        ({"only": "q_proj"}, r"only must be of type .*, not 'q_proj'"),
+        ({"only": ("a", "[")}, r"only: '\[' is not a regular expression"),
         ({"asymmetric": 1}, r"asymmetric must be of type bool \| None, not 1"),
         ({"plan": Path("plan.json")}, r"plan must be of type str \| None"),
     ],

@@ -35,13 +35,13 @@ def artifact(llama: Path, calibration: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def exported(artifact: mspc.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return artifact.export("dense", tmp_path_factory.mktemp("verify") / "dense", progress=False)
+    return artifact.export("dense", tmp_path_factory.mktemp("verify") / "dense", reference=True, progress=False)
 
 
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(exported, tmp_path / "dense"))
+    """A copy to spoil, with the reference next to it."""
+    return tiny.copied(exported, tmp_path / "dense")
 
 
 def check(folder: Path, against: Path | None = None) -> dict[str, object]:
@@ -142,13 +142,50 @@ def test_folders_that_are_no_exports(artifact):
         check(artifact.path)
 
 
-def test_without_verification_a_reference_is_asked_for(artifact, tmp_path):
-    out = artifact.export("dense", tmp_path / "dense", verify=False, progress=False)
-    assert not (out / "verification.npz").exists()
-    with pytest.raises(InputError, match="give --against ARTIFACT"):
-        check(out)
-    assert verification.failures(check(out, artifact.path)) == []
-    assert verification.failures(check(out)) == []
+@pytest.mark.parametrize(("format_name", "verified"), [("dense", True), ("dense", False), ("sparse", True)])
+def test_no_reference_is_shipped_unless_it_is_asked_for(format_name, verified, artifact, tmp_path, caplog):
+    """Files and weights can be checked without; runtimes cannot, and that is said."""
+    out = artifact.export(format_name, tmp_path / "export", verify=verified, progress=False)
+    assert list(tmp_path.rglob("*.npz")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    report = check(out)
+    assert verification.failures(report) == []
+    assert report["weights"]["matrices"] == 14
+    assert {found["status"] for found in report["runtimes"].values()} == {"not run"}
+    assert "No runtime was run: the right logits are not here; give --against ARTIFACT" in caplog.text
+    against = check(out, artifact.path)
+    assert verification.failures(against) == []
+    assert against["runtimes"]["transformers"]["status"] == "verified"
+    assert list(tmp_path.rglob("*.npz")) == []
+
+
+@pytest.mark.parametrize("format_name", ["dense", "sparse", "onnx"])
+def test_a_reference_is_kept_next_to_the_export(format_name, artifact, tmp_path):
+    """The same export without it, and one that replaces it removes it."""
+    pytest.importorskip("onnxscript") if format_name == "onnx" else None
+    out = tmp_path / "a.b" / "export"
+    artifact.export(format_name, out, reference=True, progress=False)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["export", "export.verification.npz"]
+    assert list(out.rglob("*.npz")) == []
+    assert "verified" in {found["status"] for found in check(out)["runtimes"].values()}
+    moved = out.rename(tmp_path / "moved")
+    assert {found["status"] for found in check(moved)["runtimes"].values()} == {"not run"}
+    moved.rename(out)
+    artifact.export(format_name, out, overwrite=True, verify=False, progress=False)
+    assert [path.name for path in out.parent.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no arrays"])
+def test_a_damaged_reference_is_named(content, folder):
+    reference_module.reference_of(folder).write_bytes(content)
+    with pytest.raises(InputError, match=r"dense\.verification\.npz cannot be read .*Give --against ARTIFACT"):
+        check(folder)
+
+
+def test_a_reference_needs_the_verification(artifact, tmp_path):
+    with pytest.raises(InputError, match="Leave --no-verify or --reference out"):
+        artifact.export("dense", tmp_path / "out", verify=False, reference=True, progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_artifact_is_not_compared_and_leaves_the_report_alone(folder, llama, calibration, tmp_path):
@@ -232,7 +269,9 @@ def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
     elif fault.startswith("tokens"):
         tokens[3] += 1
         margins[3] = 0.0 if fault.endswith("call") else margins[3]
-    reference_module.Reference(right.ids, right.logits, right.tokens, margins).save(folder)
+    reference_module.Reference(right.ids, right.logits, right.tokens, margins).save(
+        reference_module.reference_of(folder)
+    )
     runtime.load = lambda *_: Runner("1", 1e-2, lambda ids: logits, lambda prompt, count: tokens.tolist(), pytest.fail)
     status, reason = result(folder)
     report = json.loads((folder / "verification.json").read_text())["runtimes"]["transformers"]

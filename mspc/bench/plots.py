@@ -29,7 +29,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(len(of_models), columns, squeeze=False)
     for (model, rows), of_row in zip(of_models.items(), axes, strict=True):
         _speedups(of_row[0], model, rows, result["configuration"]["baseline"])
-        of_row[0].set_ylabel(f"times as fast as {compared_with(result)}")
+        of_row[0].set_ylabel(f"times as fast as {compared_with(result)} (below 1: no gain)")
         if has_perplexity:
             _perplexities(of_row[1], model, rows)
     figure.suptitle(f"{result['device']['name']}, {result['label']}, {result['date']}", fontsize="small")
@@ -49,7 +49,6 @@ def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) 
                 style, marker="o", color=f"C{number}", label=f"{label(row)}, context {context}",
             )  # fmt: skip
     axis.axhline(1.0, color="black", linewidth=1)
-    axis.annotate("below: no gain", (0.01, 1.0), xycoords=("axes fraction", "data"), va="top", fontsize="x-small")
     batches = [step["batch"] for step in rows[0]["decode"]]
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(set(batches)), [str(batch) for batch in sorted(set(batches))])
@@ -61,7 +60,7 @@ def _speedups(axis: Any, model: str, rows: list[dict[str, Any]], baseline: str) 
 
 def _add_legend(axis: Any) -> None:
     """Add a legend on the right of the axes, where it covers nothing."""
-    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0)
+    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, handlelength=3.5)
 
 
 def _perplexities(axis: Any, model: str, rows: list[dict[str, Any]]) -> None:

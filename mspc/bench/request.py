@@ -22,7 +22,8 @@ from mspc.bench.models import (
 from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
-from mspc.model.hub import choose_device, resolve
+from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
+from mspc.sizes import in_words
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.reading import Reading
@@ -33,6 +34,8 @@ BASELINES = {"bf16": DENSE, "int4": TINYGEMM}
 FORMATS = (DENSE, "int4", "2:4", "8:16", "6:16", "2:4+int4")
 BATCHES = {"cuda": (1, 4, 8, 32), "cpu": (1,)}
 CONTEXTS = {"cuda": (128, 2048), "cpu": (128,)}
+MAX_WINDOWS = 20
+"""Windows of a perplexity."""
 PREFILLS = {"cuda": (512, 2048), "cpu": (128,)}
 
 
@@ -50,6 +53,20 @@ class Request:
     repeats: int | None = None
     device: str = "auto"
     bos: str = "auto"
+    perplexity: bool = True
+    max_windows: int | None = None
+    sequence_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The windows on which the perplexity of models is measured."""
+
+    max_windows: int
+    sequence_length: int | None
+    """None: 2048, or the model's maximum if that is less."""
+    bos: str
+    """The choice whether they begin with a BOS token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +93,8 @@ class Plan:
     device: torch.device
     left_out: tuple[str, ...]
     """The reasons why a baseline is not measured."""
-    bos: str = "auto"
-    """The choice whether windows of the perplexity begin with a BOS token."""
+    evaluation: Evaluation | None = None
+    """None: no perplexity is measured."""
 
     @property
     def length(self) -> int:
@@ -106,7 +123,7 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out), request.bos,
+        repeats, device, tuple(left_out), _evaluation(request),
     )  # fmt: skip
     check_memory(plan, free_memory(device))
     return plan
@@ -177,6 +194,28 @@ def _is_dense(folder: Path) -> bool:
     return not (is_artifact(folder) or is_sparse_export(folder))
 
 
+def _evaluation(request: Request) -> Evaluation | None:
+    """The perplexity to measure. Raises InputError for windows that are not possible, or that nothing uses."""
+    asked = {"max_windows": request.max_windows, "sequence_length": request.sequence_length}
+    if request.shapes or not request.perplexity:
+        reason = f"--shapes {request.shapes}, whose weights are random" if request.shapes else "--no-perplexity"
+        for name, value in (asked | {"bos": None if request.bos == "auto" else request.bos}).items():
+            if value is not None:
+                option = f"--{name.replace('_', '-')} {value}"
+                raise InputError(f"{option} has no effect with {reason}. Leave one of the two out.")
+        return None
+    for name, value, least in (
+        ("max-windows", request.max_windows, 1),
+        ("sequence-length", request.sequence_length, 2),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, not {value}.")
+    for path in request.paths:
+        choose_sequence_length(load_config(resolve(path)), request.sequence_length)
+    windows = MAX_WINDOWS if request.max_windows is None else request.max_windows
+    return Evaluation(windows, request.sequence_length, request.bos)
+
+
 def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most: int | None) -> tuple[int, ...]:
     """The sizes asked for, or else the usual ones that the model allows."""
     if asked is None:
@@ -204,7 +243,7 @@ def check_memory(plan: Plan, free: int) -> None:
             weights += copied_bytes(shape, candidate.format) if plan.device.type == "cuda" else 0
             if weights + cache > free:
                 raise InputError(
-                    f"{candidate.name} of {shape.name} needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} "
-                    f"GB for the cache of {tokens:,} tokens, but {plan.device} has {free / 1e9:.1f} GB free. Choose "
+                    f"{candidate.name} of {shape.name} needs {in_words(weights)} for weights and {in_words(cache)} "
+                    f"for the cache of {tokens:,} tokens, but {plan.device} has {in_words(free)} free. Choose "
                     "--shapes 1b, a smaller --batch or --context, or another --device."
                 )

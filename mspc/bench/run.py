@@ -27,8 +27,8 @@ from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measu
 from mspc.errors import InputError, MspcError
 from mspc.progress import Console, Progress, log
 
-TEXT, MAX_WINDOWS = "builtin", 20
-"""The text and the number of windows of perplexities."""
+TEXT = "builtin"
+"""The text of perplexities."""
 SCHEMA = 1
 CPU_LABEL = "CPU, plain torch: not what the kernels do"
 
@@ -94,7 +94,7 @@ def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) ->
             "cuda_graphs": device.type == "cuda",
             "pieces": operations,
             "seed": SEED,
-            "perplexity": {"text": TEXT, "max_windows": MAX_WINDOWS, "bos": plan.bos},
+            "perplexity": None if plan.evaluation is None else {"text": TEXT, **asdict(plan.evaluation)},
             "left_out": list(plan.left_out),
         },
         "ceilings": {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm},
@@ -156,7 +156,7 @@ def measure(
     if device.type == "cuda":
         gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
-    if candidate.folder is not None:
+    if candidate.folder is not None and plan.evaluation is not None:
         row["perplexity"] = perplexity_of(candidate, plan, progress)
     return row
 
@@ -200,9 +200,10 @@ def name_of(dtype: torch.dtype) -> str:
 def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress) -> float | None:
     """Perplexity of the model of a folder on test text, or None if it has no tokenizer."""
     assert candidate.folder is not None
+    assert plan.evaluation is not None
     try:
         measured = evaluate(
-            candidate.folder, TEXT, max_windows=MAX_WINDOWS, device=str(plan.device), bos=plan.bos, progress=progress
+            candidate.folder, TEXT, device=str(plan.device), progress=progress, **asdict(plan.evaluation)
         )  # fmt: skip
     except InputError as error:
         log.info(f"{candidate.name}: no perplexity. {error}")

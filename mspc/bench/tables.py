@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from mspc.sizes import in_words
+
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each model shape, by its name."""
@@ -30,19 +32,29 @@ def _titled(title: str, result: dict[str, Any], *headings: str) -> Table:
 
 
 def _sizes(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
-    headings = ("format", "runs on", "bits/weight", "weights", "peak memory", "perplexity")
-    table = _titled(f"{model}: sizes", result, *headings)
+    headings = ("format", "runs on", "bits/weight", "weights", "peak memory")
+    table = _titled(f"{model}: sizes", result, *headings, *_perplexity_heading(rows))
     for row in rows:
-        peak, perplexity, copied = row["peak_memory_bytes"], row["perplexity"], row["copied_bits_per_weight"]
+        peak, copied = row["peak_memory_bytes"], row["copied_bits_per_weight"]
         table.add_row(
             label(row),
             row["engine"],
             f"{row['bits_per_weight']:.3f}" + (f" + {copied:.3f}" if copied else ""),
-            f"{row['weight_bytes'] / 1e9:.3f} GB",
-            "-" if peak is None else f"{peak / 1e9:.2f} GB",
-            "-" if perplexity is None else f"{perplexity:.3f}",
+            in_words(row["weight_bytes"]),
+            "-" if peak is None else in_words(peak),
+            *_perplexity_cell(row, rows),
         )
     return table
+
+
+def _perplexity_heading(rows: list[dict[str, Any]]) -> list[str]:
+    """A column, unless it would be empty."""
+    return ["perplexity"] if any(row["perplexity"] is not None for row in rows) else []
+
+
+def _perplexity_cell(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    found = "-" if row["perplexity"] is None else f"{row['perplexity']:.3f}"
+    return [found for _ in _perplexity_heading(rows)]
 
 
 def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
@@ -54,7 +66,7 @@ def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> T
         "of copy",
         "bytes alone, ms",
         f"x {compared_with(result)}",
-        "perplexity",
+        *_perplexity_heading(rows),
     )
     table = _titled(f"{model}: decoding", result, "context", "batch", "format", *headings)
     for number in range(len(rows[0]["decode"])):
@@ -62,7 +74,6 @@ def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> T
             if len(row["decode"]) <= number:
                 continue
             step = row["decode"][number]
-            perplexity = row["perplexity"]
             table.add_row(
                 str(step["context"]),
                 str(step["batch"]),
@@ -73,7 +84,7 @@ def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> T
                 f"{step['share_of_copy']:.0%}",
                 f"{step['predicted_seconds'] * 1e3:.3f}",
                 gain(row, step, baseline),
-                "-" if perplexity is None else f"{perplexity:.3f}",
+                *_perplexity_cell(row, rows),
             )
     return table
 
@@ -94,6 +105,22 @@ def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> 
                 gain(row, step, baseline),
             )
     return table
+
+
+def lines_of(row: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
+    """A row in lines, to show when it is known."""
+    ending = "" if row["perplexity"] is None else f", perplexity {row['perplexity']:.3f}"
+    size = f"{row['bits_per_weight']:.3f} bits/weight, {in_words(row['weight_bytes'])}"
+    yield f"{row['model']}, {label(row)}: {size}{ending}"
+    kinds = (
+        ("decode", "context {context}, batch {batch}", "a token"),
+        ("prefill", "prompt {tokens}", "to first token"),
+    )
+    for stage, where, of_what in kinds:
+        for step in row[stage]:
+            gained = f"x {compared_with(result)} {gain(row, step, result['configuration']['baseline'])}"
+            speed = f"{step['tokens_per_second']['median']:,.1f} tokens/s"
+            yield f"  {where.format(**step)}: {step['seconds']['median'] * 1e3:.3f} ms {of_what}, {speed}, {gained}"
 
 
 def compared_with(result: dict[str, Any]) -> str:
@@ -138,7 +165,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
         yield f"Stored in {stored} and computed in {computed}{wider}: {', '.join(names)}."
     if any(row["perplexity"] is not None for row in result["rows"]):
         of = result["configuration"]["perplexity"]
-        yield f"Perplexities are of {of['max_windows']} windows of the text {of['text']}, which is not much."
+        yield f"Perplexities are of at most {of['max_windows']} windows of the text {of['text']}, which is not much."
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[str]:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mspc.cli.console import BosOption, DebugOption, option, print_table, reported
+from mspc.cli.console import BosOption, DebugOption, LengthOption, option, print_table, reported
 from mspc.errors import InputError
+from mspc.progress import log
 
 WHAT, HOW, OUT = "Models and formats", "Measurement", "Results"
 
@@ -69,6 +70,11 @@ def bench(
     repeats: Annotated[
         int | None, option("Number of samples per measurement, within 10 s.", "200; on a CPU 5", rich_help_panel=HOW)
     ] = None,
+    no_perplexity: Annotated[
+        bool, typer.Option("--no-perplexity", help="Leave the perplexity of models out.", rich_help_panel=HOW)
+    ] = False,
+    sequence_length: LengthOption = None,
+    max_windows: Annotated[int | None, option("Number of windows of a perplexity, from the first.", 20)] = None,
     bos: BosOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
     json_file: Annotated[
@@ -104,7 +110,8 @@ def bench(
     Decoding is one new token per sequence; prefill is the whole prompt. On CUDA
     every step is one graph, and all formats share attention, head and fusions.
     Each time is shown with the time that its bytes need at full bandwidth.
-    Formats that are not faster than the baseline are marked "no gain". Figures
+    Formats that are not faster than the baseline are marked "no gain". Each row
+    is printed to stderr when it is known, and tables to stdout at the end. Figures
     of a CPU say nothing about the kernels. See docs/benchmark.md.
     """
     kept = "Figures measured so far are above" if json_file is None else f"Figures measured so far are in {json_file}"
@@ -112,13 +119,13 @@ def bench(
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run
-        from mspc.bench.tables import notes, tables, verdicts
+        from mspc.bench.tables import lines_of, notes, tables, verdicts
         from mspc.storage.files import write_json
 
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
-            bos,
+            bos, not no_perplexity, max_windows, sequence_length,
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
@@ -131,6 +138,8 @@ def bench(
 
         def keep(result: dict[str, Any]) -> None:
             found.update(result)
+            for line in lines_of(result["rows"][-1], result):
+                log.info(line)
             if json_file is not None:
                 write_json(json_file, result)
 

@@ -26,6 +26,12 @@ def export(
     verified: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read the export back and run it in its runtimes.")
     ] = True,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference", help="Keep the logits of ARTIFACT next to DIR, to run `mspc verify DIR` without ARTIFACT."
+        ),
+    ] = False,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +80,9 @@ def export(
         asked = {"weights": weights, "accuracy_level": accuracy_level}
         options = {name: value for name, value in asked.items() if value is not None}
         export_artifact(
-            artifact, format_name, out, overwrite=overwrite, verified=verified, options=options, progress=progress
-        )
+            artifact, format_name, out, overwrite=overwrite, verified=verified, keep_reference=reference,
+            options=options, progress=progress,
+        )  # fmt: skip
         log.info(f"{out} written.")
 
 
@@ -95,14 +102,15 @@ def verify(
     """Prove that an export holds and computes what its artifact does; exit 1 if it does not.
 
     \b
-    mspc verify out/small-gptq                        by the export manifest
     mspc verify out/small-gptq --against out/small    by the artifact itself
+    mspc verify out/small-gptq                        by the export manifest
 
     Every file is compared by its digest, every matrix is read back by code of
     its own, and every runtime that is installed must give the same logits, within
     its tolerance, and greedy tokens up to the first that is too close to call. One
     sequence exceeds the sliding window and the original context of the config,
-    if 2048 tokens do. The result goes to DIR/verification.json.
+    if 2048 tokens do. The result goes to DIR/verification.json. Without ARTIFACT,
+    runtimes are run only if the export was made with --reference.
     """
     with reported(debug):
         from exporters.verification import failures, in_short

@@ -3,7 +3,7 @@
 import logging
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,7 +25,11 @@ from mspc.cli.console import (  # fmt: skip
     reported,
 )
 from mspc.cli.export_commands import export, verify
+from mspc.progress import log
 from mspc.version import __version__
+
+if TYPE_CHECKING:
+    from mspc.passes.perplexity import Perplexity
 
 app = typer.Typer(
     name="mspc",
@@ -42,9 +46,13 @@ app.command()(compress)
 
 @app.command(name="eval")
 def eval_(
-    path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="Checkpoint folder, .gguf file, hub id, artifact, dense or sparse export."),
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATH...",
+            help="Checkpoint folders, .gguf files, hub ids, artifacts, dense or sparse exports.",
+            show_default=False,
+        ),
     ],
     text: Annotated[
         str,
@@ -75,27 +83,38 @@ def eval_(
     mspc eval MODEL                         the original
     mspc eval out/small                     the compressed model
     mspc eval out/small --against MODEL     and its distance from MODEL
+    mspc eval MODEL out/a out/b             one after the other
     mspc eval out/small --text t.txt --max-windows 100
 
     The text is one stream of tokens, cut into windows that do not overlap.
     Compare only perplexities of the same text, window length, number of windows
-    and --bos.
+    and --bos. Of several PATHs, each is printed when it is known, with --json as
+    one object a line.
     """
     with reported(debug):
         from mspc.api import evaluate
 
-        result = evaluate(
-            path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
-            dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
-        )  # fmt: skip
+        for path in paths:
+            result = evaluate(
+                path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
+                dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
+            )  # fmt: skip
+            show(result, path if len(paths) > 1 else None, as_json)
+
+
+def show(result: "Perplexity", path: str | None, as_json: bool) -> None:
+    """Print a result on a line, with its path if there are several."""
     if as_json:
-        print_json({name: value for name, value in asdict(result).items() if value is not None})
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
-            f"{result.sequence_length}"
-            + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token")
-        )
+        found = {name: value for name, value in asdict(result).items() if value is not None}
+        print_json(found if path is None else {"path": path} | found)
+        return
+    print(
+        ("" if path is None else f"{path}: ")
+        + f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
+        + f"{result.sequence_length}"
+        + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token"),
+        flush=True,
+    )
 
 
 @app.command()
@@ -103,10 +122,12 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     """Show the matrices of an artifact: pattern, sparsity, bits, error."""
     with reported(debug):
         from mspc.cli.tables import matrix_table
-        from mspc.pipeline.summary import summary
+        from mspc.pipeline.summary import summary, unused_note
         from mspc.storage.manifest import read_manifest
 
         manifest = read_manifest(artifact)
+        if unused := manifest.get("unused_tensors"):
+            log.warning(unused_note(unused))
     if as_json:
         print_json(manifest)
         return

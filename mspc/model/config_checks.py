@@ -112,8 +112,8 @@ def check_tensor(key: str, stored: StoredType, name: str, expected: Tensor, is_w
         )
 
 
-def check_surplus(model: PreTrainedModel, blocks_name: str, num_blocks: int, keys: Iterable[str]) -> None:
-    """Raises InputError for blocks in the checkpoint that the config leaves out.
+def count_blocks(model: PreTrainedModel, blocks_name: str, num_blocks: int, keys: Iterable[str]) -> int:
+    """The number of blocks in the checkpoint. Raises InputError for blocks that the config leaves out.
 
     Blocks that transformers ignores on purpose, such as those that predict several tokens, do not count.
     """
@@ -121,10 +121,12 @@ def check_surplus(model: PreTrainedModel, blocks_name: str, num_blocks: int, key
     extra = setting_of(model.config, "num_nextn_predict_layers") or 0
     prefixes = {blocks_name, blocks_name.removeprefix(model.base_model_prefix + ".")}
     index_of = re.compile(rf"(?:{'|'.join(map(re.escape, sorted(prefixes)))})\.(\d+)\.")
-    for key in keys:
-        found = index_of.match(key)
-        if found and int(found[1]) >= num_blocks + extra and not any(pattern.search(key) for pattern in ignored):
-            raise InputError(
-                f"The checkpoint holds {key}, but by config.json the model has {num_blocks} blocks, the first of them "
-                "0. Give the config.json that belongs to the weights."
-            )
+    of_blocks = ((key, found) for key in keys if (found := index_of.match(key)))
+    indices = {int(found[1]): key for key, found in of_blocks if not any(pattern.search(key) for pattern in ignored)}
+    count = max(indices, default=-1) + 1
+    if count > num_blocks + extra:
+        raise InputError(
+            f"The checkpoint has {count} blocks and holds {indices[count - 1]}, but by config.json the model has "
+            f"{num_blocks} blocks. Give the config.json that belongs to the weights."
+        )
+    return count

@@ -39,11 +39,24 @@ class BlockMatrices:
         return [name for name, numel in self.others.items() if 10 * numel > max(self.others.values())]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The names that a user takes: those that match `only`, if there is any, and that do not match `skip`."""
+
+    skip: Sequence[str] = ()
+    only: Sequence[str] = ()
+
+    def takes(self, parameter: str) -> bool:
+        name = parameter.removesuffix(".weight")
+        wanted = not self.only or any(re.search(pattern, name) for pattern in self.only)
+        return wanted and not any(re.search(pattern, name) for pattern in self.skip)
+
+
 def sort_block(
-    index: int, prefix: str, block: nn.Module, config: PreTrainedConfig, skip: Sequence[re.Pattern[str]],
+    index: int, prefix: str, block: nn.Module, config: PreTrainedConfig, selection: Selection,
     unreached: Collection[str],
 ) -> BlockMatrices:  # fmt: skip
-    """Sort the parameters of a block by what mspc can do with them. Those that `skip` names appear nowhere.
+    """Sort the parameters of a block by what mspc can do with them. Those not in the selection appear nowhere.
 
     `prefix` comes before the names in the block; `unreached` are full names of weights of layers that are never
     called, or that are no tensor of the checkpoint.
@@ -55,7 +68,7 @@ def sort_block(
         is_linear = isinstance(owner, LINEAR) and parameter.ndim == 2
         if not is_linear and sum(size != 1 for size in parameter.shape) < 2:
             found.vectors += parameter.numel()
-        elif any(pattern.search(full.removesuffix(".weight")) for pattern in skip):
+        elif not selection.takes(full):
             continue
         elif not is_linear or full in unreached or _is_router(name, owner, parameter.shape[0], config):
             found.others[name], found.shapes[name] = parameter.numel(), tuple(parameter.shape)

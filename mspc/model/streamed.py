@@ -21,9 +21,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mspc.errors import InputError, in_brief
-from mspc.model.config_checks import STORABLE, check_sizes, check_surplus, check_tensor, setting_of
-from mspc.model.matrices import BlockMatrices, check_reached, skip_option, sort_block
-from mspc.storage.checkpoint import StoredType, TensorSource
+from mspc.model.config_checks import STORABLE, check_sizes, check_tensor, count_blocks, setting_of
+from mspc.model.matrices import BlockMatrices, Selection, check_reached, skip_option, sort_block
+from mspc.storage.checkpoint import UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
 
 
@@ -73,9 +73,10 @@ class StreamedModel:
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = _find_blocks(self.model)
-        check_surplus(self.model, self.blocks_name, len(self.blocks), types)
+        stored_blocks = count_blocks(self.model, self.blocks_name, len(self.blocks), types)
         self.source_tensors = _map_keys(self.model, source.keys())
-        _match_ties(self.model, self.source_tensors)
+        few = f"It has {stored_blocks} blocks, but by config.json the model has {len(self.blocks)}. "
+        _match_ties(self.model, self.source_tensors, few if 0 < stored_blocks < len(self.blocks) else "")
         self._check_types(types)
         self.num_outputs = 0
         """Length of the tuple that the model expects of its blocks; 0 for hidden states alone. Found when it runs."""
@@ -171,21 +172,31 @@ class StreamedModel:
             ) from error
         return tensor[0] if isinstance(tensor, list) else tensor
 
+    def unused(self) -> list[str]:
+        """Keys of the source that no parameter or buffer of the model reads, and that transformers would report."""
+        names = {name for name, _ in (*_named_tensors(self.model), *self.model.named_buffers())}
+        used = {key for name, origin in self.source_tensors.items() if name in names for key in origin.keys}
+        ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", rf"\{UNUSED}$"]
+        left = [key for key in self.source.keys() if key not in used]  # noqa: SIM118  not a dict
+        return [key for key in left if not any(re.search(pattern, key) for pattern in ignored)]
+
     def tensor_key(self, matrix: Matrix) -> str:
         """The name under which the source stores the parameter of a matrix."""
         return self.source_tensors[matrix.parameter].keys[0]
 
-    def matrices(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[list[Matrix]]:
+    def matrices(
+        self, skip: Sequence[str], irregular: Collection[str] = (), only: Sequence[str] = ()
+    ) -> list[list[Matrix]]:
         """The weight matrices of every block to compress, in the order of the module tree.
 
         Raises InputError when most of a block is no linear layer and `skip` does not name it, or when a matrix has a
         dtype that artifacts do not hold.
         """
-        blocks = self.sorted_blocks(skip, irregular)
+        blocks = self.sorted_blocks(skip, irregular, only)
         check_reached(blocks)
         found = [block.matrices for block in blocks]
         if not any(found):
-            why = "--skip matches every matrix of every block. Skip fewer"
+            why = "--skip matches every matrix of every block" + " that --only matches" * bool(only) + ". Skip fewer"
             why = why if skip else "no block has a linear layer. Give another model"
             raise InputError(f"Nothing is left to compress: {why}.")
         self._check_storable(matrix for of_block in found for matrix in of_block)
@@ -210,15 +221,34 @@ class StreamedModel:
                     "Save the model in float32 first: from_pretrained(..., dtype=torch.float32), save_pretrained."
                 )
 
-    def sorted_blocks(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[BlockMatrices]:
+    def check_selection(self, skip: Sequence[str], only: Sequence[str], irregular: Collection[str]) -> None:
+        """Raises InputError for a pattern that names nothing: no parameter of a block, or no matrix to compress."""
+        parameters = [
+            f"{self.block_name(index)}.{name}".removesuffix(".weight")
+            for index, block in enumerate(self.blocks)
+            for name, _ in block.named_parameters()
+        ]
+        matrices = [matrix.name for block in self.sorted_blocks((), irregular) for matrix in block.matrices]
+        for option, patterns, names in (("--skip", skip, parameters), ("--only", only, matrices)):
+            for pattern in patterns:
+                if not any(re.search(pattern, name) for name in names):
+                    example = f", such as {names[0]}" if names else ""
+                    raise InputError(
+                        f"{option} {pattern} matches no matrix of a block{example}. Embeddings and the output head "
+                        "are never compressed: correct it, or leave it out."
+                    )
+
+    def sorted_blocks(
+        self, skip: Sequence[str], irregular: Collection[str] = (), only: Sequence[str] = ()
+    ) -> list[BlockMatrices]:
         """The parameters of every block by what can be done with them.
 
         `irregular` are weights of layers that their block does not call exactly once.
         """
-        patterns = [re.compile(pattern) for pattern in skip]
+        selection = Selection(skip, only)
         converted = {name for name, origin in self.source_tensors.items() if origin.converter is not None}
         return [
-            sort_block(index, self.block_name(index) + ".", block, self.config, patterns, converted.union(irregular))
+            sort_block(index, self.block_name(index) + ".", block, self.config, selection, converted.union(irregular))
             for index, block in enumerate(self.blocks)
         ]
 
@@ -273,7 +303,7 @@ def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, SourceTe
     return plain | converted
 
 
-def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> None:
+def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], known_cause: str) -> None:
     """Untie weights that the checkpoint stores separately, as transformers does. The other ties share one entry.
 
     Raises InputError for a parameter that the checkpoint does not hold under any of its names.
@@ -288,8 +318,8 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors]) -> N
             continue
         if not known:
             raise InputError(
-                f"The checkpoint holds no {aliases[0]}, which the model needs. It is incomplete, or its config.json "
-                "is of another model: get it again."
+                f"The checkpoint holds no {aliases[0]}, which the model needs. {known_cause}It is incomplete, or its "
+                "config.json is of another model: get it again."
             )
         for name in known[1:]:
             _assign(model, name, nn.Parameter(tensor, requires_grad=False))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import resource
 import shutil
 import sys
@@ -27,7 +26,8 @@ from mspc.passes.trial import irregular_layers
 from mspc.pipeline.calibration import Calibration, draw, with_ids
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks
-from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity
+from mspc.pipeline.summary import unused_note
+from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity, possible_targets
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.planning.solver_options import solver_options
@@ -96,11 +96,12 @@ class Run:
         settings, progress = self.settings, self.progress
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
-        _check_skips(model, settings.skip)
+        self.unused = model.unused()
         irregular = irregular_layers(model)
-        matrices = model.matrices(settings.skip, irregular)
+        model.check_selection(settings.skip, settings.only, irregular)
+        matrices = model.matrices(settings.skip, irregular, settings.only)
         self.settings = settings = choose_group_size(settings, matrices)
-        self.checked(self.given_plan(matrices) or allocate(settings, matrices, {}))  # finds mistakes early
+        self.check_early(matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
@@ -117,8 +118,10 @@ class Run:
         header = self.header(digests, tokens)
         planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
-        for note in dense_notes(model.sorted_blocks(settings.skip, irregular)):
+        for note in dense_notes(model.sorted_blocks(settings.skip, irregular, settings.only)):
             log.info(note)
+        if self.unused:
+            log.warning(unused_note(self.unused))
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
             return
@@ -210,7 +213,18 @@ class Run:
         return read_plan(Path(self.settings.plan), flatten(matrices)) if self.settings.plan is not None else None
 
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
-        """The plan, checked. Raises InputError, naming the matrix, for a target that the matrix cannot have."""
+        """The plan, checked. Raises InputError, naming the matrix, for a target that it or an export cannot have."""
+        self.check_targets(plan)
+        self.check_exports(plan, self.raw_config())
+        return plan
+
+    def raw_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        config: dict[str, Any] = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    def check_targets(self, plan: list[PlannedMatrix]) -> None:
+        """Raises InputError, naming the matrix, for a target that the matrix cannot have."""
         check_plan(plan)
         for matrix in plan:
             if self.settings.reconstruct and matrix.target.grid:
@@ -220,9 +234,18 @@ class Run:
                 )
             if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
-        config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        self.check_exports(plan, config)
-        return plan
+
+    def check_early(self, matrices: MatricesByBlock) -> None:
+        """Raises InputError, before anything is measured, for a plan or an export that could not be made."""
+        plan = self.given_plan(matrices) or allocate(self.settings, matrices, {})
+        if not self.settings.has_budget:
+            self.checked(plan)
+            return
+        self.check_targets(plan)
+        try:
+            self.check_exports(possible_targets(self.settings, matrices), self.raw_config())
+        except InputError as error:
+            raise InputError(f"A size budget may choose 16, 8, 4, 3 or 2 bits. {error}") from error
 
     def copy_rest(
         self,
@@ -294,26 +317,13 @@ class Run:
             "files": files,
             "matrices": rows,
         }
+        if self.unused:
+            manifest["unused_tensors"] = self.unused
         if self.settings.reconstruct:
             manifest["reconstruction"] = [part for entry in journal.blocks for part in entry["reconstruction"]]
         shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
         Journal.discard(self.folder)
-
-
-def _check_skips(model: StreamedModel, skip: Sequence[str]) -> None:
-    """Raises InputError for a pattern that matches no parameter of a block."""
-    names = [
-        f"{model.block_name(index)}.{name}".removesuffix(".weight")
-        for index, block in enumerate(model.blocks)
-        for name, _ in block.named_parameters()
-    ]
-    for pattern in skip:
-        if not any(re.search(pattern, name) for name in names):
-            raise InputError(
-                f"--skip {pattern} matches no matrix of a block, such as {names[0]}. Embeddings and the output head "
-                "are never compressed: correct it, or leave it out."
-            )
 
 
 def _config_digest(folder: Path) -> str:

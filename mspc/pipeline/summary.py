@@ -1,8 +1,10 @@
 """The manifest of an artifact in words and as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
+
+from mspc.sizes import in_words
 
 HEADINGS = ("matrix", "shape", "pattern", "sparsity", "bits", "sensitivity", "output error", "damp", "zeros")
 
@@ -13,12 +15,20 @@ def summary(manifest: Mapping[str, Any]) -> str:
     line = (
         f"{len(manifest['matrices'])} matrices, sparsity {sparsity['achieved']:.2%}, "
         f"{manifest['bits_per_weight']:.3f} bits per weight, {manifest['seconds']:.1f} s, "
-        f"peak memory {manifest['peak_memory_bytes'] / 1e9:.2f} GB."
+        f"peak memory {in_words(manifest['peak_memory_bytes'])}."
     )
     difference = sparsity["achieved"] - sparsity["requested"]
     if abs(difference) > 5e-5:
         line += f" Requested: {sparsity['requested']:.2%}; the pattern allows nothing nearer ({difference:+.2%})."
     return line
+
+
+def unused_note(names: Sequence[str]) -> str:
+    """A note about the tensors of a checkpoint that are no part of its model, such as an adapter."""
+    shown, one = ", ".join(names[:3]), len(names) == 1
+    note = f"{len(names):,} tensor{'' if one else 's'} of the checkpoint, such as {shown}, belong{'s' * one} to no "
+    note += "parameter of the model and change nothing."
+    return note + " Merge the adapter first (merge_and_unload of peft)." * any("lora_" in name for name in names)
 
 
 def matrix_rows(manifest: Mapping[str, Any]) -> list[list[str]]:

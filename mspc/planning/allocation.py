@@ -15,6 +15,7 @@ from mspc.planning.knapsack import cheapest, cheapest_sparsities, cheapest_targe
 from mspc.progress import log
 from mspc.published.allocators import ALLOCATORS
 from mspc.settings import AUTO, AUTO_GROUP_SIZES, CURVES, MIXED_OF, MIXED_PATTERN, Settings
+from mspc.sizes import at_least, in_words
 from mspc.types import (
     BITS,
     NM,
@@ -156,14 +157,21 @@ def check_bytes(settings: Settings, matrices: MatricesByBlock, num_bytes: int, d
     smallest = _smallest(options)
     numel = sum(matrix.numel for matrix in flatten(matrices))
     if num_bytes >= numel * dtype.itemsize:
+        if settings.target_size is not None:
+            whole = in_words(settings.target_bytes - num_bytes + numel * dtype.itemsize)
+            raise InputError(
+                f"target_size is {settings.target_size}, and the weights have {whole} as they are. Ask for less."
+            )
         raise InputError(
             f"The size budget is {8 * num_bytes / numel:.3f} bits per weight, and the weights have "
             f"{8 * dtype.itemsize} as they are. Ask for less."
         )
     if smallest > num_bytes:
         if settings.target_size is not None:
-            least = (settings.target_bytes - num_bytes + smallest) / 1e6
-            raise InputError(f"target_size {settings.target_size} cannot be reached. The smallest is {least:.3f} MB.")
+            least = at_least(settings.target_bytes - num_bytes + smallest)
+            raise InputError(
+                f"target_size {settings.target_size} cannot be reached. The smallest is {least}. Ask for more."
+            )
         raise InputError(
             f"The size budget is {8 * num_bytes / numel:.3f} bits per weight for the {len(options)} matrices, and the "
             f"smallest that pattern {settings.pattern} allows is {8 * smallest / numel:.3f}. Ask for more."
@@ -229,6 +237,12 @@ def _targets(settings: Settings, matrix: Matrix) -> list[Target]:
     grids = [settings.grid_for(matrix.shape[1], bits) for bits in (UNQUANTIZED_BITS, *BITS)]
     groups_of(matrix.shape[1], Grid(4, grids[1].group_size if grids[1] else None), matrix.name)
     return [Target(pattern, grid) for pattern in patterns for grid in grids]
+
+
+def possible_targets(settings: Settings, matrices: MatricesByBlock) -> list[PlannedMatrix]:
+    """Every matrix with each number of bits that a size budget may choose for it."""
+    each = (replace(settings, bits=bits) for bits in (UNQUANTIZED_BITS, *BITS))
+    return [matrix for one in each for matrix in allocate(one, matrices, {})]
 
 
 def choose_group_size(settings: Settings, matrices: MatricesByBlock) -> Settings:

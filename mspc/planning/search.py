@@ -28,6 +28,7 @@ from mspc.planning.measurements import Measurements
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Step, log
 from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
+from mspc.sizes import in_words
 from mspc.solvers import SOLVERS
 from mspc.solvers.error_compensation import compensated
 from mspc.types import NM, MatricesByBlock, Matrix, Target, Unstructured, flatten
@@ -177,6 +178,6 @@ def check_memory(model: StreamedModel, validation: Tensor, matrices: MatricesByB
         if (free := free_memory(device)) < need:
             raise InputError(
                 f"The allocator search holds the whole model, and {2 * WINDOW + 1} levels of its matrices on the cpu. "
-                f"It needs {need / 1e9:.1f} GB on {device}, and {free / 1e9:.1f} GB are free. Use --allocator auto, "
+                f"It needs {in_words(need)} on {device}, and {in_words(free)} are free. Use --allocator auto, "
                 "which loads one block at a time, or fewer --num-sequences, which need a little less."
             )

@@ -152,6 +152,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for key, kind in kinds.items():
             if not isinstance(manifest[key], kind):
                 raise TypeError(f"{key} is no {kind.__name__}")
+        if not all(isinstance(name, str) for name in manifest.get("unused_tensors", [])):
+            raise TypeError("unused_tensors is no list of names")
         manifest["source"]["shards"]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}). The artifact is damaged: compress again.") from error

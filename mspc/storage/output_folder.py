@@ -4,10 +4,11 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mspc.errors import InputError, StorageError
+from mspc.sizes import in_words
 from mspc.storage.files import sync_folder
 from mspc.storage.manifest import MANIFEST, is_artifact
 
@@ -44,6 +45,20 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
     except OSError as error:
         raise StorageError(f"Cannot make {folder}: {error}.") from error
     return folder
+
+
+@contextmanager
+def left_clean(out: Path) -> Iterator[None]:
+    """On an error, remove the folders that were made for an output, with those that they are in, if they are empty."""
+    place = out.resolve()
+    missing = [path for path in (sibling(out, "new"), place, *place.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextmanager
@@ -145,6 +160,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StorageError(
-            f"{folder} has {free / 1e9:.2f} GB free, and the output needs about {needed / 1e9:.2f} GB: free some space "
+            f"{folder} has {in_words(free)} free, and the output needs about {in_words(needed)}: free some space "
             "or choose another --out."
         )

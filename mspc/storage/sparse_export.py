@@ -122,7 +122,10 @@ def descriptions(config: Mapping[str, Any], where: Path | str) -> dict[str, Stor
     try:
         method, version, rows = config["quant_method"], config["format_version"], dict(config["matrices"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where} does not describe a sparse export of mspc ({error!r}).") from error
+        raise InputError(
+            f"{where} does not describe a sparse export of mspc ({error!r}). Get config.json again, or export the "
+            "artifact again."
+        ) from error
     if method != QUANT_METHOD or type(version) is not int or version < 1:
         raise InputError(
             f"{where} is not a sparse export of mspc: quant_method {method!r}, format_version {version!r}."
