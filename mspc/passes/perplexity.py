@@ -28,12 +28,10 @@ class Perplexity:
     windows: int
     sequence_length: int
     divergence: float | None = None
-    interval: Interval | None = None
-    """Of the perplexity."""
+    perplexity_interval: Interval | None = None
     divergence_interval: Interval | None = None
     reference_perplexity: float | None = None
-    reference_interval: Interval | None = None
-    """Of the reference's perplexity."""
+    reference_perplexity_interval: Interval | None = None
     text: str = ""
     """Name of the text."""
 
@@ -118,7 +116,9 @@ class Scores:
         """The means over all windows of a length, and their intervals."""
         scored, num_windows = length - 1 - first, len(self.losses)
         nll, interval = _mean(self.losses, scored)
-        found = Perplexity(exponential(nll), nll, num_windows * scored, num_windows, length, interval=_exp(interval))
+        found = Perplexity(
+            exponential(nll), nll, num_windows * scored, num_windows, length, perplexity_interval=_exp(interval)
+        )
         if not self.divergences:
             return found
         reference, reference_interval = _mean(self.reference_losses, scored)
@@ -128,7 +128,7 @@ class Scores:
             divergence=mean,
             divergence_interval=around and (max(around[0], 0.0), around[1]),  # it is never negative
             reference_perplexity=exponential(reference),
-            reference_interval=_exp(reference_interval),
+            reference_perplexity_interval=_exp(reference_interval),
         )
 
 

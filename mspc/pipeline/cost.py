@@ -118,8 +118,8 @@ def evaluation_to_dict(found: Perplexity, text: str, ids: Tensor) -> dict[str, A
         "sequence_length": found.sequence_length,
         "tokens": found.tokens,
         "sha256": hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
-        "dense_perplexity": both(found.reference_perplexity, found.reference_interval),
-        "perplexity": both(found.perplexity, found.interval),
+        "dense_perplexity": both(found.reference_perplexity, found.reference_perplexity_interval),
+        "perplexity": both(found.perplexity, found.perplexity_interval),
         "divergence": both(found.divergence, found.divergence_interval),
     }
 
