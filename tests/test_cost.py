@@ -1,4 +1,4 @@
-"""What a compression cost: predictions beside the dense model's, bytes and seconds, in the manifest and in words."""
+"""The cost of a compression: predictions against the dense model's, bytes and seconds, in the manifest and in words."""
 
 import json
 import logging
@@ -36,7 +36,12 @@ QUICK = {"effort": "fast", "num_sequences": 4, "sequence_length": tiny.LENGTH}
 
 @pytest.fixture(scope="module")
 def artifact(llama: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> mspc.Artifact:
-    return tiny.compress(llama, tmp_path_factory.mktemp("cost") / "out", calibration, sparsity=0.3, effort="fast")
+    return compress(llama, tmp_path_factory.mktemp("cost") / "out", calibration, sparsity=0.3)
+
+
+def compress(model: Path, out: Path, calibration: Path, **recipe: object) -> mspc.Artifact:
+    """A quick artifact that is evaluated."""
+    return tiny.compress(model, out, calibration, **{"effort": "fast", "eval": True} | recipe)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -46,13 +51,14 @@ def weights(folder: Path) -> dict[str, bytes]:
 # Predictions
 
 
-def test_scores_are_the_closed_form():
-    """Oracle: sums over a vocabulary of three in float64, written out."""
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_scores_are_the_closed_form(size):
+    """Oracle: sums over a vocabulary of three in float64, written out. The window comes in parts of this size."""
     logits = torch.tensor([[[0.3, -1.0, 2.0], [1.0, 0.0, -2.0], [0.1, 0.2, 0.3], [0.5, 0.5, 9.0]]] * 2)
     logits[1] += torch.tensor([0.4, 0.0, -0.7])
     model, dense, window = logits[0], logits[1], torch.tensor([2, 0, 1, 2])
     scores = Scores([], [], [])
-    scores.add(window, model.log_softmax(-1), dense.log_softmax(-1), 1)
+    scores.add(window, model.log_softmax(-1).split(size), dense.log_softmax(-1).split(size), 1)
     nlls, reference_nlls, kl = [], [], []
     for position in (1, 2, 3):
         q, p = ([math.exp(x) for x in rows[position].tolist()] for rows in (model, dense))
@@ -73,7 +79,7 @@ def test_scores_are_the_closed_form():
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_the_evaluation_is_that_of_text_that_nothing_has_seen(effort, llama, calibration, tmp_path):
     """Oracles: transformers' losses for the models as they are loaded; the tokens of the run, drawn again."""
-    made = tiny.compress(llama, tmp_path / "out", calibration, effort=effort, num_sequences=8, iterations=2)
+    made = compress(llama, tmp_path / "out", calibration, effort=effort, num_sequences=8, iterations=2)
     validation = 1 if effort == "default" else 0
     drawn = calibration_tokens(load_tokenizer(llama), str(calibration), 8 + validation + 16, tiny.LENGTH, 0).ids
     windows = drawn[8 + validation :]
@@ -93,6 +99,20 @@ def test_the_evaluation_is_that_of_text_that_nothing_has_seen(effort, llama, cal
     assert found["divergence"]["mean"] == pytest.approx(again.divergence, rel=1e-6)
     assert found["divergence"]["interval"] == pytest.approx(again.divergence_interval, rel=1e-5)
     assert found["sha256"] == Tokens(windows, "").sha256
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_logits_in_parts_are_those_of_the_window(family, folder_of, llama, monkeypatch):
+    """Oracle: all logits of a window at once."""
+    other, ids = tiny.make(family, seed=3), tiny.ids(3, 13)
+    whole = mspc.evaluate(folder_of(family), ids, progress=False)
+    assert whole.nll == pytest.approx(float(tiny.losses(tiny.reference(folder_of(family)), ids).mean()), rel=1e-5)
+    monkeypatch.setattr("mspc.passes.perplexity.LOGITS_AT_ONCE", 5 * tiny.VOCABULARY)
+    parts = mspc.evaluate(folder_of(family), ids, progress=False)
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
+    against = mspc.evaluate(folder_of(family), ids, against=folder_of(family), progress=False)
+    assert (against.divergence, against.nll) == (0, parts.nll)
+    assert mspc.evaluate(other, ids, against=folder_of(family), progress=False).divergence > 0
 
 
 def test_windows_that_begin_with_bos_are_scored_as_eval_does(llama, calibration, tmp_path):
@@ -153,7 +173,7 @@ def test_given_ids_beyond_the_calibration_are_test_text(llama, tmp_path):
 
 
 def test_without_evaluation_every_weight_is_the_same(artifact, llama, calibration, tmp_path):
-    without = tiny.compress(llama, tmp_path / "out", calibration, sparsity=0.3, effort="fast", eval=False)
+    without = compress(llama, tmp_path / "out", calibration, sparsity=0.3, eval=False)
     assert weights(without.path) == weights(artifact.path)
     assert without.manifest["evaluation"] is None
     assert "Evaluating" not in without.manifest["seconds_by_stage"]
@@ -168,7 +188,7 @@ def test_activations_that_overflow_are_a_note_and_the_artifact_is_finished(
 
     monkeypatch.setattr(cost, "score", overflow)
     monkeypatch.setattr(pipeline, "warn_if_guessing", lambda *_: None)
-    made = tiny.compress(llama, tmp_path / "out", calibration, sparsity=0.3, effort="fast")
+    made = compress(llama, tmp_path / "out", calibration, sparsity=0.3)
     assert weights(made.path) == weights(artifact.path)
     assert made.manifest["evaluation"] is None
     assert "the cost could not be measured on the test text: model.layers.1" in caplog.text
@@ -211,7 +231,7 @@ SETTINGS = [
 def test_bytes_are_those_of_the_files(family, recipe, model, calibration, tmp_path):
     """Oracle: the sizes of the files that are there, of those that the export writes, and of transformers' weights."""
     source = tiny.build(tmp_path / "model", family, **model)
-    made = tiny.compress(source, tmp_path / "out", calibration, effort="fast", eval=False, **recipe)
+    made = compress(source, tmp_path / "out", calibration, eval=False, **recipe)
     out = made.export("sparse", tmp_path / "sparse", verify=False, progress=False)
     sizes = made.manifest["bytes"]
     assert sizes["dense"] == sum(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -293,7 +313,7 @@ def test_a_run_killed_in_the_evaluation_solves_nothing_again(artifact, llama, ca
     """Oracle: the artifact of a run that was not killed."""
     out = tmp_path / "out"
     options = {"sparsity": 0.3, "effort": "fast"}
-    assert killed_at(2, cost, "_install", lambda: tiny.compress(llama, out, calibration, **options))
+    assert killed_at(2, cost, "_install", lambda: compress(llama, out, calibration, **options))
     monkeypatch.setattr(pipeline, "solve_blocks", lambda *_, **__: pytest.fail("solved again"))
     for evaluated in (True, False):  # the rest of the run may also go without
         recipe = mspc.Recipe(

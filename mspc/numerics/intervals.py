@@ -27,7 +27,7 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
 
 @cache
 def t_quantile(degrees: int) -> float:
-    """The t with P(|T| <= t) = `LEVEL` for so many degrees of freedom."""
+    """The t with P(|T| <= t) = `LEVEL` for this number of degrees of freedom."""
     low, high = 0.0, 13.0  # one degree needs 12.7
     while high - low > 1e-9:
         middle = (low + high) / 2

@@ -1,7 +1,7 @@
 """Perplexity by the field's protocol: one token stream, non-overlapping windows, every token after a window's first."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,9 @@ from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.intervals import Interval, mean_interval
 from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite
+
+LOGITS_AT_ONCE = 2**26
+"""Logits of a part of a window: 256 MB in float32, where a whole window of a large vocabulary has gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +75,24 @@ def score(
     with torch.no_grad(), model.loaded_outer(), nullcontext() if reference is None else reference.loaded_outer():
         windows = (window for batch in batches for window in batch.sequences())
         expected = (window for batch in reference_batches for window in batch.sequences())
+        size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
         for window in windows:
-            p = None if reference is None else _log_probabilities(reference, next(expected))[0]
-            scores.add(window.ids[0], _log_probabilities(model, window)[0], p, first)
+            q = (_log_probabilities(model, part)[0] for part in _parts(window, size))
+            p = None
+            if reference is not None:
+                p = (_log_probabilities(reference, part)[0] for part in _parts(next(expected), size))
+            scores.add(window.ids[0], q, p, first)
     return scores.mean(batches[0].ids.shape[1], first)
 
 
+def _parts(window: Batch, size: int) -> Iterator[Batch]:
+    """A window that has passed all blocks as parts of `size` positions: each position has its own logits."""
+    for ids, hidden in zip(window.ids.split(size, 1), window.hidden.split(size, 1), strict=True):
+        yield Batch(ids, hidden, window.calls)
+
+
 def first_scored(begin: int) -> int:
-    """The first position whose prediction counts, in windows that begin with so many tokens that are no text."""
+    """The first position whose prediction counts, in windows that begin with `begin` tokens that are no text."""
     return max(begin - 1, 0)
 
 
@@ -92,7 +105,7 @@ def measure_module(
         for window in ids:
             q = _predictions(model, window)
             p = None if reference is None else _predictions(reference, window).to(q.device)
-            scores.add(window, q, p, first)
+            scores.add(window, [q], None if p is None else [p], first)
             step()
     return scores.mean(ids.shape[1], first)
 
@@ -105,12 +118,25 @@ class Scores:
     reference_losses: list[float]
     divergences: list[float]
 
-    def add(self, window: Tensor, q: Tensor, p: Tensor | None, first: int) -> None:
-        """Add a window (T,) by its log-probabilities (T, V) of model and reference, from position `first` on."""
-        self.losses.append(_loss(q, window, first))
-        if p is not None:
-            self.reference_losses.append(_loss(p, window, first))
-            self.divergences.append(divergence(p[first:], q[first:]))
+    def add(self, window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, first: int) -> None:
+        """Add a window (T,), from position `first` on.
+
+        `qs` are the log-probabilities (t, V) of the model for successive parts of it, and `ps` those of the reference.
+        """
+        loss = reference_loss = divergences = 0.0
+        begin, expected = 0, None if ps is None else iter(ps)
+        for q in qs:
+            skipped, targets = max(first - begin, 0), window[begin + 1 : begin + len(q) + 1]
+            loss += _loss(q, targets, skipped)
+            if expected is not None:
+                p = next(expected)
+                reference_loss += _loss(p, targets, skipped)
+                divergences += divergence(p[skipped:], q[skipped:])
+            begin += len(q)
+        self.losses.append(loss)
+        if expected is not None:
+            self.reference_losses.append(reference_loss)
+            self.divergences.append(divergences)
 
     def mean(self, length: int, first: int) -> Perplexity:
         """The means over all windows of a length, and their intervals."""
@@ -141,10 +167,10 @@ def _exp(interval: Interval | None) -> Interval | None:
     return interval and (exponential(interval[0]), exponential(interval[1]))
 
 
-def _loss(predictions: Tensor, window: Tensor, first: int) -> float:
-    """The cross entropies of a window (T,) by log-probabilities (T, V), summed in float64."""
-    targets = window[first + 1 :, None].to(predictions.device)
-    return -float(predictions[first:-1].gather(1, targets).sum(dtype=torch.float64))
+def _loss(predictions: Tensor, targets: Tensor, skipped: int) -> float:
+    """Cross entropies of targets (t,) by log-probabilities (t or t + 1, V), without the first, summed in float64."""
+    wanted = targets[skipped:, None].to(predictions.device)
+    return -float(predictions[skipped : len(targets)].gather(1, wanted).sum(dtype=torch.float64))
 
 
 def divergence(p: Tensor, q: Tensor) -> float:

@@ -1,9 +1,8 @@
-"""What a compression cost: the predictions of the compressed model beside those of the dense one, and bytes.
+"""The cost of a compression: predictions of the compressed model compared with those of the dense one, and bytes.
 
 Both models pass the test text together: each block is loaded once, dense, and then gets the solved weights.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ def evaluation_to_dict(found: Perplexity, text: str, ids: Tensor) -> dict[str, A
         "windows": found.windows,
         "sequence_length": found.sequence_length,
         "tokens": found.tokens,
-        "sha256": hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
+        "sha256": Tokens(ids, text).sha256,
         "dense_perplexity": both(found.reference_perplexity, found.reference_perplexity_interval),
         "perplexity": both(found.perplexity, found.perplexity_interval),
         "divergence": both(found.divergence, found.divergence_interval),

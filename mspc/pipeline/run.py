@@ -126,14 +126,14 @@ class Run:
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
             return
+        if not is_artifact(self.folder):  # a run that goes on has tried it
+            warn_if_guessing(model, tokens, progress)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
         if journal.blocks:
             log.info(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
         written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
         write_text(self.folder / RECIPE, written.to_toml())
         self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
-        if not journal.entries:
-            warn_if_guessing(model, tokens, progress)
         fisher = planner.fisher(model)
         plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)

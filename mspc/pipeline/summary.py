@@ -9,7 +9,7 @@ from mspc.progress import log
 from mspc.types import UNQUANTIZED_BITS
 
 HURT = 0.5
-"""KL divergence from the dense model, in nats per token, above which a model is said to be badly hurt."""
+"""KL divergence from the dense model, in nats per token, above which a model is called badly hurt."""
 HEADINGS = ("matrix", "shape", "pattern", "sparsity", "bits", "sensitivity", "output error", "damp", "zeros")
 
 
@@ -84,7 +84,7 @@ def size_in_words(size: int) -> str:
 
 
 def hurt_line(manifest: Mapping[str, Any]) -> str | None:
-    """That the model is badly hurt, and what would help, by the settings; None if it is not."""
+    """A warning that the model is badly hurt, with what would help, by the settings; None if it is not."""
     found = manifest.get("evaluation")
     divergence = None if found is None else found["divergence"]["mean"]
     if found is None or (divergence is not None and divergence <= HURT):

@@ -30,7 +30,7 @@ def tensor_bytes(kind: StoredType) -> int:
 
 
 def file_bytes(types: Mapping[str, StoredType]) -> int:
-    """The size of the safetensors file that holds tensors of these types, as `write_tensors` writes it."""
+    """The size of the safetensors file that holds such tensors, as `write_tensors` writes it."""
     code_of = {name: code for code, name in STORED_TYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
