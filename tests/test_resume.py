@@ -37,7 +37,7 @@ def recipe(calibration: Path) -> mspc.Recipe:
 
 
 def on_text(calibration: str, **values: object) -> mspc.Recipe:
-    return mspc.Recipe(calibration=calibration, num_sequences=4, sequence_length=32, **values)
+    return mspc.Recipe(calibration=calibration, num_sequences=4, sequence_length=32, eval=False, **values)
 
 
 @pytest.fixture(scope="module")

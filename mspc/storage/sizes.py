@@ -19,9 +19,9 @@ ORDER = (
 
 
 def bytes_in(path: Path) -> int:
-    """The size of a file, or of all files at any depth of a folder."""
+    """The size of a file, or of all files at any depth of a folder, without hidden ones, which are not written yet."""
     files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.name.startswith("."))
 
 
 def tensor_bytes(kind: StoredType) -> int:
