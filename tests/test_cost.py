@@ -27,6 +27,7 @@ from mspc.pipeline.cost import unigram_loss, warn_if_guessing
 from mspc.pipeline.stopwatch import Stopwatch
 from mspc.pipeline.summary import cost_lines, hurt_line, number, size_in_words
 from mspc.progress import Silent
+from mspc.storage.checkpoint import types_in
 from mspc.storage.sizes import file_bytes
 from mspc.text.tokens import Tokens, calibration_tokens
 
@@ -203,6 +204,15 @@ NAMES = (
 )  # fmt: skip
 
 
+def test_a_file_of_types_that_are_only_carried_has_its_size(tmp_path):
+    """Oracle: the file that safetensors writes."""
+    names = ("float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2", "uint8", "bool")
+    tensors = {name[-4:]: torch.zeros(3 + i).byte().view(getattr(torch, name)) for i, name in enumerate(names)}
+    tensors["x"] = torch.zeros(5, dtype=torch.int16)
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    assert file_bytes(types_in(tmp_path / "x.safetensors")) == (tmp_path / "x.safetensors").stat().st_size
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_file_has_the_size_that_is_computed_before_it_is_written(seed, tmp_path):
     """Oracle: the file that safetensors writes, with names that need escapes and more than one byte a letter."""
@@ -218,12 +228,21 @@ def test_a_file_has_the_size_that_is_computed_before_it_is_written(seed, tmp_pat
     assert file_bytes(types) == (tmp_path / "x.safetensors").stat().st_size
 
 
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "wte.weight",
+    "wpe.weight",
+    "embed_in.weight",
+    "embed_out.weight",
+)
 SETTINGS = [
     ("llama", {"sparsity": 0.3}, {}),
     ("llama", {"bits": 4, "group_size": 16, "asymmetric": True}, {"dtype": torch.bfloat16, "sharded": True}),
     ("llama", {"pattern": "2:4", "bits": 3, "group_size": "row", "skip": ("v_proj",)}, {"dtype": torch.float16}),
     ("gpt2", {"pattern": "N:16", "sparsity": 0.4}, {"sharded": True}),
     ("gemma2", {"sparsity": 0, "bits": 8, "group_size": 32}, {}),
+    ("gpt_neox", {}, {}),
 ]
 
 
@@ -240,8 +259,7 @@ def test_bytes_are_those_of_the_files(family, recipe, model, calibration, tmp_pa
     files = [file for file in made.path.rglob("*") if file.is_file() and file.name != "mspc.json"]
     assert sizes["folder"] == sum(file.stat().st_size for file in files)
     loaded = tiny.reference(source, dtype=model.get("dtype", torch.float32))
-    parts = [module for module in loaded.modules() if isinstance(module, torch.nn.Embedding)]
-    own = {id(p): p.nbytes for module in [*parts, loaded.get_output_embeddings()] for p in module.parameters()}
+    own = {id(p): p.nbytes for name, p in loaded.named_parameters() if name.endswith(EMBEDDINGS)}
     assert sizes["embeddings"] == sum(own.values())
 
 

@@ -176,14 +176,9 @@ class StreamedModel:
         return self.source_tensors[matrix.parameter].keys[0]
 
     def embedding_keys(self) -> list[str]:
-        """The tensors of the source that embed tokens or positions, or that give the logits; tied ones come once."""
-        head, inside = self.model.get_output_embeddings(), self.blocks_name + "."
-        names = [
-            f"{name}.{leaf}"
-            for name, module in self.model.named_modules()
-            if (isinstance(module, nn.Embedding) or module is head) and not name.startswith(inside)
-            for leaf, _ in module.named_parameters(recurse=False)
-        ]
+        """The tensors of the source that are matrices outside of the blocks: embeddings and head, tied ones once."""
+        inside = self.blocks_name + "."
+        names = [name for name, p in self.model.named_parameters() if p.ndim > 1 and not name.startswith(inside)]
         return list(dict.fromkeys(key for name in names for key in self.source_tensors[name].keys))
 
     def matrices(self, skip: Sequence[str], irregular: Collection[str] = ()) -> list[list[Matrix]]:

@@ -13,7 +13,8 @@ from mspc.storage.sparse_export import base_of
 
 ORDER = (
     "uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16",
-    "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool",
+    "f8_e5m2fnuz", "f8_e4m3fnuz", "f8_e8m0", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "f6_e3m2", "f6_e2m3",
+    "f4", "bool",
 )  # fmt: skip
 """Types in the order in which safetensors stores tensors; those of one type are in the order of their names."""
 
@@ -26,7 +27,9 @@ def bytes_in(path: Path) -> int:
 
 def tensor_bytes(kind: StoredType) -> int:
     name, shape = kind
-    return math.prod(shape) * getattr(torch, name).itemsize
+    dtype = getattr(torch, name, None)  # a type that mspc does not compute with has its bits in its name: f8_e8m0
+    bits = int(name[1:].partition("_")[0]) if dtype is None else 8 * dtype.itemsize
+    return math.prod(shape) * bits // 8
 
 
 def file_bytes(types: Mapping[str, StoredType]) -> int:
@@ -36,7 +39,7 @@ def file_bytes(types: Mapping[str, StoredType]) -> int:
     end = 0
     for key, (name, shape) in sorted(types.items(), key=lambda item: (ORDER.index(item[1][0]), item[0])):
         begin, end = end, end + tensor_bytes((name, shape))
-        header[key] = {"dtype": code_of[name], "shape": shape, "data_offsets": [begin, end]}
+        header[key] = {"dtype": code_of.get(name, name.upper()), "shape": shape, "data_offsets": [begin, end]}
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + end
 
