@@ -421,12 +421,13 @@ def test_guessing_is_said_before_the_work(llama, calibration, tmp_path, caplog):
             "--sparsity",
         ),
         ({"target_size": "2MB", "bits": 16, "effort": "best"}, ["a larger --target-size than 2MB"], "--sparsity"),
+        ({"pattern": "2:4", "bits": 4, "effort": "best"}, ["a pattern that keeps more than 2:4"], "--sparsity than"),
         ({"plan": "plan.json", "bits": 16, "effort": "best"}, ["a plan with more bits"], "--bits-per-weight"),
     ],
 )
 def test_a_badly_hurt_model_is_said_to_be_so_with_what_would_help(settings, helps, not_said):
     manifest = {
-        "settings": settings, "sparsity": {"achieved": settings.get("sparsity", 0.4)},
+        "settings": {"pattern": "unstructured"} | settings, "sparsity": {"achieved": settings.get("sparsity", 0.4)},
         "evaluation": {"divergence": {"mean": 0.51, "interval": [0.4, 0.6]}},
     }  # fmt: skip
     said = hurt_line(manifest)

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from mspc.progress import log
+from mspc.settings import fixed_pattern
 from mspc.types import UNQUANTIZED_BITS
 
 HURT = 0.5
@@ -47,9 +48,10 @@ def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
         )
     if sizes := manifest.get("bytes"):
         dense, sparse, embeddings = sizes["dense"], sizes["sparse_export"], sizes["embeddings"]
+        factor = f"{dense / sparse:.1f} times smaller" if sparse < dense else "not smaller"
         lines.append(
             f"Size: weights of {size_in_words(dense)} before and {size_in_words(sparse)} as the sparse export, "
-            f"{dense / sparse:.1f} times smaller. Embeddings and head, which stay dense, are "
+            f"{factor}. Embeddings and head, which stay dense, are "
             f"{size_in_words(embeddings)} of it ({embeddings / sparse:.0%}). This folder has "
             f"{size_in_words(sizes['artifact'])} of weights, {size_in_words(sizes['folder'])} in all."
         )
@@ -97,7 +99,9 @@ def hurt_line(manifest: Mapping[str, Any]) -> str | None:
     elif "plan" not in asked:
         if asked["bits"] != UNQUANTIZED_BITS:
             helps.append(f"more --bits than {asked['bits']}")
-        if manifest["sparsity"]["achieved"] > 0:
+        if fixed_pattern(asked["pattern"]) is not None:
+            helps.append(f"a pattern that keeps more than {asked['pattern']}")
+        elif manifest["sparsity"]["achieved"] > 0:
             helps.append(f"less --sparsity than {manifest['sparsity']['achieved']:.2g}")
         helps.append("--bits-per-weight, which mixes sparsity and bits, for the same size")
     else:
