@@ -51,7 +51,7 @@ def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
         factor = f"{dense / sparse:.1f} times smaller" if sparse < dense else "not smaller"
         lines.append(
             f"Size: weights of {size_in_words(dense)} before and {size_in_words(sparse)} as the sparse export, "
-            f"{factor}. Embeddings and head, which stay dense, are "
+            f"{factor}. Embeddings and head, which are not compressed, are "
             f"{size_in_words(embeddings)} of it ({embeddings / sparse:.0%}). This folder has "
             f"{size_in_words(sizes['artifact'])} of weights, {size_in_words(sizes['folder'])} in all."
         )
