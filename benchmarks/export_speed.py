@@ -57,7 +57,7 @@ def main() -> None:
         for setting, (options, formats) in SETTINGS.items():
             recipe = mspc.Recipe(
                 **options, solver="mask", criterion="magnitude", allocator="uniform", num_sequences=1,
-                sequence_length=32,
+                sequence_length=32, eval=False,
             )  # fmt: skip
             artifact = mspc.compress(model, recipe, out=work / "artifact", overwrite=True, progress=False)
             for format_name in formats:

@@ -238,6 +238,7 @@ def main() -> None:
                     num_sequences=args.num_sequences,
                     sequence_length=args.sequence_length,
                     seed=seed,
+                    eval=False,
                 )
                 results[key] = measure(args, recipe, out)
                 print(f"{key}: {results[key]['seconds']:.1f} s", flush=True)

@@ -163,6 +163,7 @@ def run_mspc(args: argparse.Namespace, tier: str, model: Model, out: Path) -> di
         seed=SEED,
         device="cpu",
         dtype="float32",
+        eval=False,
     )
     job = out.with_suffix(".job")
     job.write_text(json.dumps({"model": str(model.folder), "recipe": recipe.to_dict(), "out": str(out)}))

@@ -221,7 +221,7 @@ def evaluate(
     text_encoding: str | None = None,
     progress: ProgressLike = True,
 ) -> Perplexity:
-    """Perplexity on test text, cut into windows that do not overlap.
+    """Perplexity on test text, cut into windows that do not overlap, with 95% intervals over the windows.
 
     Args:
         model: Checkpoint folder, .gguf file, hub id, artifact, dense or sparse export (a block at a time in memory),
@@ -230,7 +230,8 @@ def evaluate(
         tokenizer: Tokenizer of the text; None: the one in the model's folder.
         sequence_length: Tokens per window; None: 2048, or the model's maximum if that is less.
         max_windows: Measure only the first windows.
-        against: Another model, such as the one before compression: the KL divergence from its predictions is measured.
+        against: Another model, such as the one before compression: its perplexity and the KL divergence from its
+            predictions are measured too.
         device: Device of a model that is not in memory yet.
         dtype: Dtype of the forward passes of a model that is not in memory yet.
         bos: Whether each window begins with a BOS token, which is not scored: auto (as the tokenizer begins a text),

@@ -19,7 +19,7 @@ log = logging.getLogger("mspc")
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a stage, or its beginning (`done` is 0)."""
+    """One step of a stage, or its beginning (`done` is 0, or what an earlier run did before it was cut off)."""
 
     stage: str
     done: int
@@ -40,11 +40,17 @@ class Step(Protocol):
 class Progress(Protocol):
     """Shows stages of work. A stage gives a function to call after each of its `total` steps."""
 
-    stopped: bool
-    """True once the run was asked to stop."""
+    @property
+    def stopped(self) -> bool:
+        """True once the run was asked to stop."""
 
-    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> AbstractContextManager[Step]:
-        """A stage `in_blocks` is not left at a step: it looks at `stopped` after each block."""
+    def stage(
+        self, title: str, total: int, *, in_blocks: bool = False, done: int = 0, seconds: float = 0.0
+    ) -> AbstractContextManager[Step]:
+        """A stage `in_blocks` is not left at a step: it looks at `stopped` after each block.
+
+        `done` steps were made, and `seconds` spent, by earlier runs that were cut off.
+        """
 
 
 class Silent:
@@ -53,7 +59,9 @@ class Silent:
     stopped = False
 
     @contextmanager
-    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
+    def stage(
+        self, title: str, total: int, *, in_blocks: bool = False, done: int = 0, seconds: float = 0.0
+    ) -> Iterator[Step]:
         yield lambda matrix="", row=None: None
 
 
@@ -64,15 +72,15 @@ class Callback:
         self.on_event, self.stopped = on_event, False
 
     @contextmanager
-    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
-        done = 0
-
+    def stage(
+        self, title: str, total: int, *, in_blocks: bool = False, done: int = 0, seconds: float = 0.0
+    ) -> Iterator[Step]:
         def step(matrix: str = "", row: Mapping[str, Any] | None = None) -> None:
             nonlocal done
             done += 1
             self._tell(Event(title, done, total, matrix, row), in_blocks)
 
-        self._tell(Event(title, 0, total), in_blocks)
+        self._tell(Event(title, done, total), in_blocks)
         yield step
 
     def _tell(self, event: Event, in_blocks: bool) -> None:
@@ -93,14 +101,16 @@ class Console:
         self.console = console or RichConsole(stderr=True)
 
     @contextmanager
-    def stage(self, title: str, total: int, *, in_blocks: bool = False) -> Iterator[Step]:
+    def stage(
+        self, title: str, total: int, *, in_blocks: bool = False, done: int = 0, seconds: float = 0.0
+    ) -> Iterator[Step]:
         if self.console.is_terminal:
             with self._bar() as bar:
-                task = bar.add_task(title, total=total, detail="")
+                task = bar.add_task(title, total=total, completed=done, detail="")
+                bar.tasks[-1].start_time = (bar.tasks[-1].start_time or bar.get_time()) - seconds
                 yield lambda matrix="", row=None: bar.update(task, advance=1, detail=matrix)
             return
         begin = last = time.monotonic()
-        done = 0
 
         def step(matrix: str = "", row: Mapping[str, Any] | None = None) -> None:
             nonlocal done, last
@@ -110,7 +120,7 @@ class Console:
                 self._print(f"{title}: {done}/{total} {matrix}".rstrip())
 
         yield step
-        self._print(f"{title}: done in {time.monotonic() - begin:.1f} s")
+        self._print(f"{title}: done in {seconds + time.monotonic() - begin:.1f} s")
 
     def _bar(self) -> Any:
         from rich.progress import (

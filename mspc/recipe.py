@@ -35,7 +35,7 @@ def repeatable(text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The options of `compress` that decide the bytes of an artifact. None: not asked for.
+    """The options of `compress` that decide the content of an artifact. None: not asked for.
 
     Raises InputError for values that make no sense, and for an option that has no effect with the others given.
     """
@@ -146,6 +146,12 @@ class Recipe:
         shown="column order",
     )
     dtype: str | None = option("auto", "Dtype of the forward passes: auto, float32, bfloat16 or float16.")
+    eval: bool | None = option(
+        True,
+        "Compare the compressed model with the dense one on test text: perplexity and KL divergence.",
+        flags="--eval/--no-eval",
+        shown="eval",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -93,6 +93,7 @@ class Settings:
     activation_order: bool
     device: str
     dtype: str
+    eval: bool
 
     @property
     def has_budget(self) -> bool:
@@ -155,10 +156,13 @@ class Settings:
         return self.needs_curves and self.allocator in (AUTO, SEARCH)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the option names; what is None is left out, and a group size of None is `row`."""
+        """Plain values under the option names; what is None is left out, and a group size of None is `row`.
+
+        `eval` is left out, as it changes no weight: a run may be resumed with it or without.
+        """
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
         values["only"] = list(self.only) or None
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 
 def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:

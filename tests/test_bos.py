@@ -244,15 +244,16 @@ def test_the_bench_passes_it_on(tmp_path):
 # Calibration
 
 
-def test_calibration_and_validation_windows_begin_with_it(calibration):
+def test_calibration_validation_and_test_windows_begin_with_it(calibration):
     """Oracle: slices of the text."""
     settings = mspc.Recipe(calibration=str(calibration), num_sequences=16).settings()
-    tokens, validation = draw(replace(settings, sequence_length=24), None, lambda: tokenizer("<s> $A"))
-    text, data = calibration.read_text(), torch.cat([tokens.ids, validation])
-    assert (len(tokens.ids), len(validation)) == (16, 2)
+    drawn = draw(replace(settings, sequence_length=24), None, lambda: tokenizer("<s> $A"))
+    parts = drawn.calibration.ids, drawn.validation, drawn.test
+    text, data = calibration.read_text(), torch.cat(parts)
+    assert [len(part) for part in parts] == [16, 2, 16]
     assert (data[:, 0] == BOS).all()
     assert all(tiny.byte_tokenizer().decode(row) in text for row in data[:, 1:])
-    assert len({tuple(row) for row in data.tolist()}) == 18
+    assert len({tuple(row) for row in data.tolist()}) == 34
 
 
 @few

@@ -36,7 +36,7 @@ RECIPE_FLAGS = {
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct"),
-    *("--text-column", "--text-encoding", "--bos"),
+    *("--text-column", "--text-encoding", "--bos", "--eval"),
 }
 
 
@@ -139,6 +139,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
             ("--text-column", "body", "--text-encoding", "cp1252", "--bos", "yes"),
             {"text_column": "body", "text_encoding": "cp1252", "bos": "yes"},
         ),
+        (("--no-eval",), {"eval": False}),
+        (("--eval",), {"eval": True}),
         (
             ("--plan", "p.json", "--device", "cpu", "--dtype", "float16"),
             {"plan": "p.json", "device": "cpu", "dtype": "float16"},
@@ -391,7 +393,9 @@ def test_eval_prints_one_object(windows, llama, artifact, test_text):
     for folder in (llama, artifact):
         result = mspc_cli("eval", folder, "--text", test_text, "--sequence-length", tiny.LENGTH, "--json", *most)
         values = only_json(result)
-        assert list(values) == ["perplexity", "nll", "tokens", "windows", "sequence_length"]
+        plain = ["perplexity", "nll", "tokens", "windows", "sequence_length"]
+        assert list(values) == [*plain, "perplexity_interval", "text"]
+        assert values["text"] == str(test_text)
         assert values["windows"] == (windows or 20)
         assert values["sequence_length"] == tiny.LENGTH
         assert values["tokens"] == values["windows"] * (tiny.LENGTH - 1)
@@ -405,7 +409,71 @@ def test_eval_prints_one_object(windows, llama, artifact, test_text):
 
 def test_eval_in_words(llama, test_text):
     result = mspc_cli("eval", llama, "--text", test_text, "--sequence-length", 32, "--max-windows", 2)
-    assert re.fullmatch(r"perplexity \d+\.\d{4} over 62 tokens, 2 windows of 32\n", result.stdout)
+    interval, number = r"\(\d+\.\d{4} to \d+\.\d{4}\)", r"\d+\.\d{4}"
+    assert re.fullmatch(
+        rf"perplexity {number} {interval} over 62 tokens, 2 windows of 32 of {test_text}\n", result.stdout
+    )
+
+
+def test_eval_against_another_model_gives_both_perplexities_and_intervals(llama, artifact, test_text):
+    """Oracle: each model evaluated alone; transformers' losses of every window."""
+    asked = ("--text", test_text, "--sequence-length", tiny.LENGTH)
+    both = only_json(mspc_cli("eval", artifact, "--against", llama, *asked, "--json"))
+    dense, alone = (only_json(mspc_cli("eval", path, *asked, "--json")) for path in (llama, artifact))
+    for name in ("perplexity", "perplexity_interval"):
+        assert both[name] == alone[name]
+        assert both[f"reference_{name}"] == pytest.approx(dense[name], rel=1e-6)
+    ids = torch.tensor(tiny.byte_tokenizer()(test_text.read_text())["input_ids"]).view(-1, tiny.LENGTH)
+    with torch.no_grad():
+        of_windows = tiny.losses(tiny.reference(llama), ids).double().mean(1)
+    half = 2.09302 * of_windows.std() / 20**0.5  # the quantile of 19 degrees, by the tables
+    expected = [math.exp(of_windows.mean() - half), math.exp(of_windows.mean() + half)]
+    assert dense["perplexity_interval"] == pytest.approx(expected, rel=1e-4)
+    low, high = both["divergence_interval"]
+    assert 0 < low < both["divergence"] < high
+    shown = mspc_cli("eval", artifact, "--against", llama, *asked).stdout
+    for name in ("perplexity", "reference_perplexity"):
+        low, high = both[f"{name}_interval"]
+        assert f"{both[name]:.4f} ({low:.4f} to {high:.4f})" in shown
+    assert f"; {llama}: " in shown
+    assert f"windows of 32 of {test_text}" in shown
+
+
+def test_eval_of_several_paths_is_a_table(llama, artifact, test_text, tmp_path):
+    """Oracle: the evaluation of each path. What was measured is shown when a later path fails."""
+    asked = ("--text", test_text, "--sequence-length", tiny.LENGTH, "--against", llama)
+    shown = mspc_cli("eval", llama, artifact, *asked).stdout
+    found = {path: mspc.evaluate(path, test_text, sequence_length=32, against=llama) for path in (llama, artifact)}
+    rows = [line for line in shown.splitlines() if line.startswith("/")]
+    assert f"20 windows of 32 of {test_text}, 95% intervals" in shown
+    assert [line.split()[0] for line in rows] == [str(path) for path in (llama, llama, artifact)]
+    assert "(reference)" in rows[0]
+    assert f"{found[llama].perplexity:.4f} (" in rows[0]
+    assert f"{found[artifact].divergence:.5f} (" in rows[2]
+    models = only_json(mspc_cli("eval", llama, artifact, *asked, "--json"))["models"]
+    assert [(model["path"], model["perplexity"]) for model in models] == [
+        (str(path), result.perplexity) for path, result in found.items()
+    ]
+    failed = mspc_cli("eval", llama, tmp_path, *asked, code=2)
+    assert f"{found[llama].perplexity:.4f}" in failed.stdout
+    assert "Error: " in failed.stderr
+
+
+def test_compress_says_what_it_cost(compress, tmp_path):
+    """Oracle: the manifest. A random model guesses, and is badly hurt by 95% zeros."""
+    result = mspc_cli(*compress(tmp_path / "out", "--sparsity", 0.95))
+    found = manifest_of(tmp_path / "out")["evaluation"]
+    lines = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines[-5:-1]] == ["Cost", "Size", "Seconds", "Warning"]
+    assert f"KL from the dense model {found['divergence']['mean']:.3f} (" in lines[-5]
+    assert "the model is badly hurt" in lines[-2]
+    assert "less --sparsity than 0.95" in lines[-2]
+    assert any(line.startswith("Warning: the dense model is close to guessing") for line in lines)
+    assert "Cost: perplexity" in mspc_cli("inspect", tmp_path / "out").stdout
+    without = mspc_cli(*compress(tmp_path / "without", "--no-eval"))
+    assert "Cost:" not in without.stderr
+    assert "Size: " in without.stderr
+    assert mspc.Recipe.from_toml(tmp_path / "without" / "recipe.toml").eval is False
 
 
 def test_inspect_prints_the_manifest(artifact):

@@ -216,7 +216,7 @@ def try_seed(seed: int, models: list[Path], folder: Path) -> str | None:
 
 def compress(source: Path, out: Path) -> object:
     return tiny.compress(
-        source, out, source / "text.jsonl", effort="fast", num_sequences=2, sequence_length=16, device="cpu"
+        source, out, source / "text.jsonl", effort="fast", num_sequences=2, sequence_length=16, device="cpu", eval=True
     )
 
 

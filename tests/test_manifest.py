@@ -50,7 +50,7 @@ def test_it_holds_what_it_must(artifact, llama):
     manifest = artifact.manifest
     assert set(manifest) >= {
         *("format_version", "mspc_version", "source", "recipe", "calibration", "sparsity", "bits_per_weight"),
-        *("seconds", "peak_memory_bytes", "matrices"),
+        *("seconds", "seconds_by_stage", "peak_memory_bytes", "matrices", "bytes", "evaluation"),
     }
     assert manifest["format_version"] == 1
     assert manifest["mspc_version"] == mspc.__version__

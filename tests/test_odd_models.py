@@ -235,7 +235,8 @@ def test_hybrids_and_states_are_compressed_with_the_default_options(family, cali
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL | changes))
     source = tiny.save(model, tmp_path / "model")
     with caplog.at_level("INFO", "mspc"):
-        artifact = tiny.compress(source, tmp_path / "out", calibration, effort="fast")
+        artifact = tiny.compress(source, tmp_path / "out", calibration, effort="fast", eval=True)
+    assert artifact.manifest["evaluation"]["divergence"]["mean"] > 0
     notes = [line for line in caplog.messages if "stay dense" in line]
     assert bool(notes) == bool(noted)
     if noted:

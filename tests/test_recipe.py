@@ -24,7 +24,7 @@ OTHER = (
         "solver": "obs", "propagation": 0.25, "criterion": "ria", "allocator": "trace-rank", "alpha": 0.25,
         "sensitivity": "hutchinson", "sensitivity_sequences": 7, "sensitivity_probes": 2, "damp": 0.1,
         "calibration": 'a "quoted" path\\with\nlines', "num_sequences": 9, "sequence_length": 33, "seed": 5,
-        "text_column": "body", "text_encoding": "cp1252", "bos": "no",
+        "text_column": "body", "text_encoding": "cp1252", "bos": "no", "eval": False,
         "skip": ("lm_head", r"layers\.[0-3]\."), "only": ("q_proj", "mlp"),
         "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
     },
@@ -178,6 +178,7 @@ def test_the_table_of_effects_is_whole():
     always = {
         "bits_per_weight", "target_size", "effort", "solver", "reconstruct", "calibration", "num_sequences",
         "sequence_length", "seed", "skip", "only", "plan", "device", "dtype", "text_column", "text_encoding", "bos",
+        "eval",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 

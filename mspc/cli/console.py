@@ -79,7 +79,7 @@ class ToStderr(logging.Handler):
     """Prints messages. The stream is looked up each time, so that rich can print above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note = "Note: " if record.levelno >= logging.WARNING else ""
+        note = "Warning: " if record.levelno >= logging.ERROR else "Note: " if record.levelno >= logging.WARNING else ""
         print(f"{note}{record.getMessage()}", file=sys.stderr)
 
 

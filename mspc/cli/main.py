@@ -3,7 +3,7 @@
 import logging
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ from mspc.progress import log
 from mspc.version import __version__
 
 if TYPE_CHECKING:
-    from mspc.passes.perplexity import Perplexity
+    pass
 
 app = typer.Typer(
     name="mspc",
@@ -67,7 +67,10 @@ def eval_(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also measure the KL divergence from the predictions of this model."),
+        typer.Option(
+            metavar="MODEL",
+            help="Also measure the perplexity of this model, and the KL divergence from its predictions.",
+        ),
     ] = None,
     bos: BosOption = "auto",
     text_column: ColumnOption = None,
@@ -77,44 +80,48 @@ def eval_(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure the perplexity of a model on test text; lower is better.
+    """Measure the perplexity of models on test text; lower is better.
 
     \b
-    mspc eval MODEL                         the original
-    mspc eval out/small                     the compressed model
-    mspc eval out/small --against MODEL     and its distance from MODEL
-    mspc eval MODEL out/a out/b             one after the other
+    mspc eval MODEL                          the original
+    mspc eval out/small                      the compressed model
+    mspc eval out/small --against MODEL      and its distance from MODEL
+    mspc eval out/a out/b --against MODEL    a table
     mspc eval out/small --text t.txt --max-windows 100
 
     The text is one stream of tokens, cut into windows that do not overlap.
     Compare only perplexities of the same text, window length, number of windows
-    and --bos. Of several PATHs, each is printed when it is known, with --json as
-    one object a line.
+    and --bos. Intervals are 95% t-intervals over the windows.
     """
+    results: dict[str, dict[str, Any]] = {}
     with reported(debug):
         from mspc.api import evaluate
 
-        for path in paths:
-            result = evaluate(
-                path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
-                dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
-            )  # fmt: skip
-            show(result, path if len(paths) > 1 else None, as_json)
+        try:
+            for path in paths:
+                found = evaluate(
+                    path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
+                    dtype=dtype or "auto", against=against, bos=bos, text_column=text_column,
+                    text_encoding=text_encoding,
+                )  # fmt: skip
+                results[path] = {name: value for name, value in asdict(found).items() if value is not None}
+        finally:  # what was measured is shown when a later path fails
+            _show(results, against, as_json, several=len(paths) > 1)
 
 
-def show(result: "Perplexity", path: str | None, as_json: bool) -> None:
-    """Print a result on a line, with its path if there are several."""
-    if as_json:
-        found = {name: value for name, value in asdict(result).items() if value is not None}
-        print_json(found if path is None else {"path": path} | found)
-        return
-    print(
-        ("" if path is None else f"{path}: ")
-        + f"perplexity {result.perplexity:.4f} over {result.tokens:,} tokens, {result.windows} windows of "
-        + f"{result.sequence_length}"
-        + ("" if result.divergence is None else f", KL divergence {result.divergence:.5f} nats per token"),
-        flush=True,
-    )
+def _show(results: dict[str, dict[str, Any]], against: str | None, as_json: bool, several: bool) -> None:
+    """Print evaluations by path: a table, or for a single path a sentence."""
+    if as_json and results:
+        rows = [{"path": path} | row for path, row in results.items()]
+        print_json({"models": rows} if several else next(iter(results.values())))
+    elif results and several:
+        from mspc.cli.tables import evaluation_table
+
+        print_table(evaluation_table(results, against))
+    elif results:
+        from mspc.cli.tables import evaluation_line
+
+        print(evaluation_line(next(iter(results.values())), against))
 
 
 @app.command()
@@ -122,7 +129,7 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
     """Show the matrices of an artifact: pattern, sparsity, bits, error."""
     with reported(debug):
         from mspc.cli.tables import matrix_table
-        from mspc.pipeline.summary import summary, unused_note
+        from mspc.pipeline.summary import cost_lines, summary, unused_note
         from mspc.storage.manifest import read_manifest
 
         manifest = read_manifest(artifact)
@@ -132,7 +139,7 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
         print_json(manifest)
         return
     print_table(matrix_table(manifest))
-    print(summary(manifest))
+    print("\n".join([summary(manifest), *cost_lines(manifest)]))
 
 
 app.command()(export)

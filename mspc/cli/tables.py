@@ -19,6 +19,43 @@ def matrix_table(manifest: dict[str, Any]) -> Table:
     return table
 
 
+def evaluation_line(result: Mapping[str, Any], against: str | None) -> str:
+    """One evaluation as a sentence, for `mspc eval`; `result` has the fields of `Perplexity` that are not None."""
+    line = (
+        f"perplexity {_shown(result, 'perplexity')} over {result['tokens']:,} tokens, {result['windows']} windows of "
+        f"{result['sequence_length']} of {result['text']}"
+    )
+    if against is None:
+        return line
+    return line + (
+        f"; {against}: {_shown(result, 'reference_perplexity')}; KL divergence from it "
+        f"{_shown(result, 'divergence')} nats per token"
+    )
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Any]], against: str | None) -> Table:
+    """One row per model, for `mspc eval` of several; the reference comes first."""
+    first = next(iter(results.values()))
+    windows = f"{first['windows']} windows of {first['sequence_length']} of {first['text']}, 95% intervals"
+    table = Table(title=windows, box=None, pad_edge=False)
+    for heading in ("model", "perplexity", *(["KL from the reference, nats per token"] if against else [])):
+        table.add_column(heading)
+    if against is not None:
+        table.add_row(escape(f"{against} (reference)"), _shown(first, "reference_perplexity"), "")
+    for path, result in results.items():
+        kl = [_shown(result, "divergence")] if against else []
+        table.add_row(escape(path), _shown(result, "perplexity"), *kl)
+    return table
+
+
+def _shown(result: Mapping[str, Any], name: str) -> str:
+    """A value with its interval, if it has one."""
+    digits = 5 if name == "divergence" else 4
+    interval = result.get(f"{name}_interval")
+    around = "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+    return f"{result[name]:.{digits}f}{around}"
+
+
 def format_table(formats: Mapping[str, Any], runtimes: Mapping[str, Any]) -> Table:
     """One row per format, for `mspc export --list`."""
     table = Table(box=None, pad_edge=False)

@@ -184,6 +184,12 @@ class StreamedModel:
         """The name under which the source stores the parameter of a matrix."""
         return self.source_tensors[matrix.parameter].keys[0]
 
+    def embedding_keys(self) -> list[str]:
+        """The tensors of the source that are matrices outside of the blocks: embeddings and head, tied ones once."""
+        inside = self.blocks_name + "."
+        names = [name for name, p in self.model.named_parameters() if p.ndim > 1 and not name.startswith(inside)]
+        return list(dict.fromkeys(key for name in names for key in self.source_tensors[name].keys))
+
     def matrices(
         self, skip: Sequence[str], irregular: Collection[str] = (), only: Sequence[str] = ()
     ) -> list[list[Matrix]]:

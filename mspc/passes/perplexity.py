@@ -1,23 +1,28 @@
 """Perplexity by the field's protocol: one token stream, non-overlapping windows, every token after a window's first."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite, token_losses
+from mspc.numerics.intervals import Interval, mean_interval
+from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite
+
+LOGITS_AT_ONCE = 2**26
+"""Logits of a part of a window: 256 MB in float32, where a whole window of a large vocabulary has gigabytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
     """`nll` is the mean cross entropy in nats over the `tokens` that were predicted; `perplexity` is exp(nll).
 
-    `divergence` is the mean KL(reference || model) of a prediction in nats, or None without a reference.
+    `divergence` is the mean KL(reference || model) of a prediction in nats, or None without a reference. Intervals are
+    95% t-intervals over the windows, None for a single window.
     """
 
     perplexity: float
@@ -26,6 +31,12 @@ class Perplexity:
     windows: int
     sequence_length: int
     divergence: float | None = None
+    perplexity_interval: Interval | None = None
+    divergence_interval: Interval | None = None
+    reference_perplexity: float | None = None
+    reference_perplexity_interval: Interval | None = None
+    text: str = ""
+    """Name of the text."""
 
 
 def measure(
@@ -35,7 +46,6 @@ def measure(
 
     Each window begins with `begin` tokens that are no text, and that are not scored.
     """
-    first = max(begin - 1, 0)  # the position whose prediction is the first to count
     batches = batches_of(model, ids)
     reference_batches = [] if reference is None else batches_of(reference, ids)
     for index in range(len(model.blocks)):
@@ -44,42 +54,128 @@ def measure(
                 with one.loaded(index) as block:
                     advance(one, index, block, its_batches)
         yield None
-    total = 0.0
-    with torch.no_grad(), model.loaded_outer():
-        for batch in batches:
-            for sequence in batch.sequences():
-                total += float(token_losses(model, sequence)[:, first:].double().sum())
-    num_windows, length = ids.shape
-    tokens = num_windows * (length - 1 - first)
-    nll = total / tokens
-    divergence = None
-    if reference is not None:
-        divergence = mean_divergences(reference, reference_batches, model, [batches], first)[0]
-    if not math.isfinite(nll):
+    result = score(model, batches, begin, reference, reference_batches)
+    if not math.isfinite(result.nll):
         with model.loaded_outer() as outer:
             error = not_finite(outer, "The head", model.dtype)
         if isinstance(error, InputError):
             raise error
-    yield Perplexity(exponential(nll), nll, tokens, num_windows, length, divergence)
+    yield result
+
+
+def score(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    begin: int = 0,
+    reference: StreamedModel | None = None,
+    reference_batches: Sequence[Batch] = (),
+) -> Perplexity:
+    """The perplexity of windows that have passed all blocks, those of the reference too."""
+    first, scores = first_scored(begin), Scores([], [], [])
+    with torch.no_grad(), model.loaded_outer(), nullcontext() if reference is None else reference.loaded_outer():
+        windows = (window for batch in batches for window in batch.sequences())
+        expected = (window for batch in reference_batches for window in batch.sequences())
+        size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+        for window in windows:
+            q = (_log_probabilities(model, part)[0] for part in _parts(window, size))
+            p = None
+            if reference is not None:
+                p = (_log_probabilities(reference, part)[0] for part in _parts(next(expected), size))
+            scores.add(window.ids[0], q, p, first)
+    return scores.mean(batches[0].ids.shape[1], first)
+
+
+def _parts(window: Batch, size: int) -> Iterator[Batch]:
+    """A window that has passed all blocks as parts of `size` positions: each position has its own logits."""
+    for ids, hidden in zip(window.ids.split(size, 1), window.hidden.split(size, 1), strict=True):
+        yield Batch(ids, hidden, window.calls)
+
+
+def first_scored(begin: int) -> int:
+    """The first position whose prediction counts, in windows that begin with `begin` tokens that are no text."""
+    return max(begin - 1, 0)
 
 
 def measure_module(
     model: nn.Module, ids: Tensor, reference: nn.Module | None, step: Callable[[], None], begin: int = 0
 ) -> Perplexity:
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
-    first = max(begin - 1, 0)
-    nll = divergence = 0.0
+    first, scores = first_scored(begin), Scores([], [], [])
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
         for window in ids:
-            q = _predictions(model, window)[first:]
-            nll -= float(q[:-1].gather(1, window[first + 1 :, None].to(q.device)).sum(dtype=torch.float64))
-            if reference is not None:
-                p = _predictions(reference, window)[first:].to(q.device)
-                divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            q = _predictions(model, window)
+            p = None if reference is None else _predictions(reference, window).to(q.device)
+            scores.add(window, [q], None if p is None else [p], first)
             step()
-    tokens = len(ids) * (ids.shape[1] - 1 - first)
-    mean = None if reference is None else divergence / (tokens + len(ids))
-    return Perplexity(exponential(nll / tokens), nll / tokens, tokens, len(ids), ids.shape[1], mean)
+    return scores.mean(ids.shape[1], first)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over the predictions of each window in nats: cross entropies, and divergences from the reference."""
+
+    losses: list[float]
+    reference_losses: list[float]
+    divergences: list[float]
+
+    def add(self, window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, first: int) -> None:
+        """Add a window (T,), from position `first` on.
+
+        `qs` are the log-probabilities (t, V) of the model for successive parts of it, and `ps` those of the reference.
+        """
+        loss = reference_loss = divergences = 0.0
+        begin, expected = 0, None if ps is None else iter(ps)
+        for q in qs:
+            skipped, targets = max(first - begin, 0), window[begin + 1 : begin + len(q) + 1]
+            loss += _loss(q, targets, skipped)
+            if expected is not None:
+                p = next(expected)
+                reference_loss += _loss(p, targets, skipped)
+                divergences += divergence(p[skipped:], q[skipped:])
+            begin += len(q)
+        self.losses.append(loss)
+        if expected is not None:
+            self.reference_losses.append(reference_loss)
+            self.divergences.append(divergences)
+
+    def mean(self, length: int, first: int) -> Perplexity:
+        """The means over all windows of a length, and their intervals."""
+        scored, num_windows = length - 1 - first, len(self.losses)
+        nll, interval = _mean(self.losses, scored)
+        found = Perplexity(
+            exponential(nll), nll, num_windows * scored, num_windows, length, perplexity_interval=_exp(interval)
+        )
+        if not self.divergences:
+            return found
+        reference, reference_interval = _mean(self.reference_losses, scored)
+        mean, around = _mean(self.divergences, scored + 1)
+        return replace(
+            found,
+            divergence=mean,
+            divergence_interval=around and (max(around[0], 0.0), around[1]),  # it is never negative
+            reference_perplexity=exponential(reference),
+            reference_perplexity_interval=_exp(reference_interval),
+        )
+
+
+def _mean(sums: Sequence[float], count: int) -> tuple[float, Interval | None]:
+    """The mean of sums over `count` predictions each, and its interval."""
+    return sum(sums) / (count * len(sums)), mean_interval([total / count for total in sums])
+
+
+def _exp(interval: Interval | None) -> Interval | None:
+    return interval and (exponential(interval[0]), exponential(interval[1]))
+
+
+def _loss(predictions: Tensor, targets: Tensor, skipped: int) -> float:
+    """Cross entropies of targets (t,) by log-probabilities (t or t + 1, V), without the first, summed in float64."""
+    wanted = targets[skipped:, None].to(predictions.device)
+    return -float(predictions[skipped : len(targets)].gather(1, wanted).sum(dtype=torch.float64))
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) of log-probabilities (..., V), summed over all predictions in float64."""
+    return float((p.exp() * (p - q)).sum(dtype=torch.float64))
 
 
 def exponential(nll: float) -> float:
@@ -127,7 +223,7 @@ def mean_divergences(
                 p = _log_probabilities(reference, expected)[:, first:]
                 for i, other in enumerate(others):
                     q = _log_probabilities(model, other)[:, first:]
-                    totals[i] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+                    totals[i] += divergence(p, q)
                 tokens += expected.ids[:, first:].numel()
     return [total / tokens for total in totals]
 

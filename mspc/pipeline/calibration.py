@@ -1,8 +1,7 @@
-"""Calibration and validation text of a run: from a named source, or documents or token ids that the caller holds."""
+"""Calibration, validation and test text of a run: from a source by its name, or as documents or token ids."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,19 @@ Calibration = str | Path | Sequence[str] | Tensor
 """A source by its name, a list of documents, or token ids (N, T)."""
 CALIBRATION_PER_VALIDATION = 8
 """Calibration sequences per validation sequence."""
+TEST_WINDOWS = 16
+"""Windows on which the compressed model is compared with the dense one."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The text of a run; no two parts share a token."""
+
+    calibration: Tokens
+    validation: Tensor | None
+    """Ids (N, T) on which plans are compared."""
+    test: Tensor | None
+    """Ids (`TEST_WINDOWS`, T) that neither calibrate nor choose a plan; None if they are not wanted, or not there."""
 
 
 def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings:
@@ -39,34 +51,36 @@ def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings
     return settings
 
 
-def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], Any]) -> tuple[Tokens, Tensor | None]:
-    """Calibration tokens, and validation ids (N, T) if plans are to be compared and enough text is left."""
+def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], Any]) -> Drawn:
+    """The text of a run. Validation and test text are drawn where they are wanted and enough text is left."""
     wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
+    more = more if settings.validates_plans else 0
     reading = Reading(settings.bos, settings.text_column, settings.text_encoding)
     begin: tuple[int, ...] = ()
     if isinstance(given, Tensor):
         reading.check_ids()
         drawn = given
+        more = min(more, len(drawn) - wanted)
     else:
         source = settings.calibration if given is None or isinstance(given, str | Path) else given
-        length = int(settings.sequence_length or 0)
-        tokens = partial(
-            calibration_tokens, tokenizer(), source, sequence_length=length, seed=settings.seed, reading=reading
-        )
-        try:
-            found = tokens(num_sequences=wanted + (more if settings.validates_plans else 0))
-        except InputError:
-            if not settings.validates_plans:
-                raise
-            found = tokens(num_sequences=wanted)
+        length, spare = int(settings.sequence_length or 0), more + (TEST_WINDOWS if settings.eval else 0)
+        found = calibration_tokens(tokenizer(), source, wanted, length, settings.seed, reading, spare)
         drawn, begin = found.ids, found.begin
+        more = more if len(drawn) >= wanted + more else 0
     calibration, validation = Tokens(drawn[:wanted], settings.calibration, begin), drawn[wanted : wanted + more]
-    if not settings.validates_plans or len(validation):
-        return calibration, validation if settings.validates_plans else None
-    if settings.allocator == SEARCH:
+    test = drawn[wanted + more :][:TEST_WINDOWS]
+    if not len(validation) and settings.allocator == SEARCH and settings.validates_plans:
         raise InputError(
             "The allocator search needs validation text, and none is left. Give more --calibration text, fewer or "
             "shorter sequences (--num-sequences, --sequence-length), or --allocator auto."
         )
-    log.warning("too little text to validate plans; using the plan with the lowest predicted loss.")
-    return calibration, None
+    if not len(validation) and settings.validates_plans:
+        log.warning("too little text to validate plans; using the plan with the lowest predicted loss.")
+    if settings.eval and len(test) < TEST_WINDOWS:
+        log.warning(
+            f"what the compression costs will not be measured: {TEST_WINDOWS} windows are needed that neither "
+            f"calibrate nor validate, and {len(test)} are left. Give more --calibration text, or fewer or shorter "
+            "sequences (--num-sequences, --sequence-length); or measure on another text, with `mspc eval`."
+        )
+    enough = settings.eval and len(test) == TEST_WINDOWS
+    return Drawn(calibration, validation if len(validation) else None, test if enough else None)

@@ -1,6 +1,7 @@
 """`evaluate`: how well a model predicts test text. `mspc.api.evaluate` documents the arguments."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def evaluate_folder(
     with progress.stage("Perplexity", len(model.blocks)) as step:
         for result in perplexity.measure(model, windows.ids, reference, len(windows.begin)):
             if result is not None:
-                return result
+                return replace(result, text=windows.source)
             step()
     raise AssertionError("a measurement ends with its result")
 
@@ -83,7 +84,8 @@ def evaluate_module(
         if other.get_text_config().vocab_size != config.get_text_config().vocab_size:
             raise InputError("The two models differ in their vocabulary, so they cannot be compared.")
     with progress.stage("Perplexity", len(windows.ids)) as step:
-        return perplexity.measure_module(model, windows.ids, against, step, len(windows.begin))
+        found = perplexity.measure_module(model, windows.ids, against, step, len(windows.begin))
+    return replace(found, text=windows.source)
 
 
 def test_windows(

@@ -5,7 +5,6 @@ import json
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,10 +22,12 @@ from mspc.model.streamed import StreamedModel
 from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.passes.trial import irregular_layers
-from mspc.pipeline.calibration import Calibration, draw, with_ids
+from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
+from mspc.pipeline.cost import compare, evaluation_to_dict, sizes, warn_if_guessing
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
-from mspc.pipeline.solve_blocks import solve_blocks
-from mspc.pipeline.summary import unused_note
+from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
+from mspc.pipeline.stopwatch import SECONDS, Stopwatch
+from mspc.pipeline.summary import report, unused_note
 from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity, possible_targets
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
@@ -40,7 +41,7 @@ from mspc.storage.carrying import carry
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
-from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
+from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, MatrixEntry, is_artifact, read_manifest
 from mspc.storage.output_folder import check_space, publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
@@ -64,7 +65,8 @@ class Run:
     model_name: str
 
     def __post_init__(self) -> None:
-        self.begin = time.monotonic()
+        self.watch = Stopwatch(self.progress)
+        self.progress = self.watch
         self.source = resolve(self.model_name)
         is_local = Path(self.model_name).expanduser().exists()
         self.source_name = self.source.resolve().name if is_local else self.model_name
@@ -104,10 +106,11 @@ class Run:
         self.check_early(matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
-        tokens, validation = draw(settings, self.calibration, self.load_tokenizer)
+        text = draw(settings, self.calibration, self.load_tokenizer)
+        tokens, validation = text.calibration, text.validation
         if tokens.note:
             log.info(tokens.note)
-        for ids in (tokens.ids, validation):
+        for ids in (tokens.ids, validation, text.test):
             if ids is not None:
                 check_range(ids, self.config.get_text_config().vocab_size, tokens.source)
         with progress.stage("Checking weights", len(checkpoint.shards())) as step:
@@ -125,17 +128,22 @@ class Run:
         if (self.folder / MANIFEST).is_file():
             self.finished(header)
             return
+        if not is_artifact(self.folder):  # a run that goes on has tried it
+            warn_if_guessing(model, tokens, progress)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
         if journal.blocks:
             log.info(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
         written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
         write_text(self.folder / RECIPE, written.to_toml())
+        self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
         fisher = planner.fisher(model)
         plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
-        self.write_manifest(header, plan, checkpoint, journal)
+        evaluation = self.evaluate(model, text, matrices, journal, spill)
+        manifest = self.write_manifest(header | {"evaluation": evaluation}, plan, checkpoint, model, journal)
         publish(self.folder, self.out)
+        report(manifest)
 
     def planner(
         self,
@@ -176,7 +184,7 @@ class Run:
     def finished(self, header: dict[str, Any]) -> None:
         """Resume a folder that is complete. Raises InputError if it is that of another run."""
         Journal.compare(self.folder, read_manifest(self.folder), header)
-        Journal.discard(self.folder)
+        self.discard_work()
         publish(self.folder, self.out)
         log.info(f"{self.out} is complete already.")
 
@@ -275,9 +283,11 @@ class Run:
         spill: Path | None,
         fisher: dict[str, Tensor],
     ) -> None:
-        left = len(plan) - sum(len(entry["matrices"]) for entry in journal.entries)
+        done = sum(len(entry["matrices"]) for entry in journal.entries)
+        if done == len(plan):  # cut off while it was evaluated
+            return
         block_of = {matrix.name: block for block, of_block in enumerate(matrices) for matrix in of_block}
-        with self.progress.stage("Compressing", left, in_blocks=True) as step:
+        with self.progress.stage("Compressing", len(plan), in_blocks=True, done=done) as step:
             settings, size = self.settings, batch_size(*tokens.ids.shape) if self.settings.reconstruct else None
             batches = batches_of(model, tokens.ids, spill, size)
             needs_dense = settings.propagation or settings.reconstruct
@@ -297,9 +307,24 @@ class Run:
         if settings.reconstruct:
             log.info(reconstruction_line(journal.blocks))
 
+    def evaluate(
+        self, model: StreamedModel, text: Drawn, matrices: MatricesByBlock, journal: Journal, spill: Path | None
+    ) -> dict[str, Any] | None:
+        """The part `evaluation` of the manifest; None without test text."""
+        if text.test is None:
+            return None
+        begin, solved = len(text.calibration.begin), solved_weights(self.folder, journal)
+        found = compare(model, text.test, begin, matrices, solved, spill, self.progress)
+        return None if found is None else evaluation_to_dict(found, text.calibration.source, text.test)
+
     def write_manifest(
-        self, header: dict[str, Any], plan: Sequence[PlannedMatrix], checkpoint: Checkpoint, journal: Journal
-    ) -> None:
+        self,
+        header: dict[str, Any],
+        plan: Sequence[PlannedMatrix],
+        checkpoint: Checkpoint,
+        model: StreamedModel,
+        journal: Journal,
+    ) -> dict[str, Any]:
         rows = [row for entry in journal.entries for row in entry["matrices"]]
         numel = sum(row["shape"][0] * row["shape"][1] for row in rows)
         pruned = sum(row["pruned"] for row in rows)
@@ -311,7 +336,9 @@ class Run:
             "sparsity": {"requested": _requested_sparsity(self.settings, plan), "achieved": pruned / numel},
             "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
             "allocation": journal.entries[0]["allocation"],
-            "seconds": time.monotonic() - self.begin,
+            "bytes": sizes(self.folder, checkpoint, model, [MatrixEntry.from_row(row, MANIFEST) for row in rows]),
+            "seconds": self.watch.seconds,
+            "seconds_by_stage": self.watch.stages,
             "peak_memory_bytes": _peak_memory(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
             "files": files,
@@ -321,8 +348,13 @@ class Run:
             manifest["unused_tensors"] = self.unused
         if self.settings.reconstruct:
             manifest["reconstruction"] = [part for entry in journal.blocks for part in entry["reconstruction"]]
-        shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         write_json(self.folder / MANIFEST, manifest)
+        self.discard_work()
+        return manifest
+
+    def discard_work(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
         Journal.discard(self.folder)
 
 

@@ -1,11 +1,17 @@
 """The manifest of an artifact in words and as a table."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mspc.progress import log
+from mspc.settings import fixed_pattern
 from mspc.sizes import in_words
+from mspc.types import UNQUANTIZED_BITS
 
+HURT = 0.5
+"""KL divergence from the dense model, in nats per token, above which a model is called badly hurt."""
 HEADINGS = ("matrix", "shape", "pattern", "sparsity", "bits", "sensitivity", "output error", "damp", "zeros")
 
 
@@ -29,6 +35,86 @@ def unused_note(names: Sequence[str]) -> str:
     note = f"{len(names):,} tensor{'' if one else 's'} of the checkpoint, such as {shown}, belong{'s' * one} to no "
     note += "parameter of the model and change nothing."
     return note + " Merge the adapter first (merge_and_unload of peft)." * any("lora_" in name for name in names)
+
+
+def report(manifest: Mapping[str, Any]) -> None:
+    """Log what the compression cost, and loudly if it cost too much."""
+    for line in cost_lines(manifest):
+        log.info(line)
+    if said := hurt_line(manifest):
+        log.error(said)
+
+
+def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """The cost in predictions, bytes and seconds, a line each, as far as the manifest has it."""
+    lines = []
+    if found := manifest.get("evaluation"):
+        before, after, kl = (mean_in_words(found[key]) for key in ("dense_perplexity", "perplexity", "divergence"))
+        lines.append(
+            f"Cost: perplexity {before} before, {after} after; KL from the dense model {kl} nats per token "
+            f"({found['windows']} windows of {found['sequence_length']} tokens of {found['text']} that neither "
+            "calibrated nor chose the plan; 95% intervals over windows)."
+        )
+    if sizes := manifest.get("bytes"):
+        dense, sparse, embeddings = sizes["dense"], sizes["sparse_export"], sizes["embeddings"]
+        factor = f"{dense / sparse:.1f} times smaller" if sparse < dense else "not smaller"
+        lines.append(
+            f"Size: weights of {in_words(dense)} before and {in_words(sparse)} as the sparse export, "
+            f"{factor}. Embeddings and head, which are not compressed, are "
+            f"{in_words(embeddings)} of it ({embeddings / sparse:.0%}). This folder has "
+            f"{in_words(sizes['artifact'])} of weights, {in_words(sizes['folder'])} in all."
+        )
+    if stages := manifest.get("seconds_by_stage"):
+        rest = max(manifest["seconds"] - sum(stages.values()), 0.0)
+        each = ", ".join(f"{name.lower()} {seconds:.1f}" for name, seconds in (stages | {"the rest": rest}).items())
+        lines.append(f"Seconds: {each}; {manifest['seconds']:.1f} in all.")
+    return lines
+
+
+def mean_in_words(found: Mapping[str, Any]) -> str:
+    """A mean with its interval, from the manifest, where None stands for infinity."""
+    mean, interval = found["mean"], found["interval"]
+    return number(mean) + ("" if interval is None else f" ({number(interval[0])} to {number(interval[1])})")
+
+
+def number(value: float | None) -> str:
+    """Four digits, without an exponent where the value is neither very large nor very small."""
+    if value is None or value == math.inf:
+        return "inf"
+    if value == 0 or not 1e-4 <= value < 1e9:
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
+def hurt_line(manifest: Mapping[str, Any]) -> str | None:
+    """A warning that the model is badly hurt, with what would help, by the settings; None if it is not."""
+    found = manifest.get("evaluation")
+    divergence = None if found is None else found["divergence"]["mean"]
+    if found is None or (divergence is not None and divergence <= HURT):
+        return None
+    asked = manifest["settings"]
+    budget = next((name for name in ("bits_per_weight", "target_size") if name in asked), None)
+    helps = []
+    if budget:
+        helps.append(f"a larger --{budget.replace('_', '-')} than {asked[budget]}")
+    elif "plan" not in asked:
+        if asked["bits"] != UNQUANTIZED_BITS:
+            helps.append(f"more --bits than {asked['bits']}")
+        if fixed_pattern(asked["pattern"]) is not None:
+            helps.append(f"a pattern that keeps more than {asked['pattern']}")
+        elif manifest["sparsity"]["achieved"] > 0:
+            helps.append(f"less --sparsity than {manifest['sparsity']['achieved']:.2g}")
+        helps.append("--bits-per-weight, which mixes sparsity and bits, for the same size")
+    else:
+        helps.append("a plan with more bits and less sparsity")
+    if asked["effort"] == "fast":
+        helps.append("--effort default")
+    helps.append("calibration text of the kind that the model is for (--calibration), and more of it (--num-sequences)")
+    kl = number(divergence)
+    return (
+        f"the model is badly hurt: its KL from the dense model is {kl} nats per token, above {HURT}. It no longer says "
+        f"what the dense model says. What helps: {'; '.join(helps)}."
+    )
 
 
 def matrix_rows(manifest: Mapping[str, Any]) -> list[list[str]]:

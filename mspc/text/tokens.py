@@ -56,8 +56,11 @@ def calibration_tokens(
     sequence_length: int,
     seed: int,
     reading: Reading = AS_IT_IS,
+    spare: int = 0,
 ) -> Tokens:
     """`num_sequences` windows of `sequence_length` tokens from the calibration split of a source.
+
+    Up to `spare` more follow if there is text for them; the first ones do not depend on that.
 
     Documents are visited in a random order that depends on the seed. Each visit takes one window at a random position,
     or all of a shorter document. When every document was visited, further rounds take windows that do not overlap the
@@ -72,12 +75,13 @@ def calibration_tokens(
     order = rng.sample(range(len(documents)), len(documents))
     windows: list[list[list[int]]] = []  # for each visited document, the ones not used yet
     stream: list[int] = []
+    most = num_sequences + spare
 
     def is_full() -> bool:
-        if len(stream) < num_sequences * length:
+        if len(stream) < most * length:
             return False  # a quick answer, for most documents
         sequences = begin.cut(stream, sequence_length)
-        return len(sequences) > num_sequences or sum(map(len, sequences)) == num_sequences * sequence_length
+        return len(sequences) > most or sum(map(len, sequences)) == most * sequence_length
 
     for ids in _tokenized(tokenizer, (documents[i] for i in order)):
         pieces = _windows(begin.stripped(ids), length, rng, begin)
@@ -88,14 +92,15 @@ def calibration_tokens(
     while not is_full() and any(windows):
         for pieces in windows:
             stream += pieces.pop(0) if pieces else []
-    sequences = begin.cut(stream, sequence_length)[:num_sequences]
-    wanted, found = num_sequences * sequence_length, sum(map(len, sequences))
+    sequences = begin.cut(stream, sequence_length)[:most]
+    wanted, found = num_sequences * sequence_length, sum(map(len, sequences[:num_sequences]))
     if found < wanted:
         raise InputError(
             f"Too little text in {name_of(source)!r}: it has {found:,} tokens, and {num_sequences} sequences of "
             f"{sequence_length} need {wanted:,}. Lower --num-sequences or --sequence-length, or give more text."
         )
-    return Tokens(torch.tensor(sequences), name_of(source), begin.wanted)
+    whole = [sequence for sequence in sequences if len(sequence) == sequence_length]
+    return Tokens(torch.tensor(whole), name_of(source), begin.wanted)
 
 
 def _text_per_window(begin: Beginning, sequence_length: int) -> int:
