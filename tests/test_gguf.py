@@ -343,7 +343,7 @@ def test_a_stored_copy_of_tied_embeddings_is_left_out(artifact_of, model_of):
 def llama3_cut() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(exporter.LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

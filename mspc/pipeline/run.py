@@ -56,8 +56,8 @@ class Run:
     recipe: Recipe
     out: Path
     resume: bool
-    check_exports: Callable[[list[PlannedMatrix], dict[str, Any]], None]
-    """Raises InputError if an export that was asked for cannot hold this plan, with this config.json."""
+    check_exports: Callable[[list[PlannedMatrix], dict[str, Any], Path], None]
+    """Raises InputError if an export that was asked for cannot hold this plan, or this config.json and its folder."""
     progress: Progress
     tokenizer: Any
     calibration: Calibration | None
@@ -221,7 +221,7 @@ class Run:
             if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
         config = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        self.check_exports(plan, config)
+        self.check_exports(plan, config, self.source)
         return plan
 
     def copy_rest(
