@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 
-def environment(folder: Path, requirements: Path, *, built_last: str = "", variables: dict[str, str] | None = None) -> Path:
+def environment(
+    folder: Path, requirements: Path, *, built_last: str = "", variables: dict[str, str] | None = None
+) -> Path:
     """The Python of the environment `folder`, installed anew unless it has the requirements as they are now.
 
     `built_last` is a package whose setup.py imports others: they come first, and it is built without isolation.

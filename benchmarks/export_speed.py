@@ -64,7 +64,7 @@ def main() -> None:
                 extra = {"weights": "matmulnbits"} if format_name == "onnx" else {}
                 begin = time.perf_counter()
                 out = artifact.export(
-                    format_name, work / "out", overwrite=True, verified=False, progress=False, **extra
+                    format_name, work / "out", overwrite=True, verify=False, progress=False, **extra
                 )
                 seconds = time.perf_counter() - begin
                 read = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9

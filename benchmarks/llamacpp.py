@@ -77,7 +77,9 @@ class LlamaCpp:
 
         Probabilities that are 0 in float32 are -inf.
         """
-        answer = self._complete(ids, 1, n_probs=vocabulary)["completion_probabilities"][0]
+        # Of a token that ends the text, or is half a character, it gives none: sampling gets another one.
+        letter = [[self.tokenize("a")[-1], BIAS]]
+        answer = self._complete(ids, 1, n_probs=vocabulary, logit_bias=letter)["completion_probabilities"][0]
         found = np.full(vocabulary, np.nan, np.float32)
         for token in answer["top_logprobs"]:
             found[token["id"]] = token["logprob"]
@@ -100,9 +102,7 @@ def running(python: Path, file: Path, context: int, threads: int = 1) -> Iterato
     command = [str(python), str(HERE / "llamacpp_server.py"), str(file), str(context), str(threads)]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables_of_its_own()
-        )
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables_of_its_own())
         assert process.stdin
         assert process.stdout
         try:

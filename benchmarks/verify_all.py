@@ -87,7 +87,7 @@ def measure(model: str, setting: str, work: Path) -> list[dict[str, object]]:
         rows.append(row)
         begin = time.perf_counter()
         try:
-            artifact.export(format_name, out, verified=False, progress=False, **options)
+            artifact.export(format_name, out, verify=False, progress=False, **options)
         except InputError as refusal:
             row["refused"] = str(refusal)
             continue

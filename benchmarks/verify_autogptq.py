@@ -69,7 +69,7 @@ def make_cases(model: str, bits: int, work: Path, *, asymmetric: bool) -> list[C
     artifact = mspc.compress(model_folder(model, work), recipe, out=work / "artifact", overwrite=True, progress=False)
     reference = compute_reference(artifact.path)
     checkpoint_format = "gptq_v2" if asymmetric else "gptq"
-    folder = artifact.export("gptq", work / f"{model}-int{bits}-{checkpoint_format}", verified=False, progress=False)
+    folder = artifact.export("gptq", work / f"{model}-int{bits}-{checkpoint_format}", verify=False, progress=False)
     reference.save(folder)
     tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     cases = [Case(model, bits, checkpoint_format, "tied" if tied else "own", folder, reference)]
