@@ -63,9 +63,7 @@ def main() -> None:
             for format_name in formats:
                 extra = {"weights": "matmulnbits"} if format_name == "onnx" else {}
                 begin = time.perf_counter()
-                out = artifact.export(
-                    format_name, work / "out", overwrite=True, verify=False, progress=False, **extra
-                )
+                out = artifact.export(format_name, work / "out", overwrite=True, verify=False, progress=False, **extra)
                 seconds = time.perf_counter() - begin
                 read = sum(path.stat().st_size for path in model.glob("*.safetensors")) / 1e9
                 written = sum(path.stat().st_size for path in out.iterdir()) / 1e9

@@ -86,9 +86,13 @@ class LlamaCpp:
         found[found <= np.finfo(np.float32).min] = -np.inf  # its way to write this in JSON
         return found
 
-    def generate(self, ids: Sequence[int], count: int) -> list[int]:
-        """The greedy continuation, at most `count` tokens, without the one that ends it."""
-        return list(self._complete(ids, count)["tokens"])
+    def generate(self, ids: Sequence[int], count: int) -> tuple[list[int], bool]:
+        """The greedy continuation, at most `count` tokens, without the one that ends the text; and whether one does.
+
+        Bytes at the end that are no whole character are left out.
+        """
+        answer = self._complete(ids, count)
+        return list(answer["tokens"]), answer["stop_type"] == "eos"
 
     def stops_at(self, token: int, ids: Sequence[int]) -> bool:
         """Whether generation ends when this token is chosen."""
