@@ -87,10 +87,7 @@ class LlamaCpp:
         return found
 
     def generate(self, ids: Sequence[int], count: int) -> tuple[list[int], bool]:
-        """The greedy continuation, at most `count` tokens, without the one that ends the text; and whether one does.
-
-        Bytes at the end that are no whole character are left out.
-        """
+        """The greedy continuation, at most `count` tokens, and whether the last one ends the text."""
         answer = self._complete(ids, count)
         return list(answer["tokens"]), answer["stop_type"] == "eos"
 
