@@ -13,7 +13,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from exporters.gguf_pieces import is_byte, piece_scores, refused, space_prefix
+from exporters.gguf_pieces import SPACE, is_byte, piece_scores, refused, space_prefix
 from mspc.errors import InputError
 from mspc.model.hub import load_tokenizer
 from mspc.model.special_ids import DEFAULT, NO_END, chat_templates, special_ids
@@ -109,10 +109,11 @@ def vocabulary(described: dict[str, Any], size: int) -> tuple[list[str], list[in
         tokens[i], kinds[i] = text, int(TokenType.NORMAL)
         if pieces and text == model.get("unk_token"):
             kinds[i] = int(TokenType.UNKNOWN)
-        elif text in added:
-            kinds[i] = int(TokenType.CONTROL if added[text]["special"] else TokenType.USER_DEFINED)
-            if pieces and not added[text]["special"]:  # readers look for it in the text as it is
-                tokens[i] = text.replace("▁", " ")
+        elif text in added and added[text]["special"]:
+            kinds[i] = int(TokenType.CONTROL)
+        elif text in added and not (pieces and SPACE in text and text in model["vocab"]):
+            # Runs of spaces are made by merges: what is added is looked for in the text before its spaces are replaced.
+            kinds[i] = int(TokenType.USER_DEFINED)
         elif pieces and is_byte(text):
             kinds[i] = int(TokenType.BYTE)
     return [f"[PAD{i}]" if text is None else text for i, text in enumerate(tokens)], kinds

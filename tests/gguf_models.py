@@ -31,7 +31,7 @@ AWKWARD = (
     " a",
     "",
 )
-"""Texts in which tokenizers differ: digits, spaces, lines, apostrophes, other scripts, symbols, code, special tokens."""
+"""Texts in which tokenizers differ: digits, spaces, lines, apostrophes, other scripts, symbols, code, special ones."""
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -163,6 +163,8 @@ def build(name: str, folder: Path) -> Path:
     family, tokenizer, changes = MODELS[name]
     if family == "phi3":
         changes = {"original_max_position_embeddings": 128} | changes
-    tiny.build(folder, family, hidden_size=64, vocab_size=VOCABULARY, **changes)
-    TOKENIZERS[tokenizer]().save_pretrained(folder)
+    made = TOKENIZERS[tokenizer]()
+    ids = {f"{role}_token_id": getattr(made, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    tiny.build(folder, family, hidden_size=64, vocab_size=VOCABULARY, **ids, **changes)
+    made.save_pretrained(folder)
     return folder

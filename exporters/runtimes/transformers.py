@@ -62,7 +62,8 @@ def _config_beside(folder: Path) -> dict[str, Any]:
         f"transformers does not read {', '.join(differ)} from GGUF files of this family: there, give from_pretrained "
         "the config of this folder as well (config=AutoConfig.from_pretrained(DIR))."
     )
-    return {"config": own}
+    values = {key: value for key, value in own.to_dict().items() if key != "model_type"}
+    return {"config": type(read)(**values)}  # of the file: a Mistral is a Llama there
 
 
 def _check_gptq(quantized: list[MatrixEntry]) -> None:
