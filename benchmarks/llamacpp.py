@@ -65,7 +65,7 @@ class LlamaCpp:
         return list(found["tokens"])
 
     def template(self) -> str:
-        """The chat template of the file, or the one that llama.cpp takes when there is none."""
+        """The chat template of the file, or llama.cpp's own if it has no template."""
         return str(self._ask("/props")["chat_template"])
 
     def render(self, messages: list[dict[str, str]]) -> str:
@@ -92,7 +92,7 @@ class LlamaCpp:
         return list(answer["tokens"]), answer["stop_type"] == "eos"
 
     def stops_at(self, token: int, ids: Sequence[int]) -> bool:
-        """Whether generation ends when this token is chosen."""
+        """True if generation ends when this token is chosen."""
         answer = self._complete(ids, 2, logit_bias=[[token, BIAS]])
         return bool(answer["stop_type"] == "eos" and answer["tokens_predicted"] == 1)
 

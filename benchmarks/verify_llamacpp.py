@@ -93,7 +93,7 @@ CHATS = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What a file must give: `log_probabilities` (T, V) after each of the tokens `ids` (T)."""
+    """The results that a file must give: `log_probabilities` (T, V) after each of the tokens `ids` (T)."""
 
     ids: list[int]
     log_probabilities: NDArray[np.float32]
@@ -114,7 +114,7 @@ def expected_of(artifact: Path) -> Iterator[Expected]:
     source, config = ArtifactSource(artifact), load_config(artifact)
     window = getattr(config, "sliding_window", None) if config.model_type == "phi3" else None
     ids = windows_of_test_text(tokenizer, "builtin", min(LENGTH, window or LENGTH), 1).ids[0].tolist()
-    ends = GenerationConfig.from_pretrained(artifact).eos_token_id
+    ends = GenerationConfig.from_pretrained(artifact, trust_remote_code=False).eos_token_id
     with exact_model(artifact, torch.float32).whole() as model:
 
         def logits(sequence: list[int]) -> NDArray[np.float32]:
@@ -343,8 +343,10 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, default=llamacpp.ROOT / ".venv-llamacpp")
     parser.add_argument("--json", type=Path, default=Path("out/verify_llamacpp.json"))
     parser.add_argument("--models", nargs="+", default=["bundled", *MODELS], choices=["bundled", *MODELS])
-    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="these instead of --models")
-    parser.add_argument("--artifacts", nargs="+", default=list(ARTIFACTS), choices=list(ARTIFACTS), help="of these")
+    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="folders, instead of --models")
+    parser.add_argument(
+        "--artifacts", nargs="+", default=list(ARTIFACTS), choices=list(ARTIFACTS), help="with --checkpoints"
+    )
     args = parser.parse_args()
     python = llamacpp.environment(args.venv, llamacpp.REQUIREMENTS)
     rows: list[dict[str, Any]] = []
