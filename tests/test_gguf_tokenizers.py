@@ -136,6 +136,16 @@ def test_an_end_that_nobody_names_is_one_that_no_text_has(stored, caplog):
     assert not {f"tokenizer.ggml.{role}_token_id" for role in ("bos", "padding", "unknown")} & metadata.keys()
 
 
+def test_a_bos_that_a_template_writes_and_nobody_names_is_an_unused_id(stored):
+    """llama.cpp writes an unused token as nothing, as transformers writes a BOS token that there is not."""
+    made = TOKENIZERS["gpt-2"]()
+    made.chat_template = "{{ bos_token }}{{ messages }}"
+    _, metadata = stored(made)
+    assert metadata["tokenizer.ggml.bos_token_id"] == 559
+    assert metadata["tokenizer.ggml.token_type"][559] == 5
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+
+
 def test_without_an_unused_id_the_end_is_a_byte_that_no_text_has(stored):
     made = fast(byte_level("gpt-2"))
     _, metadata = stored(made, size=len(made))
