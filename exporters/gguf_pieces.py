@@ -32,7 +32,7 @@ def piece_scores(described: dict[str, Any], tokens: Sequence[str], kinds: Sequen
         for i in range(1, len(text)):
             pair = (text[:i], text[i:])
             if pair[0] in plain and pair[1] in plain and pair not in known:
-                raise refused(f"its merges are no SentencePiece vocabulary's, as {text!r} is made in one way only")
+                raise refused(f"no merge joins {pair[0]!r} and {pair[1]!r}, although {text!r} is a token")
     return [
         -float(ranks.get(text, 0)) if kind == TokenType.NORMAL else NEVER_JOINED
         for text, kind in zip(tokens, kinds, strict=True)

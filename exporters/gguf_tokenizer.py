@@ -77,7 +77,10 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     pieces = bool(model.get("byte_fallback"))
     pre = "default" if pieces else split_name(described)
     tokens, kinds = vocabulary(described, size)
+    templates = chat_templates(folder, tokenizer)
     special, add_bos, add_eos, notes = _special(tokenizer, folder, tokens, kinds)
+    if "bos" not in special and any("bos_token" in text for text in templates.values()):
+        notes += _hide_bos(special, kinds)
     notes += _notes(described, pieces)
     parts: dict[str, Any] = {}
     if pieces:
@@ -85,9 +88,8 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     else:
         parts = {"merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]}
     return Vocabulary(
-        "llama" if pieces else "gpt2", pre, tokens, kinds, special, add_bos, add_eos,
-        chat_templates(folder, tokenizer), notes=notes, **parts,
-    )  # fmt: skip
+        "llama" if pieces else "gpt2", pre, tokens, kinds, special, add_bos, add_eos, templates, notes=notes, **parts
+    )
 
 
 def vocabulary(described: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -190,6 +192,17 @@ def _unreachable(tokens: Sequence[str], kinds: Sequence[int]) -> int | None:
     unused = [i for i, kind in enumerate(kinds) if kind == TokenType.UNUSED]
     unused += [i for i, text in enumerate(tokens) if text in LAST_BYTE]
     return next(iter(unused), None)
+
+
+def _hide_bos(special: dict[str, int], kinds: Sequence[int]) -> list[str]:
+    """Name an unused id as BOS, which llama.cpp writes as nothing. Without one it would write a comma or the like."""
+    unused = next((i for i, kind in enumerate(kinds) if kind == TokenType.UNUSED), None)
+    if unused is None:
+        return [
+            "The chat template writes a BOS token, but the model has none: llama.cpp writes some other token there."
+        ]
+    special["bos"] = unused
+    return ["The chat template writes a BOS token, but the model has none: gguf names an unused id instead."]
 
 
 def around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

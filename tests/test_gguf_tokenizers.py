@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import gguf_models
@@ -105,15 +106,14 @@ def joined(text: str, scores: dict[str, float]) -> list[str]:
     """The pieces of a text, joined pair by pair from the best score down, the rest as bytes."""
     parts = list(text)
     while True:
-        pairs = [(scores.get(a + b), -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        pairs = [(scores.get(a + b), -i) for i, (a, b) in enumerate(pairwise(parts))]
         best = max(((score, place) for score, place in pairs if score is not None), default=None)
         if best is None:
             break
         i = -best[1]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return [
-        piece for part in parts for piece in ([part] if part in scores else [f"<0x{b:02X}>" for b in part.encode()])
-    ]
+    spelled = ([part] if part in scores else [f"<0x{byte:02X}>" for byte in part.encode()] for part in parts)
+    return [piece for pieces in spelled for piece in pieces]
 
 
 # Special tokens
@@ -134,6 +134,16 @@ def test_an_end_that_nobody_names_is_one_that_no_text_has(stored, caplog):
     assert metadata["tokenizer.ggml.eos_token_id"] == 559
     assert metadata["tokenizer.ggml.token_type"][559] == 5
     assert not {f"tokenizer.ggml.{role}_token_id" for role in ("bos", "padding", "unknown")} & metadata.keys()
+
+
+def test_a_bos_that_a_template_writes_and_nobody_names_is_an_unused_id(stored):
+    """llama.cpp writes an unused token as nothing, as transformers writes a BOS token that there is not."""
+    made = TOKENIZERS["gpt-2"]()
+    made.chat_template = "{{ bos_token }}{{ messages }}"
+    _, metadata = stored(made)
+    assert metadata["tokenizer.ggml.bos_token_id"] == 559
+    assert metadata["tokenizer.ggml.token_type"][559] == 5
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
 
 
 def test_without_an_unused_id_the_end_is_a_byte_that_no_text_has(stored):
@@ -175,41 +185,27 @@ def test_other_tokens_around_a_text_are_refused(single, message, stored):
 # Chat templates
 
 
-@pytest.mark.parametrize(
-    ("place", "templates"),
-    [
-        ("chat_template.jinja", {"default": "A{{ messages }}"}),
-        ("tokenizer_config.json", {"default": "B{{ messages }}"}),
-        ("tokenizer_config.json", {"default": "C", "tool_use": "D"}),
-        ("additional_chat_templates", {"default": "E", "rag": "F", "tool_use": "G"}),
-        ("chat_template.json", {"default": "H{{ messages }}"}),
-    ],
-    ids=str,
-)
+PLAIN, LISTED = {"default": "A{{ messages }}"}, {"default": "B", "tool_use": "C"}
+
+
+@pytest.mark.parametrize("templates", [PLAIN, LISTED, LISTED | {"rag": "D"}], ids=len)
+@pytest.mark.parametrize("place", ["files", "tokenizer_config.json", "chat_template.json"])
 def test_chat_templates_are_in_the_file(place, templates, stored, tmp_path):
-    made = TOKENIZERS["gpt-2"]()
+    """Wherever a model may keep them."""
+    files: dict[str, object] = {}
     source = tmp_path / "source"
-    source.mkdir()
-    files = {}
-    if place == "tokenizer_config.json":
-        listed = [{"name": name, "template": text} for name, text in templates.items()]
-        made.chat_template = None
-        files["tokenizer_config"] = {
-            "eos_token": "<|end|>",
-            "chat_template": listed if len(listed) > 1 else templates["default"],
-        }
-        files["tokenizer_config"]["tokenizer_class"] = "PreTrainedTokenizerFast"
-    elif place == "chat_template.json":
-        files["chat_template"] = {"chat_template": templates["default"]}
-    else:
-        (source / "chat_template.jinja").write_text(templates["default"])
-        (source / place).mkdir(exist_ok=True) if place.startswith("additional") else None
-        for name, text in templates.items():
-            if name != "default":
-                (source / place / f"{name}.jinja").write_text(text)
-    _, metadata = stored(made, **files)
-    assert metadata["tokenizer.chat_template"] == templates["default"]
+    (source / "additional_chat_templates").mkdir(parents=True)
     named = {name: text for name, text in templates.items() if name != "default"}
+    if place == "files":
+        (source / "chat_template.jinja").write_text(templates["default"])
+        for name, text in named.items():
+            (source / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    else:
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        content = {"chat_template": listed if named else templates["default"]}
+        files[place.removesuffix(".json")] = content | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    _, metadata = stored(fast(byte_level("gpt-2")), **files)
+    assert metadata["tokenizer.chat_template"] == templates["default"]
     assert {name: metadata[f"tokenizer.chat_template.{name}"] for name in named} == named
     assert set(metadata.get("tokenizer.chat_templates", [])) == set(named)
 
@@ -271,7 +267,9 @@ def one_way() -> Tokenizer:
     """`abc` is made of `ab` and `c` only, though `bc` is a token too."""
     texts = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", "c", "ab", "bc", "abc"]
     merges = [("a", "b"), ("b", "c"), ("ab", "c")]
-    return Tokenizer(models.BPE({t: i for i, t in enumerate(texts)}, merges, byte_fallback=True, unk_token="<unk>"))
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(texts)}, merges, byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    return made
 
 
 def few_bytes() -> Tokenizer:
@@ -285,12 +283,12 @@ def few_bytes() -> Tokenizer:
         (word_level, "not this one: it is WordLevel"),
         (unigram, "it is Unigram"),
         (with_suffix, "it has no merges"),
-        (one_way, "no SentencePiece vocabulary's, as 'abc' is made in one way only"),
+        (one_way, "no merge joins 'a' and 'bc', although 'abc' is a token"),
         (few_bytes, "it falls back to bytes, and has not all 256 of them"),
     ],
 )
 def test_other_tokenizers_are_refused(made, message, tmp_path):
-    fast(made(), unk_token="<unk>", eos_token="a").save_pretrained(tmp_path)
+    fast(made(), unk_token="<unk>", eos_token="<unk>").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
         tokenizing.read_vocabulary(tmp_path, 300)
 

@@ -1,8 +1,8 @@
 """Special tokens and chat templates of a model, from whoever names them, in the order in which transformers asks.
 
-Ids are those of `generation_config.json`, `config.json` and the configs inside, `tokenizer_config.json`,
-`special_tokens_map.json` and the tokenizer itself: the first that names an id of the vocabulary decides. Defaults of a
-family, which no file of the model names, do not count.
+Ids are those of `generation_config.json`, of `config.json` and the configs inside, and of the tokenizer: the first that
+names an id of the vocabulary decides. Which of `tokenizer_config.json`, `special_tokens_map.json` and `tokenizer.json`
+the tokenizer follows, transformers decides. Defaults of a family, which no file of the model names, do not count.
 """
 
 import json
@@ -19,6 +19,8 @@ INNER = ("text_config", "decoder", "generator")
 """Keys of config.json under which transformers looks for the config of the language model."""
 DEFAULT = "default"
 """Name of the template of a model with one template only."""
+NAMED = {"name", "template"}
+"""Keys of a template in a list of them."""
 NO_END = (
     "{}: no file of the model names an end of text, so a generation goes on to the limit that the caller sets. Put "
     "eos_token_id into generation_config.json if the model has one."
@@ -65,18 +67,18 @@ def chat_templates(folder: Path, tokenizer: Any) -> dict[str, str]:
     return {str(name): text for name, text in (found or {}).items() if isinstance(text, str)}
 
 
-NAMED = {"name", "template"}
-
-
 def _names(folder: Path, tokenizer: Any) -> Iterator[Any]:
     """Functions of a role, first things first, to its id, a list of ids, or None."""
     for config in (_read(folder / "generation_config.json"), *_configs(_read(folder / "config.json"))):
         yield lambda role, config=config: config.get(f"{role}_token_id")
-    ids = _ids_by_text(folder, tokenizer)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        config = _read(folder / name)
-        yield lambda role, config=config: ids.get(_text(config.get(f"{role}_token")))
-    yield lambda role: getattr(tokenizer, f"{role}_token_id", None)
+    if tokenizer is not None:  # with what its files name
+        yield lambda role: getattr(tokenizer, f"{role}_token_id", None)
+        return
+    settings = _read(folder / "tokenizer_config.json")
+    added = settings.get("added_tokens_decoder")
+    ids = {_text(token): int(i) for i, token in added.items() if str(i).isdecimal()} if isinstance(added, dict) else {}
+    for names in (settings, _read(folder / "special_tokens_map.json")):
+        yield lambda role, names=names: ids.get(_text(names.get(f"{role}_token")) or "")
 
 
 def _configs(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -84,17 +86,6 @@ def _configs(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for key in INNER:
         if isinstance(config.get(key), dict):
             yield from _configs(config[key])
-
-
-def _ids_by_text(folder: Path, tokenizer: Any) -> dict[str | None, int]:
-    added = _read(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    ids: dict[str | None, int] = {}
-    if isinstance(added, dict):
-        ids |= {_text(token): int(i) for i, token in added.items() if str(i).isdecimal()}
-    if hasattr(tokenizer, "get_vocab"):
-        ids |= tokenizer.get_vocab()
-    ids.pop(None, None)
-    return ids
 
 
 def _text(token: Any) -> str | None:
