@@ -72,6 +72,7 @@ ROUNDED = 3e-2
 """Relative error with activations of 8 bits or bfloat16."""
 LIKE_ROUNDED = 1e-2
 """Relative error to the artifact with activations of 8 bits in torch: enough where rounding alone exceeds `ROUNDED`."""
+FIRST_IDS = 100
 LEAD = 6
 """Errors that a lead must exceed, in root mean squares of the errors of all logits."""
 LEGACY = "llama.cpp puts a space before every text and after every special token"
@@ -213,11 +214,14 @@ def check_greedy(model: LlamaCpp, expected: Expected, error: float) -> str:
     for i, token in enumerate(tokens):
         if choices[i].max() - choices[i][token] > 4 * error:
             return f"generated token {i} is {token}, not {int(choices[i].argmax())}"
-    # llama.cpp ends a text at other special tokens too, which it knows by name.
-    special = [i for i, token in expected.tokenizer.added_tokens_decoder.items() if token.special]
-    if ended and tokens[-1] not in [*expected.ends, *special]:
+    if ended and tokens[-1] not in [*expected.ends, *special_ids(expected)]:
         return f"the text ends at token {tokens[-1]}"
     return "" if ended or len(tokens) == NEW_TOKENS else f"the text stops after {len(tokens)} tokens"
+
+
+def special_ids(expected: Expected) -> list[int]:
+    """Ids of special tokens. llama.cpp knows some by name, and ends a text there too."""
+    return [i for i, token in expected.tokenizer.added_tokens_decoder.items() if token.special]
 
 
 def check_tokens(model: LlamaCpp, expected: Expected) -> str:
@@ -245,13 +249,13 @@ def check_template(model: LlamaCpp, expected: Expected) -> str:
 
 
 def check_end(model: LlamaCpp, expected: Expected) -> str:
-    """Generation ends at the ids at which transformers ends it, and at no token of the text."""
+    """Generation ends where transformers ends it, and neither in a text nor at small ids, which llama.cpp may assume."""
     prompt = expected.ids[:PROMPT]
     missed = [i for i in expected.ends if not model.stops_at(i, prompt)]
     if missed:
         return f"does not stop at {missed}"
-    others = [i for i in dict.fromkeys([70, *expected.ids]) if i not in expected.ends]
-    stops = [i for i in others if model.stops_at(i, prompt)]
+    ids = dict.fromkeys([*range(FIRST_IDS), *expected.ids])
+    stops = [i for i in ids if i not in [*expected.ends, *special_ids(expected)] and model.stops_at(i, prompt)]
     return f"stops at {stops}" if stops else ""
 
 
