@@ -249,7 +249,7 @@ def check_template(model: LlamaCpp, expected: Expected) -> str:
 
 
 def check_end(model: LlamaCpp, expected: Expected) -> str:
-    """Generation ends where transformers ends it, and neither in a text nor at small ids, which llama.cpp may assume."""
+    """Generation ends where transformers ends it, and not in the text, nor at small ids that llama.cpp may assume."""
     prompt = expected.ids[:PROMPT]
     missed = [i for i in expected.ends if not model.stops_at(i, prompt)]
     if missed:
