@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow fuzz lint models verify-all verify-autogptq clean
+.PHONY: demo test test-slow fuzz lint models verify-all verify-autogptq verify-llamacpp clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -37,6 +37,10 @@ verify-all: $(VENV)/installed-dev
 verify-autogptq: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/verify_autogptq.py
 
+# GGUF exports in llama.cpp, in an environment of its own.
+verify-llamacpp: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/verify_llamacpp.py
+
 # constraints.txt is the one place that names the torch build.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -49,4 +53,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-autogptq
+	rm -rf $(VENV) .venv-autogptq .venv-llamacpp

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environments import environment, variables_of_its_own
 from llmcompressor_job import peak_memory
 from rich.console import Console
 from rich.table import Table
@@ -89,28 +90,6 @@ class Model:
     """The calibration tokens, for llm-compressor."""
 
 
-def environment(folder: Path) -> Path:
-    """The Python of llm-compressor's environment, which is installed if its requirements have changed."""
-    stamp, python = folder / "requirements.txt", folder / "bin" / "python"
-    wanted = REQUIREMENTS.read_text(encoding="utf-8")
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return python
-    if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        sys.exit(f"{folder} is not a virtual environment. Choose another --venv.")
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"Installing {BASELINE} into {folder}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "-r", str(REQUIREMENTS)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(
-            f"{done.stderr[-2000:]}\npip could not install {REQUIREMENTS.name}. It needs a package index. Check the "
-            f"network or pip's settings (`pip config list`), and run this again."
-        )
-    stamp.write_text(wanted, encoding="utf-8")
-    return python
-
-
 def write_random(size: str, folder: Path) -> None:
     """A Llama with random weights in bf16, and the bundled tokenizer."""
     torch.manual_seed(SEED)
@@ -133,9 +112,7 @@ def prepare(args: argparse.Namespace, folder: Path, work: Path, *, is_random: bo
 
 def run_process(command: list[str], threads: int) -> tuple[dict[str, Any], float]:
     """The JSON on the last line of output, and the seconds that the process took."""
-    # Another Python would look for its packages where these two variables say.
-    hidden = () if command[0] == sys.executable else ("PYTHONPATH", "PYTHONHOME")
-    variables = {name: value for name, value in os.environ.items() if name not in hidden}
+    variables = dict(os.environ) if command[0] == sys.executable else variables_of_its_own()
     variables |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     begin = time.monotonic()
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
@@ -347,7 +324,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    python = environment(args.venv)
+    python = environment(args.venv, REQUIREMENTS)
     problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mspc-speed-") as name:
         work = Path(name)

@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environments import environment, variables_of_its_own
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -62,35 +62,6 @@ class Case:
     reference: Reference
 
 
-def environment(folder: Path) -> Path:
-    """The Python of auto-gptq's environment, installed anew unless it has the requirements as they are now."""
-    stamp, python = folder / "requirements.txt", folder / "bin" / "python"
-    wanted = REQUIREMENTS.read_text(encoding="utf-8")
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return python
-    if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        sys.exit(f"{folder} is not a virtual environment; choose another --venv.")
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"Installing {PACKAGE} into {folder}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    lines = [line for line in wanted.splitlines() if line and not line.startswith("#")]
-    # Its setup.py imports torch: everything else comes first, and it is built without isolation.
-    install(python, [line for line in lines if not line.startswith(PACKAGE)])
-    install(python, ["--no-build-isolation", *(line for line in lines if line.startswith(PACKAGE))])
-    stamp.write_text(wanted, encoding="utf-8")
-    return python
-
-
-def install(python: Path, arguments: list[str]) -> None:
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]
-    done = subprocess.run(command, env=os.environ | {"BUILD_CUDA_EXT": "0"}, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(
-            f"{done.stderr[-2000:]}\npip could not install {' '.join(arguments)}. It needs a package index: check the "
-            f"network or pip's settings (`pip config list`), and run this again."
-        )
-
-
 def make_cases(model: str, bits: int, work: Path, *, asymmetric: bool) -> list[Case]:
     recipe = mspc.Recipe(
         bits=bits, sparsity=0.5, group_size=128, asymmetric=asymmetric, allocator="uniform", num_sequences=16,
@@ -121,9 +92,8 @@ def run_autogptq(python: Path, cases: list[Case], out: Path) -> dict[str, Any]:
     """Its report: versions, layers by folder, failures by folder. The arrays are left in `out`."""
     out.mkdir()
     command = [str(python), str(HERE / "autogptq_logits.py"), str(PROMPT), str(out), *(str(c.folder) for c in cases)]
-    # These two variables would change the packages that it finds.
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(command, env=variables | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    variables = variables_of_its_own() | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{done.stderr[-2000:]}\n{PACKAGE} did not start; remove its environment and run this again.")
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
@@ -189,7 +159,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("out/verify_autogptq.json"))
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], choices=[2, 3, 4, 8])
     args = parser.parse_args()
-    python = environment(args.venv)
+    python = environment(args.venv, REQUIREMENTS, built_last=PACKAGE, variables={"BUILD_CUDA_EXT": "0"})
     with tempfile.TemporaryDirectory(prefix="mspc-autogptq-") as name:
         work = Path(name)
         cases = []

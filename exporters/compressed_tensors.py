@@ -31,7 +31,7 @@ class Options:
     """No options: the artifact decides everything."""
 
 
-def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     check_packed(matrices, "compressed-tensors", 32)
     if config.get("model_type") == "gpt2":
         raise InputError("compressed-tensors packs nn.Linear, and GPT-2's matrices are Conv1D; export gptq or sparse.")

@@ -19,7 +19,7 @@ class Options:
     """No options: the weights keep the dtype of the model."""
 
 
-def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     """Every artifact can be dense."""
 
 

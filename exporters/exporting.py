@@ -41,7 +41,7 @@ def export(
     progress = progress or Silent()
     source = ArtifactSource(artifact)
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
-    chosen = check(format_name, [entry.planned for entry in source.entries], config, options or {})
+    chosen = check(format_name, [entry.planned for entry in source.entries], config, artifact, options or {})
     if keep_reference and not verified:
         raise InputError("--reference keeps what the verification computes. Leave --no-verify or --reference out.")
     _check_out(artifact, out, overwrite)
@@ -85,9 +85,16 @@ def _write(
 
 
 def check(
-    format_name: str, matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: dict[str, Any] | None = None
+    format_name: str,
+    matrices: Sequence[PlannedMatrix],
+    config: dict[str, Any],
+    folder: Path,
+    options: dict[str, Any] | None = None,
 ) -> Any:
-    """The format's `Options`, if it can hold matrices such as these. Raises InputError, naming what it accepts."""
+    """The format's `Options`, if it can hold such matrices, and the model and tokenizer of the folder.
+
+    Raises InputError, naming what it accepts.
+    """
     module = load(format_name)
     chosen = _options(module, format_name, options or {})
     for matrix in matrices:
@@ -96,7 +103,7 @@ def check(
                 f"{matrix.name}: {format_name} cannot hold one slice of a 3-D parameter; export dense, or leave it out "
                 "with --skip."
             )
-    module.check(matrices, config, chosen)
+    module.check(matrices, config, chosen, folder)
     return chosen
 
 

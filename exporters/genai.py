@@ -2,20 +2,22 @@
 
 from typing import Any
 
+from mspc.model.special_ids import NO_END, SpecialIds
+from mspc.progress import log
+
 
 def genai_config(
-    config: dict[str, Any], generation: dict[str, Any], cache: tuple[int, int, int], session: dict[str, str]
+    config: dict[str, Any], ids: SpecialIds, cache: tuple[int, int, int], session: dict[str, str]
 ) -> dict[str, Any]:
-    """`config` is config.json and `generation` generation_config.json; `cache` gives layers, key-value heads and their
-    size as the graph has them; `session` has further entries of the session's configuration.
+    """`config` is config.json; `cache` gives layers, key-value heads and their size as the graph has them; `session`
+    has further entries of the session's configuration.
     """
     layers, kv_heads, head_size = cache
     heads = config.get("num_attention_heads", config.get("n_head", kv_heads))
     context = config.get("max_position_embeddings", config.get("n_positions", 2048))
-    ends = _tokens("eos_token_id", config, generation) or [0]
     return {
         "model": {
-            "bos_token_id": (_tokens("bos_token_id", config, generation) or ends)[0],
+            **_special(ids),
             "context_length": context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session},
@@ -38,8 +40,6 @@ def genai_config(
                 "num_hidden_layers": layers,
                 "num_key_value_heads": kv_heads,
             },
-            "eos_token_id": ends if len(ends) > 1 else ends[0],
-            "pad_token_id": (_tokens("pad_token_id", config, generation) or ends)[0],
             # Its name for a decoder with a cache per layer; the graph, not the name, says how the model computes.
             "type": "llama",
             "vocab_size": config["vocab_size"],
@@ -58,8 +58,10 @@ def genai_config(
     }
 
 
-def _tokens(name: str, config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
-    """The ids of a config that exist. Defaults of a family may exceed a small vocabulary, which GenAI refuses."""
-    found = generation.get(name, config.get(name))
-    ids = found if isinstance(found, list) else [found]
-    return [i for i in ids if i is not None and 0 <= i < config["vocab_size"]]
+def _special(ids: SpecialIds) -> dict[str, Any]:
+    """The ids that are named: what is left out is absent for GenAI. Padding is the end of text, as in transformers."""
+    if not ids.eos:
+        log.warning(NO_END.format("genai_config.json"))
+    pad = ids.pad if ids.pad is not None or not ids.eos else ids.eos[0]
+    found = {"bos_token_id": ids.bos, "pad_token_id": pad, "eos_token_id": ids.eos[0] if len(ids.eos) == 1 else ids.eos}
+    return {key: value for key, value in found.items() if value not in (None, ())}

@@ -33,7 +33,7 @@ class Options:
     """No options: the artifact decides everything."""
 
 
-def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     check_packed(matrices, "gptq", 32)
     if len({matrix.target.grid.symmetric for matrix in matrices if matrix.target.grid}) > 1:
         raise InputError("gptq cannot mix symmetric and asymmetric matrices; use one kind in the plan.")

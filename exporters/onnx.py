@@ -5,7 +5,6 @@ standard's DequantizeLinear (QDQ). Groups are those of the column order, so a `g
 silently misreads one that comes with packed zero points.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from exporters.packed import grids_of
 from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
+from mspc.model.special_ids import special_ids, text_config
 from mspc.progress import Step, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.carrying import carry
@@ -51,7 +51,7 @@ class Options:
     """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""
 
 
-def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     if options.weights not in WEIGHTS:
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {options.weights!r}.")
     if options.accuracy_level not in range(5):
@@ -118,15 +118,15 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     carry(artifact.folder, out)
     config = read_config(artifact)
     write_json(out / "config.json", with_dtype(config, FLOAT16 if options.weights == FLOAT16 else FLOAT32))
-    generation = out / "generation_config.json"
-    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    text = text_config(config)
     if LONGROPE in rope_types(config):
         log.warning(
             "The model changes its rotary embedding (longrope) beyond its original context. The cache of a text that "
             "grows beyond it keeps keys of the shorter one: run the whole text again there, as transformers does."
         )
     session = EXACT_QDQ if options.weights == QDQ else {}
-    write_json(out / "genai_config.json", genai_config(config, settings, _cache(graph), session))
+    ids = special_ids(artifact.folder, text["vocab_size"])
+    write_json(out / "genai_config.json", genai_config(text, ids, _cache(graph), session))
 
 
 def _check_finite(model: nn.Module, dtype: torch.dtype) -> None:

@@ -52,7 +52,7 @@ class Options:
     """No options: the artifact decides everything."""
 
 
-def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options) -> None:
+def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     """Every artifact can be sparse."""
 
 

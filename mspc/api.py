@@ -106,9 +106,9 @@ def compress(
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
 
-    def check_exports(plan: list[PlannedMatrix], config: dict[str, Any]) -> None:
+    def check_exports(plan: list[PlannedMatrix], config: dict[str, Any], folder: Path) -> None:
         for name in exports:
-            exporting.check(name, plan, config)
+            exporting.check(name, plan, config, folder)
 
     if isinstance(model, PreTrainedModel) and tokenizer is None and not isinstance(calibration, Tensor):
         raise InputError("A model in memory needs tokenizer=, or calibration= as token ids (N, T).")

@@ -5,6 +5,7 @@ artifact, by a reader that shares no code with the exporter, and by logits and t
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import BUNDLED
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from exporters import exporting, verification
 from exporters.reading import gguf as reading
@@ -33,9 +35,9 @@ from mspc.types import Codes, Grid, PlannedMatrix, Target, Unstructured
 
 gguf = pytest.importorskip("gguf")
 exporter = pytest.importorskip("exporters.gguf")
+families = pytest.importorskip("exporters.gguf_families")
 
 TYPES = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
-SENTENCE = "Hello, world!  It's 2024:\n\n the the déjà vu 123456"
 
 
 # Blocks
@@ -158,13 +160,13 @@ def test_other_files_are_refused(tmp_path):
 # Whole exports
 
 
-def tokenizer(cut: pre_tokenizers.PreTokenizer | None = None, **options: object) -> Tokenizer:
+def tokenizer() -> Tokenizer:
     """Bytes and four merges: 260 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "2")]
     vocabulary = {text: i for i, text in enumerate([*alphabet, *("".join(merge) for merge in merges)])}
-    made = Tokenizer(models.BPE(vocabulary, merges, **options))
-    made.pre_tokenizer = cut or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = Tokenizer(models.BPE(vocabulary, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     return made
 
@@ -281,29 +283,75 @@ def test_rows_in_the_order_of_the_model_are_noticed(artifact_of, model_of, tmp_p
 LLAMA = {"model_type": "llama", "max_position_embeddings": 128}
 
 
+def check(config: dict[str, object], *matrices: PlannedMatrix) -> None:
+    exporting.check("gguf", matrices or [planned()], LLAMA | config, BUNDLED)
+
+
 def planned(bits: int = 4, group_size: int | None = 32, *, symmetric: bool = True) -> PlannedMatrix:
     return PlannedMatrix(
         "model.layers.0.mlp.up_proj", (64, 64), Target(Unstructured(0.5), Grid(bits, group_size, symmetric))
     )
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA31 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def gemma(family: str, **changes: object) -> dict[str, object]:
+    return tiny.CONFIGS[family] | {"model_type": family} | changes
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "qwen3"}, "whose model_type is llama or mistral, not 'qwen3'"),
-        ({"model_type": "gpt2"}, "model_type is llama or mistral, not 'gpt2'; .* Export dense"),
-        ({"hidden_act": "gelu"}, "hidden_act is silu, not 'gelu'"),
+        ({"model_type": "gpt2"}, "gemma3_text or phi3, not 'gpt2'; .* Export dense"),
+        ({"model_type": "gemma3"}, "whose model_type is llama, mistral, .*, not 'gemma3'"),
+        ({"model_type": "mixtral"}, "not 'mixtral'"),
+        ({"model_type": None}, "not None"),
+        ({"hidden_act": "gelu"}, "llama models whose hidden_act is silu, not 'gelu'"),
         ({"attention_bias": True}, "attention_bias is false, not True"),
         ({"mlp_bias": True}, "mlp_bias is false, not True"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window is null, not 64"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is default, not 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type is default, not 'llama3'"),
+        ({"model_type": "mistral", "sliding_window": 64}, "mistral models whose sliding_window is null, not 64"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "default, linear, yarn or llama3, not 'dynamic'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 1"),
+        ({"rope_parameters": YARN | {"attention_factor": 2.0}}, "attention_factor of yarn is null or 1.13863, not 2.0"),
+        ({"rope_parameters": YARN | {"beta_fast": 16}}, "beta_fast of yarn is 32, not 16"),
+        ({"rope_parameters": YARN | {"mscale": 0.7}}, "mscale of yarn is None, not 0.7"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate of yarn is True, not False"),
+        ({"model_type": "qwen2", "rope_parameters": LLAMA31}, "linear or yarn, not 'llama3'"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
+            "qwen2 models whose sliding_window is null, not 64",
+        ),
+        ({"model_type": "qwen3", "attention_bias": True}, "qwen3 models whose attention_bias is false"),
+        ({"model_type": "phi3", "rope_scaling": LONG, "original_max_position_embeddings": 64}, "not 'longrope'"),
+        (gemma("gemma2", query_pre_attn_scalar=144), "query_pre_attn_scalar is 16, not 144"),
+        (gemma("gemma2", attn_logit_softcapping=None), "attn_logit_softcapping is a number, not None"),
+        (gemma("gemma2", tie_word_embeddings=False), "tie_word_embeddings is true, not False"),
+        (gemma("gemma2", layer_types=["full_attention"] * 2), "layer_types is full_attention in every layer of 2"),
+        (
+            gemma("gemma3_text", layer_types=["sliding_attention"] * 6),
+            "layer_types is full_attention in every layer of",
+        ),
+        (gemma("gemma3_text", final_logit_softcapping=30.0), "final_logit_softcapping is null, not 30.0"),
+        (
+            gemma(
+                "gemma3_text", rope_parameters={"full_attention": LOCAL, "sliding_attention": LOCAL | {"rope_theta": 9}}
+            ),
+            "rope_theta of sliding layers is 10000, not 9",
+        ),
+        (gemma("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention is false, not True"),
+        (gemma("gemma3_text", hidden_activation="silu"), "hidden_act is gelu_pytorch_tanh, not 'silu'"),
+        ({"rope_scaling": "much"}, "config.json cannot be used"),
     ],
+    ids=str,
 )
 def test_models_that_readers_would_compute_otherwise_are_refused(config, message):
+    """Each of them is computed in another way by llama.cpp, or has no place in the file."""
     with pytest.raises(InputError, match=message):
-        exporting.check("gguf", [planned()], LLAMA | config)
+        check(config)
 
 
 @pytest.mark.parametrize(
@@ -318,132 +366,36 @@ def test_models_that_readers_would_compute_otherwise_are_refused(config, message
 )
 def test_grids_that_are_no_blocks_are_refused(grid, message):
     with pytest.raises(InputError, match=message):
-        exporting.check("gguf", [planned(), planned(**grid)], LLAMA)
+        check({}, planned(), planned(**grid))
     dense = PlannedMatrix("dense", (64, 64), Target(Unstructured(0.5)))
-    exporting.check("gguf", [planned(), dense, planned(8)], LLAMA)
+    check({}, planned(), dense, planned(8))
+
+
+def names_in(source: ArtifactSource, **config: object) -> dict[str, str]:
+    return exporter.tensor_names(source, *families.family_of(LLAMA | config))
 
 
 def test_tensors_without_a_name_are_refused(artifact_of, model_of):
     source = ArtifactSource(artifact_of(model_of()).path)
-    source.keys = lambda: ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.sinks"]
-    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.sinks has no place in a GGUF file"):
-        exporter.tensor_names(source, LLAMA)
+    for name in ("self_attn.sinks", "self_attn.q_proj.bias", "mlp.router.weight"):
+        source.keys = lambda name=name: ["model.layers.0.self_attn.rotary_emb.inv_freq", f"model.layers.0.{name}"]
+        with pytest.raises(InputError, match=rf"layers\.0\.{name} has no place in a GGUF file of a llama model"):
+            names_in(source)
 
 
 def test_a_stored_copy_of_tied_embeddings_is_left_out(artifact_of, model_of):
     """A file with a head of its own is read as one of a model that is not tied."""
     source = ArtifactSource(artifact_of(model_of()).path)
-    assert exporter.tensor_names(source, LLAMA | {"tie_word_embeddings": False})["lm_head.weight"] == "output.weight"
-    assert "lm_head.weight" not in exporter.tensor_names(source, LLAMA | {"tie_word_embeddings": True})
+    assert names_in(source, tie_word_embeddings=False)["lm_head.weight"] == "output.weight"
+    assert "lm_head.weight" not in names_in(source, tie_word_embeddings=True)
 
 
-# Tokenizers
-
-
-def llama3_cut() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(exporter.LLAMA3_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def template(single: str) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
-
-
-def described(made: Tokenizer) -> dict[str, object]:
-    return json.loads(made.to_str())
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, object]]]:
-    """`stored(tokenizer)`: a folder whose GGUF file is one tensor and the tokenizer, and what the file says of it."""
-
-    def store(made: Tokenizer, **special: str) -> tuple[Path, dict[str, object]]:
-        fast = PreTrainedTokenizerFast(tokenizer_object=made, **special)
-        fast.save_pretrained(tmp_path)
-        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-        exporter._add_tokenizer(writer, tmp_path, fast.vocab_size + 3)
-        writer.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        metadata, _ = reading.parse(np.fromfile(tmp_path / "model.gguf", np.uint8), tmp_path)
-        return tmp_path, metadata
-
-    return store
-
-
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
-def test_transformers_reads_the_tokenizer_of_the_file(name, stored):
-    made = tokenizer() if name == "gpt-2" else tokenizer(llama3_cut(), ignore_merges=True)
-    made.add_special_tokens(["<s>", "</s>"])
-    folder, metadata = stored(made, bos_token="<s>", eos_token="</s>")
-    assert metadata["tokenizer.ggml.pre"] == name
-    assert metadata["tokenizer.ggml.tokens"][260:] == ["<s>", "</s>", *(f"[PAD{i}]" for i in range(262, 265))][:3]
-    assert metadata["tokenizer.ggml.merges"] == ["t h", "th e", "Ġ the", "1 2"]
-    assert metadata["tokenizer.ggml.bos_token_id"] == 260
-    assert metadata["tokenizer.ggml.eos_token_id"] == 261
-    found = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-    for text in (SENTENCE, f"<s>{SENTENCE}</s> 12"):
-        assert found(text).input_ids == made.encode(text).ids
-
-
-def test_types_of_tokens():
-    made = tokenizer()
-    made.add_special_tokens(["<s>"])
-    made.add_tokens(["<think>"])
-    tokens, kinds = exporter.vocabulary(described(made), 264)
-    assert tokens[259:] == ["12", "<s>", "<think>", "[PAD262]", "[PAD263]"]
-    assert kinds[259:] == [1, 3, 4, 5, 5]
-    with pytest.raises(InputError, match="its token '<think>' has the id 261, and the model has 261 of them"):
-        exporter.vocabulary(described(made), 261)
-
-
-def test_tokens_around_a_text():
-    made = tokenizer()
-    assert exporter.added_tokens(described(made)) == (None, None)
-    made.post_processor = processors.Sequence([processors.ByteLevel(), template("<s> $A")])
-    assert exporter.added_tokens(described(made)) == ("<s>", None)
-    made.post_processor = template("<s> $A </s>")
-    assert exporter.added_tokens(described(made)) == ("<s>", "</s>")
-    made.post_processor = template("<s> <s> $A")
-    with pytest.raises(InputError, match="adds 2 tokens before and 0 after a text"):
-        exporter.added_tokens(described(made))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": {"byte_fallback": True}}, "byte-level BPE .* not this one: it is SentencePiece"),
-        ({"model": {"type": "Unigram"}}, "it is Unigram"),
-        ({"model": {"merges": []}}, "it has no merges"),
-        ({"model": {"end_of_word_suffix": "</w>"}}, "it has a suffix of words"),
-        ({"model": {"ignore_merges": True}}, "it cuts text in a way that readers have no name for"),
-        ({"normalizer": {"type": "NFC"}}, "it has a normalizer"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "cuts text in a way"),
-        ({"pre_tokenizer": None}, "cuts text in a way"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}, "cuts text in a way"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}, "cuts text in a way"),
-    ],
-    ids=str,
-)
-def test_other_tokenizers_are_refused(changes, message):
-    found = described(tokenizer())
-    found = found | changes | {"model": found["model"] | changes.get("model", {})}
-    with pytest.raises(InputError, match=message):
-        exporter.split_name(found)
-
-
-def test_a_missing_tokenizer_and_an_unknown_first_token_are_refused(tmp_path):
-    writer = gguf.GGUFWriter(None, "llama")
-    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read .* gguf holds the tokenizer too"):
-        exporter._add_tokenizer(writer, tmp_path, 260)
-    made = tokenizer()
-    made.post_processor = template("<s> $A")
-    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="it adds '<s>', which is not its bos token"):
-        exporter._add_tokenizer(writer, tmp_path, 260)
+def test_a_refused_export_is_refused_before_the_run(model_of, calibration, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_of(), model)
+    described = json.loads((model / "tokenizer.json").read_text())
+    described["pre_tokenizer"] = {"type": "Whitespace"}
+    (model / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"readers have no name for \(Whitespace\)"):
+        tiny.compress(model, tmp_path / "out", calibration, bits=4, exports=["gguf"])
+    assert not (tmp_path / "out").exists()

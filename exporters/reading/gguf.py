@@ -1,8 +1,11 @@
 """Reader of GGUF files: header, metadata, table of tensors and blocks, by the layout of the format's third version.
 
-It shares neither code nor tables with the exporter, nor with the package that writes the file.
+Sizes in the metadata must be those of the `config.json` beside the file. It shares neither code nor tables with the
+exporter, nor with the package that writes the file.
 """
 
+import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +28,26 @@ Q4_0 = np.dtype([("scale", "<f2"), ("halves", "u1", 16)])
 Q8_0 = np.dtype([("scale", "<f2"), ("values", "i1", 32)])
 BLOCKS = {2: Q4_0, 8: Q8_0}
 
-PARTS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-         "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+PARTS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "qkv_proj": "attn_qkv", "o_proj": "attn_output",
+         "gate_proj": "ffn_gate", "up_proj": "ffn_up", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+PAIRED = "llama"
+"""The only architecture whose query and key rows are in pairs."""
+SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Keys of the metadata, after the name of the architecture, by those of config.json."""
 MATRIX = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.weight$")
 
 
@@ -79,19 +100,33 @@ def reader(folder: Path) -> Reader:
     path = folder / "model.gguf"
     data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
     metadata, tensors = parse(data, path)
+    check_sizes(metadata, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    paired = metadata["general.architecture"] == PAIRED
 
     def read(entry: MatrixEntry) -> Decoded:
         found = MATRIX.search(entry.address.parameter)
         if found is None:
-            raise InputError(f"{entry.name} has no place in a GGUF file of a Llama.")
+            raise InputError(f"{entry.name} has no place in a GGUF file")
         name = f"blk.{found[1]}.{PARTS[found[2]]}.weight"
         order: NDArray[np.int64] | slice = slice(None)
-        if found[2] in ("q_proj", "k_proj"):
+        if paired and found[2] in ("q_proj", "k_proj"):
             count = "head_count" if found[2] == "q_proj" else "head_count_kv"
-            order = halves_from_pairs(tensors[name].shape[0], metadata[f"llama.attention.{count}"])
+            order = halves_from_pairs(tensors[name].shape[0], metadata[f"{PAIRED}.attention.{count}"])
         return decode(data, tensors[name], order)
 
     return read
+
+
+def check_sizes(metadata: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises InputError where the metadata differ from config.json, as far as it names the sizes."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    named = config | rope | rope.get("full_attention", {})
+    for key, name in SIZES.items():
+        found = metadata.get(f"{metadata['general.architecture']}.{name}")
+        if found is None or named.get(key) is None:
+            continue
+        if not math.isclose(found, named[key], rel_tol=1e-6):
+            raise InputError(f"{name} is {found} in the file, but {key} is {named[key]} in config.json")
 
 
 def parse(data: NDArray[np.uint8], path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:

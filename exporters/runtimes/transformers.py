@@ -10,13 +10,21 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
 
 from exporters.manifest import ExportManifest
 from exporters.reference import last_logits
 from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
 from mspc.model.hub import without_progress
+from mspc.progress import log
 from mspc.storage.manifest import MatrixEntry
+
+GGUF = "model.gguf"
+NOT_READ = (
+    "head_dim", "rope_parameters", "layer_types", "query_pre_attn_scalar", "pad_token_id", "sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
+"""What transformers does not take from the metadata of every family, but from the defaults of its own config."""
 
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:
@@ -39,10 +47,25 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
         import accelerate  # noqa: F401  for the same reason
         import gguf  # noqa: F401
 
-        settings["gguf_file"] = "model.gguf"
+        settings |= {"gguf_file": GGUF} | _config_beside(folder)
     with without_progress():  # `verify` shows its own
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if manifest.format == "gptq" else FLOAT32)
+
+
+def _config_beside(folder: Path) -> dict[str, Any]:
+    """`config=` with the config.json of an export, if transformers would read another model from its GGUF file."""
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    read = AutoConfig.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+    differ = [key for key in NOT_READ if getattr(own, key, None) != getattr(read, key, None)]
+    if not differ:
+        return {}
+    log.info(
+        f"transformers does not read {', '.join(differ)} from GGUF files of this family: there, give from_pretrained "
+        "the config of this folder as well (config=AutoConfig.from_pretrained(DIR))."
+    )
+    values = {key: value for key, value in own.to_dict().items() if key != "model_type"}
+    return {"config": type(read)(**values)}  # of the file: a Mistral is a Llama there
 
 
 def _check_gptq(quantized: list[MatrixEntry]) -> None:

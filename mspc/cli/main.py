@@ -28,9 +28,6 @@ from mspc.cli.export_commands import export, verify
 from mspc.progress import log
 from mspc.version import __version__
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     name="mspc",
     help="Prune and quantize a large language model in one call, each weight matrix according to its sensitivity; "

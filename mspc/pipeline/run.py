@@ -57,8 +57,8 @@ class Run:
     recipe: Recipe
     out: Path
     resume: bool
-    check_exports: Callable[[list[PlannedMatrix], dict[str, Any]], None]
-    """Raises InputError if an export that was asked for cannot hold this plan, with this config.json."""
+    check_exports: Callable[[list[PlannedMatrix], dict[str, Any], Path], None]
+    """Raises InputError if an export that was asked for cannot hold this plan, or this config.json and its folder."""
     progress: Progress
     tokenizer: Any
     calibration: Calibration | None
@@ -223,7 +223,7 @@ class Run:
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
         """The plan, checked. Raises InputError, naming the matrix, for a target that it or an export cannot have."""
         self.check_targets(plan)
-        self.check_exports(plan, self.raw_config())
+        self.check_exports(plan, self.raw_config(), self.source)
         return plan
 
     def raw_config(self) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class Run:
             return
         self.check_targets(plan)
         try:
-            self.check_exports(possible_targets(self.settings, matrices), self.raw_config())
+            self.check_exports(possible_targets(self.settings, matrices), self.raw_config(), self.source)
         except InputError as error:
             raise InputError(f"A size budget may choose 16, 8, 4, 3 or 2 bits. {error}") from error
 

@@ -1,0 +1,126 @@
+"""llama.cpp for benchmarks: an environment with it, and a client of its server that gives tokens, templates and logits.
+
+    python = environment(ROOT / ".venv-llamacpp", REQUIREMENTS)
+    with running(python, Path("model.gguf"), context=256) as model:
+        ids = model.tokenize("Once upon a time")
+        print(model.log_probabilities(ids, vocabulary=4096), model.generate(ids, 16))
+
+The package is xllamacpp: a wheel without dependencies that holds llama.cpp and its server.
+"""
+
+import json
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environments import environment, variables_of_its_own
+from numpy.typing import NDArray
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+REQUIREMENTS = HERE / "llamacpp-requirements.txt"
+PACKAGE = "xllamacpp"
+BIAS = 1e9
+"""Added to a logit, it makes sampling take that token."""
+
+__all__ = ["PACKAGE", "REQUIREMENTS", "ROOT", "LlamaCpp", "LlamaCppError", "environment", "running", "version_in"]
+
+
+class LlamaCppError(Exception):
+    """A file that does not load, or a request that fails; the message is llama.cpp's own."""
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A loaded file. Every method is one or more requests to the server; nothing is kept between two of them."""
+
+    address: str
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                found: dict[str, Any] = json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise LlamaCppError(error.read().decode(errors="replace")) from error
+        return found
+
+    def _complete(self, ids: Sequence[int], count: int, **options: object) -> dict[str, Any]:
+        """Greedy, of the whole prompt anew."""
+        prompt = [int(i) for i in ids]
+        body = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False, "return_tokens": True}
+        return self._ask("/completion", body | options)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, with the tokens that the file says are added; names of special tokens are these tokens."""
+        found = self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return list(found["tokens"])
+
+    def template(self) -> str:
+        """The chat template of the file, or llama.cpp's own if it has no template."""
+        return str(self._ask("/props")["chat_template"])
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """A chat as the prompt of an answer. A leading BOS token is left out, since `tokenize` adds it."""
+        return str(self._ask("/apply-template", {"messages": messages})["prompt"])
+
+    def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
+        """(V,) float32 for the token after `ids`: the logits up to a constant, before any sampler.
+
+        Probabilities that are 0 in float32 are -inf.
+        """
+        # Of a token that ends the text, or is half a character, it gives none: sampling gets another one.
+        letter = [[self.tokenize("a")[-1], BIAS]]
+        answer = self._complete(ids, 1, n_probs=vocabulary, logit_bias=letter)["completion_probabilities"][0]
+        found = np.full(vocabulary, np.nan, np.float32)
+        for token in answer["top_logprobs"]:
+            found[token["id"]] = token["logprob"]
+        found[found <= np.finfo(np.float32).min] = -np.inf  # its way to write this in JSON
+        return found
+
+    def generate(self, ids: Sequence[int], count: int) -> tuple[list[int], bool]:
+        """The greedy continuation, at most `count` tokens, and whether the last one ends the text."""
+        answer = self._complete(ids, count)
+        return list(answer["tokens"]), answer["stop_type"] == "eos"
+
+    def stops_at(self, token: int, ids: Sequence[int]) -> bool:
+        """True if generation ends when this token is chosen."""
+        answer = self._complete(ids, 2, logit_bias=[[token, BIAS]])
+        return bool(answer["stop_type"] == "eos" and answer["tokens_predicted"] == 1)
+
+
+@contextmanager
+def running(python: Path, file: Path, context: int, threads: int = 1) -> Iterator[LlamaCpp]:
+    """llama.cpp with this file, in a process of its own. `context` counts tokens. Raises LlamaCppError."""
+    command = [str(python), str(HERE / "llamacpp_server.py"), str(file), str(context), str(threads)]
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables_of_its_own())
+        assert process.stdin
+        assert process.stdout
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                process.wait()
+                log.seek(0)
+                raise LlamaCppError(f"{file.name} does not load: {log.read()[-1000:]}")
+            yield LlamaCpp(address)
+        finally:
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+
+
+def version_in(python: Path) -> str:
+    """The version of the package in that environment."""
+    program = f"from importlib.metadata import version; print(version({PACKAGE!r}))"
+    done = subprocess.run([str(python), "-c", program], env=variables_of_its_own(), capture_output=True, check=True)
+    return done.stdout.decode().strip()

@@ -1,0 +1,71 @@
+"""Rotary embedding in a GGUF file: what metadata can say, and the factors of Llama 3.1 as a tensor."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+FACTORS = "rope_freqs.weight"
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
+"""What llama.cpp assumes; files of other values would need keys that older versions do not read."""
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def full_rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The parameters of rotary embedding, of the full layers where sliding ones have their own."""
+    found: dict[str, Any] = config.rope_parameters
+    return found.get("full_attention", found)
+
+
+def rope_dims(config: PreTrainedConfig) -> int:
+    """Dimensions of a head that turn."""
+    return int(head_size(config) * (full_rope(config).get("partial_rotary_factor") or 1))
+
+
+def rope_requirements(
+    config: PreTrainedConfig, types: tuple[str, ...], *, partial: bool
+) -> dict[str, tuple[Any, str, bool]]:
+    """The requirements (see `gguf_families`) of a family that takes rotary embeddings of these types."""
+    rope, dims = full_rope(config), rope_dims(config)
+    kind, share = rope["rope_type"], rope.get("partial_rotary_factor") or 1
+    found: dict[str, tuple[Any, str, bool]] = {
+        "rope_type": (kind, " or ".join((", ".join(types[:-1]), types[-1])), kind in types),
+        "partial_rotary_factor": (share, "1", partial or share == 1),
+        "rotary size of a head": (dims, "even", dims % 2 == 0),
+    }
+    if kind == "yarn":
+        usual = yarn_attention_factor(rope["factor"])
+        factor = rope.get("attention_factor")
+        same = factor is None or math.isclose(factor, usual, rel_tol=1e-6)
+        found["attention_factor of yarn"] = (factor, f"null or {usual:g}", same)
+        for name, value in YARN_DEFAULTS.items():
+            given = rope.get(name, value)
+            found[f"{name} of yarn"] = (given, str(value), given in (None, value))
+    return found
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """What the products of queries and keys are scaled by, where a config says nothing else (Peng et al. 2023)."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def rope_factors(config: PreTrainedConfig) -> Tensor | None:
+    """What each frequency of a Llama 3.1 is divided by, (rope_dims / 2) float32; None for other types.
+
+    Long waves are slowed down by the whole factor, short ones not at all, and between the two it is interpolated in
+    the frequency.
+    """
+    rope = full_rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    dims, factor, context = rope_dims(config), rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    share = ((context / waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / factor + share)).float()
