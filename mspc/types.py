@@ -100,6 +100,8 @@ class GramStats:
     output_fisher: Tensor | None = None
     scaled_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
     """The scaled Grams of `solvers.quadratic`: matrices with the same input share their eigendecomposition."""
+    inverses_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The factors of `numerics.linalg.inverse_factor`, which they share, too."""
 
 
 @dataclass(frozen=True, slots=True)

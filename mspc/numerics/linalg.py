@@ -102,13 +102,17 @@ def inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
     The result holds the damp and the precision. Raises ActivationError for a Gram that is not finite, and
     SingularGramError if none works.
     """
+    if damp in stats.inverses_by_damp:
+        return stats.inverses_by_damp[damp]
     gram = stats.gram
     check_finite(stats, name)
     for rung_damp, precision in ((damp, torch.float32), (10 * damp, torch.float32), (10 * damp, torch.float64)):
         damped, dead = regularized(gram.to(precision), rung_damp)
         factor = upper_inverse_factor(damped)
         if factor is not None:
-            return InverseFactor(factor.float(), damped.diagonal().float(), dead, rung_damp, precision)
+            found = InverseFactor(factor.float(), damped.diagonal().float(), dead, rung_damp, precision)
+            stats.inverses_by_damp[damp] = found
+            return found
     raise SingularGramError(
         f"{name}: the Gram matrix of {len(gram)} inputs over {stats.num_tokens} tokens is not positive definite, even "
         f"with damp {10 * damp:g} in float64. Calibrate on more text (--num-sequences, --sequence-length) or raise "

@@ -8,7 +8,7 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,10 @@ from mspc.types import GramStats, Matrix
 
 BUFFERS_HELD = 3
 """Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
+
+
+FEW = 8
+"""Matrices whose Grams are in memory at once where matrices are worked on together."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,16 @@ def walk(
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
                 advance(model, index, block, batches)
                 advance(model, index, dense_block, dense)
+
+
+def by_few(visits: Iterable[Visit]) -> Iterator[list[Visit]]:
+    """Lists of up to `FEW` visits of one block, to be worked on together; nothing is installed in between."""
+    few: list[Visit] = []
+    for visit in visits:
+        few.append(visit)
+        if visit.is_last_of_block or len(few) == FEW:
+            yield few
+            few = []
 
 
 class DenseWalk:

@@ -12,7 +12,6 @@ target is B = T W D.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,11 +31,13 @@ class Inputs:
     gram: Tensor
     scale: Tensor
     dead: Tensor
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (I,) and vectors (I, I)."""
-        return _eigen(self.gram)
+        """Eigenvalues (I,) and vectors (I, I), computed once. (A `cached_property` holds a lock for all instances.)"""
+        if not self.found:
+            self.found.append(_eigen(self.gram))
+        return self.found[0]
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ class Quadratic:
     """A tensor that broadcasts to (O, I): scaled weights = weights * scale."""
     inverses: dict[float, Tensor] = field(default_factory=dict)
     """(G + rho)^-1 by rho, for the latest rho only. Used if S = 1."""
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    @cached_property
     def spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues (I,) and vectors (I, I) of `inputs.gram`, and those of `outputs`, (O,) and (K, B, B)."""
         assert self.outputs is not None
         try:
-            of_outputs, output_vectors = _eigen(self.outputs)
-            return *self.inputs.spectrum, of_outputs.flatten(), output_vectors
+            if not self.found:
+                of_outputs, output_vectors = _eigen(self.outputs)
+                self.found.append((of_outputs.flatten(), output_vectors))
+            return *self.inputs.spectrum(), *self.found[0]
         except RuntimeError as error:  # LinAlgError is one, and torch does not export it
             raise self._singular(f"has no eigendecomposition ({error})") from error
 
@@ -76,7 +79,7 @@ class Quadratic:
         """Solve S X H + rho X = values for X (O, I)."""
         if self.outputs is None:
             return values @ self.inverse(rho)
-        eigenvalues, vectors, of_outputs, output_vectors = self.spectra
+        eigenvalues, vectors, of_outputs, output_vectors = self.spectra()
         rotated = self.between(output_vectors.mT, values @ vectors)
         rotated /= of_outputs[:, None] * eigenvalues + rho
         return self.between(output_vectors, rotated) @ vectors.T
@@ -108,13 +111,7 @@ class Quadratic:
 
 def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: float, name: str) -> Quadratic:
     """The form at `weight` (O, I) float32. Raises ActivationError for a Gram that is not finite."""
-    check_finite(stats, name)
-    by_damp = stats.scaled_by_damp
-    if damp not in by_damp:
-        gram, dead = regularized(stats.gram, damp)
-        scale = gram.diagonal().sqrt()
-        by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
-    inputs: Inputs = by_damp[damp]
+    inputs = inputs_of(stats, damp, name)
     scales = inputs.scale[None, :]
     if outputs is not None:
         diagonal = outputs.diagonal(dim1=-2, dim2=-1)
@@ -126,6 +123,17 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     # Weights of dead inputs cost nothing. `contiguous`, as a weight that is stored transposed is a view.
     target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()
     return Quadratic(name, target, inputs, outputs, scales)
+
+
+def inputs_of(stats: GramStats, damp: float, name: str) -> Inputs:
+    """The scaled Gram of a matrix's inputs, made once. Raises ActivationError for a Gram that is not finite."""
+    if damp not in stats.scaled_by_damp:
+        check_finite(stats, name)
+        gram, dead = regularized(stats.gram, damp)
+        scale = gram.diagonal().sqrt()
+        stats.scaled_by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
+    found: Inputs = stats.scaled_by_damp[damp]
+    return found
 
 
 def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
