@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from exporters import exporting, formats, verification
 from mspc.errors import InputError, Stopped, StorageError, VerificationError
-from mspc.model.hub import load_tokenizer, resolve, without_progress
+from mspc.model.hub import choose_device, load_tokenizer, resolve, without_progress
 from mspc.passes.perplexity import Perplexity
 from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
 from mspc.pipeline.run import Run
@@ -26,6 +26,8 @@ from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
+from mspc.threads import check as check_threads
+from mspc.threads import using
 from mspc.types import PlannedMatrix
 
 ProgressLike = bool | Callable[[Event], object] | Progress
@@ -75,6 +77,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     exports: Sequence[str] = (),
+    threads: int | None = None,
 ) -> Artifact:
     """Prune and quantize the matrices of a model, each according to its sensitivity.
 
@@ -93,6 +96,7 @@ def compress(
         resume: Continue a run that was cut off.
         overwrite: Replace an older artifact once the new one is complete.
         exports: Formats to write to `out/exports/` too.
+        threads: Threads of the CPU, which change no byte. None: OMP_NUM_THREADS, or the cores that the process may use.
 
     Raises the errors of `mspc.errors`.
     """
@@ -102,6 +106,7 @@ def compress(
     if isinstance(exports, str):
         raise InputError(f"exports must be a list of formats, such as [{exports!r}], not a string.")
     check_given(calibration, "calibration")
+    check_threads(threads)
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
 
@@ -120,7 +125,8 @@ def compress(
     try:
         with held(folder), _saved(model, tokenizer, out) as source:
             run = run or start(source)
-            run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
+            with using(threads, run.device) as run.threads:
+                run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
     except InputError:
         with suppress(OSError):  # removes the folder only if it is empty: nothing was begun
             folder.rmdir()
@@ -213,6 +219,7 @@ def evaluate(
     bos: str = "auto",
     text_column: str | None = None,
     text_encoding: str | None = None,
+    threads: int | None = None,
     progress: ProgressLike = True,
 ) -> Perplexity:
     """Perplexity on test text, cut into windows that do not overlap.
@@ -231,6 +238,7 @@ def evaluate(
             yes or no.
         text_column: Field or column of the text; None: the first of text, messages and conversations.
         text_encoding: Encoding of .txt files; None: UTF-8.
+        threads: See `compress`.
         progress: See `ProgressLike`.
     """
     model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
@@ -244,6 +252,10 @@ def evaluate(
             load(part, device, dtype) if isinstance(part, str | Path) else part for part in (model, against)
         )
         assert model is not None
-        return evaluate_module(model, text, reading, tokenizer, sequence_length, max_windows, against, shown)
+        with using(threads, next(model.parameters()).device):
+            return evaluate_module(model, text, reading, tokenizer, sequence_length, max_windows, against, shown)
     assert model is not None
-    return evaluate_folder(model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown)
+    with using(threads, choose_device(device)):
+        return evaluate_folder(
+            model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown
+        )

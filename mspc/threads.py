@@ -169,11 +169,17 @@ def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 helper.result()
 
 
+def run_all(function: Callable[[T], object], items: Iterable[T]) -> None:
+    """Call a function for each item, on the threads of `using`."""
+    for _ in run(function, items):
+        pass
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a (R, K) and b (K, C), in pieces of `ROWS` rows whatever the number of threads."""
     if len(a) <= ROWS or a.device.type != "cpu":
         return a @ b
     result = a.new_empty(len(a), b.shape[1])
-    for _ in run(lambda piece: torch.mm(piece[0], b, out=piece[1]), zip(a.split(ROWS), result.split(ROWS), strict=True)):
-        pass
+    pieces = zip(a.split(ROWS), result.split(ROWS), strict=True)
+    run_all(lambda piece: torch.mm(piece[0], b, out=piece[1]), pieces)
     return result

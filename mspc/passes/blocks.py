@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
 from mspc.model.streamed import StreamedModel
+from mspc.threads import run_all
 
 TOKENS_PER_BATCH = 4096
 MOST_OUTPUTS = 3
@@ -161,9 +162,12 @@ def hidden_of(batch: Batch, output: Any) -> Tensor:
 
 def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
     """Move all batches through block `index`. Raises ActivationError if an output is not finite."""
+
+    def pass_on(batch: Batch) -> None:
+        arrive(model, index, batch, run_block(model, block, batch, index))
+
     with torch.no_grad():
-        for batch in batches:
-            arrive(model, index, batch, run_block(model, block, batch, index))
+        run_all(pass_on, batches)
 
 
 def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:

@@ -62,6 +62,8 @@ class Run:
     tokenizer: Any
     calibration: Calibration | None
     model_name: str
+    threads: int = 1
+    """Number of threads that share the work, for the manifest."""
 
     def __post_init__(self) -> None:
         self.begin = time.monotonic()
@@ -289,6 +291,7 @@ class Run:
             "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
             "allocation": journal.entries[0]["allocation"],
             "seconds": time.monotonic() - self.begin,
+            "threads": self.threads,
             "peak_memory_bytes": _peak_memory(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
             "files": files,

@@ -65,10 +65,9 @@ def measure_curves(
 def prepare(visits: Sequence[Visit], options: SolverOptions) -> None:
     """Decompose each Gram of some visits once, before the matrices that share it are worked on."""
     first = {id(visit.stats.gram): visit for visit in reversed(visits)}
-    for _ in threads.run(
+    threads.run_all(
         lambda visit: inputs_of(visit.stats, options.damp, visit.matrix.name).spectrum(), first.values()
-    ):
-        pass
+    )
 
 
 def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:
