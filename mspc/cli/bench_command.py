@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mspc.cli.console import BosOption, DebugOption, option, print_table, reported
+from mspc.cli.console import BosOption, DebugOption, ThreadsOption, option, print_table, reported
 from mspc.errors import InputError
 
 WHAT, HOW, OUT = "Models and formats", "Measurement", "Results"
@@ -69,6 +69,7 @@ def bench(
     ] = None,
     bos: BosOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
+    threads: ThreadsOption = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -116,7 +117,7 @@ def bench(
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
-            bos,
+            bos, threads,
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):

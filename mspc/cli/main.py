@@ -19,6 +19,7 @@ from mspc.cli.console import (  # fmt: skip
     EncodingOption,
     JsonOption,
     LengthOption,
+    ThreadsOption,
     print_json,
     print_table,
     report_bug,
@@ -65,6 +66,7 @@ def eval_(
     text_encoding: EncodingOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -86,6 +88,7 @@ def eval_(
         result = evaluate(
             path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
             dtype=dtype or "auto", against=against, bos=bos, text_column=text_column, text_encoding=text_encoding,
+            threads=threads,
         )  # fmt: skip
     if as_json:
         print_json({name: value for name, value in asdict(result).items() if value is not None})

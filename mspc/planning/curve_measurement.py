@@ -1,7 +1,7 @@
 """Measuring loss curves: a short run of the solver at a few sparsities of each matrix of the dense model."""
 
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,9 +65,7 @@ def measure_curves(
 def prepare(visits: Sequence[Visit], options: SolverOptions) -> None:
     """Decompose each Gram of some visits once, before the matrices that share it are worked on."""
     first = {id(visit.stats.gram): visit for visit in reversed(visits)}
-    threads.run_all(
-        lambda visit: inputs_of(visit.stats, options.damp, visit.matrix.name).spectrum(), first.values()
-    )
+    threads.run_all(lambda visit: inputs_of(visit.stats, options.damp, visit.matrix.name).spectrum(), first.values())
 
 
 def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:

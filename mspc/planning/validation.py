@@ -45,6 +45,7 @@ def validate_plans(
     streams = {name: batches_of(model, validation) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
+
     def approximate(visit: Visit) -> dict[str, Tensor]:
         wanted = {name: by_name[visit.matrix.name] for name, by_name in targets.items()}
         if not quantizes:
@@ -84,7 +85,9 @@ def approximate_weights(
     found = {target: kept[target.pattern] for target in targets}
     for grid in dict.fromkeys(target.grid for target in targets if target.grid is not None):
         of_grid = [target for target in found if target.grid == grid]
-        swept = sweep_all([found[target] for target in of_grid], visit.stats, Target(Unstructured(0.0), grid), options, name)
+        swept = sweep_all(
+            [found[target] for target in of_grid], visit.stats, Target(Unstructured(0.0), grid), options, name
+        )
         found |= zip(of_grid, swept, strict=True)
     return [found[target] for target in targets]
 

@@ -33,8 +33,6 @@ from mspc.solvers.options import SolverOptions
 from mspc.types import NM, Codes, CompressedLinear, GramStats, Grid, Pattern, Target
 
 BLOCK = 128
-PIECE = 2048
-"""Rows that are swept together where no row depends on another. More would not stay in the cache of a core."""
 
 
 def obs(
@@ -76,7 +74,7 @@ def sweep_all(
     operations: few pieces take less time than many, and several take several threads.
     """
     whole = torch.cat(list(weights))
-    pieces = whole.split(PIECE if whole.device.type == "cpu" else len(whole))
+    pieces = whole.split(threads.ROWS if whole.device.type == "cpu" else len(whole))
     swept = threads.run(lambda piece: obs(piece, stats, target, options, name, piece != 0).weight, pieces)
     return list(torch.cat(list(swept)).split(len(weights[0])))
 
