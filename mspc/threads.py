@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,8 @@ class Helpers:
 
     executor: ThreadPoolExecutor
     size: int
+    lanes: tuple[ThreadPoolExecutor, ...]
+    """Executors of one thread each, for work that cannot go on in another thread."""
 
 
 _helpers: ContextVar[Helpers | None] = ContextVar("helpers", default=None)
@@ -109,13 +111,18 @@ def using(asked: int | None, device: torch.device) -> Iterator[int]:
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(max(number - 1, 1), "mspc", initializer=one_thread) as executor:
-        token = _helpers.set(Helpers(executor, number - 1) if number > 1 else None)
-        try:
+    token = None
+    try:
+        with ExitStack() as stack:
+            if number > 1:
+                sizes = (number - 1, *[1] * number)
+                pool, *lanes = [stack.enter_context(ThreadPoolExecutor(n, initializer=one_thread)) for n in sizes]
+                token = _helpers.set(Helpers(pool, number - 1, tuple(lanes)))
             yield number
-        finally:
+    finally:
+        if token is not None:
             _helpers.reset(token)
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -184,6 +191,22 @@ def run_all(function: Callable[[T], object], items: Iterable[T]) -> None:
     """Call a function for each item, on the threads of `using`."""
     for _ in run(function, items):
         pass
+
+
+def num_lanes() -> int:
+    """How many pieces of work `on_lane` does at once."""
+    helpers = _helpers.get()
+    return 1 if helpers is None else len(helpers.lanes)
+
+
+def on_lane(number: int, function: Callable[[], R]) -> Future[R]:
+    """Start function() in a thread that is the same for the same number; without the threads of `using`, call it."""
+    helpers = _helpers.get()
+    if helpers is not None:
+        return helpers.lanes[number % len(helpers.lanes)].submit(function)
+    called: Future[R] = Future()
+    called.set_result(function())
+    return called
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Linear algebra of Gram matrices: sums, inverse factors, and the output error."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mspc.errors import ActivationError, SingularGramError
+from mspc.threads import ROWS, run_all
 from mspc.types import GramStats
 
 GRAM_STRIP = 256
@@ -25,11 +26,26 @@ def precise_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add x^T x of `inputs` (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
-    for start in range(0, len(gram), GRAM_STRIP):
+def add_gram(gram: Tensor, *inputs: Tensor) -> None:
+    """Add x^T x of each of `inputs` (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
+
+    def add(start: int) -> None:
         strip = slice(start, start + GRAM_STRIP)
-        gram[strip, : strip.stop].addmm_(inputs[:, strip].T, inputs[:, : strip.stop])
+        for x in inputs:
+            gram[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
+
+    run_all(add, reversed(range(0, len(gram), GRAM_STRIP)))  # the longest first
+
+
+def add_products(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add a^T b of each pair (T, I), (T, J) to `total` (I, J)."""
+
+    def add(start: int) -> None:
+        rows = slice(start, start + ROWS if total.device.type == "cpu" else None)
+        for a, b in pairs:
+            total[rows].addmm_(a[:, rows].T, b)
+
+    run_all(add, range(0, len(total), ROWS if total.device.type == "cpu" else len(total)))
 
 
 def symmetrize(gram: Tensor) -> Tensor:
