@@ -9,7 +9,7 @@ core then holds up its own piece only. No piece depends on the number of threads
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, copy_context
@@ -209,11 +209,23 @@ def on_lane(number: int, function: Callable[[], R]) -> Future[R]:
     return called
 
 
+def pieces(tensor: Tensor, dim: int = 0, rows: int = 1) -> Sequence[Tensor]:
+    """Views of a tensor, `ROWS` rows each whatever the number of threads; `rows` belong to one index of `dim`.
+
+    On a GPU it is one piece.
+    """
+    return tensor.split(max(1, ROWS // rows), dim) if tensor.device.type == "cpu" else [tensor]
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (R, K) and b (K, C), in pieces of `ROWS` rows whatever the number of threads."""
-    if len(a) <= ROWS or a.device.type != "cpu":
+    """a @ b for a (R, K) and b (K, C), or (N, R, K) and (N, K, C), in pieces."""
+    if a.ndim == 2:
+        operands: Sequence[Sequence[Tensor]] = [(part, b) for part in pieces(a)]
+    else:
+        operands = list(zip(*(pieces(part, rows=a.shape[1]) for part in (a, b)), strict=True))
+    if len(operands) == 1:
         return a @ b
-    result = a.new_empty(len(a), b.shape[1])
-    pieces = zip(a.split(ROWS), result.split(ROWS), strict=True)
-    run_all(lambda piece: torch.mm(piece[0], b, out=piece[1]), pieces)
+    result = a.new_empty(*a.shape[:-1], b.shape[-1])
+    results = pieces(result, rows=1 if a.ndim == 2 else a.shape[1])
+    run_all(lambda some: torch.matmul(*some[0], out=some[1]), zip(operands, results, strict=True))
     return result

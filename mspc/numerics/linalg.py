@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mspc.errors import ActivationError, SingularGramError
-from mspc.threads import ROWS, run_all
+from mspc.threads import matmul, pieces, run, run_all
 from mspc.types import GramStats
 
 GRAM_STRIP = 256
@@ -40,12 +40,12 @@ def add_gram(gram: Tensor, *inputs: Tensor) -> None:
 def add_products(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Add a^T b of each pair (T, I), (T, J) to `total` (I, J)."""
 
-    def add(start: int) -> None:
-        rows = slice(start, start + ROWS if total.device.type == "cpu" else None)
-        for a, b in pairs:
-            total[rows].addmm_(a[:, rows].T, b)
+    def add(piece: tuple[Tensor, ...]) -> None:
+        rows, *parts = piece
+        for part, (_, b) in zip(parts, pairs, strict=True):
+            rows.addmm_(part.T, b)
 
-    run_all(add, range(0, len(total), ROWS if total.device.type == "cpu" else len(total)))
+    run_all(add, zip(pieces(total), *(pieces(a, dim=1) for a, _ in pairs), strict=True))
 
 
 def symmetrize(gram: Tensor) -> Tensor:
@@ -99,7 +99,9 @@ def upper_inverse_factor(matrix: Tensor) -> Tensor | None:
         return None
     upper = lower.flip(0, 1)
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse = torch.cat(
+        list(run(lambda columns: torch.linalg.solve_triangular(upper, columns, upper=True), pieces(identity, dim=1))), 1
+    )
     return inverse if bool(inverse.isfinite().all()) else None
 
 
@@ -113,22 +115,26 @@ def check_finite(stats: GramStats, name: str) -> None:
 
 
 def inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
-    """The inverse factor with the first damping that works: damp, 10 damp, then 10 damp in float64.
+    """The inverse factor with the first damping that works: damp, 10 damp, then 10 damp in float64. It is made once.
 
     The result holds the damp and the precision. Raises ActivationError for a Gram that is not finite, and
     SingularGramError if none works.
     """
-    if damp in stats.inverses_by_damp:
-        return stats.inverses_by_damp[damp]
+    with stats.lock:
+        if damp not in stats.inverses_by_damp:
+            stats.inverses_by_damp[damp] = _inverse_factor(stats, damp, name)
+        found: InverseFactor = stats.inverses_by_damp[damp]
+        return found
+
+
+def _inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
     gram = stats.gram
     check_finite(stats, name)
     for rung_damp, precision in ((damp, torch.float32), (10 * damp, torch.float32), (10 * damp, torch.float64)):
         damped, dead = regularized(gram.to(precision), rung_damp)
         factor = upper_inverse_factor(damped)
         if factor is not None:
-            found = InverseFactor(factor.float(), damped.diagonal().float(), dead, rung_damp, precision)
-            stats.inverses_by_damp[damp] = found
-            return found
+            return InverseFactor(factor.float(), damped.diagonal().float(), dead, rung_damp, precision)
     raise SingularGramError(
         f"{name}: the Gram matrix of {len(gram)} inputs over {stats.num_tokens} tokens is not positive definite, even "
         f"with damp {10 * damp:g} in float64. Calibrate on more text (--num-sequences, --sequence-length) or raise "
@@ -141,6 +147,6 @@ def output_error(weight: Tensor, compressed: Tensor, gram: Tensor) -> float:
     gram = gram.double()
     difference = (weight - compressed).double()
     reference = weight.double()
-    error = ((difference @ gram) * difference).sum()
-    scale = ((reference @ gram) * reference).sum()
+    error = (matmul(difference, gram) * difference).sum()
+    scale = (matmul(reference, gram) * reference).sum()
     return float(error / scale) if scale > 0 else 0.0

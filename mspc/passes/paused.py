@@ -7,10 +7,11 @@ pause and run again for the next one, with the same result.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
+from greenlet import error as OtherThreadError
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -64,7 +65,8 @@ class PausedForward:
         self.reached.clear()
         running, self.running = self.running, None
         if running is not None:
-            running.throw()  # unwinds a suspended run
+            with suppress(OtherThreadError):  # the thread has ended, and the run with it
+                running.throw()  # unwinds a suspended run
 
 
 @contextmanager

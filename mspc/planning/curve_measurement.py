@@ -1,6 +1,5 @@
 """Measuring loss curves: a short run of the solver at a few sparsities of each matrix of the dense model."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import sweep_all
-from mspc.solvers.quadratic import inputs_of, quadratic
+from mspc.solvers.quadratic import quadratic
 from mspc.types import NM, GramStats, Pattern, Target, Unstructured
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
@@ -23,8 +22,6 @@ KEEPS = (14, 12, 10, 8, 6, 4, 2, 1)
 QUANTIZED = (0, 1, 2, 4)
 """Points where the loss of quantization is measured under a size budget: 0 is the dense matrix, n the n-th pattern."""
 SWEPT_BITS = (4, 3, 2)
-PATH_SOLVERS = ("kfac", "admm")
-"""Solvers whose curves come from `error_path`."""
 SAMPLED = 2
 """Number of blocks of the Fisher factor that a curve is measured on, if there are more."""
 
@@ -54,18 +51,10 @@ def measure_curves(
 
     with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step, precise_matmul():
         for few in by_few(dense):
-            if settings.solver in PATH_SOLVERS:
-                prepare(few, options)
             for visit, curve in zip(few, threads.run(measure, few), strict=True):
                 curves[visit.matrix.name] = curve
                 step(visit.matrix.name)
     return curves
-
-
-def prepare(visits: Sequence[Visit], options: SolverOptions) -> None:
-    """Decompose each Gram of some visits once, before the matrices that share it are worked on."""
-    first = {id(visit.stats.gram): visit for visit in reversed(visits)}
-    threads.run_all(lambda visit: inputs_of(visit.stats, options.damp, visit.matrix.name).spectrum(), first.values())
 
 
 def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:
@@ -81,7 +70,7 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         if (removed := sample_form.loss(torch.zeros_like(sample))) > 0:
             half_tokens *= form.loss(torch.zeros_like(weight)) / removed
             weight, stats, form = sample, sample_stats, sample_form
-    if settings.solver in PATH_SOLVERS:
+    if settings.solver in ("kfac", "admm"):
         path = error_path(form, patterns)
     else:
         solve = SOLVERS[str(settings.solver)]

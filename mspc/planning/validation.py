@@ -17,7 +17,6 @@ from mspc.numerics.linalg import precise_matmul
 from mspc.passes.blocks import Batch, advance, batches_of
 from mspc.passes.perplexity import mean_divergences
 from mspc.passes.walk import DenseWalk, Visit, by_few, install, matrix_of
-from mspc.planning.curve_measurement import prepare
 from mspc.progress import Progress
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import error_path
@@ -56,7 +55,6 @@ def validate_plans(
         # When a group ends, the walk has left this block, so the block can be loaded again.
         for index, in_block in groupby(by_few(visits), key=lambda few: few[0].block):
             for few in in_block:
-                prepare(few, options)
                 for visit, found in zip(few, threads.run(approximate, few), strict=True):
                     for name, weight in found.items():
                         weights[name][visit.matrix] = weight

@@ -11,7 +11,7 @@ their values. Tensors inside are transposed, (I, O), so that a column of the wei
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,21 @@ def obs(
     Raises InputError when the pattern or the group size does not fit, and every error of `inverse_factor`.
     """
     with precise_matmul():
-        return sweep(weight, stats, target, options, name, mask)[0]
+        if mask is None:
+            return sweep(weight, stats, target, options, name)[0]
+        # With a given mask no row depends on another.
+        rows = zip(threads.pieces(weight), threads.pieces(mask), strict=True)
+        return _joined(list(threads.run(lambda some: sweep(some[0], stats, target, options, name, some[1])[0], rows)))
+
+
+def _joined(parts: Sequence[CompressedLinear]) -> CompressedLinear:
+    """The matrix whose rows are those of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    weight, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "mask"))
+    of_parts = [part.codes for part in parts if part.codes is not None]
+    codes = [torch.cat([getattr(one, name) for one in of_parts]) for name in ("values", "scales", "zeros") if of_parts]
+    return replace(parts[0], weight=weight, mask=mask, codes=Codes(*codes) if codes else None)
 
 
 def sweep(
@@ -70,13 +84,10 @@ def sweep_all(
 ) -> list[Tensor]:
     """`obs` for several weights (O, I) of one matrix, with the zeros that each has already.
 
-    No row depends on another then. The rows of all are swept together, in pieces, each of them a long list of short
-    operations: few pieces take less time than many, and several take several threads.
+    A sweep is a long list of short operations: one over the rows of all takes less time than several.
     """
     whole = torch.cat(list(weights))
-    pieces = whole.split(threads.ROWS if whole.device.type == "cpu" else len(whole))
-    swept = threads.run(lambda piece: obs(piece, stats, target, options, name, piece != 0).weight, pieces)
-    return list(torch.cat(list(swept)).split(len(weights[0])))
+    return list(obs(whole, stats, target, options, name, whole != 0).weight.split(len(weights[0])))
 
 
 def check_pattern(pattern: Pattern, num_columns: int, options: SolverOptions, name: str) -> None:

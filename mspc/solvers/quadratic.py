@@ -11,13 +11,17 @@ With D and T the square roots of the diagonals of H and S, the scaled factors ar
 target is B = T W D.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mspc.errors import SingularGramError
 from mspc.numerics.linalg import check_finite, regularized
+from mspc.threads import matmul
 from mspc.types import GramStats
 
 OUTPUT_DAMP = 0.05
@@ -32,12 +36,14 @@ class Inputs:
     scale: Tensor
     dead: Tensor
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    lock: AbstractContextManager[Any] = field(default_factory=RLock)
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (I,) and vectors (I, I), computed once. (A `cached_property` holds a lock for all instances.)"""
-        if not self.found:
-            self.found.append(_eigen(self.gram))
-        return self.found[0]
+        """Eigenvalues (I,) and vectors (I, I), computed once. (A `cached_property` has one lock for all instances.)"""
+        with self.lock:
+            if not self.found:
+                self.found.append(_eigen(self.gram))
+            return self.found[0]
 
 
 @dataclass(frozen=True)
@@ -67,22 +73,22 @@ class Quadratic:
 
     def apply(self, values: Tensor) -> Tensor:
         """S X H of scaled values (O, I)."""
-        return self.between(self.outputs, values @ self.inputs.gram)
+        return self.between(self.outputs, matmul(values, self.inputs.gram))
 
     def between(self, factor: Tensor | None, values: Tensor) -> Tensor:
         """Multiply the outputs of `values` (O, I) by a block-diagonal factor (K, B, B)."""
         if factor is None:
             return values
-        return (factor @ values.view(len(factor), -1, values.shape[1])).view_as(values)
+        return matmul(factor, values.view(len(factor), -1, values.shape[1])).view_as(values)
 
     def solve(self, values: Tensor, rho: float) -> Tensor:
         """Solve S X H + rho X = values for X (O, I)."""
         if self.outputs is None:
-            return values @ self.inverse(rho)
+            return matmul(values, self.inverse(rho))
         eigenvalues, vectors, of_outputs, output_vectors = self.spectra()
-        rotated = self.between(output_vectors.mT, values @ vectors)
+        rotated = self.between(output_vectors.mT, matmul(values, vectors))
         rotated /= of_outputs[:, None] * eigenvalues + rho
-        return self.between(output_vectors, rotated) @ vectors.T
+        return matmul(self.between(output_vectors, rotated), vectors.T)
 
     def inverse(self, rho: float) -> Tensor:
         if rho not in self.inverses:
@@ -127,13 +133,14 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
 
 def inputs_of(stats: GramStats, damp: float, name: str) -> Inputs:
     """The scaled Gram of a matrix's inputs, made once. Raises ActivationError for a Gram that is not finite."""
-    if damp not in stats.scaled_by_damp:
-        check_finite(stats, name)
-        gram, dead = regularized(stats.gram, damp)
-        scale = gram.diagonal().sqrt()
-        stats.scaled_by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
-    found: Inputs = stats.scaled_by_damp[damp]
-    return found
+    with stats.lock:
+        if damp not in stats.scaled_by_damp:
+            check_finite(stats, name)
+            gram, dead = regularized(stats.gram, damp)
+            scale = gram.diagonal().sqrt()
+            stats.scaled_by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
+        found: Inputs = stats.scaled_by_damp[damp]
+        return found
 
 
 def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
