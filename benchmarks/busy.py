@@ -1,9 +1,9 @@
-"""CPU seconds and wall time of the demo beside other work: processes that only spin.
+"""CPU seconds and wall time of the demo on a busy machine, where other processes spin.
 
 python benchmarks/busy.py [--spinning 0 1 2 4] [--threads 1 2] [--repeats 3] [--tree DIR] [--json FILE]
 
 Each run is `python examples/demo.py` in a process of its own, with its user and system seconds from the kernel. The
-last column is these seconds over those of one thread with nothing beside. `--tree` is another checkout, to compare
+last column is these seconds over those of one thread with nothing else. `--tree` is another checkout, to compare
 with. The threads are given as OMP_NUM_THREADS. Nothing else should run: the first row is the quiet machine.
 """
 
@@ -31,7 +31,7 @@ LONGEST = 1800.0
 
 @contextmanager
 def spinning(count: int) -> Iterator[None]:
-    """So many processes beside, each of which would use a whole core."""
+    """`count` other processes inside. Each would use a whole core."""
     processes = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
     try:
         yield

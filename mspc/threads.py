@@ -34,7 +34,7 @@ ROWS = 1536
 
 @dataclass(frozen=True, slots=True)
 class Helpers:
-    """The threads beside the calling one."""
+    """The threads that help the calling one."""
 
     executor: ThreadPoolExecutor
     size: int
@@ -101,7 +101,7 @@ def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:
 
 @contextmanager
 def using(asked: int | None, device: torch.device) -> Iterator[int]:
-    """Inside, `run` has so many threads (None: see `count`), and an operation of torch has one. Yields the number.
+    """Inside, `run` has `asked` threads (None: see `count`), and an operation of torch has one. Yields the number.
 
     On a GPU nothing changes: there the operations are large, and the CPU only starts them.
     """
@@ -127,7 +127,7 @@ def using(asked: int | None, device: torch.device) -> Iterator[int]:
 
 @contextmanager
 def of_torch(asked: int | None) -> Iterator[None]:
-    """Inside, an operation of torch has so many threads (None: see `count`), where its speed is what is measured."""
+    """Inside, an operation of torch has `asked` threads (None: see `count`), where its speed is what is measured."""
     before = torch.get_num_threads()
     torch.set_num_threads(count(asked))
     try:
@@ -194,7 +194,7 @@ def run_all(function: Callable[[T], object], items: Iterable[T]) -> None:
 
 
 def num_lanes() -> int:
-    """How many pieces of work `on_lane` does at once."""
+    """The number of pieces of work that `on_lane` does at once."""
     helpers = _helpers.get()
     return 1 if helpers is None else len(helpers.lanes)
 

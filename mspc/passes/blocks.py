@@ -4,6 +4,7 @@ Activations live in host memory, or in files of a folder for models and texts th
 """
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,24 +195,30 @@ def not_finite(module: nn.Module, name: str, dtype: torch.dtype) -> MspcError:
     )
 
 
-def logits_after(model: StreamedModel, batch: Batch) -> Tensor:
-    """Logits (B, T, V) of a batch that has passed all blocks, by the model's own final norm and head.
+Logits = Callable[[Batch], Tensor]
+"""Logits (B, T, V) of a batch that has passed all blocks, by the model's own final norm and head."""
 
-    The outer part must be loaded.
-    """
-    hidden = batch.hidden.to(model.device)
+
+@contextmanager
+def without_blocks(model: StreamedModel) -> Iterator[Logits]:
+    """The outer part of a model, loaded, as a function that threads may call at the same time."""
+    given = threading.local()
 
     def hand_through(*args: Any, **kwargs: Any) -> Any:
-        return _as_outputs(hidden, model.num_outputs)
+        return _as_outputs(given.hidden, model.num_outputs)
 
-    what = f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"
-    with _in_words(what), replaced_forwards(model.blocks, hand_through):
-        return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
+    def logits(batch: Batch) -> Tensor:
+        given.hidden = batch.hidden.to(model.device)
+        with _in_words(f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"):
+            return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
+
+    with model.loaded_outer(), replaced_forwards(model.blocks, hand_through):
+        yield logits
 
 
-def token_losses(model: StreamedModel, batch: Batch) -> Tensor:
+def token_losses(logits_of: Logits, batch: Batch) -> Tensor:
     """Cross entropy (B, T - 1) float32 of every token given those before it. The batch has passed all blocks."""
-    logits = logits_after(model, batch)[:, :-1].float()
+    logits = logits_of(batch)[:, :-1].float()
     targets = batch.ids[:, 1:].to(logits.device)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite, token_losses
+from mspc.passes.blocks import Batch, Logits, advance, batches_of, not_finite, token_losses, without_blocks
+from mspc.threads import run
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,9 @@ def measure(
                 with one.loaded(index) as block:
                     advance(one, index, block, its_batches)
         yield None
-    total = 0.0
-    with torch.no_grad(), model.loaded_outer():
-        for batch in batches:
-            for sequence in batch.sequences():
-                total += float(token_losses(model, sequence)[:, first:].double().sum())
+    sequences = [sequence for batch in batches for sequence in batch.sequences()]
+    with torch.no_grad(), without_blocks(model) as logits_of:
+        total = sum(run(lambda one: float(token_losses(logits_of, one)[:, first:].double().sum()), sequences))
     num_windows, length = ids.shape
     tokens = num_windows * (length - 1 - first)
     nll = total / tokens
@@ -70,12 +69,18 @@ def measure_module(
     first = max(begin - 1, 0)
     nll = divergence = 0.0
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
-        for window in ids:
+
+        def of_window(window: Tensor) -> tuple[float, float]:
             q = _predictions(model, window)[first:]
-            nll -= float(q[:-1].gather(1, window[first + 1 :, None].to(q.device)).sum(dtype=torch.float64))
-            if reference is not None:
-                p = _predictions(reference, window)[first:].to(q.device)
-                divergence += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+            likelihood = float(q[:-1].gather(1, window[first + 1 :, None].to(q.device)).sum(dtype=torch.float64))
+            if reference is None:
+                return likelihood, 0.0
+            p = _predictions(reference, window)[first:].to(q.device)
+            return likelihood, float((p.exp() * (p - q)).sum(dtype=torch.float64))
+
+        for likelihood, of_reference in run(of_window, ids):
+            nll -= likelihood
+            divergence += of_reference
             step()
     tokens = len(ids) * (ids.shape[1] - 1 - first)
     mean = None if reference is None else divergence / (tokens + len(ids))
@@ -120,18 +125,25 @@ def mean_divergences(
 
     It is the mean over all positions from `first` on. All batches have passed the last block.
     """
-    totals, tokens = [0.0] * len(streams), 0
-    with torch.no_grad(), reference.loaded_outer(), model.loaded_outer():
-        for batches in zip(reference_batches, *streams, strict=True):
-            for expected, *others in zip(*(batch.sequences() for batch in batches), strict=True):
-                p = _log_probabilities(reference, expected)[:, first:]
-                for i, other in enumerate(others):
-                    q = _log_probabilities(model, other)[:, first:]
-                    totals[i] += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-                tokens += expected.ids[:, first:].numel()
-    return [total / tokens for total in totals]
+    with torch.no_grad(), without_blocks(model) as logits_of, ExitStack() as stack:
+        expected_of = logits_of if reference is model else stack.enter_context(without_blocks(reference))
+
+        def divergences(sequences: tuple[Batch, ...]) -> list[float]:
+            expected, *others = sequences
+            p = _log_probabilities(expected_of, expected)[:, first:]
+            found = []
+            for other in others:
+                q = _log_probabilities(logits_of, other)[:, first:]
+                found.append(float((p.exp() * (p - q)).sum(dtype=torch.float64)))
+            return found
+
+        all_batches = zip(reference_batches, *streams, strict=True)
+        sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
+        tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
+        of_streams = zip(*run(divergences, sequences), strict=True)
+        return [sum(of_stream) / tokens for of_stream in of_streams]
 
 
-def _log_probabilities(model: StreamedModel, batch: Batch) -> Tensor:
+def _log_probabilities(logits_of: Logits, batch: Batch) -> Tensor:
     """Log-probabilities (B, T, V) float32 of a batch that has passed all blocks."""
-    return torch.log_softmax(logits_after(model, batch).float(), -1)
+    return torch.log_softmax(logits_of(batch).float(), -1)

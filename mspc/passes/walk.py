@@ -90,8 +90,8 @@ class DenseWalk:
     """The visits of a walk that changes nothing; it can be iterated several times.
 
     The statistics of the first full iteration are kept if they fit in `memory` bytes (None: a quarter of the free
-    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram and its eigenvectors to
-    each kept Gram, hence the factor 3.
+    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram, its eigenvectors and an
+    inverse to each kept Gram, hence the factor 4.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DenseWalk:
         # An upper bound: some matrices share their Gram.
         grams = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
-        keep = 3 * grams <= self.memory
+        keep = 4 * grams <= self.memory
         for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))
