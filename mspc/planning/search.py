@@ -32,7 +32,7 @@ from mspc.progress import Step, log
 from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS
 from mspc.solvers.error_compensation import compensated
-from mspc.types import NM, MatricesByBlock, Matrix, Target, Unstructured, flatten
+from mspc.types import NM, CompressedLinear, GramStats, MatricesByBlock, Matrix, Target, Unstructured, flatten
 
 WINDOW = 2
 """Sixteenths that the level of a matrix may move within one walk."""
@@ -110,13 +110,17 @@ def make_weights(
     flat = flatten(matrices)
     level_of, made = dict(zip(flat, plan, strict=True)), dict[Matrix, dict[int, Tensor]]()
     dense = batches_of(model, measurements.ids) if settings.propagation else ()
+
+    def solved_for(name: str, wanted: Tensor, stats: GramStats, target: Target) -> CompressedLinear:
+        return solve(wanted, stats, target, options, name)
+
     for visit in walk(model, batches_of(model, measurements.ids), matrices, dense=dense):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
         stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
         wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
         levels = range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)
         targets = [target_of(settings, level, weight.shape[1]) for level in levels]
-        solved = threads.run(partial(solve, wanted, stats, options=options, name=name), targets)
+        solved = threads.run(partial(solved_for, name, wanted, stats), targets)
         made[visit.matrix] = {
             level: found.weight.to("cpu", model.dtype) for level, found in zip(levels, solved, strict=True)
         }
