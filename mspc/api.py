@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from exporters import exporting, formats, verification
 from mspc.errors import InputError, Stopped, StorageError, VerificationError
-from mspc.model.hub import load_tokenizer, resolve, without_progress
+from mspc.model.hub import choose_device, load_tokenizer, resolve, without_progress
 from mspc.passes.perplexity import Perplexity
 from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
 from mspc.pipeline.run import Run
@@ -26,6 +26,8 @@ from mspc.storage.manifest import read_manifest
 from mspc.storage.output_folder import held, left_clean, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
+from mspc.threads import check as check_threads
+from mspc.threads import using
 from mspc.types import PlannedMatrix
 
 ProgressLike = bool | Callable[[Event], object] | Progress
@@ -75,6 +77,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     exports: Sequence[str] = (),
+    threads: int | None = None,
 ) -> Artifact:
     """Prune and quantize the matrices of a model, each according to its sensitivity.
 
@@ -93,6 +96,7 @@ def compress(
         resume: Continue a run that was cut off.
         overwrite: Replace an older artifact once the new one is complete.
         exports: Formats to write to `out/exports/` too.
+        threads: Threads of the CPU, which change no byte. None: OMP_NUM_THREADS, or the cores that the process may use.
 
     Raises the errors of `mspc.errors`.
     """
@@ -103,6 +107,7 @@ def compress(
         raise InputError(f"exports must be a list of formats, such as [{exports!r}], not a string.")
     exports = tuple(dict.fromkeys(exports))
     check_given(calibration, "calibration")
+    check_threads(threads)
     for name in exports:
         formats.load(name)  # so that a mistake is found before any work
 
@@ -122,7 +127,8 @@ def compress(
             folder = working_folder(out, resume=resume, overwrite=overwrite)
             with held(folder), _saved(model, tokenizer, out) as source:
                 run = run or start(source)
-                run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
+                with using(threads, run.device) as run.threads:
+                    run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)
@@ -219,6 +225,7 @@ def evaluate(
     bos: str = "auto",
     text_column: str | None = None,
     text_encoding: str | None = None,
+    threads: int | None = None,
     progress: ProgressLike = True,
 ) -> Perplexity:
     """Perplexity on test text, cut into windows that do not overlap, with 95% intervals over the windows.
@@ -238,6 +245,7 @@ def evaluate(
             yes or no.
         text_column: Field or column of the text; None: the first of text, messages and conversations.
         text_encoding: Encoding of .txt files; None: UTF-8.
+        threads: See `compress`.
         progress: See `ProgressLike`.
     """
     model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
@@ -251,6 +259,10 @@ def evaluate(
             load(part, device, dtype) if isinstance(part, str | Path) else part for part in (model, against)
         )
         assert model is not None
-        return evaluate_module(model, text, reading, tokenizer, sequence_length, max_windows, against, shown)
+        with using(threads, next(model.parameters()).device):
+            return evaluate_module(model, text, reading, tokenizer, sequence_length, max_windows, against, shown)
     assert model is not None
-    return evaluate_folder(model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown)
+    with using(threads, choose_device(device)):
+        return evaluate_folder(
+            model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown
+        )

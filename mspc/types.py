@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -100,6 +102,10 @@ class GramStats:
     output_fisher: Tensor | None = None
     scaled_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
     """The scaled Grams of `solvers.quadratic`: matrices with the same input share their eigendecomposition."""
+    inverses_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The factors of `numerics.linalg.inverse_factor`, which they share, too."""
+    lock: AbstractContextManager[Any] = field(default_factory=RLock, repr=False, compare=False)
+    """Held while one of both is made, so that it is made once."""
 
 
 @dataclass(frozen=True, slots=True)

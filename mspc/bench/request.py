@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mspc import threads
 from mspc.bench.decoder import Shape
 from mspc.bench.formats import DENSE
 from mspc.bench.models import (
@@ -56,6 +57,7 @@ class Request:
     perplexity: bool = True
     max_windows: int | None = None
     sequence_length: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ def make_plan(request: Request) -> Plan:
     if request.baseline not in BASELINES:
         raise unknown("baseline", request.baseline, BASELINES)
     Reading(request.bos)
+    threads.check(request.threads)
     device = choose_device(request.device)
     if device.type not in BATCHES:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")

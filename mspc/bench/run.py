@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mspc import threads
 from mspc.api import evaluate
 from mspc.bench.decoder import Decoder, Operations, OuterLayers, add_norm, gated, rotate
 from mspc.bench.measure import measure_decode, measure_prefill
@@ -45,7 +46,8 @@ def bench(request: Request, *, progress: Progress | None = None, save: Save | No
     for reason in plan.left_out:
         log.info(f"torch's int4 is left out: {reason}")
     # Graphs and kernels run on the current device, which --device cuda:1 does not change.
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext():
+    on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
+    with on_device, threads.of_torch(request.threads):
         return run(request, plan, progress, save)
 
 

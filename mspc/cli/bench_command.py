@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mspc.cli.console import BosOption, DebugOption, LengthOption, option, print_table, reported
+from mspc.cli.console import BosOption, DebugOption, LengthOption, ThreadsOption, option, print_table, reported
 from mspc.errors import InputError
 from mspc.progress import log
 
@@ -77,6 +77,7 @@ def bench(
     max_windows: Annotated[int | None, option("Number of windows of a perplexity, from the first.", 20)] = None,
     bos: BosOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
+    threads: ThreadsOption = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -125,7 +126,7 @@ def bench(
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
-            bos, not no_perplexity, max_windows, sequence_length,
+            bos, not no_perplexity, max_windows, sequence_length, threads,
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):

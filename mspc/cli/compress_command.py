@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mspc.cli.console import DebugOption, JsonOption, ModelArgument, OutOption, print_json, reported, with_recipe
+from mspc.cli.console import (
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    OutOption,
+    ThreadsOption,
+    print_json,
+    reported,
+    with_recipe,
+)
 from mspc.progress import log
 from mspc.recipe import Recipe, default_of
 
@@ -51,6 +60,7 @@ def compress(
     export: ExportOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
@@ -73,7 +83,7 @@ def compress(
 
         artifact = mspc.compress(
             model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
-            exports=export or (),
+            exports=export or (), threads=threads,
         )  # fmt: skip
         if as_json:
             print_json(artifact.manifest)

@@ -58,6 +58,14 @@ ColumnOption = Annotated[
 EncodingOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Encoding of .txt files. (default: utf-8)", show_default=False)
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Threads of the CPU. (default: OMP_NUM_THREADS, or the cores that affinity and cgroup allow)",
+        show_default=False,
+    ),
+]
 
 
 def option(text: str, default: object, *names: str, **settings: Any) -> Any:

@@ -19,6 +19,7 @@ from mspc.cli.console import (  # fmt: skip
     EncodingOption,
     JsonOption,
     LengthOption,
+    ThreadsOption,
     print_json,
     print_table,
     report_bug,
@@ -74,6 +75,7 @@ def eval_(
     text_encoding: EncodingOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -99,7 +101,7 @@ def eval_(
                 found = evaluate(
                     path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
                     dtype=dtype or "auto", against=against, bos=bos, text_column=text_column,
-                    text_encoding=text_encoding,
+                    text_encoding=text_encoding, threads=threads,
                 )  # fmt: skip
                 results[path] = {name: value for name, value in asdict(found).items() if value is not None}
         finally:  # what was measured is shown when a later path fails

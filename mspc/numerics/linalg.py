@@ -1,6 +1,6 @@
 """Linear algebra of Gram matrices: sums, inverse factors, and the output error."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mspc.errors import ActivationError, SingularGramError
+from mspc.threads import matmul, pieces, run, run_all
 from mspc.types import GramStats
 
 GRAM_STRIP = 256
@@ -25,11 +26,26 @@ def precise_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add x^T x of `inputs` (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
-    for start in range(0, len(gram), GRAM_STRIP):
+def add_gram(gram: Tensor, *inputs: Tensor) -> None:
+    """Add x^T x of each of `inputs` (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
+
+    def add(start: int) -> None:
         strip = slice(start, start + GRAM_STRIP)
-        gram[strip, : strip.stop].addmm_(inputs[:, strip].T, inputs[:, : strip.stop])
+        for x in inputs:
+            gram[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
+
+    run_all(add, reversed(range(0, len(gram), GRAM_STRIP)))  # the longest first
+
+
+def add_products(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add a^T b of each pair (T, I), (T, J) to `total` (I, J)."""
+
+    def add(piece: tuple[Tensor, ...]) -> None:
+        rows, *parts = piece
+        for part, (_, b) in zip(parts, pairs, strict=True):
+            rows.addmm_(part.T, b)
+
+    run_all(add, zip(pieces(total), *(pieces(a, dim=1) for a, _ in pairs), strict=True))
 
 
 def symmetrize(gram: Tensor) -> Tensor:
@@ -83,7 +99,9 @@ def upper_inverse_factor(matrix: Tensor) -> Tensor | None:
         return None
     upper = lower.flip(0, 1)
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse = torch.cat(
+        list(run(lambda columns: torch.linalg.solve_triangular(upper, columns, upper=True), pieces(identity, dim=1))), 1
+    )
     return inverse if bool(inverse.isfinite().all()) else None
 
 
@@ -97,11 +115,19 @@ def check_finite(stats: GramStats, name: str) -> None:
 
 
 def inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
-    """The inverse factor with the first damping that works: damp, 10 damp, then 10 damp in float64.
+    """The inverse factor with the first damping that works: damp, 10 damp, then 10 damp in float64. It is made once.
 
     The result holds the damp and the precision. Raises ActivationError for a Gram that is not finite, and
     SingularGramError if none works.
     """
+    with stats.lock:
+        if damp not in stats.inverses_by_damp:
+            stats.inverses_by_damp[damp] = _inverse_factor(stats, damp, name)
+        found: InverseFactor = stats.inverses_by_damp[damp]
+        return found
+
+
+def _inverse_factor(stats: GramStats, damp: float, name: str) -> InverseFactor:
     gram = stats.gram
     check_finite(stats, name)
     for rung_damp, precision in ((damp, torch.float32), (10 * damp, torch.float32), (10 * damp, torch.float64)):
@@ -121,6 +147,6 @@ def output_error(weight: Tensor, compressed: Tensor, gram: Tensor) -> float:
     gram = gram.double()
     difference = (weight - compressed).double()
     reference = weight.double()
-    error = ((difference @ gram) * difference).sum()
-    scale = ((reference @ gram) * reference).sum()
+    error = (matmul(difference, gram) * difference).sum()
+    scale = (matmul(reference, gram) * reference).sum()
     return float(error / scale) if scale > 0 else 0.0

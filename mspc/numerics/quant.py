@@ -49,7 +49,7 @@ def fit(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid) -> tuple[T
         scale = (full * shrink).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
         zero = torch.full_like(scale, middle) if grid.symmetric else (-low * shrink / scale).round().clamp(0, levels)
         rounded = dequantize_group(quantize_group(kept, scale, zero, grid), scale, zero)
-        error = ((kept - rounded).square() * cost).sum(1)
+        error = rounded.sub_(kept).square_().mul_(cost).sum(1)
         if shrink == steps[0]:
             best_scale, best_zero = scale, zero
         better = error < best_error
@@ -61,7 +61,7 @@ def fit(weight: Tensor, mask: Tensor, importance: Tensor, grid: Grid) -> tuple[T
 
 def quantize_group(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Nearest codes, as float: (O, S), scale (O,), zero (O,) -> (O, S)."""
-    return (weight / scale[:, None] + zero[:, None]).round().clamp(0, 2**grid.bits - 1)
+    return (weight / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, 2**grid.bits - 1)
 
 
 def dequantize_group(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

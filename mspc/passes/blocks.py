@@ -4,6 +4,7 @@ Activations live in host memory, or in files of a folder for models and texts th
 """
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
 from mspc.model.streamed import StreamedModel
+from mspc.threads import run_all
 
 TOKENS_PER_BATCH = 4096
 MOST_OUTPUTS = 3
@@ -161,9 +163,12 @@ def hidden_of(batch: Batch, output: Any) -> Tensor:
 
 def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequence[Batch]) -> None:
     """Move all batches through block `index`. Raises ActivationError if an output is not finite."""
+
+    def pass_on(batch: Batch) -> None:
+        arrive(model, index, batch, run_block(model, block, batch, index))
+
     with torch.no_grad():
-        for batch in batches:
-            arrive(model, index, batch, run_block(model, block, batch, index))
+        run_all(pass_on, batches)
 
 
 def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
@@ -190,24 +195,30 @@ def not_finite(module: nn.Module, name: str, dtype: torch.dtype) -> MspcError:
     )
 
 
-def logits_after(model: StreamedModel, batch: Batch) -> Tensor:
-    """Logits (B, T, V) of a batch that has passed all blocks, by the model's own final norm and head.
+Logits = Callable[[Batch], Tensor]
+"""Logits (B, T, V) of a batch that has passed all blocks, by the model's own final norm and head."""
 
-    The outer part must be loaded.
-    """
-    hidden = batch.hidden.to(model.device)
+
+@contextmanager
+def without_blocks(model: StreamedModel) -> Iterator[Logits]:
+    """The outer part of a model, loaded, as a function that threads may call at the same time."""
+    given = threading.local()
 
     def hand_through(*args: Any, **kwargs: Any) -> Any:
-        return _as_outputs(hidden, model.num_outputs)
+        return _as_outputs(given.hidden, model.num_outputs)
 
-    what = f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"
-    with _in_words(what), replaced_forwards(model.blocks, hand_through):
-        return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
+    def logits(batch: Batch) -> Tensor:
+        given.hidden = batch.hidden.to(model.device)
+        with _in_words(f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"):
+            return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
+
+    with model.loaded_outer(), replaced_forwards(model.blocks, hand_through):
+        yield logits
 
 
-def token_losses(model: StreamedModel, batch: Batch) -> Tensor:
+def token_losses(logits_of: Logits, batch: Batch) -> Tensor:
     """Cross entropy (B, T - 1) float32 of every token given those before it. The batch has passed all blocks."""
-    logits = logits_after(model, batch)[:, :-1].float()
+    logits = logits_of(batch)[:, :-1].float()
     targets = batch.ids[:, 1:].to(logits.device)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 

@@ -5,6 +5,7 @@ the gradient of its input to the block before. A `Measure` says what is kept of 
 carry more than the hidden states and their gradients through the blocks, as `mspc.published.hutchinson` does.
 """
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,8 @@ from torch.func import functional_call, vjp
 from mspc.errors import ActivationError, InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.blocks import Batch, batches_of, hidden_of, token_losses
+from mspc.passes.blocks import Batch, Logits, batches_of, hidden_of, token_losses, without_blocks
+from mspc.threads import run
 from mspc.types import Matrix
 
 Weights = dict[str, Tensor]  # by name within the block
@@ -37,6 +39,7 @@ class Sample:
 
     matrix: Matrix
     value: Tensor
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Measure(ABC):
 
     batch_size: int | None = 1
     """Sequences of a batch (None: as many as make about 4096 tokens)."""
+    at_once = False
+    """True if several batches may be in a block at once; derivatives in forward mode may not."""
 
     def start(self, hidden: Tensor) -> Tensor:
         """The state of a batch before the first block."""
@@ -107,6 +112,7 @@ class OutputFisher(Measure):
     """
 
     batch_size = None  # the gradients of tokens do not mix
+    at_once = True
 
     def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
         predicted = state.shape[0] * (state.shape[1] - 1)  # the loss is a mean over them
@@ -157,31 +163,45 @@ def reverse_walk(
     batches = batches_of(model, ids, batch_size=measure.batch_size)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
 
-    def runs(index: int, block: nn.Module) -> Iterator[tuple[int, BlockRun]]:
+    each = run if measure.at_once else map
+
+    def runs(index: int, block: nn.Module) -> list[BlockRun]:
         names = sorted({model.name_in_block(index, matrix) for matrix in matrices[index]})
         weights = {name: block.get_parameter(name).data for name in names}
-        for i, batch in enumerate(batches):
-            yield i, BlockRun(block, batch, index, first_sequence + i, weights)
+        blocks = [_twin(block) if len(batches) > 1 and measure.at_once else block for _ in batches]
+        pairs = enumerate(zip(blocks, batches, strict=True))
+        return [BlockRun(*pair, index, first_sequence + i, weights) for i, pair in pairs]
+
+    def forward(number: int, one: BlockRun) -> Tensor:
+        with _differentiating(model.block_name(one.index)):
+            return measure.forward(one, kept[number][-1].to(model.device)).to("cpu")
+
+    def backward(number: int, one: BlockRun) -> tuple[Tensor, list[Sample]]:
+        state = kept[number].pop().to(model.device)
+        with _differentiating(model.block_name(one.index)):
+            cotangent, values = measure.backward(one, state, cotangents[number])
+        of_block = [(matrix, values[model.name_in_block(one.index, matrix)]) for matrix in matrices[one.index]]
+        size = len(one.batch.ids)
+        return cotangent, [Sample(m, _checked(m, measure.value(m, value)), size) for m, value in of_block]
 
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
-            for i, run in runs(index, block):
-                with _differentiating(model.block_name(index)):
-                    state = measure.forward(run, kept[i][-1].to(model.device))
-                kept[i].append(state.to("cpu"))
-    cotangents = []
-    with model.loaded_outer():
-        for batch, states in zip(batches, kept, strict=True):
-            cotangents.append(measure.head(partial(_mean_loss, model, batch), states.pop().to(model.device)))
+            for i, state in enumerate(each(lambda pair: forward(*pair), list(enumerate(runs(index, block))))):
+                kept[i].append(state)
+    with without_blocks(model) as logits_of:
+        losses = [partial(_mean_loss, logits_of, batch) for batch in batches]
+        states = [of_batch.pop().to(model.device) for of_batch in kept]
+        cotangents = list(each(lambda pair: measure.head(*pair), list(zip(losses, states, strict=True))))
     for index in reversed(range(len(model.blocks))):
         with model.loaded(index) as block:
-            for i, run in runs(index, block):
-                state = kept[i].pop().to(model.device)
-                with _differentiating(model.block_name(index)):
-                    cotangents[i], values = measure.backward(run, state, cotangents[i])
-                for matrix in matrices[index]:
-                    value = measure.value(matrix, values[model.name_in_block(index, matrix)])
-                    yield Sample(matrix, _checked(matrix, value))
+            for i, found in enumerate(each(lambda pair: backward(*pair), list(enumerate(runs(index, block))))):
+                cotangents[i] = found[0]
+                yield from found[1]
+
+
+def _twin(block: nn.Module) -> nn.Module:
+    """A block with the same tensors and modules of its own, as hooks and replaced weights are those of a module."""
+    return copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
 
 
 def _gradient(loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
@@ -206,8 +226,8 @@ def _differentiating(name: str) -> Iterator[None]:
         raise InputError(f"{name}: its derivatives cannot be computed ({error}). {WITHOUT_GRADIENTS}") from error
 
 
-def _mean_loss(model: StreamedModel, batch: Batch, hidden: Tensor) -> Tensor:
-    return token_losses(model, replace(batch, hidden=hidden)).mean()
+def _mean_loss(logits_of: Logits, batch: Batch, hidden: Tensor) -> Tensor:
+    return token_losses(logits_of, replace(batch, hidden=hidden)).mean()
 
 
 def fisher_block_size(num_outputs: int) -> int:

@@ -6,12 +6,16 @@ pause and run again for the next one, with the same result.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
+from greenlet import error as OtherThreadError
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from mspc.threads import on_lane
 from mspc.types import Matrix
 
 Pause = tuple[Matrix, Tensor]
@@ -19,16 +23,26 @@ Pause = tuple[Matrix, Tensor]
 
 
 class PausedForward:
-    """One run of `forward`, a block on one batch. `kept` suspends it at pauses; otherwise it is run again for each."""
+    """One run of `forward`, a block on one batch. `kept` suspends it at pauses; otherwise it is run again for each.
 
-    def __init__(self, forward: Callable[[], Tensor], kept: bool) -> None:
-        self.forward, self.kept = forward, kept
+    A suspended pass cannot go on in another thread, so each has a `lane`.
+    """
+
+    def __init__(self, forward: Callable[[], Tensor], kept: bool, lane: int = 0) -> None:
+        self.forward, self.kept, self.lane = forward, kept, lane
         self.running: greenlet | None = None
         self.reached: list[Pause | Tensor] = []
         self.count = 0
 
     def run_to(self, number: int) -> Pause | Tensor:
         """Pause `number`, counted from 0, or the block's output after the last one. Numbers must not decrease."""
+        return self.start_to(number).result()
+
+    def start_to(self, number: int) -> Future[Pause | Tensor]:
+        """`run_to` in the thread of its lane."""
+        return on_lane(self.lane, partial(self._run_to, number))
+
+    def _run_to(self, number: int) -> Pause | Tensor:
         if self.running is None:
             self.running, self.count = greenlet(self.forward), 0
         with torch.no_grad():  # not inside the greenlet: the mode would stay set while that is suspended
@@ -45,9 +59,14 @@ class PausedForward:
 
     def close(self) -> None:
         if self.running is not None:
-            self.reached.clear()
-            self.running.throw()  # unwinds a suspended run
-            self.running = None
+            on_lane(self.lane, self._close).result()
+
+    def _close(self) -> None:
+        self.reached.clear()
+        running, self.running = self.running, None
+        if running is not None:
+            with suppress(OtherThreadError):  # the thread has ended, and the run with it
+                running.throw()  # unwinds a suspended run
 
 
 @contextmanager

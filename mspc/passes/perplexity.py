@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.intervals import Interval, mean_interval
-from mspc.passes.blocks import Batch, advance, batches_of, logits_after, not_finite
+from mspc.passes.blocks import Batch, Logits, advance, batches_of, not_finite, without_blocks
+from mspc.threads import run
 
 LOGITS_AT_ONCE = 2**26
 """Logits of a part of a window: 256 MB in float32, where a whole window of a large vocabulary has gigabytes."""
@@ -71,18 +72,23 @@ def score(
     reference_batches: Sequence[Batch] = (),
 ) -> Perplexity:
     """The perplexity of windows that have passed all blocks, those of the reference too."""
-    first, scores = first_scored(begin), Scores([], [], [])
-    with torch.no_grad(), model.loaded_outer(), nullcontext() if reference is None else reference.loaded_outer():
-        windows = (window for batch in batches for window in batch.sequences())
-        expected = (window for batch in reference_batches for window in batch.sequences())
-        size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-        for window in windows:
-            q = (_log_probabilities(model, part)[0] for part in _parts(window, size))
-            p = None
-            if reference is not None:
-                p = (_log_probabilities(reference, part)[0] for part in _parts(next(expected), size))
-            scores.add(window.ids[0], q, p, first)
-    return scores.mean(batches[0].ids.shape[1], first)
+    first, size = first_scored(begin), max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    windows = [window for batch in batches for window in batch.sequences()]
+    expected = [window for batch in reference_batches for window in batch.sequences()]
+    with torch.no_grad(), without_blocks(model) as logits_of, ExitStack() as stack:
+        expected_of = logits_of
+        if reference is not None and reference is not model:
+            expected_of = stack.enter_context(without_blocks(reference))
+
+        def of_window(number: int) -> Sums:
+            window = windows[number]
+            q = (_log_probabilities(logits_of, part)[0] for part in _parts(window, size))
+            if reference is None:
+                return _sums(window.ids[0], q, None, first)
+            p = (_log_probabilities(expected_of, part)[0] for part in _parts(expected[number], size))
+            return _sums(window.ids[0], q, p, first)
+
+        return _means(list(run(of_window, range(len(windows)))), batches[0].ids.shape[1], first)
 
 
 def _parts(window: Batch, size: int) -> Iterator[Batch]:
@@ -100,62 +106,65 @@ def measure_module(
     model: nn.Module, ids: Tensor, reference: nn.Module | None, step: Callable[[], None], begin: int = 0
 ) -> Perplexity:
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
-    first, scores = first_scored(begin), Scores([], [], [])
+    first, scores = first_scored(begin), list[Sums]()
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
-        for window in ids:
+
+        def of_window(window: Tensor) -> Sums:
             q = _predictions(model, window)
-            p = None if reference is None else _predictions(reference, window).to(q.device)
-            scores.add(window, [q], None if p is None else [p], first)
+            p = None if reference is None else [_predictions(reference, window).to(q.device)]
+            return _sums(window, [q], p, first)
+
+        for sums in run(of_window, ids):
+            scores.append(sums)
             step()
-    return scores.mean(ids.shape[1], first)
+    return _means(scores, ids.shape[1], first)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Sums over the predictions of each window in nats: cross entropies, and divergences from the reference."""
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over the predictions of a window in nats: cross entropies, and with a reference its own and divergences."""
 
-    losses: list[float]
-    reference_losses: list[float]
-    divergences: list[float]
+    loss: float
+    reference_loss: float | None = None
+    divergence: float | None = None
 
-    def add(self, window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, first: int) -> None:
-        """Add a window (T,), from position `first` on.
 
-        `qs` are the log-probabilities (t, V) of the model for successive parts of it, and `ps` those of the reference.
-        """
-        loss = reference_loss = divergences = 0.0
-        begin, expected = 0, None if ps is None else iter(ps)
-        for q in qs:
-            skipped, targets = max(first - begin, 0), window[begin + 1 : begin + len(q) + 1]
-            loss += _loss(q, targets, skipped)
-            if expected is not None:
-                p = next(expected)
-                reference_loss += _loss(p, targets, skipped)
-                divergences += divergence(p[skipped:], q[skipped:])
-            begin += len(q)
-        self.losses.append(loss)
+def _sums(window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, first: int) -> Sums:
+    """Those of a window (T,), from position `first` on.
+
+    `qs` are the log-probabilities (t, V) of the model for successive parts of it, and `ps` those of the reference.
+    """
+    loss = reference_loss = divergences = 0.0
+    begin, expected = 0, None if ps is None else iter(ps)
+    for q in qs:
+        skipped, targets = max(first - begin, 0), window[begin + 1 : begin + len(q) + 1]
+        loss += _loss(q, targets, skipped)
         if expected is not None:
-            self.reference_losses.append(reference_loss)
-            self.divergences.append(divergences)
+            p = next(expected)
+            reference_loss += _loss(p, targets, skipped)
+            divergences += divergence(p[skipped:], q[skipped:])
+        begin += len(q)
+    return Sums(loss) if expected is None else Sums(loss, reference_loss, divergences)
 
-    def mean(self, length: int, first: int) -> Perplexity:
-        """The means over all windows of a length, and their intervals."""
-        scored, num_windows = length - 1 - first, len(self.losses)
-        nll, interval = _mean(self.losses, scored)
-        found = Perplexity(
-            exponential(nll), nll, num_windows * scored, num_windows, length, perplexity_interval=_exp(interval)
-        )
-        if not self.divergences:
-            return found
-        reference, reference_interval = _mean(self.reference_losses, scored)
-        mean, around = _mean(self.divergences, scored + 1)
-        return replace(
-            found,
-            divergence=mean,
-            divergence_interval=around and (max(around[0], 0.0), around[1]),  # it is never negative
-            reference_perplexity=exponential(reference),
-            reference_perplexity_interval=_exp(reference_interval),
-        )
+
+def _means(sums: Sequence[Sums], length: int, first: int) -> Perplexity:
+    """The means over all windows of a length, and their intervals."""
+    scored = length - 1 - first
+    nll, interval = _mean([of.loss for of in sums], scored)
+    found = Perplexity(exponential(nll), nll, len(sums) * scored, len(sums), length, perplexity_interval=_exp(interval))
+    losses = [of.reference_loss for of in sums if of.reference_loss is not None]
+    divergences = [of.divergence for of in sums if of.divergence is not None]
+    if not divergences:
+        return found
+    reference, reference_interval = _mean(losses, scored)
+    mean, around = _mean(divergences, scored + 1)
+    return replace(
+        found,
+        divergence=mean,
+        divergence_interval=around and (max(around[0], 0.0), around[1]),  # it is never negative
+        reference_perplexity=exponential(reference),
+        reference_perplexity_interval=_exp(reference_interval),
+    )
 
 
 def _mean(sums: Sequence[float], count: int) -> tuple[float, Interval | None]:
@@ -216,18 +225,21 @@ def mean_divergences(
 
     It is the mean over all positions from `first` on. All batches have passed the last block.
     """
-    totals, tokens = [0.0] * len(streams), 0
-    with torch.no_grad(), reference.loaded_outer(), model.loaded_outer():
-        for batches in zip(reference_batches, *streams, strict=True):
-            for expected, *others in zip(*(batch.sequences() for batch in batches), strict=True):
-                p = _log_probabilities(reference, expected)[:, first:]
-                for i, other in enumerate(others):
-                    q = _log_probabilities(model, other)[:, first:]
-                    totals[i] += divergence(p, q)
-                tokens += expected.ids[:, first:].numel()
-    return [total / tokens for total in totals]
+    with torch.no_grad(), without_blocks(model) as logits_of, ExitStack() as stack:
+        expected_of = logits_of if reference is model else stack.enter_context(without_blocks(reference))
+
+        def divergences(sequences: tuple[Batch, ...]) -> list[float]:
+            expected, *others = sequences
+            p = _log_probabilities(expected_of, expected)[:, first:]
+            return [divergence(p, _log_probabilities(logits_of, other)[:, first:]) for other in others]
+
+        all_batches = zip(reference_batches, *streams, strict=True)
+        sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
+        tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
+        of_streams = zip(*run(divergences, sequences), strict=True)
+        return [sum(of_stream) / tokens for of_stream in of_streams]
 
 
-def _log_probabilities(model: StreamedModel, batch: Batch) -> Tensor:
+def _log_probabilities(logits_of: Logits, batch: Batch) -> Tensor:
     """Log-probabilities (B, T, V) float32 of a batch that has passed all blocks."""
-    return torch.log_softmax(logits_after(model, batch).float(), -1)
+    return torch.log_softmax(logits_of(batch).float(), -1)

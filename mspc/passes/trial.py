@@ -9,7 +9,7 @@ from torch import nn
 from mspc.errors import InputError
 from mspc.model.matrices import LINEAR
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import batches_of, logits_after, run_block
+from mspc.passes.blocks import batches_of, run_block, without_blocks
 
 TOKENS = 8
 
@@ -37,8 +37,8 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
         found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}
-    with model.loaded_outer(), torch.no_grad():
-        logits_after(model, batch)
+    with without_blocks(model) as logits_of, torch.no_grad():
+        logits_of(batch)
     return found
 
 

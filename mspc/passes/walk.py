@@ -8,7 +8,7 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +20,18 @@ from mspc.errors import InputError
 from mspc.memory import free_memory
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
-from mspc.numerics.linalg import add_gram, check_finite, precise_matmul, symmetrize
+from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
 from mspc.passes.blocks import Batch, advance, arrive, batches_of, run_block
 from mspc.passes.paused import Pause, PausedForward, pauses_before
+from mspc.threads import num_lanes
 from mspc.types import GramStats, Matrix
 
 BUFFERS_HELD = 3
 """Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
+
+
+FEW = 8
+"""Matrices whose Grams are in memory at once where matrices are worked on together."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,22 @@ def walk(
                 advance(model, index, dense_block, dense)
 
 
+def by_few(visits: Iterable[Visit]) -> Iterator[list[Visit]]:
+    """Lists of up to `FEW` visits of one block, to be worked on together; nothing is installed in between."""
+    few: list[Visit] = []
+    for visit in visits:
+        few.append(visit)
+        if visit.is_last_of_block or len(few) == FEW:
+            yield few
+            few = []
+
+
 class DenseWalk:
     """The visits of a walk that changes nothing; it can be iterated several times.
 
     The statistics of the first full iteration are kept if they fit in `memory` bytes (None: a quarter of the free
-    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram and its eigenvectors to
-    each kept Gram, hence the factor 3.
+    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram, its eigenvectors and an
+    inverse to each kept Gram, hence the factor 4.
     """
 
     def __init__(
@@ -93,7 +108,7 @@ class DenseWalk:
         # An upper bound: some matrices share their Gram.
         grams = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
-        keep = 3 * grams <= self.memory
+        keep = 4 * grams <= self.memory
         for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))
@@ -168,19 +183,20 @@ class _Block:
 
     def complete(self, batches: Sequence[Batch], forwards: Sequence[PausedForward]) -> None:
         """Run all suspended passes to the end of the block."""
-        for batch, forward in zip(batches, forwards, strict=True):
-            output = forward.run_to(len(self.matrices))
-            if isinstance(output, tuple):
-                raise self.other_order(output[0])
-            arrive(self.model, self.index, batch, output)
-            forward.close()
+        for some in _rounds(len(batches)):
+            outputs = [forwards[i].start_to(len(self.matrices)) for i in some]
+            for i, started in zip(some, outputs, strict=True):
+                if isinstance(output := started.result(), tuple):
+                    raise self.other_order(output[0])
+                arrive(self.model, self.index, batches[i], output)
+                forwards[i].close()
 
     @contextmanager
     def forwards(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[PausedForward]]:
         """One paused forward pass per batch. The first `num_kept` stay suspended at pauses."""
         names = {matrix: self.model.name_in_block(self.index, matrix).rpartition(".")[0] for matrix in self.matrices}
         forwards = [
-            PausedForward(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1))
+            PausedForward(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1), lane=i)
             for i, batch in enumerate(batches)
         ]
         # Without batches, `block` may be the one that other passes run through.
@@ -200,17 +216,25 @@ class _Block:
         shift = torch.zeros_like(gram) if dense_forwards else None
         tokens = 0
         with precise_matmul():
-            for i, forward in enumerate(forwards):
-                inputs = self.inputs(matrix, forward.run_to(number))
-                forward.discard()
-                add_gram(gram, inputs)
-                tokens += len(inputs)
+            for some in _rounds(len(forwards)):
+                inputs = self.inputs_of(matrix, number, forwards[some.start : some.stop])
+                add_gram(gram, *inputs)
+                tokens += sum(map(len, inputs))
                 if shift is not None:
-                    shift.addmm_((self.inputs(matrix, dense_forwards[i].run_to(number)) - inputs).T, inputs)
-                    dense_forwards[i].discard()
+                    wanted = self.inputs_of(matrix, number, dense_forwards[some.start : some.stop])
+                    add_products(shift, [(z - x, x) for z, x in zip(wanted, inputs, strict=True)])
         stats = GramStats(symmetrize(gram), tokens, shift)
         check_finite(stats, matrix.name)
         return stats
+
+    def inputs_of(self, matrix: Matrix, number: int, forwards: Sequence[PausedForward]) -> list[Tensor]:
+        """The inputs of a matrix, the `number`-th of its block, in some passes; these run at the same time."""
+        started = [forward.start_to(number) for forward in forwards]
+        inputs = []
+        for pause, forward in zip(started, forwards, strict=True):
+            inputs.append(self.inputs(matrix, pause.result()))
+            forward.discard()
+        return inputs
 
     def inputs(self, matrix: Matrix, pause: Pause | Tensor) -> Tensor:
         """The input of a matrix at a pause, as float32 tokens (T, I)."""
@@ -243,6 +267,12 @@ class _Block:
     def skip(self, *matrices: Matrix) -> str:
         """The option that leaves these matrices dense, in every block."""
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
+
+
+def _rounds(count: int) -> Iterator[range]:
+    """The numbers below `count`, as many at a time as passes can run at once."""
+    size = num_lanes()
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

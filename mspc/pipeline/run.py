@@ -63,6 +63,8 @@ class Run:
     tokenizer: Any
     calibration: Calibration | None
     model_name: str
+    threads: int = 1
+    """Number of threads that share the work, for the manifest."""
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.progress)
@@ -339,6 +341,7 @@ class Run:
             "bytes": sizes(self.folder, checkpoint, model, [MatrixEntry.from_row(row, MANIFEST) for row in rows]),
             "seconds": self.watch.seconds,
             "seconds_by_stage": self.watch.stages,
+            "threads": self.threads,
             "peak_memory_bytes": _peak_memory(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
             "files": files,

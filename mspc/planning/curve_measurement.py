@@ -1,19 +1,19 @@
 """Measuring loss curves: a short run of the solver at a few sparsities of each matrix of the dense model."""
 
-from collections import defaultdict
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from mspc.passes.walk import DenseWalk
+from mspc import threads
+from mspc.numerics.linalg import precise_matmul
+from mspc.passes.walk import DenseWalk, Visit, by_few
 from mspc.planning.curve import Curve
 from mspc.progress import Progress
 from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
-from mspc.solvers.obs import obs
+from mspc.solvers.obs import sweep_all
 from mspc.solvers.quadratic import quadratic
 from mspc.types import NM, GramStats, Pattern, Target, Unstructured
 
@@ -43,12 +43,17 @@ def measure_curves(
 ) -> dict[str, Curve]:
     """The curve of each matrix by name: 1/2 tr(S dW H dW^T) per token, with dW from a short run of the solver."""
     curves = {}
-    with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step:
-        for visit in dense:
-            name, weight = visit.matrix.name, visit.weight.float()
-            stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
-            curves[name] = curve_of(weight, stats, settings, options, name)
-            step(name)
+
+    def measure(visit: Visit) -> Curve:
+        name, weight = visit.matrix.name, visit.weight.float()
+        stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
+        return curve_of(weight, stats, settings, options, name)
+
+    with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step, precise_matmul():
+        for few in by_few(dense):
+            for visit, curve in zip(few, threads.run(measure, few), strict=True):
+                curves[visit.matrix.name] = curve
+                step(visit.matrix.name)
     return curves
 
 
@@ -69,27 +74,26 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         path = error_path(form, patterns)
     else:
         solve = SOLVERS[str(settings.solver)]
-        solved = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
-        path = ((result, form.loss(result * form.scale)) for result in solved)
+        pruned = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
+        path = ((result, form.loss(result * form.scale)) for result in pruned)
+    solved = [(weight, 0.0), *path]
     losses: list[float] = []
-    quantized: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for i, (pattern, (kept, loss)) in enumerate(
-        zip((Unstructured(0.0), *patterns), chain([(weight, 0.0)], path), strict=True)
-    ):
+    for _, loss in solved:
         losses.append(max([loss, *losses]))  # a short run may not rise everywhere
-        if not settings.has_budget or i not in QUANTIZED:
-            continue
-        for bits in SWEPT_BITS:
-            grid = settings.grid_for(weight.shape[1], bits)
-            swept = obs(kept, stats, Target(pattern, grid), options, name, kept != 0).weight
-            more = max(form.loss(swept * form.scale) - loss, 0.0) * half_tokens
-            quantized[bits].append((pattern.sparsity, more))
-            if bits == 4:  # 16 times as many levels: 1/256 of the squared error
-                quantized[8].append((pattern.sparsity, more / 256))
+    quantized: dict[int, list[tuple[float, float]]] = {}
+    points = [i for i in QUANTIZED if i < len(solved)]
+    for bits in SWEPT_BITS if settings.has_budget else ():
+        target = Target(Unstructured(0.0), settings.grid_for(weight.shape[1], bits))
+        swept = sweep_all([solved[i][0] for i in points], stats, target, options, name)
+        more = [form.loss(result * form.scale) - solved[i][1] for i, result in zip(points, swept, strict=True)]
+        sparsities = [patterns[i - 1].sparsity if i else 0.0 for i in points]
+        quantized[bits] = [(s, max(loss, 0.0) * half_tokens) for s, loss in zip(sparsities, more, strict=True)]
+        if bits == 4:  # 16 times as many levels: 1/256 of the squared error
+            quantized[8] = [(s, loss / 256) for s, loss in quantized[bits]]
     return Curve(
         tuple(pattern.sparsity for pattern in patterns),
         tuple(loss * half_tokens for loss in losses[1:]),
-        {bits: tuple(points) for bits, points in quantized.items()},
+        {bits: tuple(losses_at) for bits, losses_at in quantized.items()},
     )
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mspc.errors import InputError
+from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import TOKENS_PER_BATCH
 from mspc.passes.gradients import OutputFisher, reverse_walk
@@ -27,6 +29,7 @@ from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
 from mspc.settings import Settings
 from mspc.storage.files import write_json, write_tensors
+from mspc.threads import num_lanes
 from mspc.types import MatricesByBlock, flatten
 
 T = TypeVar("T")
@@ -139,14 +142,21 @@ class Measurements:
     def _fisher_factors(self) -> dict[str, Tensor]:
         ids = self.ids[: self.settings.sensitivity_sequences]
         sums: dict[str, Tensor] = {}
-        rounds = ids.split(max(1, TOKENS_PER_BATCH // ids.shape[1]))
-        with self.progress.stage("Gradients", len(rounds) * sum(map(len, self.matrices))) as step:
-            for part in rounds:
+        size = max(1, TOKENS_PER_BATCH // ids.shape[1])
+        num_batches = -(-len(ids) // size)
+        with self.progress.stage("Gradients", num_batches * sum(map(len, self.matrices))) as step:
+            for part in ids.split(size * self._batches_at_once(size * ids.shape[1])):
                 for sample in reverse_walk(self.model, part, self.matrices, OutputFisher()):
-                    name, value = sample.matrix.name, sample.value.cpu() * (len(part) / len(ids))
+                    name, value = sample.matrix.name, sample.value.cpu() * (sample.sequences / len(ids))
                     sums[name] = sums[name].add_(value) if name in sums else value
                     step(name)
         return sums
+
+    def _batches_at_once(self, tokens: int) -> int:
+        """The number of batches whose states before all blocks fit in half of the free memory, one a thread at most."""
+        width = self.model.config.get_text_config().hidden_size
+        needed = tokens * width * self.model.dtype.itemsize * (len(self.model.blocks) + 1)
+        return max(1, min(num_lanes(), free_memory(torch.device("cpu")) // 2 // needed))
 
 
 def _row(mean: RunningMean) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from mspc import threads
 from mspc.errors import InputError
 from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
@@ -31,7 +33,7 @@ from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.sizes import in_words
 from mspc.solvers import SOLVERS
 from mspc.solvers.error_compensation import compensated
-from mspc.types import NM, MatricesByBlock, Matrix, Target, Unstructured, flatten
+from mspc.types import NM, CompressedLinear, GramStats, MatricesByBlock, Matrix, Target, Unstructured, flatten
 
 WINDOW = 2
 """Sixteenths that the level of a matrix may move within one walk."""
@@ -109,15 +111,19 @@ def make_weights(
     flat = flatten(matrices)
     level_of, made = dict(zip(flat, plan, strict=True)), dict[Matrix, dict[int, Tensor]]()
     dense = batches_of(model, measurements.ids) if settings.propagation else ()
+
+    def solved_for(name: str, wanted: Tensor, stats: GramStats, target: Target) -> CompressedLinear:
+        return solve(wanted, stats, target, options, name)
+
     for visit in walk(model, batches_of(model, measurements.ids), matrices, dense=dense):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
         stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
         wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
+        levels = range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)
+        targets = [target_of(settings, level, weight.shape[1]) for level in levels]
+        solved = threads.run(partial(solved_for, name, wanted, stats), targets)
         made[visit.matrix] = {
-            level: solve(wanted, stats, target_of(settings, level, weight.shape[1]), options, name).weight.to(
-                "cpu", model.dtype
-            )
-            for level in range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)
+            level: found.weight.to("cpu", model.dtype) for level, found in zip(levels, solved, strict=True)
         }
         install(visit.weight, made[visit.matrix][own])
         tick(name)
@@ -132,7 +138,7 @@ def target_of(settings: Settings, level: int, num_inputs: int) -> Target:
 
 def dense_predictions(model: StreamedModel, validation: Tensor) -> list[Tensor]:
     with model.whole():
-        return [predictions(model, ids) for ids in validation]
+        return list(threads.run(partial(predictions, model), validation))
 
 
 def predictions(model: StreamedModel, ids: Tensor) -> Tensor:
@@ -159,10 +165,11 @@ def judge_of(
             if level != installed[i]:
                 install(parameters[i], weights[i][level])
                 installed[i] = level
-        total = 0.0
-        for n in sequences:
-            total += float(kl_div(predictions(model, validation[n]), dense[n], log_target=True, reduction="sum"))
-        return total / (len(sequences) * validation.shape[1])
+
+        def divergence(n: int) -> float:
+            return float(kl_div(predictions(model, validation[n]), dense[n], log_target=True, reduction="sum"))
+
+        return sum(threads.run(divergence, sequences)) / (len(sequences) * validation.shape[1])
 
     return judge
 

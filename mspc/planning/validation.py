@@ -6,21 +6,23 @@ the plans differ in bits. The validation text passes each block once for every p
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
+from mspc import threads
 from mspc.model.streamed import StreamedModel
+from mspc.numerics.linalg import precise_matmul
 from mspc.passes.blocks import Batch, advance, batches_of
 from mspc.passes.perplexity import mean_divergences
-from mspc.passes.walk import DenseWalk, Visit, install, matrix_of
+from mspc.passes.walk import DenseWalk, Visit, by_few, install, matrix_of
 from mspc.progress import Progress
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import error_path
-from mspc.solvers.obs import obs
-from mspc.solvers.quadratic import Quadratic, quadratic
-from mspc.types import Matrix, PlannedMatrix, Target
+from mspc.solvers.obs import sweep_all
+from mspc.solvers.quadratic import quadratic
+from mspc.types import Matrix, PlannedMatrix, Target, Unstructured
 
 
 def validate_plans(
@@ -42,17 +44,21 @@ def validate_plans(
     streams = {name: batches_of(model, validation) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
-    with progress.stage("Validating plans", sum(map(len, visits.matrices))) as step:
+
+    def approximate(visit: Visit) -> dict[str, Tensor]:
+        wanted = {name: by_name[visit.matrix.name] for name, by_name in targets.items()}
+        if not quantizes:
+            wanted = {name: Target(target.pattern) for name, target in wanted.items()}
+        return dict(zip(wanted, approximate_weights(visit, fisher, list(wanted.values()), options), strict=True))
+
+    with progress.stage("Validating plans", sum(map(len, visits.matrices))) as step, precise_matmul():
         # When a group ends, the walk has left this block, so the block can be loaded again.
-        for index, in_block in groupby(visits, key=lambda visit: visit.block):
-            for visit in in_block:
-                form = _form(visit, fisher, options)
-                for name, by_name in targets.items():
-                    target = by_name[visit.matrix.name]
-                    if not quantizes:
-                        target = Target(target.pattern)
-                    weights[name][visit.matrix] = approximate_weights(visit, form, target, options)
-                step(visit.matrix.name)
+        for index, in_block in groupby(by_few(visits), key=lambda few: few[0].block):
+            for few in in_block:
+                for visit, found in zip(few, threads.run(approximate, few), strict=True):
+                    for name, weight in found.items():
+                        weights[name][visit.matrix] = weight
+                    step(visit.matrix.name)
             for block in range(passed, index + 1):
                 _pass(model, block, dense, {})
                 for name, batches in streams.items():
@@ -65,17 +71,23 @@ def validate_plans(
     return dict(zip(streams, mean_divergences(model, dense, model, list(streams.values())), strict=True))
 
 
-def _form(visit: Visit, fisher: Mapping[str, Tensor], options: SolverOptions) -> Quadratic:
+def approximate_weights(
+    visit: Visit, fisher: Mapping[str, Tensor], targets: Sequence[Target], options: SolverOptions
+) -> list[Tensor]:
+    """Weights (O, I) with about the loss that the solver would reach, for each target."""
     weight, name = visit.weight.float(), visit.matrix.name
-    return quadratic(weight, visit.stats, fisher[name].to(weight.device), options.damp, name)
-
-
-def approximate_weights(visit: Visit, form: Quadratic, target: Target, options: SolverOptions) -> Tensor:
-    """Weights (O, I) with about the loss that the solver would reach."""
-    kept, _ = next(error_path(form, [target.pattern]))
-    if target.grid is None:
-        return kept
-    return obs(kept, replace(visit.stats, output_fisher=None), target, options, visit.matrix.name, kept != 0).weight
+    form = quadratic(weight, visit.stats, fisher[name].to(weight.device), options.damp, name)
+    kept = {target.pattern: torch.empty(0) for target in targets}
+    for pattern in kept:
+        kept[pattern], _ = next(error_path(form, [pattern]))
+    found = {target: kept[target.pattern] for target in targets}
+    for grid in dict.fromkeys(target.grid for target in targets if target.grid is not None):
+        of_grid = [target for target in found if target.grid == grid]
+        swept = sweep_all(
+            [found[target] for target in of_grid], visit.stats, Target(Unstructured(0.0), grid), options, name
+        )
+        found |= zip(of_grid, swept, strict=True)
+    return [found[target] for target in targets]
 
 
 def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:

@@ -8,6 +8,7 @@ propagation (Arai and Ichikawa, arXiv:2504.09629), whose share in [0, 1] of the 
 from torch import Tensor
 
 from mspc.numerics.linalg import inverse_factor, precise_matmul
+from mspc.threads import matmul
 from mspc.types import GramStats
 
 
@@ -20,4 +21,5 @@ def compensated(weight: Tensor, stats: GramStats, share: float, damp: float, nam
         return weight, damp
     inverse = inverse_factor(stats, damp, name)
     with precise_matmul():
-        return weight + share * (weight @ stats.input_shift @ inverse.factor.T @ inverse.factor), inverse.damp
+        change = matmul(matmul(matmul(weight, stats.input_shift), inverse.factor.T), inverse.factor)
+        return weight + share * change, inverse.damp

@@ -10,11 +10,13 @@ Counts are exact. Weights of dead inputs, which are always zero, are pruned firs
 their values. Tensors inside are transposed, (I, O), so that a column of the weight is contiguous.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mspc import threads
 from mspc.errors import InputError
 from mspc.numerics.linalg import InverseFactor, inverse_factor, precise_matmul
 from mspc.numerics.masking import (
@@ -41,7 +43,21 @@ def obs(
     Raises InputError when the pattern or the group size does not fit, and every error of `inverse_factor`.
     """
     with precise_matmul():
-        return sweep(weight, stats, target, options, name, mask)[0]
+        if mask is None:
+            return sweep(weight, stats, target, options, name)[0]
+        # With a given mask no row depends on another.
+        rows = zip(threads.pieces(weight), threads.pieces(mask), strict=True)
+        return _joined(list(threads.run(lambda some: sweep(some[0], stats, target, options, name, some[1])[0], rows)))
+
+
+def _joined(parts: Sequence[CompressedLinear]) -> CompressedLinear:
+    """The matrix whose rows are those of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    weight, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "mask"))
+    of_parts = [part.codes for part in parts if part.codes is not None]
+    codes = [torch.cat([getattr(one, name) for one in of_parts]) for name in ("values", "scales", "zeros") if of_parts]
+    return replace(parts[0], weight=weight, mask=mask, codes=Codes(*codes) if codes else None)
 
 
 def sweep(
@@ -61,6 +77,17 @@ def sweep(
     for start, count in zip(range(0, len(order), BLOCK), state.block_counts(), strict=True):
         state.settle_block(start, min(start + BLOCK, len(order)), count)
     return state.result(), state.loss
+
+
+def sweep_all(
+    weights: Sequence[Tensor], stats: GramStats, target: Target, options: SolverOptions, name: str
+) -> list[Tensor]:
+    """`obs` for several weights (O, I) of one matrix, with the zeros that each has already.
+
+    A sweep is a long list of short operations: one over the rows of all takes less time than several.
+    """
+    whole = torch.cat(list(weights))
+    return list(obs(whole, stats, target, options, name, whole != 0).weight.split(len(weights[0])))
 
 
 def check_pattern(pattern: Pattern, num_columns: int, options: SolverOptions, name: str) -> None:
@@ -113,6 +140,7 @@ class Sweep:
         self.group_size, self.group = size, (self.order // size).tolist()
         self.scales = torch.empty(num_columns // size, num_rows, dtype=torch.float16, device=self.columns.device)
         self.zeros = torch.empty_like(self.scales, dtype=torch.uint8)
+        self.at_hand = -1, torch.empty(0), torch.empty(0)  # a group, its scales and its zero points in float32
         if self.static:
             self.fit_static(self.grid)
 
@@ -160,32 +188,34 @@ class Sweep:
         if count:
             prune = prune_lowest_per_row if self.per_row else prune_lowest
             mask.copy_(prune(self.score(start, stop), count).T)
-        for j in range(stop - start):
+        # Views of all rows at once: this loop is made of calls, not of arithmetic.
+        rows, diagonal = zip(block, mask, errors, strict=True), upper.diagonal()[start:stop]
+        for j, ((weight, kept, error), divisor) in enumerate(zip(rows, diagonal, strict=True)):
             column = start + j
             if isinstance(pattern, NM) and pattern.sparsity and j % pattern.of == 0 and self.given is None:
                 group = slice(column, column + pattern.of)
                 self.mask[group] = prune_n_of_m(self.score(group.start, group.stop), pattern).T
-            settled = self.settle_column(column)
-            error = (block[j] - settled) / upper[column, column]
+            settled = self.settle_column(column, weight, kept)
+            torch.sub(weight, settled, out=error).div_(divisor)
             block[j + 1 :].addr_(upper[column, column + 1 : stop], error, alpha=-1)
-            block[j] = settled
-            errors[j] = error
+            weight.copy_(settled)
         self.columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         self.loss += float(errors.double().square().sum())
 
-    def settle_column(self, column: int) -> Tensor:
+    def settle_column(self, column: int, weight: Tensor, kept: Tensor) -> Tensor:
         """The final values (O,) of one column: zero for pruned weights, else the value or its nearest on the grid."""
-        weight, kept = self.columns[column], self.mask[column]
         if self.grid is None:
             return torch.where(kept, weight, 0.0)
-        group = self.group[column]
         if not self.static and column % self.group_size == 0:
             self.fit_reached_group(column, column + self.group_size, self.grid)
-        scale, zero = self.scales[group].float(), self.zeros[group].float()
-        codes = (weight / scale + zero).round().clamp(0, 2**self.grid.bits - 1)
+        if self.group[column] != self.at_hand[0]:
+            group = self.group[column]
+            self.at_hand = group, self.scales[group].float(), self.zeros[group].float()
+        _, scale, zero = self.at_hand
+        codes = (weight / scale).add_(zero).round_().clamp_(0, 2**self.grid.bits - 1)
         codes = torch.where(kept, codes, zero)
-        self.codes[column] = codes.to(torch.uint8)
-        return (codes - zero) * scale
+        self.codes[column].copy_(codes)
+        return codes.sub_(zero).mul_(scale)
 
     def fit_reached_group(self, start: int, stop: int, grid: Grid) -> None:
         pattern = self.target.pattern

@@ -11,14 +11,17 @@ With D and T the square roots of the diagonals of H and S, the scaled factors ar
 target is B = T W D.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mspc.errors import SingularGramError
 from mspc.numerics.linalg import check_finite, regularized
+from mspc.threads import matmul
 from mspc.types import GramStats
 
 OUTPUT_DAMP = 0.05
@@ -32,11 +35,15 @@ class Inputs:
     gram: Tensor
     scale: Tensor
     dead: Tensor
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    lock: AbstractContextManager[Any] = field(default_factory=RLock)
 
-    @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (I,) and vectors (I, I)."""
-        return _eigen(self.gram)
+        """Eigenvalues (I,) and vectors (I, I), computed once. (A `cached_property` has one lock for all instances.)"""
+        with self.lock:
+            if not self.found:
+                self.found.append(_eigen(self.gram))
+            return self.found[0]
 
 
 @dataclass(frozen=True)
@@ -51,35 +58,37 @@ class Quadratic:
     """A tensor that broadcasts to (O, I): scaled weights = weights * scale."""
     inverses: dict[float, Tensor] = field(default_factory=dict)
     """(G + rho)^-1 by rho, for the latest rho only. Used if S = 1."""
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    @cached_property
     def spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues (I,) and vectors (I, I) of `inputs.gram`, and those of `outputs`, (O,) and (K, B, B)."""
         assert self.outputs is not None
         try:
-            of_outputs, output_vectors = _eigen(self.outputs)
-            return *self.inputs.spectrum, of_outputs.flatten(), output_vectors
+            if not self.found:
+                of_outputs, output_vectors = _eigen(self.outputs)
+                self.found.append((of_outputs.flatten(), output_vectors))
+            return *self.inputs.spectrum(), *self.found[0]
         except RuntimeError as error:  # LinAlgError is one, and torch does not export it
             raise self._singular(f"has no eigendecomposition ({error})") from error
 
     def apply(self, values: Tensor) -> Tensor:
         """S X H of scaled values (O, I)."""
-        return self.between(self.outputs, values @ self.inputs.gram)
+        return self.between(self.outputs, matmul(values, self.inputs.gram))
 
     def between(self, factor: Tensor | None, values: Tensor) -> Tensor:
         """Multiply the outputs of `values` (O, I) by a block-diagonal factor (K, B, B)."""
         if factor is None:
             return values
-        return (factor @ values.view(len(factor), -1, values.shape[1])).view_as(values)
+        return matmul(factor, values.view(len(factor), -1, values.shape[1])).view_as(values)
 
     def solve(self, values: Tensor, rho: float) -> Tensor:
         """Solve S X H + rho X = values for X (O, I)."""
         if self.outputs is None:
-            return values @ self.inverse(rho)
-        eigenvalues, vectors, of_outputs, output_vectors = self.spectra
-        rotated = self.between(output_vectors.mT, values @ vectors)
+            return matmul(values, self.inverse(rho))
+        eigenvalues, vectors, of_outputs, output_vectors = self.spectra()
+        rotated = self.between(output_vectors.mT, matmul(values, vectors))
         rotated /= of_outputs[:, None] * eigenvalues + rho
-        return self.between(output_vectors, rotated) @ vectors.T
+        return matmul(self.between(output_vectors, rotated), vectors.T)
 
     def inverse(self, rho: float) -> Tensor:
         if rho not in self.inverses:
@@ -108,13 +117,7 @@ class Quadratic:
 
 def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: float, name: str) -> Quadratic:
     """The form at `weight` (O, I) float32. Raises ActivationError for a Gram that is not finite."""
-    check_finite(stats, name)
-    by_damp = stats.scaled_by_damp
-    if damp not in by_damp:
-        gram, dead = regularized(stats.gram, damp)
-        scale = gram.diagonal().sqrt()
-        by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
-    inputs: Inputs = by_damp[damp]
+    inputs = inputs_of(stats, damp, name)
     scales = inputs.scale[None, :]
     if outputs is not None:
         diagonal = outputs.diagonal(dim1=-2, dim2=-1)
@@ -126,6 +129,18 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     # Weights of dead inputs cost nothing. `contiguous`, as a weight that is stored transposed is a view.
     target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()
     return Quadratic(name, target, inputs, outputs, scales)
+
+
+def inputs_of(stats: GramStats, damp: float, name: str) -> Inputs:
+    """The scaled Gram of a matrix's inputs, made once. Raises ActivationError for a Gram that is not finite."""
+    with stats.lock:
+        if damp not in stats.scaled_by_damp:
+            check_finite(stats, name)
+            gram, dead = regularized(stats.gram, damp)
+            scale = gram.diagonal().sqrt()
+            stats.scaled_by_damp[damp] = Inputs(gram / scale[:, None] / scale, scale, dead)
+        found: Inputs = stats.scaled_by_damp[damp]
+        return found
 
 
 def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:

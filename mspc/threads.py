@@ -1,0 +1,231 @@
+"""Threads of the CPU: how many there may be, and pieces of work that they share.
+
+Operations of torch share their work among threads, which wait for each other at the end of each operation. Where
+another process has one of the cores, all of them wait for the thread that lost it, at every operation. Inside `using`
+each operation of torch runs on one thread, and `run` gives whole pieces of work to threads. A thread that has lost its
+core then holds up its own piece only. No piece depends on the number of threads, so no bit of a result does.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mspc.errors import InputError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+CGROUP = Path("/sys/fs/cgroup")
+OF_PROCESS = Path("/proc/self/cgroup")
+ROWS = 1536
+"""Rows of a matrix that are one piece of work. In a sweep, more would not stay in the cache of a core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Helpers:
+    """The threads that help the calling one."""
+
+    executor: ThreadPoolExecutor
+    size: int
+    lanes: tuple[ThreadPoolExecutor, ...]
+    """Executors of one thread each, for work that cannot go on in another thread."""
+
+
+_helpers: ContextVar[Helpers | None] = ContextVar("helpers", default=None)
+
+
+def check(asked: object) -> None:
+    """Raises InputError for a number of threads that is no whole number above 0; None is no number asked for."""
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+        raise InputError(f"threads must be a whole number, at least 1, not {asked!r}. Leave it out to use every core.")
+
+
+def count(asked: int | None = None) -> int:
+    """The number asked for, else what torch was told (by OMP_NUM_THREADS, too), within the cores of the process."""
+    check(asked)
+    if asked is not None:
+        return asked
+    told = torch.get_num_threads()
+    return told if os.environ.get("OMP_NUM_THREADS") else min(told, available())
+
+
+def available() -> int:
+    """The number of cores that this process may use, by its affinity and by the quota of its cgroups, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores that each cgroup of this process allows, in version 2 (`cpu.max`) and version 1 (`cpu.cfs_quota_us`).
+
+    A limit of a cgroup holds for those inside it. In a container the path of the process may not exist: its own
+    cgroup is the root there.
+    """
+    lines = []
+    with suppress(OSError):
+        lines = OF_PROCESS.read_text().splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            roots = [CGROUP, CGROUP / "unified"]
+        elif "cpu" in controllers.split(","):
+            roots = [CGROUP / "cpu", CGROUP / controllers]
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for root in roots:
+            for folder in (root / inner, *(root / outer for outer in inner.parents)):
+                with suppress(OSError, ValueError):
+                    yield from _quota_of(folder, version_2=controllers == "")
+
+
+def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:
+    if version_2:
+        quota, period = (folder / "cpu.max").read_text().split()
+    else:
+        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    if quota not in ("max", "-1"):
+        yield int(quota) / int(period)
+
+
+@contextmanager
+def using(asked: int | None, device: torch.device) -> Iterator[int]:
+    """Inside, `run` has `asked` threads (None: see `count`), and an operation of torch has one. Yields the number.
+
+    On a GPU nothing changes: there the operations are large, and the CPU only starts them.
+    """
+    number = count(asked)
+    if device.type != "cpu":
+        yield number
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    token = None
+    try:
+        with ExitStack() as stack:
+            if number > 1:
+                sizes = (number - 1, *[1] * number)
+                pool, *lanes = [stack.enter_context(ThreadPoolExecutor(n, initializer=one_thread)) for n in sizes]
+                token = _helpers.set(Helpers(pool, number - 1, tuple(lanes)))
+            yield number
+    finally:
+        if token is not None:
+            _helpers.reset(token)
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def of_torch(asked: int | None) -> Iterator[None]:
+    """Inside, an operation of torch has `asked` threads (None: see `count`), where its speed is what is measured."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count(asked))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_thread() -> None:
+    """Give the operations of torch in this thread one thread each; it is a setting of each thread."""
+    torch.set_num_threads(1)
+
+
+def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield function(item) for each item, in their order, with the threads of `using`; without any, one by one.
+
+    The calling thread works as well, and helpers that are busy are not waited for, so `function` may call `run` itself.
+    The error of an item is raised in its place. Modes of torch are those of the calling thread.
+    """
+    helpers, items = _helpers.get(), list(items)
+    if helpers is None or len(items) < 2:
+        yield from map(function, items)
+        return
+    left = deque(range(len(items)))
+    results: list[Future[R]] = [Future() for _ in items]
+
+    def work_on_one() -> bool:
+        try:
+            number = left.popleft()
+        except IndexError:
+            return False
+        try:
+            results[number].set_result(function(items[number]))
+        except BaseException as error:
+            results[number].set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        return True
+
+    def help_out(grad: bool, inference: bool) -> None:
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            while work_on_one():
+                pass
+
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    size = min(helpers.size, len(items) - 1)
+    helping = [helpers.executor.submit(partial(copy_context().run, help_out, *modes)) for _ in range(size)]
+    try:
+        for result in results:
+            while not result.done() and work_on_one():
+                pass
+            yield result.result()
+    finally:
+        left.clear()
+        for helper in helping:
+            if not helper.cancel():
+                helper.result()
+
+
+def run_all(function: Callable[[T], object], items: Iterable[T]) -> None:
+    """Call a function for each item, on the threads of `using`."""
+    for _ in run(function, items):
+        pass
+
+
+def num_lanes() -> int:
+    """The number of pieces of work that `on_lane` does at once."""
+    helpers = _helpers.get()
+    return 1 if helpers is None else len(helpers.lanes)
+
+
+def on_lane(number: int, function: Callable[[], R]) -> Future[R]:
+    """Start function() in a thread that is the same for the same number; without the threads of `using`, call it."""
+    helpers = _helpers.get()
+    if helpers is not None:
+        return helpers.lanes[number % len(helpers.lanes)].submit(function)
+    called: Future[R] = Future()
+    called.set_result(function())
+    return called
+
+
+def pieces(tensor: Tensor, dim: int = 0, rows: int = 1) -> Sequence[Tensor]:
+    """Views of a tensor, `ROWS` rows each whatever the number of threads; `rows` belong to one index of `dim`.
+
+    On a GPU it is one piece.
+    """
+    return tensor.split(max(1, ROWS // rows), dim) if tensor.device.type == "cpu" else [tensor]
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a (R, K) and b (K, C), or (N, R, K) and (N, K, C), in pieces."""
+    if a.ndim == 2:
+        operands: Sequence[Sequence[Tensor]] = [(part, b) for part in pieces(a)]
+    else:
+        operands = list(zip(*(pieces(part, rows=a.shape[1]) for part in (a, b)), strict=True))
+    if len(operands) == 1:
+        return a @ b
+    result = a.new_empty(*a.shape[:-1], b.shape[-1])
+    results = pieces(result, rows=1 if a.ndim == 2 else a.shape[1])
+    run_all(lambda some: torch.matmul(*some[0], out=some[1]), zip(operands, results, strict=True))
+    return result

@@ -1,0 +1,202 @@
+"""Threads: the default number, pieces of work, and artifacts that do not depend on the number."""
+
+import dataclasses
+import json
+import threading
+import time
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+import mspc
+from mspc import threads
+from mspc.cli.main import app
+from mspc.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def cgroup(monkeypatch, tmp_path, lines, files):
+    """A fake /proc/self/cgroup with these lines, and a fake /sys/fs/cgroup with these files."""
+    (tmp_path / "self").write_text("".join(f"{line}\n" for line in lines))
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(threads, "OF_PROCESS", tmp_path / "self")
+    monkeypatch.setattr(threads, "CGROUP", tmp_path / "cgroup")
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "cores"),
+    [
+        ([], {}, 8),
+        (["0::/"], {"cpu.max": "max 100000\n"}, 8),
+        (["0::/"], {"cpu.max": "200000 100000\n"}, 2),
+        (["0::/"], {"cpu.max": "250000 100000\n"}, 3),
+        (["0::/"], {"cpu.max": "5000 100000\n"}, 1),
+        (["0::/a/b"], {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3),
+        (["0::/of/the/host"], {"cpu.max": "400000 100000\n"}, 4),
+        (["0::/"], {"cpu.max": "1600000 100000\n"}, 8),
+        (["0::/"], {"cpu.max": "broken\n"}, 8),
+        (["1:cpu:/"], {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        (["1:cpu:/x"], {"cpu/x/cpu.cfs_quota_us": "150000\n", "cpu/x/cpu.cfs_period_us": "50000\n"}, 3),
+        (
+            ["4:cpu,cpuacct:/x", "0::/"],
+            {"cpu,cpuacct/cpu.cfs_quota_us": "100000\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n"},
+            1,
+        ),
+    ],
+)
+def test_available_cores(monkeypatch, tmp_path, lines, files, cores):
+    """Oracle: quotas by hand, of eight cores that the affinity allows."""
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)))
+    cgroup(monkeypatch, tmp_path, lines, files)
+    assert threads.available() == cores
+
+
+def test_default_count(monkeypatch, tmp_path):
+    cgroup(monkeypatch, tmp_path, [], {})
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 3, 5})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads.count() == 3
+    assert threads.count(5) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")  # torch has read it
+    assert threads.count() == 6
+    assert threads.count(1) == 1
+
+
+@pytest.mark.parametrize("asked", [0, -1, 1.5, "2", True])
+def test_bad_counts_are_refused(llama, tmp_path, asked):
+    with pytest.raises(InputError, match="threads must be a whole number, at least 1"):
+        mspc.compress(llama, out=tmp_path / "out", threads=asked, progress=False)
+    with pytest.raises(InputError, match="threads must be a whole number, at least 1"):
+        mspc.evaluate(llama, torch.zeros(1, 8, dtype=torch.int64), threads=asked, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["compress", "eval", "bench"])
+@pytest.mark.parametrize("asked", ["0", "-3", "two"])
+def test_command_line_refuses_bad_counts(llama, tmp_path, verb, asked):
+    out = ["--out", str(tmp_path / "out")] if verb == "compress" else []
+    result = CliRunner().invoke(app, [verb, str(llama), "--threads", asked, *out])
+    assert result.exit_code == 2
+    assert "threads" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_keeps_the_order_and_uses_the_threads():
+    seen, both = set(), threading.Barrier(3, timeout=20)
+
+    def square(number):
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        if number < 3:
+            both.wait()  # passes only if three threads are in here at once
+        return number * number
+
+    with threads.using(3, CPU) as count:
+        assert list(threads.run(square, range(20))) == [n * n for n in range(20)]
+    assert count == 3
+    assert len({ident for ident, _ in seen}) == 3
+    assert {of_torch for _, of_torch in seen} == {1}
+
+
+def test_run_inside_run():
+    """Every thread is busy with an item that needs `run` itself: nothing waits for a thread that is not free."""
+    with threads.using(2, CPU):
+        found = threads.run(lambda a: sum(threads.run(lambda b: a * b, range(50))), range(8))
+        assert list(found) == [a * 1225 for a in range(8)]
+
+
+def test_error_of_the_first_item_that_fails():
+    def work(number):
+        time.sleep(0.05 * (number == 1))
+        if number in (1, 2):
+            raise ValueError(str(number))
+        return number
+
+    with threads.using(3, CPU), pytest.raises(ValueError, match="1"):
+        list(threads.run(work, range(50)))
+
+
+def test_modes_of_torch_are_those_of_the_caller():
+    def modes(_):
+        time.sleep(0.01)
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    with threads.using(3, CPU):
+        with torch.no_grad():
+            assert set(threads.run(modes, range(6))) == {(False, False)}
+        with torch.inference_mode():
+            assert set(threads.run(modes, range(6))) == {(False, True)}
+        assert set(threads.run(modes, range(6))) == {(True, False)}
+
+
+def test_threads_of_torch_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads.using(4, CPU):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with threads.using(4, torch.device("meta")):  # stands for a GPU: there nothing changes
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_products_in_pieces(monkeypatch):
+    """Oracle: float64."""
+    monkeypatch.setattr(threads, "ROWS", 8)
+    a, b = torch.randn(30, 16), torch.randn(16, 5)
+    with threads.using(2, CPU):
+        found = threads.matmul(a, b)
+    torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+RECIPES = {
+    "budget": {"bits_per_weight": 4.5, "group_size": 32},
+    "kfac": {"sparsity": 0.5, "allocator": "auto"},
+    "obs": {"sparsity": 0.5, "bits": 4, "solver": "obs", "group_size": 32, "allocator": "trace-rank"},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_artifacts_do_not_depend_on_the_number(monkeypatch, llama, calibration, tmp_path, name):
+    """Small pieces and batches, so that there is work for all threads. Oracle: one thread."""
+    monkeypatch.setattr("mspc.passes.blocks.TOKENS_PER_BATCH", 64)
+    monkeypatch.setattr(threads, "ROWS", 16)
+    recipe = mspc.Recipe(calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH, **RECIPES[name])
+    found, perplexities = [], []
+    for count in (1, 2, 4):
+        out = tmp_path / str(count)
+        artifact = mspc.compress(llama, recipe, out=out, threads=count, progress=False)
+        assert artifact.manifest["threads"] == count
+        files = sorted(path.relative_to(out) for path in out.rglob("*") if path.suffix == ".safetensors")
+        found.append({str(file): (out / file).read_bytes() for file in (*files, "plan.json", "recipe.toml")})
+        of_run = ("seconds", "peak_memory_bytes", "threads")
+        manifest = {key: value for key, value in artifact.manifest.items() if key not in of_run}
+        found[-1]["manifest"] = json.dumps(manifest).encode()
+        perplexities.append(dataclasses.asdict(mspc.evaluate(out, str(calibration), threads=count, progress=False)))
+    assert len(found[0]) > 3
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    assert perplexities[0] == perplexities[1] == perplexities[2]
+
+
+def test_a_run_goes_on_with_another_number(llama, calibration, tmp_path):
+    """Oracle: the run that was not cut off."""
+    recipe = mspc.Recipe(
+        sparsity=0.5, effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=tiny.LENGTH
+    )
+    whole = mspc.compress(llama, recipe, out=tmp_path / "whole", threads=1, progress=False)
+    with pytest.raises(mspc.Stopped):
+        mspc.compress(
+            llama, recipe, out=tmp_path / "cut", threads=1, progress=lambda event: event.stage != "Compressing"
+        )
+    rest = mspc.compress(llama, recipe, out=tmp_path / "cut", threads=2, resume=True, progress=False)
+    assert rest.manifest["files"] == whole.manifest["files"]
+    assert rest.manifest["threads"] == 2
