@@ -19,7 +19,7 @@ from test_resume import killed_at
 import mspc
 from mspc.model.hub import load_tokenizer
 from mspc.model.open import open_model
-from mspc.passes.perplexity import Scores
+from mspc.passes.perplexity import means, window_sums
 from mspc.pipeline import cost, solve_blocks
 from mspc.pipeline import run as pipeline
 from mspc.pipeline.calibration import TEST_WINDOWS
@@ -59,8 +59,7 @@ def test_scores_are_the_closed_form(size):
     logits = torch.tensor([[[0.3, -1.0, 2.0], [1.0, 0.0, -2.0], [0.1, 0.2, 0.3], [0.5, 0.5, 9.0]]] * 2)
     logits[1] += torch.tensor([0.4, 0.0, -0.7])
     model, dense, window = logits[0], logits[1], torch.tensor([2, 0, 1, 2])
-    scores = Scores([], [], [])
-    scores.add(window, model.log_softmax(-1).split(size), dense.log_softmax(-1).split(size), 1)
+    sums = window_sums(window, model.log_softmax(-1).split(size), dense.log_softmax(-1).split(size), 1)
     nlls, reference_nlls, kl = [], [], []
     for position in (1, 2, 3):
         q, p = ([math.exp(x) for x in rows[position].tolist()] for rows in (model, dense))
@@ -69,7 +68,7 @@ def test_scores_are_the_closed_form(size):
         if position < 3:
             nlls.append(-math.log(q[window[position + 1]]))
             reference_nlls.append(-math.log(p[window[position + 1]]))
-    found = scores.mean(4, 1)
+    found = means([sums], 4, 1)
     assert found.nll == pytest.approx(sum(nlls) / 2, rel=1e-6)
     assert found.perplexity == math.exp(found.nll)
     assert found.reference_perplexity == pytest.approx(math.exp(sum(reference_nlls) / 2), rel=1e-6)

@@ -84,11 +84,11 @@ def score(
             window = windows[number]
             q = (_log_probabilities(logits_of, part)[0] for part in _parts(window, size))
             if reference is None:
-                return _sums(window.ids[0], q, None, first)
+                return window_sums(window.ids[0], q, None, first)
             p = (_log_probabilities(expected_of, part)[0] for part in _parts(expected[number], size))
-            return _sums(window.ids[0], q, p, first)
+            return window_sums(window.ids[0], q, p, first)
 
-        return _means(list(run(of_window, range(len(windows)))), batches[0].ids.shape[1], first)
+        return means(list(run(of_window, range(len(windows)))), batches[0].ids.shape[1], first)
 
 
 def _parts(window: Batch, size: int) -> Iterator[Batch]:
@@ -112,12 +112,12 @@ def measure_module(
         def of_window(window: Tensor) -> Sums:
             q = _predictions(model, window)
             p = None if reference is None else [_predictions(reference, window).to(q.device)]
-            return _sums(window, [q], p, first)
+            return window_sums(window, [q], p, first)
 
         for sums in run(of_window, ids):
             scores.append(sums)
             step()
-    return _means(scores, ids.shape[1], first)
+    return means(scores, ids.shape[1], first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class Sums:
     divergence: float | None = None
 
 
-def _sums(window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, first: int) -> Sums:
+def window_sums(window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, first: int) -> Sums:
     """Those of a window (T,), from position `first` on.
 
     `qs` are the log-probabilities (t, V) of the model for successive parts of it, and `ps` those of the reference.
@@ -147,7 +147,7 @@ def _sums(window: Tensor, qs: Iterable[Tensor], ps: Iterable[Tensor] | None, fir
     return Sums(loss) if expected is None else Sums(loss, reference_loss, divergences)
 
 
-def _means(sums: Sequence[Sums], length: int, first: int) -> Perplexity:
+def means(sums: Sequence[Sums], length: int, first: int) -> Perplexity:
     """The means over all windows of a length, and their intervals."""
     scored = length - 1 - first
     nll, interval = _mean([of.loss for of in sums], scored)
