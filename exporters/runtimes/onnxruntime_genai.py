@@ -13,7 +13,7 @@ import onnxruntime_genai as genai
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
-from exporters.limits import ropes, windows_of
+from exporters.limits import limits_of, ropes, windows_of
 from exporters.manifest import ExportManifest
 from exporters.runtimes import FLOAT32, Runner, Unsupported
 from exporters.runtimes.onnxruntime import tolerance_of
@@ -29,7 +29,9 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
     _check_gptq(folder, manifest)
     with TemporaryDirectory(prefix="mspc-genai-") as built:
         build(folder, Path(built))
-        return runner_of(genai.Model(built), FLOAT32)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        windows = [limit.tokens for limit in limits_of(config) if limit in windows_of(config)]
+        return runner_of(genai.Model(built), FLOAT32, max(windows, default=0) + 1)
 
 
 def _check_gptq(folder: Path, manifest: ExportManifest) -> None:
@@ -62,10 +64,12 @@ def build(folder: Path, out: Path) -> None:
         raise RuntimeError(f"its model builder failed: {done.stderr.strip().splitlines()[-1]}")
 
 
-def runner_of(model: Any, tolerance: float) -> Runner:
+def runner_of(model: Any, tolerance: float, least: int = 1) -> Runner:
+    """`least` is the smallest capacity of a cache: its windowed ones must hold more than the window."""
+
     def generator(rows: int, length: int) -> Any:
         parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=length, do_sample=False, batch_size=rows)
+        parameters.set_search_options(max_length=max(length, least), do_sample=False, batch_size=rows)
         return genai.Generator(model, parameters)
 
     def logits(ids: NDArray[np.int64]) -> NDArray[np.float32]:
