@@ -119,9 +119,10 @@ def test_rows_that_were_measured_are_shown_when_a_later_path_fails(error, models
     assert shown.stdout.count("int4 (torch)") >= 3
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("as_json", [False, True])
-@pytest.mark.parametrize("fault", ["nowhere", "damaged"])
+@pytest.mark.parametrize(
+    ("fault", "as_json", "place"),
+    [("nowhere", False, 0), ("damaged", True, 1), ("nowhere", True, 2), ("damaged", False, 2)],
+)
 def test_eval_shows_the_paths_before_the_one_that_fails(fault, as_json, place, models, tmp_path):
     """Oracle: `mspc.evaluate` of each."""
     bad = tmp_path / "bad"

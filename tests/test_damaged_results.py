@@ -84,6 +84,20 @@ def test_a_matrix_that_the_config_does_not_describe_is_refused(name, stored, tmp
             reader()
 
 
+@pytest.mark.parametrize("matrices", [..., None, [], "q_proj", 7, {"model": 7}], ids=str)
+def test_descriptions_of_another_shape_are_refused(matrices, artifact_of, tmp_path):
+    """By transformers too, which would make up the weights."""
+    folder = artifact_of("llama").export("sparse", tmp_path / "sparse", verify=False, progress=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["matrices"] = matrices
+    if matrices is ...:
+        del config["quantization_config"]["matrices"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for reader in (*readers(folder).values(), lambda: check_model(folder)):
+        with pytest.raises(InputError, match=r"Get config\.json again|described by an object|holds no model"):
+            reader()
+
+
 def test_no_description_at_all_is_refused(stored, tmp_path):
     folder = shutil.copytree(stored[1], tmp_path / "spoiled")
     config = json.loads((folder / "config.json").read_text())

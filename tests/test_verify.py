@@ -159,7 +159,7 @@ def test_no_reference_is_shipped_unless_it_is_asked_for(format_name, verified, a
     assert list(tmp_path.rglob("*.npz")) == []
 
 
-@pytest.mark.parametrize("format_name", ["dense", "sparse", "onnx"])
+@pytest.mark.parametrize("format_name", ["dense", "sparse", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_reference_is_kept_next_to_the_export(format_name, artifact, tmp_path):
     """The same export without it, and one that replaces it removes it."""
     pytest.importorskip("onnxscript") if format_name == "onnx" else None
