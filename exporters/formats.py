@@ -70,7 +70,7 @@ FORMATS = {
         "exporters.gguf",
         "gguf",
         "one file for llama.cpp: codes as Q4_0 or Q8_0, everything else in the model's dtype",
-        "Llama, and Mistral without a sliding window; every pattern; symmetric 4 or 8 bits in groups of 32",
+        "Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3, Phi-3; every pattern; symmetric 4 or 8 bits in groups of 32",
         ("transformers",),
         "same size and speed as without zeros",
     ),
