@@ -28,6 +28,7 @@ from mspc.recipe import Recipe
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
 RUN_FLAGS = {
     *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
+    "--threads",
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--only", "--effort", "--solver"),
