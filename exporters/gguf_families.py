@@ -55,7 +55,7 @@ class Family:
     """Rows of query and key heads are in pairs, not in halves."""
     biased: tuple[str, ...] = ()
     norm_offset: int = 0
-    """What the model adds to the weights of norms, which the file holds already added."""
+    """Number that the model adds to the weights of norms; the file holds the sums."""
 
 
 def _llama(config: Any) -> Requirements:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 FACTORS = "rope_freqs.weight"
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
-"""What llama.cpp assumes; files of other values would need keys that older versions do not read."""
+"""Constants of llama.cpp; others would need keys that older versions do not read."""
 
 
 def head_size(config: Any) -> int:
@@ -28,7 +28,7 @@ def rope_dims(config: Any) -> int:
 
 
 def rope_requirements(config: Any, types: tuple[str, ...], *, partial: bool) -> dict[str, tuple[Any, str, bool]]:
-    """The requirements (see `gguf_families`) of a family that takes rotary embeddings of these types."""
+    """The requirements (see `gguf_families`) of a family that takes some types of rotary embedding."""
     rope, dims = full_rope(config), rope_dims(config)
     kind, share = rope["rope_type"], rope.get("partial_rotary_factor") or 1
     found: dict[str, tuple[Any, str, bool]] = {
@@ -48,12 +48,12 @@ def rope_requirements(config: Any, types: tuple[str, ...], *, partial: bool) -> 
 
 
 def yarn_attention_factor(factor: float) -> float:
-    """What the products of queries and keys are scaled by, where a config says nothing else (Peng et al. 2023)."""
+    """Scale of cosines and sines, where a config names no other (Peng et al. 2023)."""
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """What each frequency of a Llama 3.1 is divided by, (rope_dims / 2) float32; None for other types.
+    """Divisors of the frequencies of a Llama 3.1, (rope_dims / 2) float32; None for other types.
 
     Long waves are slowed down by the whole factor, short ones not at all, and between the two it is interpolated in
     the frequency.

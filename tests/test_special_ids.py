@@ -1,4 +1,4 @@
-"""Special ids and templates: who names them first, against what transformers loads, and what GenAI is told."""
+"""Special ids and templates: who names them first, against what transformers loads, and the ids in GenAI's config."""
 
 import json
 from pathlib import Path
