@@ -63,5 +63,9 @@ def _special(ids: SpecialIds) -> dict[str, Any]:
     if not ids.eos:
         log.warning(NO_END.format("genai_config.json"))
     pad = ids.pad if ids.pad is not None or not ids.eos else ids.eos[0]
-    found = {"bos_token_id": ids.bos, "pad_token_id": pad, "eos_token_id": ids.eos[0] if len(ids.eos) == 1 else ids.eos}
-    return {key: value for key, value in found.items() if value not in (None, ())}
+    found = {
+        "bos_token_id": ids.bos,
+        "pad_token_id": pad,
+        "eos_token_id": ids.eos[0] if len(ids.eos) == 1 else list(ids.eos),
+    }
+    return {key: value for key, value in found.items() if value not in (None, [])}

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from exporters.folder import read_config
 from exporters.gguf_families import Family, add_model, family_notes, family_of
@@ -120,7 +119,7 @@ def _add_info(writer: GGUFWriter, name: str, kind: GGMLQuantizationType, shape: 
     writer.add_tensor_info(name, shape, np.dtype(np.float32), math.prod(shape) // block * size, kind)
 
 
-def tensor_names(artifact: ArtifactSource, family: Family, settings: PreTrainedConfig) -> dict[str, str]:
+def tensor_names(artifact: ArtifactSource, family: Family, settings: Any) -> dict[str, str]:
     """Names in the file by source key. Raises InputError for a tensor without a name there."""
     name_of, names = model_names(artifact), {}
     for key in artifact.keys():  # noqa: SIM118  not a dict
@@ -147,7 +146,7 @@ def _kind_and_shape(artifact: ArtifactSource, key: str) -> tuple[GGMLQuantizatio
     return FLOAT_KINDS[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
 
 
-def _bytes_of(artifact: ArtifactSource, key: str, name: str, family: Family, settings: PreTrainedConfig) -> Tensor:
+def _bytes_of(artifact: ArtifactSource, key: str, name: str, family: Family, settings: Any) -> Tensor:
     """The tensor as it lies in the file, uint8."""
     entry = artifact.whole.get(key)
     if entry and entry.target.grid:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
-from transformers import AutoConfig, PreTrainedConfig
 
 from exporters.gguf_rope import full_rope, head_size, rope_dims, rope_requirements
-from mspc.errors import InputError, in_brief
+from mspc.errors import InputError
+from mspc.model.hub import with_defaults
 
 Requirements = Mapping[str, tuple[Any, str, bool]]
 """By the key of a config: its value, what is accepted, and whether it is."""
@@ -48,28 +48,28 @@ class Family:
     architecture: str
     names: Mapping[str, str]
     """Names in the file of the modules of a block."""
-    requirements: Callable[[PreTrainedConfig], Requirements]
+    requirements: Callable[[Any], Requirements]
     activation: str = "silu"
     ropes: tuple[str, ...] = ("default", "linear")
     paired: bool = False
     """Rows of query and key heads are in pairs, not in halves."""
     biased: tuple[str, ...] = ()
     norm_offset: int = 0
-    """What the model adds to the weights of norms, which the file holds already added."""
+    """Number that the model adds to the weights of norms; the file holds the sums."""
 
 
-def _llama(config: PreTrainedConfig) -> Requirements:
+def _llama(config: Any) -> Requirements:
     return _windowless(config) if config.model_type == "mistral" else {}
 
 
-def _windowless(config: PreTrainedConfig) -> Requirements:
+def _windowless(config: Any) -> Requirements:
     """No layer attends to less than the whole context."""
     kinds, window = getattr(config, "layer_types", None), config.sliding_window
     whole = window is None or window >= config.max_position_embeddings or set(kinds or ()) == {"full_attention"}
     return {"sliding_window": (window, "null", whole)}
 
 
-def _gemma(config: PreTrainedConfig, every: int) -> Requirements:
+def _gemma(config: Any, every: int) -> Requirements:
     """Every n-th layer is a full one; the scale of queries is that which llama.cpp derives from the sizes."""
     kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(config.num_hidden_layers)]
     largest = config.num_hidden_layers == LARGEST_GEMMAS[config.model_type]
@@ -81,7 +81,7 @@ def _gemma(config: PreTrainedConfig, every: int) -> Requirements:
     }
 
 
-def _gemma2(config: PreTrainedConfig) -> Requirements:
+def _gemma2(config: Any) -> Requirements:
     caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     return {
         **_gemma(config, 2),
@@ -90,7 +90,7 @@ def _gemma2(config: PreTrainedConfig) -> Requirements:
     }
 
 
-def _gemma3(config: PreTrainedConfig) -> Requirements:
+def _gemma3(config: Any) -> Requirements:
     caps = {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     local = config.rope_parameters["sliding_attention"]
     both = bool(config.use_bidirectional_attention)
@@ -119,7 +119,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def family_of(config: dict[str, Any]) -> tuple[Family, PreTrainedConfig]:
+def family_of(config: dict[str, Any]) -> tuple[Family, Any]:
     """The family of a config.json, and the config with its defaults.
 
     Raises InputError for a model that readers of the file would silently compute in another way.
@@ -127,10 +127,7 @@ def family_of(config: dict[str, Any]) -> tuple[Family, PreTrainedConfig]:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise _refused("model_type", kind, ", ".join([*FAMILIES][:-1]) + f" or {[*FAMILIES][-1]}")
-    try:
-        found = AutoConfig.for_model(kind, **{key: value for key, value in config.items() if key != "model_type"})
-    except Exception as error:  # wrong values
-        raise InputError(f"config.json cannot be used ({in_brief(error)}). Get it again.") from error
+    found = with_defaults(config)
     family = FAMILIES[kind]
     activation = getattr(found, "hidden_activation", None) or getattr(found, "hidden_act", None)
     biases = {name: getattr(found, name, False) for name in ("attention_bias", "mlp_bias")}
@@ -154,7 +151,7 @@ def _refused(key: str, value: object, accepted: str, kind: object = None) -> Inp
     )
 
 
-def family_notes(config: PreTrainedConfig) -> list[str]:
+def family_notes(config: Any) -> list[str]:
     """Sentences on what readers of the file are known to compute otherwise."""
     window = getattr(config, "sliding_window", None)
     if config.model_type != "phi3" or not window or window >= config.max_position_embeddings:
@@ -165,7 +162,7 @@ def family_notes(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def add_model(writer: GGUFWriter, config: PreTrainedConfig) -> None:
+def add_model(writer: GGUFWriter, config: Any) -> None:
     """The metadata of a model that `family_of` accepts."""
     size, rope = head_size(config), full_rope(config)
     writer.add_vocab_size(config.vocab_size)

@@ -40,7 +40,7 @@ def piece_scores(described: dict[str, Any], tokens: Sequence[str], kinds: Sequen
 
 
 def space_prefix(described: dict[str, Any]) -> bool:
-    """Whether a space is put before a text. Raises InputError for other ways to treat spaces."""
+    """Tell if a space is put before a text. Raises InputError for other ways to treat spaces."""
     normalizer, cut = described.get("normalizer"), described.get("pre_tokenizer")
     parts = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     if cut is None or (cut["type"] == "Split" and cut["pattern"] == {"String": " "}):  # spaces are gone by then

@@ -5,33 +5,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 FACTORS = "rope_freqs.weight"
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
-"""What llama.cpp assumes; files of other values would need keys that older versions do not read."""
+"""Constants of llama.cpp; others would need keys that older versions do not read."""
 
 
-def head_size(config: PreTrainedConfig) -> int:
+def head_size(config: Any) -> int:
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return size
 
 
-def full_rope(config: PreTrainedConfig) -> dict[str, Any]:
+def full_rope(config: Any) -> dict[str, Any]:
     """The parameters of rotary embedding, of the full layers where sliding ones have their own."""
     found: dict[str, Any] = config.rope_parameters
     return found.get("full_attention", found)
 
 
-def rope_dims(config: PreTrainedConfig) -> int:
+def rope_dims(config: Any) -> int:
     """Dimensions of a head that turn."""
     return int(head_size(config) * (full_rope(config).get("partial_rotary_factor") or 1))
 
 
-def rope_requirements(
-    config: PreTrainedConfig, types: tuple[str, ...], *, partial: bool
-) -> dict[str, tuple[Any, str, bool]]:
-    """The requirements (see `gguf_families`) of a family that takes rotary embeddings of these types."""
+def rope_requirements(config: Any, types: tuple[str, ...], *, partial: bool) -> dict[str, tuple[Any, str, bool]]:
+    """The requirements (see `gguf_families`) of a family that takes some types of rotary embedding."""
     rope, dims = full_rope(config), rope_dims(config)
     kind, share = rope["rope_type"], rope.get("partial_rotary_factor") or 1
     found: dict[str, tuple[Any, str, bool]] = {
@@ -51,12 +48,12 @@ def rope_requirements(
 
 
 def yarn_attention_factor(factor: float) -> float:
-    """What the products of queries and keys are scaled by, where a config says nothing else (Peng et al. 2023)."""
+    """Scale of cosines and sines, where a config names no other (Peng et al. 2023)."""
     return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """What each frequency of a Llama 3.1 is divided by, (rope_dims / 2) float32; None for other types.
+def rope_factors(config: Any) -> Tensor | None:
+    """Divisors of the frequencies of a Llama 3.1, (rope_dims / 2) float32; None for other types.
 
     Long waves are slowed down by the whole factor, short ones not at all, and between the two it is interpolated in
     the frequency.

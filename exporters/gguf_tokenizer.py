@@ -41,7 +41,7 @@ LAST_BYTE = ("ÿ", "<0xFF>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file says of a tokenizer, by the names of the format."""
+    """A tokenizer as the file holds it."""
 
     model: str
     pre: str
@@ -64,7 +64,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     except InputError as error:
         raise InputError(f"{error} gguf holds the tokenizer too, so it is needed.") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise refused(f"{type(tokenizer).__name__} is none of the tokenizers library")
+        raise refused(f"{type(tokenizer).__name__} is not of the tokenizers library")
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model["type"] != "BPE":
@@ -226,7 +226,7 @@ def _notes(described: dict[str, Any], pieces: bool) -> list[str]:
         found.append("llama.cpp puts a space before every text, also before one that begins with a space or a token.")
     strips = [token["content"] for token in described["added_tokens"] if token["lstrip"] or token["rstrip"]]
     if strips:
-        found.append(f"llama.cpp keeps the spaces beside {', '.join(strips[:5])}, which the tokenizer drops.")
+        found.append(f"llama.cpp keeps the spaces around {', '.join(strips[:5])}, which the tokenizer drops.")
     return found
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 VOCABULARY = 640  # some more than the tokens of every tokenizer here
 MERGED = 300
-"""Tokens that training makes at most, beside the alphabet."""
+"""Tokens that training makes at most, without the alphabet."""
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -81,7 +81,7 @@ def byte_level(name: str, special: Sequence[str] = ("<|begin|>", "<|end|>")) -> 
 
 
 def pieces(kind: str) -> Tokenizer:
-    """What the tokenizers library makes of a SentencePiece vocabulary: `gemma`, `metaspace` or `prepend`."""
+    """A SentencePiece vocabulary as the tokenizers library has it: `gemma`, `metaspace` or `prepend`."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     trained.train_from_iterator(_texts(), trainers.BpeTrainer(vocab_size=MERGED, show_progress=False))

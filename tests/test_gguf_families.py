@@ -131,7 +131,7 @@ def test_metadata_that_differ_from_the_config_are_noticed(key):
     [(5e5, 8.0, 1.0, 4.0, 8192), (5e5, 32.0, 1.0, 4.0, 8192), (500.0, 4.0, 1.0, 4.0, 32), (1e4, 2.0, 0.5, 3.0, 64)],
 )
 def test_factors_of_llama_3_1(theta, factor, low, high, context):
-    """What transformers divides each frequency by."""
+    """Oracle: the frequencies of transformers."""
     scaling = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     scaling |= {"rope_theta": theta, "original_max_position_embeddings": context}
     config = AutoConfig.for_model("llama", head_dim=64, rope_parameters=scaling | {"rope_type": "llama3"})
@@ -145,7 +145,7 @@ def test_factors_of_llama_3_1(theta, factor, low, high, context):
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.0, 40.0])
 def test_attention_factor_of_yarn(factor):
-    """What transformers computes where a config names none."""
+    """Oracle: transformers, for a config that names none."""
     scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 64}
     config = AutoConfig.for_model("qwen2", rope_parameters=scaling)
     assert rope.yarn_attention_factor(factor) == pytest.approx(ROPE_INIT_FUNCTIONS["yarn"](config, None)[1])

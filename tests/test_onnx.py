@@ -14,6 +14,7 @@ from exporters.genai import genai_config
 from exporters.reading import little_endian_fields, reader_of
 from mspc.errors import InputError
 from mspc.formats.onnx import block_size, pack_dequantize_linear, pack_matmul_nbits
+from mspc.model.special_ids import SpecialIds
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import Codes, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
@@ -123,19 +124,17 @@ def test_dequantize_linear_is_what_the_standard_computes():
 )
 def test_what_it_cannot_hold_is_refused(matrix, options, message):
     with pytest.raises(InputError, match=message):
-        exporter.check([matrix], {}, exporter.Options(**options))
+        exporter.check([matrix], {}, exporter.Options(**options), Path())
 
 
 def test_genai_config_takes_what_the_configs_lack():
     config = {"vocab_size": 260, "n_embd": 32, "n_head": 4, "n_positions": 64, "eos_token_id": None}
-    made = genai_config(config, {"eos_token_id": [7, 8]}, (2, 4, 8), {"session.entry": "1"})
+    made = genai_config(config, SpecialIds(eos=(7, 8)), (2, 4, 8), {"session.entry": "1"})
     model = made["model"]
-    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (7, [7, 8], 7)
+    assert (model["eos_token_id"], model["pad_token_id"]) == ([7, 8], 7)
     assert (model["context_length"], model["decoder"]["hidden_size"]) == (64, 32)
     assert model["decoder"]["session_options"]["session.entry"] == "1"
     json.dumps(made)
-    beyond = genai_config(config | {"bos_token_id": 50256}, {"eos_token_id": 50256}, (2, 4, 8), {})["model"]
-    assert (beyond["bos_token_id"], beyond["eos_token_id"], beyond["pad_token_id"]) == (0, 0, 0)
 
 
 def test_what_is_no_onnx_model_is_an_error(tmp_path):

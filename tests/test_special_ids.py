@@ -1,4 +1,4 @@
-"""Special ids and templates: who names them first, against what transformers loads, and what GenAI is told."""
+"""Special ids and templates: who names them first, against what transformers loads, and the ids in GenAI's config."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_templates_are_those_that_transformers_loads(templates, tmp_path):
     [
         (SpecialIds(1, (2,), 3, 4), {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}),
         (SpecialIds(0, (0,), 0), {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}),
-        (SpecialIds(None, (2, 5)), {"eos_token_id": (2, 5), "pad_token_id": 2}),
+        (SpecialIds(None, (2, 5)), {"eos_token_id": [2, 5], "pad_token_id": 2}),
         (SpecialIds(pad=3), {"pad_token_id": 3}),
         (SpecialIds(1), {"bos_token_id": 1}),
         (SpecialIds(), {}),

@@ -1,6 +1,6 @@
 """Reader of GGUF files: header, metadata, table of tensors and blocks, by the layout of the format's third version.
 
-Sizes in the metadata must be those of the `config.json` beside the file. It shares neither code nor tables with the
+Sizes in the metadata must be those of `config.json` in the same folder. It shares neither code nor tables with the
 exporter, nor with the package that writes the file.
 """
 

@@ -24,7 +24,7 @@ NOT_READ = (
     "head_dim", "rope_parameters", "layer_types", "query_pre_attn_scalar", "pad_token_id", "sliding_window",
     "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
-"""What transformers does not take from the metadata of every family, but from the defaults of its own config."""
+"""Settings that transformers does not read from the metadata of every family, but leaves at their defaults."""
 
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:

@@ -97,6 +97,15 @@ def load_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def with_defaults(raw: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a known `model_type`, with the defaults of its family and one form of what versions differ in."""
+    values = {key: value for key, value in raw.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(raw["model_type"], **values)
+    except Exception as error:  # wrong values
+        raise InputError(f"config.json cannot be used ({in_brief(error)}). Get it again.") from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

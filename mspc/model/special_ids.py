@@ -58,7 +58,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def chat_templates(folder: Path, tokenizer: Any) -> dict[str, str]:
-    """Templates by name, as transformers loads them; one that has no name is `DEFAULT`. Empty if there is none."""
+    """Templates by name, as transformers loads them; one that has no name is `DEFAULT`. May be empty."""
     found = getattr(tokenizer, "chat_template", None) or _read(folder / "chat_template.json").get("chat_template")
     if isinstance(found, str):
         return {DEFAULT: found}
