@@ -4,13 +4,24 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, Logits, advance, batches_of, not_finite, token_losses, without_blocks
+from mspc.passes.blocks import (
+    BUFFERS,
+    Batch,
+    Logits,
+    advance,
+    batches_of,
+    logits_bytes,
+    not_finite,
+    token_losses,
+    without_blocks,
+)
 from mspc.threads import run
 
 
@@ -47,7 +58,8 @@ def measure(
         yield None
     sequences = [sequence for batch in batches for sequence in batch.sequences()]
     with torch.no_grad(), without_blocks(model) as logits_of:
-        total = sum(run(lambda one: float(token_losses(logits_of, one)[:, first:].double().sum()), sequences))
+        size = logits_bytes(model, sequences[0])
+        total = sum(run(lambda one: float(token_losses(logits_of, one)[:, first:].double().sum()), sequences, size))
     num_windows, length = ids.shape
     tokens = num_windows * (length - 1 - first)
     nll = total / tokens
@@ -68,6 +80,8 @@ def measure_module(
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
     first = max(begin - 1, 0)
     nll = divergence = 0.0
+    config: Any = model.config
+    size = BUFFERS * 4 * ids.shape[1] * int(config.get_text_config().vocab_size)
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
 
         def of_window(window: Tensor) -> tuple[float, float]:
@@ -78,7 +92,10 @@ def measure_module(
             p = _predictions(reference, window)[first:].to(q.device)
             return likelihood, float((p.exp() * (p - q)).sum(dtype=torch.float64))
 
-        for likelihood, of_reference in run(of_window, ids):
+        # Hooks, such as those that offload weights, may not run in two threads.
+        modules = [module for one in (model, reference) if one is not None for module in one.modules()]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules)
+        for likelihood, of_reference in map(of_window, ids) if hooked else run(of_window, ids, size):
             nll -= likelihood
             divergence += of_reference
             step()
@@ -140,7 +157,7 @@ def mean_divergences(
         all_batches = zip(reference_batches, *streams, strict=True)
         sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
         tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
-        of_streams = zip(*run(divergences, sequences), strict=True)
+        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0])), strict=True)
         return [sum(of_stream) / tokens for of_stream in of_streams]
 
 
