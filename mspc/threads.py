@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError
+from mspc.memory import free_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -141,11 +142,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def run(function: Callable[[T], R], items: Iterable[T], bytes_each: int = 0) -> Iterator[R]:
     """Yield function(item) for each item, in their order, with the threads of `using`; without any, one by one.
 
     The calling thread works as well, and helpers that are busy are not waited for, so `function` may call `run` itself.
-    The error of an item is raised in its place. Modes of torch are those of the calling thread.
+    The error of an item is raised in its place. Modes of torch are those of the calling thread. Where an item takes
+    `bytes_each` of memory, no more are worked on at once than `fitting` allows.
     """
     helpers, items = _helpers.get(), list(items)
     if helpers is None or len(items) < 2:
@@ -173,7 +175,7 @@ def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 pass
 
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    size = min(helpers.size, len(items) - 1)
+    size = min(helpers.size, len(items) - 1, fitting(bytes_each) - 1)
     helping = [helpers.executor.submit(partial(copy_context().run, help_out, *modes)) for _ in range(size)]
     try:
         for result in results:
@@ -187,16 +189,19 @@ def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
                 helper.result()
 
 
-def run_all(function: Callable[[T], object], items: Iterable[T]) -> None:
-    """Call a function for each item, on the threads of `using`."""
-    for _ in run(function, items):
+def run_all(function: Callable[[T], object], items: Iterable[T], bytes_each: int = 0) -> None:
+    """`run` for its effect."""
+    for _ in run(function, items, bytes_each):
         pass
 
 
-def num_lanes() -> int:
-    """The number of pieces of work that `on_lane` does at once."""
+def fitting(bytes_each: int) -> int:
+    """The number of pieces of work of this size that there are threads for, and half of the free memory. At least 1."""
     helpers = _helpers.get()
-    return 1 if helpers is None else len(helpers.lanes)
+    if helpers is None:
+        return 1
+    most = len(helpers.lanes)
+    return most if bytes_each == 0 else max(1, min(most, free_memory(torch.device("cpu")) // 2 // bytes_each))
 
 
 def on_lane(number: int, function: Callable[[], R]) -> Future[R]:

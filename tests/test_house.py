@@ -17,7 +17,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 # One line an option.
 OPTION_LISTS = {
     ("mspc.api", "compress"),
-    ("mspc.cli.main", "eval_"), ("mspc.cli.compress_command", "compress"), ("mspc.cli.bench_command", "bench"), ("mspc.cli.export_commands", "export"),
+    ("mspc.cli.main", "eval_"), ("mspc.cli.bench_command", "bench"), ("mspc.cli.export_commands", "export"),
 }  # fmt: skip
 KNOW_TRANSFORMERS = {
     "mspc.api",

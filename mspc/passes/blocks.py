@@ -20,6 +20,8 @@ from mspc.model.streamed import StreamedModel
 from mspc.threads import run_all
 
 TOKENS_PER_BATCH = 4096
+BUFFERS = 6
+"""Activations, each as wide as the widest matrix, that a pass through a block holds at most, estimated."""
 MOST_OUTPUTS = 3
 """Values that a block may return."""
 
@@ -168,7 +170,13 @@ def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequenc
         arrive(model, index, batch, run_block(model, block, batch, index))
 
     with torch.no_grad():
-        run_all(pass_on, batches)
+        run_all(pass_on, batches, pass_bytes(block, batches))
+
+
+def pass_bytes(block: nn.Module, batches: Sequence[Batch]) -> int:
+    """Bytes of the activations of one batch in a block, estimated from its widest matrix."""
+    width = max((max(parameter.shape) for parameter in block.parameters() if parameter.ndim), default=0)
+    return BUFFERS * width * batches[0].ids.numel() * batches[0].hidden.itemsize if batches else 0
 
 
 def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
@@ -214,6 +222,11 @@ def without_blocks(model: StreamedModel) -> Iterator[Logits]:
 
     with model.loaded_outer(), replaced_forwards(model.blocks, hand_through):
         yield logits
+
+
+def logits_bytes(model: StreamedModel, sequence: Batch) -> int:
+    """Bytes of what is computed from the logits of a sequence: some float32 copies of them."""
+    return BUFFERS * 4 * sequence.ids.numel() * int(model.config.get_text_config().vocab_size)
 
 
 def token_losses(logits_of: Logits, batch: Batch) -> Tensor:

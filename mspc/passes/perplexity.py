@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.intervals import Interval, mean_interval
-from mspc.passes.blocks import Batch, Logits, advance, batches_of, not_finite, without_blocks
+from mspc.passes.blocks import BUFFERS, Batch, Logits, advance, batches_of, logits_bytes, not_finite, without_blocks
 from mspc.threads import run
 
 LOGITS_AT_ONCE = 2**26
@@ -88,7 +89,9 @@ def score(
             p = (_log_probabilities(expected_of, part)[0] for part in _parts(expected[number], size))
             return window_sums(window.ids[0], q, p, first)
 
-        return means(list(run(of_window, range(len(windows)))), batches[0].ids.shape[1], first)
+        memory = min(logits_bytes(model, windows[0]), BUFFERS * 4 * LOGITS_AT_ONCE) * (1 if reference is None else 2)
+        sums = list(run(of_window, range(len(windows)), memory))
+    return means(sums, batches[0].ids.shape[1], first)
 
 
 def _parts(window: Batch, size: int) -> Iterator[Batch]:
@@ -107,6 +110,8 @@ def measure_module(
 ) -> Perplexity:
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
     first, scores = first_scored(begin), list[Sums]()
+    config: Any = model.config
+    size = BUFFERS * 4 * ids.shape[1] * int(config.get_text_config().vocab_size)
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
 
         def of_window(window: Tensor) -> Sums:
@@ -114,7 +119,10 @@ def measure_module(
             p = None if reference is None else [_predictions(reference, window).to(q.device)]
             return window_sums(window, [q], p, first)
 
-        for sums in run(of_window, ids):
+        # Hooks, such as those that offload weights, may not run in two threads.
+        modules = [module for one in (model, reference) if one is not None for module in one.modules()]
+        hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules)
+        for sums in map(of_window, ids) if hooked else run(of_window, ids, size):
             scores.append(sums)
             step()
     return means(scores, ids.shape[1], first)
@@ -236,7 +244,7 @@ def mean_divergences(
         all_batches = zip(reference_batches, *streams, strict=True)
         sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
         tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
-        of_streams = zip(*run(divergences, sequences), strict=True)
+        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0])), strict=True)
         return [sum(of_stream) / tokens for of_stream in of_streams]
 
 

@@ -21,9 +21,9 @@ from mspc.memory import free_memory
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
-from mspc.passes.blocks import Batch, advance, arrive, batches_of, run_block
+from mspc.passes.blocks import Batch, advance, arrive, batches_of, pass_bytes, run_block
 from mspc.passes.paused import Pause, PausedForward, pauses_before
-from mspc.threads import num_lanes
+from mspc.threads import fitting
 from mspc.types import GramStats, Matrix
 
 BUFFERS_HELD = 3
@@ -68,7 +68,9 @@ def walk(
             solved = known(index)
             if solved is None:
                 kept = _num_kept(model, batches, of_block, memory) // (2 if dense else 1)
-                yield from _Block(model, index, block, dense_block, of_block, finish).visits(batches, dense, kept)
+                at_once = fitting(pass_bytes(block, batches) * (2 if dense else 1))
+                visits = _Block(model, index, block, dense_block, of_block, finish, at_once)
+                yield from visits.visits(batches, dense, kept)
             else:
                 for matrix in of_block:
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
@@ -153,6 +155,8 @@ class _Block:
     dense_block: nn.Module
     matrices: Sequence[Matrix]
     finish: Callable[[int, nn.Module, nn.Module], None] | None
+    at_once: int
+    """Passes that threads and memory allow at once."""
 
     def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
         seen: list[Matrix] = []
@@ -183,7 +187,7 @@ class _Block:
 
     def complete(self, batches: Sequence[Batch], forwards: Sequence[PausedForward]) -> None:
         """Run all suspended passes to the end of the block."""
-        for some in _rounds(len(batches)):
+        for some in self.rounds(forwards):
             outputs = [forwards[i].start_to(len(self.matrices)) for i in some]
             for i, started in zip(some, outputs, strict=True):
                 if isinstance(output := started.result(), tuple):
@@ -216,7 +220,7 @@ class _Block:
         shift = torch.zeros_like(gram) if dense_forwards else None
         tokens = 0
         with precise_matmul():
-            for some in _rounds(len(forwards)):
+            for some in self.rounds(forwards):
                 inputs = self.inputs_of(matrix, number, forwards[some.start : some.stop])
                 add_gram(gram, *inputs)
                 tokens += sum(map(len, inputs))
@@ -226,6 +230,11 @@ class _Block:
         stats = GramStats(symmetrize(gram), tokens, shift)
         check_finite(stats, matrix.name)
         return stats
+
+    def rounds(self, passes: Sequence[PausedForward]) -> Iterator[range]:
+        """The numbers of the passes, as many at a time as can run at once."""
+        ends = range(self.at_once, len(passes) + self.at_once, self.at_once)
+        return (range(end - self.at_once, min(end, len(passes))) for end in ends)
 
     def inputs_of(self, matrix: Matrix, number: int, forwards: Sequence[PausedForward]) -> list[Tensor]:
         """The inputs of a matrix, the `number`-th of its block, in some passes; these run at the same time."""
@@ -267,12 +276,6 @@ class _Block:
     def skip(self, *matrices: Matrix) -> str:
         """The option that leaves these matrices dense, in every block."""
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
-
-
-def _rounds(count: int) -> Iterator[range]:
-    """The numbers below `count`, as many at a time as passes can run at once."""
-    size = num_lanes()
-    return (range(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mspc.errors import InputError
-from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import TOKENS_PER_BATCH
+from mspc.passes.blocks import BUFFERS, TOKENS_PER_BATCH
 from mspc.passes.gradients import OutputFisher, reverse_walk
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
@@ -29,7 +27,7 @@ from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
 from mspc.settings import Settings
 from mspc.storage.files import write_json, write_tensors
-from mspc.threads import num_lanes
+from mspc.threads import fitting
 from mspc.types import MatricesByBlock, flatten
 
 T = TypeVar("T")
@@ -153,10 +151,10 @@ class Measurements:
         return sums
 
     def _batches_at_once(self, tokens: int) -> int:
-        """The number of batches whose states before all blocks fit in half of the free memory, one a thread at most."""
-        width = self.model.config.get_text_config().hidden_size
-        needed = tokens * width * self.model.dtype.itemsize * (len(self.model.blocks) + 1)
-        return max(1, min(num_lanes(), free_memory(torch.device("cpu")) // 2 // needed))
+        """The number of batches for which there is memory: their states before all blocks, and a backward pass."""
+        states = self.model.config.get_text_config().hidden_size * (len(self.model.blocks) + 1)
+        widest = max(max(matrix.shape) for matrix in flatten(self.matrices))
+        return fitting(tokens * (states + 2 * BUFFERS * widest) * self.model.dtype.itemsize)
 
 
 def _row(mean: RunningMean) -> dict[str, Any]:
