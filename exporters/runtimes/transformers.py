@@ -21,7 +21,7 @@ from mspc.storage.manifest import MatrixEntry
 
 GGUF = "model.gguf"
 NOT_READ = (
-    "head_dim", "rope_parameters", "layer_types", "query_pre_attn_scalar", "pad_token_id", "sliding_window",
+    "head_dim", "rope_parameters", "layer_types", "query_pre_attn_scalar", "sliding_window",
     "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
 """Settings that transformers does not read from the metadata of every family, but leaves at their defaults."""
@@ -58,6 +58,8 @@ def _config_beside(folder: Path) -> dict[str, Any]:
     own = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     read = AutoConfig.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
     differ = [key for key in NOT_READ if getattr(own, key, None) != getattr(read, key, None)]
+    if (read.pad_token_id or 0) >= own.vocab_size:  # it cannot make such an embedding
+        differ.append("pad_token_id")
     if not differ:
         return {}
     log.info(
