@@ -5,15 +5,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf_models
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import mspc
 from mspc.errors import InputError
-from mspc.model import gguf_file
+from mspc.model import gguf_config, gguf_file
 from mspc.model.hub import resolve
 
 gguf = pytest.importorskip("gguf")
@@ -72,6 +74,50 @@ def test_weights_are_those_of_the_artifact(exported, tmp_path, bits, origin):
     for name, weight in expected.items():
         assert torch.equal(found[name], weight.bfloat16().float()) or torch.equal(found[name], weight), name
     assert json.loads((folder / "config.json").read_text()).get("dequantized_from") == origin
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in ("llama-3.1", "gemma3-linear", "phi3-partial") else pytest.param(name, marks=pytest.mark.slow)
+        for name in gguf_models.MODELS
+    ],
+)
+def test_every_family_computes_what_it_did(family, calibration, tmp_path):
+    """Oracle: the dense export, by transformers. 90 tokens, beyond windows and original contexts."""
+    model = gguf_models.build(family, tmp_path / "model")
+    artifact = tiny.compress(model, tmp_path / "artifact", calibration, sparsity=0.5, effort="fast")
+    for name in ("gguf", "dense"):
+        mspc.export(artifact, name, out=tmp_path / name, verify=False, progress=False)
+    folder = resolve(str(next((tmp_path / "gguf").glob("*.gguf"))))
+    ids = torch.randint(10, 300, (1, 90), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (
+            AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)(ids).logits
+            for one in (tmp_path / "dense", folder)
+        )
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("theta", "dims", "factor", "context"),
+    [(500000.0, 128, 8.0, 8192), (500000.0, 64, 32.0, 8192), (500.0, 16, 4.0, 32), (10000.0, 32, 2.0, 4096)],
+)
+def test_the_scaling_of_llama_3_is_found_from_its_factors(theta, dims, factor, context):
+    """Oracle: transformers' frequencies with and without it. The first two are Llama 3.1 8B and 3.2 1B."""
+    scaled = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": context, "rope_theta": theta}
+    config = LlamaConfig(head_dim=dims, max_position_embeddings=131072, rope_parameters=scaled)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = theta ** -(torch.arange(0, dims, 2) / dims)
+    found = gguf_config.llama3_rope((plain / frequencies).float(), theta, dims)
+    assert found == {name: value for name, value in scaled.items() if name != "rope_theta"}
+
+
+@pytest.mark.parametrize("factors", [torch.ones(8), torch.tensor([1.0, 2.0] * 4), torch.full((4,), 8.0)])
+def test_factors_of_another_scaling_are_refused(factors):
+    with pytest.raises(InputError, match=r"rope_freqs\.weight, are those of no Llama 3\.1"):
+        gguf_config.llama3_rope(factors, 500.0, 16)
 
 
 def test_tokens_special_ids_and_template_are_those_of_the_source(exported, tmp_path):

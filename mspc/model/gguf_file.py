@@ -1,6 +1,7 @@
 """A GGUF file as a checkpoint folder: transformers makes its weights dense, once, in a cache."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 
 from mspc.errors import InputError, in_brief
 from mspc.memory import free_memory
+from mspc.model.gguf_config import FACTORS, read_config
 from mspc.progress import log
 
 ORIGIN = "dequantized_from"
@@ -59,27 +61,41 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith(ARRAYS)}
+        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        factors = next((torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == FACTORS), None)
     except Exception as error:  # damaged or cut off: the reader checks little
         raise InputError(f"{path} is no whole GGUF file ({in_brief(error)}). Get it again.") from error
-    sizes, in_blocks, largest = Counter[str](), Counter[str](), 0
-    for tensor in reader.tensors:
-        name, count = tensor.tensor_type.name, int(tensor.n_elements)
-        sizes[name] += count
-        in_blocks[name] += count if tensor.name.startswith("blk.") else 0
-        largest = max(largest, count)
-    if not in_blocks:
-        raise InputError(f"{path} has no tensors of decoder layers. Give a GGUF file of a whole language model.")
     del reader  # its pages
-    origin, total = in_blocks.most_common(1)[0][0], sum(sizes.values())
+    sizes, in_blocks = Counter[str](), Counter[str]()
+    for name, shape in shapes.items():
+        sizes[types[name]] += math.prod(shape)
+        in_blocks[types[name]] += math.prod(shape) if name.startswith("blk.") else 0
+    total = sum(sizes.values())
+    if not sum(in_blocks.values()):
+        raise InputError(f"{path} has no tensors of decoder layers. Give a GGUF file of a whole language model.")
+    origin = in_blocks.most_common(1)[0][0]
     dtype = EXACT.get(origin, torch.bfloat16)
     # Each parameter twice, as it is read and in the model, and the largest tensor and its copy as they are made dense.
+    largest = max(map(math.prod, shapes.values()))
     _check_memory(path, 2 * (total * dtype.itemsize + largest * torch.float32.itemsize))
+    try:
+        config = read_config(fields, shapes, factors)
+    except (InputError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # a key that is missing or wrong
+        raise InputError(
+            f"{path} cannot be read as a model ({in_brief(error)}). Give the checkpoint that it was made from."
+        ) from error
     shares = ", ".join(f"{name} {count / total:.0%}" for name, count in sizes.most_common() if count / total >= 0.005)
     log.info(f"{path.name} holds {shares}. Making it dense in {str(dtype)[6:]}, in {folder}.")
+    if config is None:
+        log.warning(
+            f"{path.name}: of {fields.get('general.architecture')!r} models transformers may leave settings of the "
+            "file out, such as windows and scaled rotary embeddings. Compare its perplexity with that of llama.cpp."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(mkdtemp(dir=folder.parent))
     try:
-        _write(path, new, dtype, fields, origin)
+        _write(path, new, dtype, fields, origin, config)
         new.chmod(0o755)
         if folder.exists():  # another process was faster, or an earlier one was cut off
             shutil.rmtree(folder)
@@ -101,18 +117,19 @@ def _check_memory(path: Path, needed: int) -> None:
         )
 
 
-def _write(path: Path, new: Path, dtype: torch.dtype, fields: dict[str, Any], origin: str) -> None:
+def _write(path: Path, new: Path, dtype: torch.dtype, fields: dict[str, Any], origin: str, config: Any) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if hasattr(transformers, "GgufConfig"):  # since 5.2x, which leave the weights packed without it
-        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        dense: dict[str, Any] = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     else:
         dense = {}
+    known = {} if config is None else {"config": config}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False, **dense
+            path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False, **dense, **known
         )
     except Exception as error:  # an architecture or tokenizer that transformers does not know
         raise InputError(
