@@ -111,10 +111,10 @@ def _rope(of: Mapping[str, Any], head_dim: int, factors: Tensor | None) -> dict[
 
 
 def llama3_rope(factors: Tensor, theta: float, dims: int) -> dict[str, Any]:
-    """The parameters of the scaling of Llama 3.1 that give these divisors (dims / 2) of the frequencies.
+    """The parameters of a scaling as of Llama 3.1 that gives certain divisors (dims / 2) of the frequencies.
 
     Long waves have the whole factor. Between long and short ones the inverse is interpolated by the share
-    (context / wave - LOW) / (HIGH - LOW), so each of these divisors gives the original context. Raises InputError if
+    (context / wave - LOW) / (HIGH - LOW), so each divisor there gives the original context. Raises InputError if
     the divisors are no such scaling.
     """
     found, factor = factors.double(), float(f"{float(factors.max()):.6g}")  # float32 has no more
