@@ -1,6 +1,7 @@
 """GGUF files as models, against what they were exported from: weights, tokens, special ids, templates."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,9 +223,12 @@ def test_without_the_extra_it_is_named(exported, monkeypatch):
         resolve(str(exported()[1]))
 
 
-def test_a_file_is_a_model_of_every_verb(exported, calibration, test_text, tmp_path):
+def test_a_file_is_a_model_of_every_verb(exported, calibration, test_text, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="mspc")
     source, file = exported(8)
     artifact = tiny.compress(file, tmp_path / "small", calibration, sparsity=0.5)
     assert artifact.manifest["source"]["name"] == file.stem
     found, expected = (mspc.evaluate(one, test_text, sequence_length=64, progress=False) for one in (file, source))
     assert found.perplexity == pytest.approx(expected.perplexity, rel=5e-3)  # its scales were rounded to bfloat16
+    said = "The reference was dequantized from Q8_0; a 4-bit method on that grid can look lossless."
+    assert caplog.messages.count(said) == 2  # of compress and of the first evaluation

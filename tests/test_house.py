@@ -21,7 +21,8 @@ OPTION_LISTS = {
 }  # fmt: skip
 KNOW_TRANSFORMERS = {
     "mspc.api",
-    "mspc.model.config_checks", "mspc.model.gguf_config", "mspc.model.gguf_file", "mspc.model.hub", "mspc.model.matrices", "mspc.model.streamed",
+    "mspc.model.config_checks", "mspc.model.gguf_config", "mspc.model.gguf_file", "mspc.model.hub",
+    "mspc.model.matrices", "mspc.model.streamed",
     "mspc.runtime.hf_quantizer", "mspc.runtime.loading",
     "exporters.onnx_graph", "exporters.runtimes.onnxruntime_genai", "exporters.runtimes.transformers",
 }  # fmt: skip

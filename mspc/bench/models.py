@@ -12,9 +12,11 @@ from mspc.bench.formats import DENSE, Source, describe, parse_format, random_sto
 from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
+from mspc.model.gguf_file import origin_note
 from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
+from mspc.progress import log
 from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
@@ -149,6 +151,8 @@ def tune(module: nn.Module, dtype: torch.dtype) -> None:
 def shape_of(folder: Path) -> tuple[Shape, int | None]:
     """The sizes of a model, and the most tokens that it was made for. Raises InputError if it is not Llama-like."""
     config = load_config(folder)
+    if note := origin_note(config):
+        log.info(note)
     if config.model_type not in LLAMA_LIKE:
         raise InputError(
             f"{folder} is a {config.model_type} model, but the bench runs {', '.join(LLAMA_LIKE)}. Choose another, or "

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mspc.errors import InputError, unknown
+from mspc.model.gguf_file import origin_note
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.open import open_model
 from mspc.model.vocabulary import check_range, tokenizer_for
@@ -50,6 +51,8 @@ def evaluate_folder(
         sizes = [(len(one.blocks), one.config.get_text_config().vocab_size) for one in (reference, model)]
         if sizes[0] != sizes[1]:
             raise InputError(f"{path} and {against} differ in blocks or vocabulary, so they cannot be compared.")
+    if note := origin_note((reference or model).config):
+        log.info(note)
     with progress.stage("Perplexity", len(model.blocks)) as step:
         for result in perplexity.measure(model, windows.ids, reference, len(windows.begin)):
             if result is not None:

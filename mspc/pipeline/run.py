@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError, Stopped
+from mspc.model.gguf_file import origin_note
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.matrices import dense_notes
 from mspc.model.open import open_model
@@ -100,6 +101,8 @@ class Run:
         settings, progress = self.settings, self.progress
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
+        if note := origin_note(self.config):
+            log.info(note)
         self.unused = model.unused()
         irregular = irregular_layers(model)
         model.check_selection(settings.skip, settings.only, irregular)
