@@ -22,11 +22,12 @@ from torch import Tensor
 
 from exporters.folder import read_config
 from exporters.gguf_families import Family, add_model, family_notes, family_of
-from exporters.gguf_rope import FACTORS, rope_factors
+from exporters.gguf_rope import rope_factors
 from exporters.gguf_tokenizer import add_tokenizer, read_vocabulary
 from exporters.packed import grids_of, model_names
 from mspc.errors import InputError
 from mspc.formats.gguf import BLOCK, pack_blocks
+from mspc.model.gguf_config import FACTORS
 from mspc.progress import Step, log
 from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource

@@ -12,6 +12,7 @@ from gguf import GGUFWriter, RopeScalingType
 
 from exporters.gguf_rope import full_rope, head_size, rope_dims, rope_requirements
 from mspc.errors import InputError
+from mspc.model.gguf_config import LARGEST_GEMMAS
 from mspc.model.hub import with_defaults
 
 Requirements = Mapping[str, tuple[Any, str, bool]]
@@ -39,8 +40,6 @@ FOUR_NORMS = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
-"""Layers by which llama.cpp knows the 27B models, whose queries it scales otherwise."""
 
 
 @dataclass(frozen=True)

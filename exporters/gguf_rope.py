@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-FACTORS = "rope_freqs.weight"
+from mspc.model.gguf_config import llama3_factors
+
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
 """Constants of llama.cpp; others would need keys that older versions do not read."""
 
@@ -53,16 +53,9 @@ def yarn_attention_factor(factor: float) -> float:
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """Divisors of the frequencies of a Llama 3.1, (rope_dims / 2) float32; None for other types.
-
-    Long waves are slowed down by the whole factor, short ones not at all, and between the two it is interpolated in
-    the frequency.
-    """
+    """Divisors of the frequencies of a Llama 3.1, (rope_dims / 2) float32; None for other types."""
     rope = full_rope(config)
     if rope["rope_type"] != "llama3":
         return None
-    dims, factor, context = rope_dims(config), rope["factor"], rope["original_max_position_embeddings"]
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    share = ((context / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - share) / factor + share)).float()
+    names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    return llama3_factors(rope["rope_theta"], rope_dims(config), *(rope[name] for name in names)).float()

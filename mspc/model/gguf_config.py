@@ -24,7 +24,7 @@ TYPES = {
 }
 """Model types of transformers by the architecture of a file."""
 FACTORS = "rope_freqs.weight"
-LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
+LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
 """Layers by which llama.cpp knows the 27B models, whose queries it scales otherwise."""
 LOCAL_THETA = 10000.0
 LOW, HIGH, DEFAULT_CONTEXT = 1.0, 4.0, 8192
@@ -76,9 +76,9 @@ def _of_family(architecture: str, of: Mapping[str, Any], heads: int, head_dim: i
     if architecture == "phi3":
         context = of.get("rope.scaling.original_context_length", of["context_length"])
         return {"sliding_window": window, "original_max_position_embeddings": context}
-    if architecture not in LARGEST_GEMMAS:
+    if architecture not in ("gemma2", "gemma3"):
         return {}
-    largest = of["block_count"] == LARGEST_GEMMAS[architecture]
+    largest = of["block_count"] == LARGEST_GEMMAS[TYPES[architecture]]
     values: dict[str, Any] = {"query_pre_attn_scalar": of["embedding_length"] // heads if largest else head_dim}
     if window is not None:
         values["sliding_window"] = window
@@ -110,23 +110,36 @@ def _rope(of: Mapping[str, Any], head_dim: int, factors: Tensor | None) -> dict[
     return rope
 
 
+def llama3_factors(theta: float, dims: int, factor: float, context: int, low: float, high: float) -> Tensor:
+    """Divisors (dims / 2) float64 of the frequencies of a Llama 3.1.
+
+    Long waves are slowed down by the whole factor, short ones not at all, and between the two it is interpolated in
+    the frequency.
+    """
+    shares = ((context / _waves(theta, dims) - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - shares) / factor + shares)
+
+
+def _waves(theta: float, dims: int) -> Tensor:
+    """Wave lengths in tokens, (dims / 2) float64."""
+    return 2 * math.pi * theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+
+
 def llama3_rope(factors: Tensor, theta: float, dims: int) -> dict[str, Any]:
     """The parameters of a scaling as of Llama 3.1 that gives certain divisors (dims / 2) of the frequencies.
 
-    Long waves have the whole factor. Between long and short ones the inverse is interpolated by the share
-    (context / wave - LOW) / (HIGH - LOW), so each divisor there gives the original context. Raises InputError if
+    Each divisor that is interpolated gives the original context. Raises InputError if
     the divisors are no such scaling.
     """
     found, factor = factors.double(), float(f"{float(factors.max()):.6g}")  # float32 has no more
-    waves = 2 * math.pi * theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    waves = _waves(theta, dims)
     if found.shape != waves.shape or factor <= 1:
         raise InputError(f"the factors of its rotary embedding, {FACTORS}, are those of no Llama 3.1")
     shares = (1 / found - 1 / factor) / (1 - 1 / factor)
     between = (shares > 1e-3) & (shares < 1 - 1e-3)
     contexts = waves * (shares * (HIGH - LOW) + LOW)
     context = round(float(contexts[between].median())) if between.any() else DEFAULT_CONTEXT
-    expected = ((context / waves - LOW) / (HIGH - LOW)).clamp(0, 1)
-    if not torch.allclose(1 / ((1 - expected) / factor + expected), found, rtol=1e-3):
+    if not torch.allclose(llama3_factors(theta, dims, factor, context, LOW, HIGH), found, rtol=1e-3):
         raise InputError(f"the factors of its rotary embedding, {FACTORS}, are those of no Llama 3.1")
     return {
         "rope_type": "llama3",
