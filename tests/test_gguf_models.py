@@ -132,9 +132,13 @@ def test_tokens_special_ids_and_template_are_those_of_the_source(exported, tmp_p
 
 def changed(file: Path, out: Path, **values: object) -> Path:
     """A copy of a GGUF file with other values of `tokenizer.NAME`; None leaves the key out."""
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     named = {f"tokenizer.{'' if name == 'chat_template' else 'ggml.'}{name}": value for name, value in values.items()}
+    return copied(gguf.GGUFReader(file), out, named)
+
+
+def copied(reader: gguf.GGUFReader, out: Path, named: dict[str, object]) -> Path:
+    """What a reader holds as a file, with other values of some keys."""
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or key in named:
             continue
@@ -198,6 +202,69 @@ def test_files_that_are_cut_off_are_refused(exported, tmp_path):
         with pytest.raises(InputError, match=r"m\.gguf"):
             resolve(str(tmp_path / "m.gguf"))
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def without(file: Path, out: Path, part: str, **more: object) -> Path:
+    """A copy without the tensors whose names contain `part`."""
+    reader = gguf.GGUFReader(file)
+    reader.tensors = [tensor for tensor in reader.tensors if part not in tensor.name]
+    return copied(reader, out, more)
+
+
+@pytest.mark.parametrize("part", ["blk.1.", "blk.0.attn_q.weight", "output_norm", "ffn_up"])
+def test_a_file_without_some_tensors_is_refused(exported, tmp_path, part):
+    """transformers would make up their weights."""
+    with pytest.raises(InputError, match=r"has [\d,]+ weights, and the llama model that it describes has [\d,]+"):
+        resolve(str(without(exported()[1], tmp_path / "m.gguf", part)))
+
+
+def test_a_part_of_a_file_is_refused(exported, tmp_path):
+    with pytest.raises(InputError, match=r"is one part of 2\. Join them first"):
+        resolve(str(without(exported()[1], tmp_path / "m.gguf", "-", **{"split.count": 2})))
+
+
+def test_a_tokenizer_next_to_the_file_is_not_taken_for_its_own(exported, tmp_path):
+    file = shutil.copy(exported()[1], tmp_path / "m.gguf")
+    tiny.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("broken")
+    (tmp_path / "config.json").write_text("broken")
+    found = AutoTokenizer.from_pretrained(resolve(str(file)))
+    assert found(SENTENCE)["input_ids"] == AutoTokenizer.from_pretrained(exported()[0].path)(SENTENCE)["input_ids"]
+
+
+def test_a_folder_that_another_process_has_made_stays(exported, tmp_path, monkeypatch):
+    file = shutil.copy(exported()[1], tmp_path / "m.gguf")
+    write = gguf_file._write
+
+    def slowly(path: Path, new: Path, *rest: object) -> None:
+        monkeypatch.setattr(gguf_file, "_write", write)
+        first.append(resolve(str(file)).stat().st_ino)
+        write(path, new, *rest)
+
+    first: list[int] = []
+    monkeypatch.setattr(gguf_file, "_write", slowly)
+    folder = resolve(str(file))
+    assert [folder.stat().st_ino] == first
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope.scaling.type": "longrope"}, "is scaled by longrope"),
+        ({"rope.scaling.attn_factor": 3.0}, "rope.scaling.attn_factor of 3.0"),
+        ({"rope.scaling.yarn_beta_fast": 16.0}, "rope.scaling.yarn_beta_fast of 16.0"),
+    ],
+)
+def test_scalings_that_no_config_describes_are_refused(fields, said):
+    with pytest.raises(InputError, match=said):
+        gguf_config._rope(fields, 16, None)
+
+
+def test_a_factor_without_a_type_is_linear():
+    """As in llama.cpp."""
+    assert gguf_config._rope({"rope.scaling.factor": 4.0}, 16, None)["rope_type"] == "linear"
+    assert gguf_config._rope({"rope.scaling.factor": 1.0}, 16, None)["rope_type"] == "default"
 
 
 def test_an_architecture_that_transformers_does_not_know_is_refused(tmp_path):

@@ -27,6 +27,9 @@ FACTORS = "rope_freqs.weight"
 LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
 """Layers by which llama.cpp knows the 27B models, whose queries it scales otherwise."""
 LOCAL_THETA = 10000.0
+SCALING = {f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+USUAL = {"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0}
+"""Values of further keys that change nothing."""
 LOW, HIGH, DEFAULT_CONTEXT = 1.0, 4.0, 8192
 """Constants of all models of the kind of Llama 3.1."""
 
@@ -98,9 +101,13 @@ def _rope(of: Mapping[str, Any], head_dim: int, factors: Tensor | None) -> dict[
     dims = of.get("rope.dimension_count", head_dim)
     if dims != head_dim:
         rope["partial_rotary_factor"] = dims / head_dim
-    kind = of.get("rope.scaling.type", "none")
+    factor = of.get("rope.scaling.factor", 1.0)
+    kind = of.get("rope.scaling.type", "none" if factor == 1 else "linear")  # without a type llama.cpp does so
+    for key, value in of.items():
+        if key.startswith("rope.scaling.") and key not in SCALING and value != USUAL.get(key):
+            raise InputError(f"no config says what its {key} of {value} does")
     if kind in ("linear", "yarn"):
-        rope |= {"rope_type": kind, "factor": of["rope.scaling.factor"]}
+        rope |= {"rope_type": kind, "factor": factor}
     elif kind != "none":
         raise InputError(f"its rotary embedding is scaled by {kind}")
     if kind == "yarn":

@@ -1,13 +1,14 @@
 """A GGUF file as a checkpoint folder: transformers makes its weights dense, once, in a cache."""
 
 import hashlib
+import importlib.metadata
 import math
 import os
 import shutil
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from mspc.progress import log
 
 ORIGIN = "dequantized_from"
 """The key of config.json that says what the weights were before: the type of most of those in blocks."""
+
+VERSION = 1
+"""To be raised when what is made of a file changes."""
 
 EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that are dense already. All others become bfloat16."""
@@ -35,7 +39,8 @@ def as_folder(path: Path) -> Path:
     cannot read, and for one that does not fit in memory.
     """
     state = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    known_by = (path.resolve(), state.st_size, state.st_mtime_ns, VERSION, importlib.metadata.version("transformers"))
+    key = hashlib.sha256(" ".join(map(str, known_by)).encode()).hexdigest()[:16]
     folder = cache() / "gguf" / key / path.stem
     if not (folder / "config.json").is_file():
         _convert(path, folder)
@@ -72,6 +77,8 @@ def _convert(path: Path, folder: Path) -> None:
         sizes[types[name]] += math.prod(shape)
         in_blocks[types[name]] += math.prod(shape) if name.startswith("blk.") else 0
     total = sum(sizes.values())
+    if fields.get("split.count", 1) > 1:
+        raise InputError(f"{path} is one part of {fields['split.count']}. Join them first: llama-gguf-split --merge.")
     if not sum(in_blocks.values()):
         raise InputError(f"{path} has no tensors of decoder layers. Give a GGUF file of a whole language model.")
     origin = in_blocks.most_common(1)[0][0]
@@ -95,11 +102,13 @@ def _convert(path: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(mkdtemp(dir=folder.parent))
     try:
-        _write(path, new, dtype, fields, origin, config)
+        _write(path, new, dtype, fields, origin, config, total - math.prod(shapes.get(FACTORS, (0,))))
         new.chmod(0o755)
-        if folder.exists():  # another process was faster, or an earlier one was cut off
-            shutil.rmtree(folder)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:  # another process was faster, and may read its folder already
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -117,7 +126,9 @@ def _check_memory(path: Path, needed: int) -> None:
         )
 
 
-def _write(path: Path, new: Path, dtype: torch.dtype, fields: dict[str, Any], origin: str, config: Any) -> None:
+def _write(
+    path: Path, new: Path, dtype: torch.dtype, fields: dict[str, Any], origin: str, config: Any, num_elements: int
+) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,14 +138,22 @@ def _write(path: Path, new: Path, dtype: torch.dtype, fields: dict[str, Any], or
         dense = {}
     known = {} if config is None else {"config": config}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False, **dense, **known
-        )
+        # A folder of its own, since a tokenizer next to the file would be taken for that of the file.
+        with TemporaryDirectory() as alone:
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                alone, gguf_file=path.name, dtype=dtype, trust_remote_code=False, **dense, **known
+            )
     except Exception as error:  # an architecture or tokenizer that transformers does not know
         raise InputError(
             f"{path}: transformers cannot read it ({in_brief(error)}). Give the checkpoint that it was made from."
         ) from error
+    if num_elements != (expected := model.num_parameters()):  # transformers makes up what is missing
+        raise InputError(
+            f"{path} has {num_elements:,} weights, and the {model.config.model_type} model that it describes has "
+            f"{expected:,}. Give the whole file, or the checkpoint that it was made from."
+        )
     if origin not in EXACT:
         setattr(model.config, ORIGIN, origin)
     if hasattr(model.config, "quantization_config"):
