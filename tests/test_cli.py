@@ -460,6 +460,14 @@ def test_eval_of_several_paths_is_a_table(llama, artifact, test_text, tmp_path):
     assert "Error: " in failed.stderr
 
 
+def test_paths_with_other_windows_say_so_and_equal_paths_each_have_a_row(llama, test_text, tmp_path):
+    short = tiny.build(tmp_path / "short", "llama", max_position_embeddings=64)
+    rows = mspc_cli("eval", llama, short, llama, "--text", test_text).stdout.splitlines()
+    assert rows[0].strip() == f"5 windows of 128 of {test_text}, 95% intervals"
+    assert [line.split()[0] for line in rows[2:]] == [str(llama), str(short), str(llama)]
+    assert [f"(on 10 windows of 64 of {test_text})" in line for line in rows[2:]] == [False, True, False]
+
+
 def test_compress_says_what_it_cost(compress, tmp_path):
     """Oracle: the manifest. A random model guesses, and is badly hurt by 95% zeros."""
     result = mspc_cli(*compress(tmp_path / "out", "--sparsity", 0.95))

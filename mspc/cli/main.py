@@ -92,7 +92,7 @@ def eval_(
     Compare only perplexities of the same text, window length, number of windows
     and --bos. Intervals are 95% t-intervals over the windows.
     """
-    results: dict[str, dict[str, Any]] = {}
+    results: list[tuple[str, dict[str, Any]]] = []
     with reported(debug):
         from mspc.api import evaluate
 
@@ -103,16 +103,16 @@ def eval_(
                     dtype=dtype or "auto", against=against, bos=bos, text_column=text_column,
                     text_encoding=text_encoding, threads=threads,
                 )  # fmt: skip
-                results[path] = {name: value for name, value in asdict(found).items() if value is not None}
+                results.append((path, {name: value for name, value in asdict(found).items() if value is not None}))
         finally:  # what was measured is shown when a later path fails
             _show(results, against, as_json, several=len(paths) > 1)
 
 
-def _show(results: dict[str, dict[str, Any]], against: str | None, as_json: bool, several: bool) -> None:
+def _show(results: list[tuple[str, dict[str, Any]]], against: str | None, as_json: bool, several: bool) -> None:
     """Print evaluations by path: a table, or for a single path a sentence."""
     if as_json and results:
-        rows = [{"path": path} | row for path, row in results.items()]
-        print_json({"models": rows} if several else next(iter(results.values())))
+        rows = [{"path": path} | row for path, row in results]
+        print_json({"models": rows} if several else results[0][1])
     elif results and several:
         from mspc.cli.tables import evaluation_table
 
@@ -120,7 +120,7 @@ def _show(results: dict[str, dict[str, Any]], against: str | None, as_json: bool
     elif results:
         from mspc.cli.tables import evaluation_line
 
-        print(evaluation_line(next(iter(results.values())), against))
+        print(evaluation_line(results[0][1], against))
 
 
 @app.command()

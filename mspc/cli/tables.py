@@ -1,6 +1,6 @@
 """Tables that the command line prints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -21,10 +21,7 @@ def matrix_table(manifest: dict[str, Any]) -> Table:
 
 def evaluation_line(result: Mapping[str, Any], against: str | None) -> str:
     """One evaluation as a sentence, for `mspc eval`; `result` has the fields of `Perplexity` that are not None."""
-    line = (
-        f"perplexity {_shown(result, 'perplexity')} over {result['tokens']:,} tokens, {result['windows']} windows of "
-        f"{result['sequence_length']} of {result['text']}"
-    )
+    line = f"perplexity {_shown(result, 'perplexity')} over {result['tokens']:,} tokens, {_windows(result)}"
     if against is None:
         return line
     return line + (
@@ -33,19 +30,26 @@ def evaluation_line(result: Mapping[str, Any], against: str | None) -> str:
     )
 
 
-def evaluation_table(results: Mapping[str, Mapping[str, Any]], against: str | None) -> Table:
-    """One row per model, for `mspc eval` of several; the reference comes first."""
-    first = next(iter(results.values()))
-    windows = f"{first['windows']} windows of {first['sequence_length']} of {first['text']}, 95% intervals"
-    table = Table(title=windows, box=None, pad_edge=False)
+def evaluation_table(results: Sequence[tuple[str, Mapping[str, Any]]], against: str | None) -> Table:
+    """One row per model, for `mspc eval` of several; the reference comes first.
+
+    Models with other windows, whose perplexities cannot be compared, say so in their row.
+    """
+    _, first = results[0]
+    table = Table(title=f"{_windows(first)}, 95% intervals", box=None, pad_edge=False)
     for heading in ("model", "perplexity", *(["KL from the reference, nats per token"] if against else [])):
         table.add_column(heading)
     if against is not None:
         table.add_row(escape(f"{against} (reference)"), _shown(first, "reference_perplexity"), "")
-    for path, result in results.items():
+    for path, result in results:
         kl = [_shown(result, "divergence")] if against else []
-        table.add_row(escape(path), _shown(result, "perplexity"), *kl)
+        other = "" if _windows(result) == _windows(first) else f" (on {_windows(result)})"
+        table.add_row(escape(path + other), _shown(result, "perplexity"), *kl)
     return table
+
+
+def _windows(result: Mapping[str, Any]) -> str:
+    return f"{result['windows']} windows of {result['sequence_length']} of {result['text']}"
 
 
 def _shown(result: Mapping[str, Any], name: str) -> str:

@@ -191,8 +191,11 @@ def _loss(predictions: Tensor, targets: Tensor, skipped: int) -> float:
 
 
 def divergence(p: Tensor, q: Tensor) -> float:
-    """KL(p || q) of log-probabilities (..., V), summed over all predictions in float64."""
-    return float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    """KL(p || q) of log-probabilities (..., V), summed over all predictions in float64.
+
+    A token that p excludes, such as one whose logit is minus infinity, adds nothing.
+    """
+    return float(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(dtype=torch.float64))
 
 
 def exponential(nll: float) -> float:
