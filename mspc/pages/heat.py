@@ -8,7 +8,6 @@ from typing import Any
 
 from mspc.pages.html import Html, element
 from mspc.pages.subject import Subject
-from mspc.pipeline.summary import number
 
 Row = Mapping[str, Any]
 Places = Mapping[str, Mapping[str, Sequence[Row]]]
@@ -68,7 +67,7 @@ def _maps(subject: Subject, places: Places) -> list[Map]:
     maps.append(
         Map("Output error", "relative squared error of each output, percent", "c",
             lambda rows: _mean(rows, "output_error"), lambda value: value / max(max(errors), 1e-300),
-            lambda value: number(100 * value) if value < 1e-3 else f"{100 * value:.1f}")
+            lambda value: f"{100 * value:.1f}")
     )  # fmt: skip
     return maps
 

@@ -122,7 +122,14 @@ def _said(
     except MspcError as error:  # the rest of the page is worth having
         log.warning(f"continuations are left out: {error}")
         return note(f"Left out: {error}")
-    return joined([*_prompts(found), note(f"The likeliest {TOKENS} tokens, one after the other (greedy).")])
+    return joined(
+        [
+            *_prompts(found),
+            note(
+                f"The likeliest {TOKENS} tokens, one after the other (greedy). What differs from the dense model is marked."
+            ),
+        ]
+    )
 
 
 def _prompts(found: Sequence[Continued]) -> Iterable[Html]:
@@ -137,7 +144,9 @@ def _prompts(found: Sequence[Continued]) -> Iterable[Html]:
             part = element("span", text) if one is found[0] else joined(
                 [element("span", text[:same]), element("mark", text[same:]) if text[same:] else None]
             )  # fmt: skip
-            rows.append(element("tr", element("th", one.name, scope="row"), element("td", part, class_="said")))
+            rows.append(
+                element("tr", element("th", one.name, scope="row"), element("td", element("div", part, class_="said")))
+            )
         yield element("figure", element("figcaption", element("b", prompt)), element("table", element("tbody", *rows)),
                       class_="prompt")  # fmt: skip
 
@@ -152,7 +161,8 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
         element("title", f"{title} - mspc report"), element("style", Html(style)),
     )  # fmt: skip
     parts = [comparison(subjects)] if len(subjects) > 1 else []
-    parts += [artifact(subject) for subject in subjects]
+    titles = [None if len(subjects) == 1 else f"{place}  {one.name}" for place, one in enumerate(subjects, 1)]
+    parts += [artifact(subject, title) for subject, title in zip(subjects, titles, strict=True)]
     parts.append(element("article", element("h2", "What they say"), said))
     without = None if plots.is_installed() else note(plots.MISSING)
     header = element("header", element("p", "mspc report", class_="kicker"), element("h1", title), without)

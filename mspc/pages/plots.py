@@ -1,19 +1,19 @@
 """Plots of a page, drawn by matplotlib as SVG in the page, in the colours that the page has in light and dark."""
 
 import io
+import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mspc.pages.html import Html, element, printable
+from mspc.pages.html import Html, element
 from mspc.pages.subject import Mean, Subject
 
 MISSING = "Plots need matplotlib: the extra plots of mspc (pip install '.[plots]' in its folder)."
 COLOURS = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(--accent)", "#040404": "var(--line)"}
 INK, FAINT, ACCENT, LINE = COLOURS
 """Colours that matplotlib writes, and that the style of the page replaces."""
-LONGEST_LABEL = 28
 
 
 def is_installed() -> bool:
@@ -24,8 +24,11 @@ def is_installed() -> bool:
     return True
 
 
-def frontier(subjects: Sequence[Subject]) -> Html:
-    """KL divergence and perplexity over the size of the weights, all evaluated on one text."""
+def frontier(subjects: Mapping[int, Subject], dense: Mapping[str, Any] | None) -> Html:
+    """KL divergence and perplexity over the size of the weights, with the number of each artifact at its point.
+
+    All of them were evaluated on one text. `dense` is an evaluation that has the perplexity of their dense model.
+    """
     panels = [("divergence", "KL from the dense model, nats per token"), ("perplexity", "perplexity")]
 
     def draw(figure: Any) -> None:
@@ -33,39 +36,34 @@ def frontier(subjects: Sequence[Subject]) -> Html:
             _panel(axis, subjects, key)
             axis.set_title(title, loc="left")
             axis.set_xlabel("weights of the sparse export, MB")
+            if key == "divergence":
+                axis.set_ylim(bottom=0)
+            elif dense and (mean := dense["dense_perplexity"]["mean"]) is not None:
+                axis.axhline(mean, color=FAINT, linewidth=1, linestyle=":")
+                axis.annotate("dense", (1, mean), (-4, 3), xycoords=("axes fraction", "data"), color=FAINT,
+                              textcoords="offset points", ha="right")  # fmt: skip
 
     return _svg("frontier", (8.6, 3.7), draw)
 
 
-def _panel(axis: Any, subjects: Sequence[Subject], key: str) -> None:
+def _panel(axis: Any, subjects: Mapping[int, Subject], key: str) -> None:
     points = []
-    for subject in subjects:
+    for place, subject in subjects.items():
         assert subject.bytes
         assert subject.evaluation
         found = subject.evaluation[key]
-        if found["mean"] is not None:
-            points.append((subject.bytes["sparse_export"] / 1e6, found, subject.name))
-    best = _undominated([(size, found["mean"]) for size, found, _ in points])
+        if found["mean"] is not None and math.isfinite(found["mean"]):
+            points.append((subject.bytes["sparse_export"] / 1e6, found["mean"], place, found))
+    best = _undominated([(size, mean) for size, mean, *_ in points])
     axis.plot([size for size, _ in best], [mean for _, mean in best], "-", color=ACCENT, linewidth=1, alpha=0.6)
-    middle = sum(size for size, _, _ in points) / max(len(points), 1)
-    for size, found, name in points:
+    for order, (size, mean, place, found) in enumerate(sorted(points, key=lambda point: point[:3])):
         if key == "divergence":  # texts differ more than models, so intervals of perplexities would hide the points
-            axis.errorbar(size, found["mean"], _around(found), fmt="none", ecolor=FAINT, elinewidth=1)
-        axis.plot(size, found["mean"], "o", color=ACCENT, markersize=5)
-        right = size <= middle
-        axis.annotate(
-            _label(name), (size, found["mean"]), (6 if right else -6, 5), textcoords="offset points",
-            ha="left" if right else "right", fontsize=8, parse_math=False,
-        )  # fmt: skip
-    if key == "perplexity" and subjects[0].evaluation:
-        dense = subjects[0].evaluation["dense_perplexity"]["mean"]
-        if dense is not None:
-            axis.axhline(dense, color=FAINT, linewidth=1, linestyle=":")
-            axis.annotate("dense", (1, dense), (-4, 3), xycoords=("axes fraction", "data"), color=FAINT,
-                          textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+            axis.errorbar(size, mean, _around(found), fmt="none", ecolor=FAINT, elinewidth=1)
+        axis.plot(size, mean, "o", color=ACCENT, markersize=5)
+        side = 1 if order % 2 else -1  # neighbours have their numbers on different sides
+        axis.annotate(str(place), (size, mean), (7 * side, 2), textcoords="offset points",
+                      ha="left" if side > 0 else "right")  # fmt: skip
     axis.margins(0.12, 0.15)
-    if key == "divergence":
-        axis.set_ylim(bottom=0)
 
 
 def _undominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -103,11 +101,6 @@ def _around(found: Mean) -> Any:
         return None
     low, high = found["interval"]
     return [[max(found["mean"] - low, 0.0)], [max(high - found["mean"], 0.0)]]
-
-
-def _label(name: str) -> str:
-    shown = " ".join(printable(name).split())
-    return shown if len(shown) <= LONGEST_LABEL else shown[: LONGEST_LABEL - 1] + "…"
 
 
 def _svg(name: str, inches: tuple[float, float], draw: Any) -> Html:

@@ -13,8 +13,8 @@ from mspc.sizes import in_words
 
 INTERVALS = (
     "Intervals are 95% t-intervals of the mean over windows, those of perplexities in log space. They treat windows as "
-    "independent. Those of two perplexities may overlap where one model is clearly worse, because texts differ more than "
-    "models do. The interval of the KL divergence does not have this problem."
+    "independent. Those of two perplexities may overlap where one model is clearly worse, because texts differ more "
+    "than models do. The interval of the KL divergence does not have this problem."
 )
 NOT_EVALUATED = (
     "Not measured: the run was made without evaluation, or too little text was left. Give the dense model with "
@@ -22,10 +22,10 @@ NOT_EVALUATED = (
 )
 
 
-def artifact(subject: Subject) -> Html:
-    """All that the page says about one artifact."""
+def artifact(subject: Subject, title: str | None) -> Html:
+    """All that the page says about one artifact, under a title unless the page has it already."""
     parts = (
-        element("h2", subject.name), _lead(subject), _figures(subject), *_warnings(subject), _cost(subject),
+        None if title is None else element("h2", title), _lead(subject), _figures(subject), *_warnings(subject), _cost(subject),
         section("Where the bits went", heat_maps(subject)), _forecast(subject), _made(subject), _seconds(subject),
         _matrices(subject),
     )  # fmt: skip
@@ -184,42 +184,51 @@ def _matrices(subject: Subject) -> Html:
 
 
 def comparison(subjects: Sequence[Subject]) -> Html:
-    """Several artifacts in a table, and their sizes and losses in a plot if they were evaluated on one text."""
-    head = (
-        "artifact",
-        "weights",
-        "of dense",
-        "bits per weight",
-        "zeros",
-        "perplexity",
-        "KL from dense",
-        "gap",
-        "seconds",
-    )
-    rows = [_row(subject) for subject in subjects]
-    evaluations, sizes = [subject.evaluation for subject in subjects], [subject.bytes for subject in subjects]
-    if not any(evaluations):
-        plot: Html = note("No plot: none of them was evaluated. Give the dense model with --against.")
-    elif not all(evaluations) or len({subject.text for subject in subjects}) > 1:
+    """Several artifacts in a table, and the sizes and losses of those that were evaluated in a plot."""
+    measured = {place: one for place, one in enumerate(subjects, 1) if one.evaluation and one.bytes}
+    rows = [[place, *_row(subject)] for place, subject in enumerate(subjects, 1)]
+    dense = _dense(list(measured.values()))
+    if len({subject.text for subject in measured.values()}) > 1:
         plot = note(
-            "No plot: they were not evaluated on one text, so their losses cannot be compared. Give the dense model "
+            "No plot: they were evaluated on different texts, so their losses cannot be compared. Give the dense model "
             "with --against, which measures all of them on the same text."
         )
-    elif not all(sizes):
-        plot = note("No plot: the manifest of an older version has no sizes.")
+    elif len(measured) < 2:
+        plot = note(
+            "No plot: fewer than two of them were evaluated. Give the dense model with --against to measure them now."
+        )
     else:
-        plot = plots.frontier(subjects) if plots.is_installed() else note(plots.MISSING)
+        plot = plots.frontier(measured, dense and dense.evaluation) if plots.is_installed() else note(plots.MISSING)
+    if dense:
+        rows.insert(0, ["", *_dense_row(dense)])
+    head = (
+        *("", "artifact", "weights", "of dense", "bits per weight", "zeros", "perplexity", "KL from dense", "gap"),
+        "seconds",
+    )
     explained = note(
         "Weights are those of the sparse export, embeddings included. KL is in nats per token, and the gap is the "
-        "log-perplexity above the dense model."
+        "log-perplexity above the dense model. The line joins those that no other beats in size and in loss."
     )
-    return element("article", element("h2", "Compared"), plot, table(head, rows), explained)
+    return element("article", element("h2", "Compared"), plot, table(head, rows, left=2), explained)
+
+
+def _dense(measured: Sequence[Subject]) -> Subject | None:
+    """An artifact that tells the perplexity of the dense model of all of them, if they have one."""
+    models = {json.dumps([one.manifest["source"]["sha256"], one.text], default=str) for one in measured}
+    return measured[0] if len(models) == 1 else None
+
+
+def _dense_row(subject: Subject) -> list[object]:
+    assert subject.bytes
+    assert subject.evaluation
+    before = number(subject.evaluation["dense_perplexity"]["mean"])
+    return ["dense", in_words(subject.bytes["dense"]), "100.0%", "", "", before, "0", "0", ""]
 
 
 def _row(subject: Subject) -> list[object]:
     sizes, found, manifest = subject.bytes, subject.evaluation, subject.manifest
-    size = (in_words(sizes["sparse_export"]), f"{sizes['sparse_export'] / sizes['dense']:.1%}") if sizes else ("", "")
-    means = [number(found[key]["mean"]) if found else "" for key in ("perplexity", "divergence")]
-    gap = "" if subject.gap is None else number(subject.gap)
+    size = (in_words(sizes["sparse_export"]), f"{sizes['sparse_export'] / sizes['dense']:.1%}") if sizes else ("–", "–")
+    means = [number(found[key]["mean"]) if found else "–" for key in ("perplexity", "divergence")]
+    gap = "–" if subject.gap is None else number(subject.gap)
     made = (f"{manifest['bits_per_weight']:.3f}", f"{manifest['sparsity']['achieved']:.1%}")
     return [subject.name, *size, *made, *means, gap, f"{manifest['seconds']:,.0f}"]

@@ -39,7 +39,9 @@ class Subject:
     def text(self) -> tuple[Any, ...] | None:
         """The identity of the test text; artifacts that share it can be compared."""
         found = self.evaluation
-        return found and tuple(found.get(key) for key in ("text", "sha256", "windows", "sequence_length", "tokens"))
+        if found is None:
+            return None
+        return tuple(found.get(key) for key in ("text", "sha256", "windows", "sequence_length", "tokens"))
 
     @property
     def predicted(self) -> float | None:
