@@ -92,7 +92,8 @@ def compress(
         if report:
             from mspc.pages.page import report_of_run
 
-            report_of_run(artifact, model, whole.settings().device, threads)
+            written = report_of_run(artifact, model, whole.settings().device, threads)
+            log.info(f"{written} written.")
         if as_json:
             print_json(artifact.manifest)
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mspc.api import Artifact, ProgressLike, evaluate
-from mspc.errors import InputError, MspcError
+from mspc.errors import InputError, MspcError, is_out_of_memory
 from mspc.model.hub import choose_device
 from mspc.pages import plots
 from mspc.pages.continuations import PROMPTS, TOKENS, Continued, continued
@@ -92,8 +92,11 @@ def _check_out(out: Path) -> None:
     """Raises InputError for a folder, and for a file that is no page of mspc."""
     if out.is_dir():
         raise InputError(f"{out} is a folder, and the page is a file. Give a name such as {out / PAGE}.")
-    if out.is_file() and GENERATOR.encode() not in out.read_bytes()[:2000]:
-        raise InputError(f"{out} exists and is no report of mspc. Choose another --out, or remove it.")
+    if not out.is_file():
+        return
+    with out.open("rb") as file:
+        if GENERATOR.encode() not in file.read(2000):
+            raise InputError(f"{out} exists and is no report of mspc. Choose another --out, or remove it.")
 
 
 def _afresh(found: Perplexity, against: str) -> dict[str, Any]:
@@ -119,17 +122,13 @@ def _said(
     try:
         with using(threads, choose_device(device or "auto")):
             found = continued(models, device or "auto", dtype or "auto", progress)
-    except MspcError as error:  # the rest of the page is worth having
-        log.warning(f"continuations are left out: {error}")
+    except Exception as error:
+        if not (isinstance(error, MspcError) or is_out_of_memory(error)):
+            raise
+        log.warning(f"continuations are left out: {error}")  # the rest of the page is worth having
         return note(f"Left out: {error}")
-    return joined(
-        [
-            *_prompts(found),
-            note(
-                f"The likeliest {TOKENS} tokens, one after the other (greedy). What differs from the dense model is marked."
-            ),
-        ]
-    )
+    explained = f"The likeliest {TOKENS} tokens, one after the other. What differs from the dense model is marked."
+    return joined([note(explained), *_prompts(found)])
 
 
 def _prompts(found: Sequence[Continued]) -> Iterable[Html]:
@@ -161,8 +160,9 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
         element("title", f"{title} - mspc report"), element("style", Html(style)),
     )  # fmt: skip
     parts = [comparison(subjects)] if len(subjects) > 1 else []
-    titles = [None if len(subjects) == 1 else f"{place}  {one.name}" for place, one in enumerate(subjects, 1)]
-    parts += [artifact(subject, title) for subject, title in zip(subjects, titles, strict=True)]
+    for place, subject in enumerate(subjects, 1):
+        heading = element("h2", element("span", place, class_="place"), subject.name) if len(subjects) > 1 else None
+        parts.append(artifact(subject, heading))
     parts.append(element("article", element("h2", "What they say"), said))
     without = None if plots.is_installed() else note(plots.MISSING)
     header = element("header", element("p", "mspc report", class_="kicker"), element("h1", title), without)

@@ -22,10 +22,10 @@ NOT_EVALUATED = (
 )
 
 
-def artifact(subject: Subject, title: str | None) -> Html:
+def artifact(subject: Subject, title: Html | None) -> Html:
     """All that the page says about one artifact, under a title unless the page has it already."""
     parts = (
-        None if title is None else element("h2", title), _lead(subject), _figures(subject), *_warnings(subject), _cost(subject),
+        title, _lead(subject), _figures(subject), *_warnings(subject), _cost(subject),
         section("Where the bits went", heat_maps(subject)), _forecast(subject), _made(subject), _seconds(subject),
         _matrices(subject),
     )  # fmt: skip
@@ -198,7 +198,11 @@ def comparison(subjects: Sequence[Subject]) -> Html:
             "No plot: fewer than two of them were evaluated. Give the dense model with --against to measure them now."
         )
     else:
-        plot = plots.frontier(measured, dense and dense.evaluation) if plots.is_installed() else note(plots.MISSING)
+        plot = (
+            plots.frontier(measured, dense.evaluation if dense else None)
+            if plots.is_installed()
+            else note(plots.MISSING)
+        )
     if dense:
         rows.insert(0, ["", *_dense_row(dense)])
     head = (
@@ -209,7 +213,7 @@ def comparison(subjects: Sequence[Subject]) -> Html:
         "Weights are those of the sparse export, embeddings included. KL is in nats per token, and the gap is the "
         "log-perplexity above the dense model. The line joins those that no other beats in size and in loss."
     )
-    return element("article", element("h2", "Compared"), plot, table(head, rows, left=2), explained)
+    return element("article", element("h2", "Compared"), plot, table(head, rows, left=2, class_="compared"), explained)
 
 
 def _dense(measured: Sequence[Subject]) -> Subject | None:
@@ -227,8 +231,8 @@ def _dense_row(subject: Subject) -> list[object]:
 
 def _row(subject: Subject) -> list[object]:
     sizes, found, manifest = subject.bytes, subject.evaluation, subject.manifest
-    size = (in_words(sizes["sparse_export"]), f"{sizes['sparse_export'] / sizes['dense']:.1%}") if sizes else ("–", "–")
-    means = [number(found[key]["mean"]) if found else "–" for key in ("perplexity", "divergence")]
-    gap = "–" if subject.gap is None else number(subject.gap)
+    size = (in_words(sizes["sparse_export"]), f"{sizes['sparse_export'] / sizes['dense']:.1%}") if sizes else ("-", "-")
+    means = [number(found[key]["mean"]) if found else "-" for key in ("perplexity", "divergence")]
+    gap = "-" if subject.gap is None else number(subject.gap)
     made = (f"{manifest['bits_per_weight']:.3f}", f"{manifest['sparsity']['achieved']:.1%}")
     return [subject.name, *size, *made, *means, gap, f"{manifest['seconds']:,.0f}"]
