@@ -117,7 +117,7 @@ def _numel(row: Row) -> int:
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:
-    """The mean over the weights of these matrices."""
+    """The mean of a figure over weights."""
     return float(sum(row[key] * _numel(row) for row in rows) / sum(map(_numel, rows)))
 
 

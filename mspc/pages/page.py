@@ -117,7 +117,7 @@ def _said(
     threads: int | None,
     progress: Progress,
 ) -> Html:
-    """The continuations, or the reason why there are none."""
+    """The continuations, or the reason why they are left out."""
     models = [("dense", Path(against)), *((one.name, path) for one, path in zip(subjects, paths, strict=True))]
     try:
         with using(threads, choose_device(device or "auto")):
@@ -160,8 +160,10 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
         element("title", f"{title} - mspc report"), element("style", Html(style)),
     )  # fmt: skip
     parts = [comparison(subjects)] if len(subjects) > 1 else []
-    for place, subject in enumerate(subjects, 1):
-        heading = element("h2", element("span", place, class_="place"), subject.name) if len(subjects) > 1 else None
+    for subject in subjects:
+        heading = (
+            element("h2", element("span", subject.place, class_="place"), subject.name) if len(subjects) > 1 else None
+        )
         parts.append(artifact(subject, heading))
     parts.append(element("article", element("h2", "What they say"), said))
     without = None if plots.is_installed() else note(plots.MISSING)

@@ -24,7 +24,7 @@ def is_installed() -> bool:
     return True
 
 
-def frontier(subjects: Mapping[int, Subject], dense: Mapping[str, Any] | None) -> Html:
+def frontier(subjects: Sequence[Subject], dense: Mapping[str, Any] | None) -> Html:
     """KL divergence and perplexity over the size of the weights, with the number of each artifact at its point.
 
     All of them were evaluated on one text. `dense` is an evaluation that has the perplexity of their dense model.
@@ -46,14 +46,14 @@ def frontier(subjects: Mapping[int, Subject], dense: Mapping[str, Any] | None) -
     return _svg("frontier", (8.6, 3.7), draw)
 
 
-def _panel(axis: Any, subjects: Mapping[int, Subject], key: str) -> None:
+def _panel(axis: Any, subjects: Sequence[Subject], key: str) -> None:
     points = []
-    for place, subject in subjects.items():
+    for subject in subjects:
         assert subject.bytes
         assert subject.evaluation
         found = subject.evaluation[key]
         if found["mean"] is not None and math.isfinite(found["mean"]):
-            points.append((subject.bytes["sparse_export"] / 1e6, found["mean"], place, found))
+            points.append((subject.bytes["sparse_export"] / 1e6, found["mean"], subject.place, found))
     best = _undominated([(size, mean) for size, mean, *_ in points])
     axis.plot([size for size, _ in best], [mean for _, mean in best], "-", color=ACCENT, linewidth=1, alpha=0.6)
     for order, (size, mean, place, found) in enumerate(sorted(points, key=lambda point: point[:3])):
@@ -75,8 +75,8 @@ def _undominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return best
 
 
-def forecast(found: Sequence[tuple[str, Mean]]) -> Html:
-    """Losses in nats per token, from the prediction to the measurement, each with its interval if it has one."""
+def forecast(found: Sequence[tuple[str, Mean]], place: int) -> Html:
+    """Losses of the artifact at this place in nats per token, predicted and measured, with their intervals."""
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
@@ -92,7 +92,7 @@ def forecast(found: Sequence[tuple[str, Mean]]) -> Html:
         axis.spines["left"].set_visible(False)
         axis.set_xlabel("nats per token")
 
-    return _svg("forecast", (8.6, 0.75 + 0.34 * len(found)), draw)
+    return _svg(f"forecast{place}", (8.6, 0.75 + 0.34 * len(found)), draw)
 
 
 def _around(found: Mean) -> Any:

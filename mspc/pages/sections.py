@@ -51,7 +51,8 @@ def _figures(subject: Subject) -> Html:
     shown: list[tuple[str, str, str]] = []
     if sizes := subject.bytes:
         dense, small = sizes["dense"], sizes["sparse_export"]
-        shown.append(("size of weights", in_words(small), f"{dense / small:.1f} times less than {in_words(dense)}"))
+        factor = f"{dense / small:.1f} times less than" if small < dense else "not less than"
+        shown.append(("size of weights", in_words(small), f"{factor} {in_words(dense)}"))
     shown.append(("bits per weight", f"{subject.manifest['bits_per_weight']:.3f}", "embeddings and head not counted"))
     if found := subject.evaluation:
         before, after = found["dense_perplexity"], found["perplexity"]
@@ -115,7 +116,7 @@ def _forecast(subject: Subject) -> Html | None:
         found.append(("log-perplexity above dense", {"mean": subject.gap, "interval": None}))
     if not is_forecast:
         return None
-    parts: list[object] = [plots.forecast(found)] if plots.is_installed() else []
+    parts: list[object] = [plots.forecast(found, subject.place)] if plots.is_installed() else []
     rows = [[name, number(mean["mean"]), interval_in_words(mean)] for name, mean in found]
     parts.append(table(("nats per token", "loss", "95% interval"), rows))
     parts.append(note(
@@ -185,10 +186,10 @@ def _matrices(subject: Subject) -> Html:
 
 def comparison(subjects: Sequence[Subject]) -> Html:
     """Several artifacts in a table, and the sizes and losses of those that were evaluated in a plot."""
-    measured = {place: one for place, one in enumerate(subjects, 1) if one.evaluation and one.bytes}
-    rows = [[place, *_row(subject)] for place, subject in enumerate(subjects, 1)]
-    dense = _dense(list(measured.values()))
-    if len({subject.text for subject in measured.values()}) > 1:
+    measured = [subject for subject in subjects if subject.evaluation and subject.bytes]
+    rows = [[subject.place, *_row(subject)] for subject in subjects]
+    dense = _dense(measured)
+    if len({subject.text for subject in measured}) > 1:
         plot = note(
             "No plot: they were evaluated on different texts, so their losses cannot be compared. Give the dense model "
             "with --against, which measures all of them on the same text."

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class Subject:
     manifest: Mapping[str, Any]
     evaluation: Mapping[str, Any] | None
     """The part `evaluation` of the manifest, or the same part measured afresh."""
+    place: int
+    """Its number on the page, from 1."""
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -75,7 +78,7 @@ def subjects_of(paths: Sequence[Path]) -> list[Subject]:
     names = [path.resolve().name for path in paths]
     chosen = names if len(set(names)) == len(names) else [str(path) for path in paths]
     evaluations = [manifest.get("evaluation") for manifest in manifests]
-    return [Subject(*parts) for parts in zip(chosen, manifests, evaluations, strict=True)]
+    return [Subject(*parts) for parts in zip(chosen, manifests, evaluations, count(1))]
 
 
 def interval_in_words(found: Mean) -> str:
