@@ -50,7 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny.build(folder / "<script>alert('1')<script>", "llama")
     options = {"iterations": 2, "sensitivity_sequences": 2, "eval": True}
     tiny.compress(model, folder / "half <b>", text, **options)
-    tiny.compress(model, folder / "int4", text, sparsity=0, bits=4, group_size=32, **options)
+    tiny.compress(model, folder / "int4", text, sparsity=0.2, bits=4, group_size=32, **options)
     out = folder / "page.html"
     return mspc.report(
         [folder / "half <b>", folder / "int4"], out, against=model, text=str(text), sequence_length=32, max_windows=8,
