@@ -374,6 +374,24 @@ def test_what_is_wrong_is_refused(made, tmp_path, llama):
     assert not (tmp_path / "y.html").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("settings"),
+        lambda manifest: manifest["evaluation"].pop("divergence"),
+        lambda manifest: manifest.update(seconds="<b>"),
+        lambda manifest: manifest["bytes"].update(dense=0),
+        lambda manifest: manifest.update(allocation=3),
+        lambda manifest: manifest.update(recipe=3),
+    ],
+    ids=("settings", "divergence", "seconds", "dense", "allocation", "recipe"),
+)
+def test_a_damaged_manifest_is_named(change, made, out, tmp_path):
+    damaged = changed(made / "b", tmp_path / "damaged", change)
+    assert "damaged: mspc.json cannot be shown" in refused("report", damaged, made / "b", "--out", out)
+    assert not out.exists()
+
+
 def test_an_older_page_is_replaced(made, out):
     mspc.report(made / "b", out)
     mspc.report(made / "c", out)

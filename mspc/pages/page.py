@@ -17,6 +17,7 @@ from mspc.passes.perplexity import Perplexity
 from mspc.progress import Progress, as_progress, log
 from mspc.storage.artifact import PAGE
 from mspc.storage.files import write_text
+from mspc.storage.manifest import MANIFEST
 from mspc.threads import using
 from mspc.version import __version__
 
@@ -159,12 +160,9 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", f"{title} - mspc report"), element("style", Html(style)),
     )  # fmt: skip
-    parts = [comparison(subjects)] if len(subjects) > 1 else []
-    for subject in subjects:
-        heading = (
-            element("h2", element("span", subject.place, class_="place"), subject.name) if len(subjects) > 1 else None
-        )
-        parts.append(artifact(subject, heading))
+    parts = [_article(subject, alone=len(subjects) == 1) for subject in subjects]
+    if len(subjects) > 1:
+        parts.insert(0, comparison(subjects))
     parts.append(element("article", element("h2", "What they say"), said))
     without = None if plots.is_installed() else note(plots.MISSING)
     header = element("header", element("p", "mspc report", class_="kicker"), element("h1", title), without)
@@ -172,3 +170,14 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
     page = element("html", head, element("body", header, element("main", *parts), footer), lang="en")
     write_text(out, f"<!doctype html>\n{page}\n")
     return out
+
+
+def _article(subject: Subject, *, alone: bool) -> Html:
+    """The part of one artifact. Raises InputError for a manifest that lacks what each has."""
+    heading = None if alone else element("h2", element("span", subject.place, class_="place"), subject.name)
+    try:
+        return artifact(subject, heading)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{subject.name}: {MANIFEST} cannot be shown ({error!r}). The artifact is damaged: compress again."
+        ) from error

@@ -86,7 +86,8 @@ def forecast(found: Sequence[tuple[str, Mean]], place: int) -> Html:
                 axis.errorbar(mean["mean"], -place, xerr=_around(mean), ecolor=INK, elinewidth=1, capsize=3)
             axis.plot(mean["mean"], -place, "o", color=ACCENT, markersize=6)
         axis.set_yticks([-place for place in range(len(found))], [name for name, _ in found])
-        axis.set_xlim(left=min(0.0, *(mean["mean"] for _, mean in found)))
+        if all(mean["mean"] >= 0 for _, mean in found):
+            axis.set_xlim(left=0)
         axis.set_ylim(0.6 - len(found), 0.6)
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)

@@ -7,7 +7,7 @@ from typing import Any
 from mspc.pages import plots
 from mspc.pages.heat import heat_maps
 from mspc.pages.html import Html, element, joined, note, section, table
-from mspc.pages.subject import Mean, Subject, interval_in_words
+from mspc.pages.subject import Mean, Subject, interval_in_words, signed
 from mspc.pipeline.summary import HEADINGS, hurt_line, matrix_rows, number, unused_note
 from mspc.sizes import in_words
 
@@ -83,7 +83,7 @@ def _cost(subject: Subject) -> Html:
                  ("KL from the dense model, nats per token", "divergence"))  # fmt: skip
         rows = [[name, number(found[key]["mean"]), interval_in_words(found[key])] for name, key in named]
         if subject.gap is not None:
-            rows.append(["log-perplexity above dense, nats per token", number(subject.gap), ""])
+            rows.append(["log-perplexity above dense, nats per token", signed(subject.gap), ""])
         parts += [table(("on test text", "mean", "95% interval"), rows), note(_text_line(found), " ", INTERVALS)]
     if sizes := subject.bytes:
         names = (("dense model", "dense"), ("sparse export", "sparse_export"), ("this artifact", "artifact"),
@@ -117,7 +117,7 @@ def _forecast(subject: Subject) -> Html | None:
     if not is_forecast:
         return None
     parts: list[object] = [plots.forecast(found, subject.place)] if plots.is_installed() else []
-    rows = [[name, number(mean["mean"]), interval_in_words(mean)] for name, mean in found]
+    rows = [[name, signed(mean["mean"]), interval_in_words(mean)] for name, mean in found]
     parts.append(table(("nats per token", "loss", "95% interval"), rows))
     parts.append(note(
         "Loss curves predict each matrix alone, and the sum is theirs. Plans are validated with approximate weights "
@@ -234,6 +234,6 @@ def _row(subject: Subject) -> list[object]:
     sizes, found, manifest = subject.bytes, subject.evaluation, subject.manifest
     size = (in_words(sizes["sparse_export"]), f"{sizes['sparse_export'] / sizes['dense']:.1%}") if sizes else ("-", "-")
     means = [number(found[key]["mean"]) if found else "-" for key in ("perplexity", "divergence")]
-    gap = "-" if subject.gap is None else number(subject.gap)
+    gap = "-" if subject.gap is None else signed(subject.gap)
     made = (f"{manifest['bits_per_weight']:.3f}", f"{manifest['sparsity']['achieved']:.1%}")
     return [subject.name, *size, *made, *means, gap, f"{manifest['seconds']:,.0f}"]

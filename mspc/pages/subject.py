@@ -85,3 +85,8 @@ def interval_in_words(found: Mean) -> str:
     """`13.2 to 14.1`, or nothing for a single window."""
     interval = found["interval"]
     return "" if interval is None else f"{number(interval[0])} to {number(interval[1])}"
+
+
+def signed(value: float) -> str:
+    """A number that may be negative: a compressed model may predict a short text better than the dense one."""
+    return number(value) if value >= 0 else f"-{number(-value)}"
