@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def _afresh(found: Perplexity, against: str) -> dict[str, Any]:
     names = {"dense_perplexity": "reference_perplexity", "perplexity": "perplexity", "divergence": "divergence"}
     means = {key: {"mean": values[name], "interval": values[f"{name}_interval"]} for key, name in names.items()}
     told = {key: values[key] for key in ("text", "windows", "sequence_length", "tokens")}
-    return told | means | {"origin": f"Measured for this page, against {against}."}
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return told | means | {"origin": f"Measured for this page, against {against}, by mspc {__version__}, {versions}."}
 
 
 def _said(

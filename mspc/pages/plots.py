@@ -40,8 +40,8 @@ def frontier(subjects: Sequence[Subject], dense: Mapping[str, Any] | None) -> Ht
                 axis.set_ylim(bottom=0)
             elif dense and (mean := dense["dense_perplexity"]["mean"]) is not None:
                 axis.axhline(mean, color=FAINT, linewidth=1, linestyle=":")
-                axis.annotate("dense", (1, mean), (-4, 3), xycoords=("axes fraction", "data"), color=FAINT,
-                              textcoords="offset points", ha="right")  # fmt: skip
+                axis.annotate("dense", (0, mean), (4, 3), xycoords=("axes fraction", "data"), color=FAINT,
+                              textcoords="offset points")  # fmt: skip
 
     return _svg("frontier", (8.6, 3.7), draw)
 
