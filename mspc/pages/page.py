@@ -1,5 +1,6 @@
 """`report`: the page of one artifact, or of several that are compared."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -102,8 +103,8 @@ def _check_out(out: Path) -> None:
 
 
 def _afresh(found: Perplexity, against: str) -> dict[str, Any]:
-    """An evaluation in the form of the manifest's."""
-    values = asdict(found)
+    """An evaluation in the form of the manifest's, where None stands for infinity."""
+    values = {name: None if value == math.inf else value for name, value in asdict(found).items()}
     names = {"dense_perplexity": "reference_perplexity", "perplexity": "perplexity", "divergence": "divergence"}
     means = {key: {"mean": values[name], "interval": values[f"{name}_interval"]} for key, name in names.items()}
     told = {key: values[key] for key in ("text", "windows", "sequence_length", "tokens")}
