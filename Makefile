@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow fuzz lint models verify-all verify-autogptq verify-llamacpp clean
+.PHONY: demo test test-slow test-report fuzz lint models verify-all verify-autogptq verify-llamacpp clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -19,6 +19,11 @@ fuzz: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(WORKERS) -m slow
+
+# The page of `mspc report` in Chromium (Debian: apt-get install chromium); screenshots stay in out/test-report.
+test-report: $(VENV)/installed-dev
+	mkdir -p out
+	$(BIN)/python -m pytest -m browser -rs --basetemp out/test-report
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StorageError,
         VerificationError,
     )
+    from mspc.pages.page import report
     from mspc.passes.perplexity import Perplexity
     from mspc.progress import Event
     from mspc.recipe import Recipe
@@ -35,6 +36,7 @@ _HOME = {
         "ActivationError", "InputError", "MspcError", "SingularGramError", "Stopped", "StorageError",
         "VerificationError",
     ),
+    "mspc.pages.page": ("report",),
     "mspc.passes.perplexity": ("Perplexity",),
     "mspc.progress": ("Event",),
     "mspc.recipe": ("Recipe",),
@@ -44,7 +46,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationError", "Artifact", "Event", "InputError", "MspcError", "Perplexity", "Recipe", "SingularGramError",
-    "Stopped", "StorageError", "VerificationError", "__version__", "compress", "evaluate", "export", "load", "verify",
+    "Stopped", "StorageError", "VerificationError", "__version__", "compress", "evaluate", "export", "load", "report",
+    "verify",
 ]  # fmt: skip
 
 

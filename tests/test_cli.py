@@ -28,7 +28,7 @@ from mspc.recipe import Recipe
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
 RUN_FLAGS = {
     *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
-    "--threads",
+    *("--threads", "--report"),
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--only", "--effort", "--solver"),
@@ -198,7 +198,7 @@ def test_a_recipe_file_that_conflicts_in_itself_is_refused(tmp_path):
     assert "pattern 2:4 fixes the sparsity at 0.5" in message
 
 
-VERBS = ("compress", "eval", "export", "verify", "bench")
+VERBS = ("compress", "eval", "export", "verify", "bench", "report")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -18,6 +18,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 OPTION_LISTS = {
     ("mspc.api", "compress"),
     ("mspc.cli.main", "eval_"), ("mspc.cli.bench_command", "bench"), ("mspc.cli.export_commands", "export"),
+    ("mspc.cli.report_command", "report"),
 }  # fmt: skip
 KNOW_TRANSFORMERS = {
     "mspc.api",

@@ -45,6 +45,9 @@ ExportOption = Annotated[
         metavar="FORMAT", help="Also export to OUT/exports/FORMAT (see `mspc export --list`). Repeatable.",
     ),
 ]  # fmt: skip
+ReportOption = Annotated[
+    bool, typer.Option("--report", help="Also write OUT/report.html, a page about the result (see `mspc report`).")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an older artifact once the new one is complete.")
@@ -58,6 +61,7 @@ def compress(
     measurements: MeasurementsOption = None,
     spill: SpillOption = None,
     export: ExportOption = None,
+    report: ReportOption = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
@@ -85,6 +89,11 @@ def compress(
             model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
             exports=export or (), threads=threads,
         )  # fmt: skip
+        if report:
+            from mspc.pages.page import report_of_run
+
+            written = report_of_run(artifact, model, whole.settings().device, threads)
+            log.info(f"{written} written.")
         if as_json:
             print_json(artifact.manifest)
         else:

@@ -5,6 +5,7 @@
     config.json ...  all else that belongs to the model (`mspc.storage.carrying`)
     matrices/        the compressed matrices, one file a block (layout: `mspc.formats.layout`)
     unchanged/       all other weights, one file a shard of the source
+    report.html      the page of `compress --report`; no part of what is digested, exported or resumed
 
 It is self-contained: the source is not needed to load or export it.
 """
@@ -28,6 +29,8 @@ PLAN = "plan.json"
 RECIPE = "recipe.toml"
 REPORT = "verification.json"
 """The file in which `verify` says what it found."""
+PAGE = "report.html"
+"""The page that `compress --report` writes."""
 REFERENCE = "verification.npz"
 """The file of logits that runtimes must match."""
 MATRICES = "matrices"

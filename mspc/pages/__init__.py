@@ -1,0 +1,1 @@
+"""The page that `report` writes: artifacts as one HTML file that needs nothing else."""
