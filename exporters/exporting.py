@@ -17,7 +17,7 @@ from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
-from mspc.storage.output_folder import held, is_empty, left_clean, publish, recover, sibling
+from mspc.storage.output_folder import is_empty, made_and_held, publish, recover, sibling
 from mspc.types import PlannedMatrix
 
 
@@ -48,8 +48,7 @@ def export(
     source.check_files()
     for difference in check_tokenizer_of(artifact):
         log.warning(difference)
-    with left_clean(out):
-        reference = _write(source, artifact, format_name, chosen, out, verified, progress)
+    reference = _write(source, artifact, format_name, chosen, out, verified, progress)
     reference_of(out).unlink(missing_ok=True)  # that of an older export
     if keep_reference and reference is not None:
         reference.save(reference_of(out))
@@ -62,8 +61,7 @@ def _write(
 ) -> Reference | None:  # fmt: skip
     """Write the folder next to its place, verify it, and put it there; returns the results of the artifact."""
     module, partial = load(format_name), sibling(out, "new")
-    partial.mkdir(parents=True, exist_ok=True)
-    with held(partial):
+    with made_and_held(partial):
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
