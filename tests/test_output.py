@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -335,6 +336,27 @@ def test_exports_go_to_a_mount_point(older, mounted, tmp_path):
         mspc.export(older, "dense", mounted, overwrite=overwrite, progress=False)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["volume"]
         assert not list(mounted.glob(".*"))
+    assert mspc.verify(mounted, older, progress=False)
+
+
+def test_nothing_is_written_next_to_a_mount_point_unless_it_is_asked_for(older, mounted, monkeypatch):
+    """Next to it is a read-only file system, where Linux refuses to remove even what is not there."""
+
+    def refusing(method: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *args: object, **options: object) -> object:
+            if path.parent == mounted.parent:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return method(path, *args, **options)
+
+        return call
+
+    for name in ("unlink", "open"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+    mspc.export(older, "dense", mounted, verify=False, progress=False)
+    with pytest.raises(
+        StorageError, match=r"is complete, but .*volume\.verification\.npz next to it cannot be changed"
+    ):
+        mspc.export(older, "dense", mounted, overwrite=True, reference=True, progress=False)
     assert mspc.verify(mounted, older, progress=False)
 
 
