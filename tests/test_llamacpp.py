@@ -1,5 +1,7 @@
 """The parts of `make verify-llamacpp` without llama.cpp: copies of files, rounding, errors, the legacy tokenizer."""
 
+import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +85,21 @@ def test_the_legacy_tokenizer_puts_a_space_before_every_piece(benchmarks):
     tokens = legacy.convert_ids_to_tokens(legacy("<|begin|>a<|end|> a")["input_ids"])
     assert "".join(tokens) == "<s><|begin|>▁a<|end|>▁▁a"
     assert legacy_of(TOKENIZERS["smollm"]()) is None
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_an_environment_of_ours_is_replaced(ours, benchmarks, tmp_path, monkeypatch):
+    import environments
+
+    wanted, folder = tmp_path / "wanted.txt", tmp_path / "venv"
+    wanted.write_text("one==1\n")
+    folder.mkdir()
+    (folder / "pyvenv.cfg").write_text("home = /usr/bin")
+    if ours:
+        (folder / environments.STAMP).write_text("one==0\n")
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: done)
+    with nullcontext() if ours else pytest.raises(SystemExit, match="venv is there and has no .*Choose another --venv"):
+        environments.environment(folder, wanted)
+    assert (folder / "pyvenv.cfg").is_file() is not ours
+    assert not ours or (folder / environments.STAMP).read_text() == "one==1\n"
