@@ -346,6 +346,7 @@ def gemma(family: str, **changes: object) -> dict[str, object]:
         (gemma("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention is false, not True"),
         (gemma("gemma3_text", hidden_activation="silu"), "hidden_act is gelu_pytorch_tanh, not 'silu'"),
         ({"rope_scaling": "much"}, "config.json cannot be used"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"Missing required keys .*'factor'.*Correct or complete it\."),
     ],
     ids=str,
 )
