@@ -44,12 +44,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import mspc
 from exporters.gguf import FILE
 from exporters.reference import exact_model
 from mspc.model.hub import load_config
+from mspc.model.special_ids import special_ids
 from mspc.storage.artifact import ArtifactSource
 from mspc.text.tokens import windows_of_test_text
 
@@ -117,7 +118,7 @@ def expected_of(artifact: Path) -> Iterator[Expected]:
     source, config = ArtifactSource(artifact), load_config(artifact)
     window = getattr(config, "sliding_window", None) if config.model_type == "phi3" else None
     ids = windows_of_test_text(tokenizer, "builtin", min(LENGTH, window or LENGTH), 1).ids[0].tolist()
-    ends = GenerationConfig.from_pretrained(artifact, trust_remote_code=False).eos_token_id
+    ends = list(special_ids(artifact, config.get_text_config().vocab_size, tokenizer).eos)
     with exact_model(artifact, torch.float32).whole() as model:
 
         def logits(sequence: list[int]) -> NDArray[np.float32]:
@@ -133,10 +134,7 @@ def expected_of(artifact: Path) -> Iterator[Expected]:
         rounded = log_probabilities() if names else None
         for hook in hooks:
             hook.remove()
-        yield Expected(
-            ids, log_probabilities(), rounded, logits, tokenizer, legacy_of(tokenizer),
-            ends if isinstance(ends, list) else [ends],
-        )  # fmt: skip
+        yield Expected(ids, log_probabilities(), rounded, logits, tokenizer, legacy_of(tokenizer), ends)
 
 
 def round_input(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -214,12 +212,12 @@ def check_greedy(model: LlamaCpp, expected: Expected, error: float) -> str:
     for i, token in enumerate(tokens):
         if choices[i].max() - choices[i][token] > 4 * error:
             return f"generated token {i} is {token}, not {int(choices[i].argmax())}"
-    if ended and tokens[-1] not in [*expected.ends, *special_ids(expected)]:
+    if ended and tokens[-1] not in [*expected.ends, *added_ids(expected)]:
         return f"the text ends at token {tokens[-1]}"
     return "" if ended or len(tokens) == NEW_TOKENS else f"the text stops after {len(tokens)} tokens"
 
 
-def special_ids(expected: Expected) -> list[int]:
+def added_ids(expected: Expected) -> list[int]:
     """Ids of special tokens. llama.cpp knows some by name, and ends a text there too."""
     return [i for i, token in expected.tokenizer.added_tokens_decoder.items() if token.special]
 
@@ -255,7 +253,7 @@ def check_end(model: LlamaCpp, expected: Expected) -> str:
     if missed:
         return f"does not stop at {missed}"
     ids = dict.fromkeys([*range(FIRST_IDS), *expected.ids])
-    stops = [i for i in ids if i not in [*expected.ends, *special_ids(expected)] and model.stops_at(i, prompt)]
+    stops = [i for i in ids if i not in [*expected.ends, *added_ids(expected)] and model.stops_at(i, prompt)]
     return f"stops at {stops}" if stops else ""
 
 
