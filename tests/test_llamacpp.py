@@ -41,6 +41,7 @@ def test_a_copy_holds_the_same_in_float32(benchmarks, tmp_path, kind):
     writer.write_tensors_to_file()
     writer.close()
     changed = {"llama.rope.freq_base": 7.0, "tokenizer.ggml.bos_token_id": None}
+    changed |= {"tokenizer.ggml.eos_token_id": 70, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.pre": "b"}
     copy = copy_as_float32(
         tmp_path / "a.gguf", tmp_path / "b.gguf", changed, lambda name, found: -found if name == "v.weight" else found
     )
@@ -50,7 +51,9 @@ def test_a_copy_holds_the_same_in_float32(benchmarks, tmp_path, kind):
     assert np.array_equal(reader.tensors[0].data, gguf.dequantize(blocks, kind))
     assert np.array_equal(reader.tensors[1].data, -vector)
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert metadata == {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a", "é"], "llama.rope.freq_base": 7}
+    kept = {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a", "é"]}
+    assert metadata == kept | {name: value for name, value in changed.items() if value is not None}
+    assert reader.fields["tokenizer.ggml.eos_token_id"].types == [gguf.GGUFValueType.UINT32]
 
 
 def test_activations_are_rounded_as_the_reference_package_does(benchmarks):
