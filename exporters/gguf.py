@@ -85,9 +85,10 @@ def check_blocks(matrices: Sequence[PlannedMatrix]) -> None:
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     config = read_config(artifact)
-    if has_own_head(artifact):
-        config["tie_word_embeddings"] = False
     family, settings = family_of(config)
+    if settings.tie_word_embeddings and has_own_head(artifact):
+        config["tie_word_embeddings"] = False
+        family, settings = family_of(config)
     names = tensor_names(artifact, family, settings)
     found = read_vocabulary(artifact.folder, settings.vocab_size)
     factors = rope_factors(settings)

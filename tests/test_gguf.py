@@ -408,6 +408,16 @@ def test_a_head_of_its_own_is_written_whatever_the_config_says(own, artifact_of,
     assert relative_error(out) < 1e-6
 
 
+def test_a_gemma_with_a_head_of_its_own_is_refused(artifact_of, tmp_path):
+    """llama.cpp reads none from a file of Gemma 2."""
+    model = build(tmp_path / "model", "gemma2", tie_word_embeddings=False, hidden_activation="gelu_pytorch_tanh")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="tie_word_embeddings is true, not False"):
+        artifact_of(model).export("gguf", tmp_path / "out", verify=False, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_refused_export_is_refused_before_the_run(model_of, calibration, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(model_of(), model)
