@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+STAMP = "mspc-requirements.txt"
+"""The file in an environment of ours that holds its requirements."""
+
 
 def environment(
     folder: Path, requirements: Path, *, built_last: str = "", variables: dict[str, str] | None = None
@@ -13,16 +16,19 @@ def environment(
     """The Python of the environment `folder`, installed anew unless it has the requirements as they are now.
 
     `built_last` is a package whose setup.py imports others: they come first, and it is built without isolation.
-    `variables` are added to the environment variables of pip. Exits with a remedy if pip fails.
+    `variables` are added to the environment variables of pip. Exits with a remedy if pip fails, or if
+    the folder was made by somebody else.
     """
-    stamp, python = folder / "requirements.txt", folder / "bin" / "python"
+    stamp, python = folder / STAMP, folder / "bin" / "python"
     wanted = requirements.read_text(encoding="utf-8")
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
-    if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        sys.exit(f"{folder} is not a virtual environment. Choose another --venv.")
+    if folder.exists() and not stamp.is_file():
+        sys.exit(f"{folder} is there and has no {STAMP}, so it may be yours. Choose another --venv, or delete it.")
     shutil.rmtree(folder, ignore_errors=True)
     print(f"Installing {requirements.name} into {folder}", flush=True)
+    folder.mkdir(parents=True)
+    stamp.write_text("", encoding="utf-8")  # first, so that one that was cut off is known too
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     lines = [line for line in wanted.splitlines() if line and not line.startswith("#")]
     last = [line for line in lines if built_last and line.startswith(built_last)]

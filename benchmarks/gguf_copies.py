@@ -24,15 +24,19 @@ def copy_as_float32(
     fields: dict[str, Any] | None = None,
     change: Callable[[str, Weight], Weight] = lambda name, weight: weight,
 ) -> Path:
-    """A copy whose tensors are float32. `fields` replace metadata, None removes it; `change` may replace a tensor."""
+    """A copy in float32. `fields` replace, add or (None) remove metadata; `change` may replace a tensor."""
     reader, fields = GGUFReader(file), fields or {}
+    missing = {name: value for name, value in fields.items() if value is not None}
     writer = GGUFWriter(out, str(reader.fields[ARCHITECTURE].contents()))
     for name, found in reader.fields.items():
         value = fields.get(name, found.contents())
         if name.startswith("GGUF.") or name == ARCHITECTURE or value is None:
             continue
+        missing.pop(name, None)
         is_array = found.types[0] == GGUFValueType.ARRAY
         writer.add_key_value(name, value, found.types[0], sub_type=found.types[-1] if is_array else None)
+    for name, value in missing.items():
+        writer.add_key_value(name, value, GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value))
     for tensor in reader.tensors:
         weight = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
         writer.add_tensor(tensor.name, np.ascontiguousarray(change(tensor.name, weight), np.float32))

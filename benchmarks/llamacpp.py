@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class LlamaCpp:
                 found: dict[str, Any] = json.load(answer)
         except urllib.error.HTTPError as error:
             raise LlamaCppError(error.read().decode(errors="replace")) from error
+        except (OSError, HTTPException) as error:
+            raise LlamaCppError(f"The server has ended ({error!r}).") from error
         return found
 
     def _complete(self, ids: Sequence[int], count: int, **options: object) -> dict[str, Any]:
@@ -59,9 +62,9 @@ class LlamaCpp:
         body = {"prompt": prompt, "n_predict": count, "temperature": 0, "cache_prompt": False, "return_tokens": True}
         return self._ask("/completion", body | options)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, with the tokens that the file says are added; names of special tokens are these tokens."""
-        found = self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+    def tokenize(self, text: str, *, added: bool = True) -> list[int]:
+        """Ids of a text; names of special tokens are these tokens. `added` are those that the file says are added."""
+        found = self._ask("/tokenize", {"content": text, "add_special": added, "parse_special": True})
         return list(found["tokens"])
 
     def template(self) -> str:
@@ -78,7 +81,7 @@ class LlamaCpp:
         Probabilities that are 0 in float32 are -inf.
         """
         # Of a token that ends the text, or is half a character, it gives none: sampling gets another one.
-        letter = [[self.tokenize("a")[-1], BIAS]]
+        letter = [[self.tokenize("a", added=False)[-1], BIAS]]
         answer = self._complete(ids, 1, n_probs=vocabulary, logit_bias=letter)["completion_probabilities"][0]
         found = np.full(vocabulary, np.nan, np.float32)
         for token in answer["top_logprobs"]:

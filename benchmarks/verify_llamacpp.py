@@ -44,13 +44,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import mspc
 from exporters.gguf import FILE
 from exporters.reference import exact_model
 from mspc.model.hub import load_config
+from mspc.model.special_ids import special_ids
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.files import write_json
 from mspc.text.tokens import windows_of_test_text
 
 HERE = Path(__file__).parent
@@ -117,7 +119,7 @@ def expected_of(artifact: Path) -> Iterator[Expected]:
     source, config = ArtifactSource(artifact), load_config(artifact)
     window = getattr(config, "sliding_window", None) if config.model_type == "phi3" else None
     ids = windows_of_test_text(tokenizer, "builtin", min(LENGTH, window or LENGTH), 1).ids[0].tolist()
-    ends = GenerationConfig.from_pretrained(artifact, trust_remote_code=False).eos_token_id
+    ends = list(special_ids(artifact, config.get_text_config().vocab_size, tokenizer).eos)
     with exact_model(artifact, torch.float32).whole() as model:
 
         def logits(sequence: list[int]) -> NDArray[np.float32]:
@@ -133,10 +135,7 @@ def expected_of(artifact: Path) -> Iterator[Expected]:
         rounded = log_probabilities() if names else None
         for hook in hooks:
             hook.remove()
-        yield Expected(
-            ids, log_probabilities(), rounded, logits, tokenizer, legacy_of(tokenizer),
-            ends if isinstance(ends, list) else [ends],
-        )  # fmt: skip
+        yield Expected(ids, log_probabilities(), rounded, logits, tokenizer, legacy_of(tokenizer), ends)
 
 
 def round_input(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -214,12 +213,12 @@ def check_greedy(model: LlamaCpp, expected: Expected, error: float) -> str:
     for i, token in enumerate(tokens):
         if choices[i].max() - choices[i][token] > 4 * error:
             return f"generated token {i} is {token}, not {int(choices[i].argmax())}"
-    if ended and tokens[-1] not in [*expected.ends, *special_ids(expected)]:
+    if ended and tokens[-1] not in [*expected.ends, *added_ids(expected)]:
         return f"the text ends at token {tokens[-1]}"
     return "" if ended or len(tokens) == NEW_TOKENS else f"the text stops after {len(tokens)} tokens"
 
 
-def special_ids(expected: Expected) -> list[int]:
+def added_ids(expected: Expected) -> list[int]:
     """Ids of special tokens. llama.cpp knows some by name, and ends a text there too."""
     return [i for i, token in expected.tokenizer.added_tokens_decoder.items() if token.special]
 
@@ -255,7 +254,7 @@ def check_end(model: LlamaCpp, expected: Expected) -> str:
     if missed:
         return f"does not stop at {missed}"
     ids = dict.fromkeys([*range(FIRST_IDS), *expected.ids])
-    stops = [i for i in ids if i not in [*expected.ends, *special_ids(expected)] and model.stops_at(i, prompt)]
+    stops = [i for i in ids if i not in [*expected.ends, *added_ids(expected)] and model.stops_at(i, prompt)]
     return f"stops at {stops}" if stops else ""
 
 
@@ -301,20 +300,21 @@ def verify(model: str, setting: str, checkpoint: Path, python: Path, work: Path)
     return row
 
 
-def make_faults(python: Path, work: Path) -> list[dict[str, Any]]:
+def make_faults(python: Path, work: Path) -> Iterator[dict[str, Any]]:
     """Every fault of `FAULTS` in the float32 copy of a small Llama, and the checks that notice it."""
     ((_, checkpoint, _),) = make_models(["llama"], work)
     recipe = mspc.Recipe(sparsity=0.5, allocator="uniform", num_sequences=4, sequence_length=64)
     artifact = mspc.compress(checkpoint, recipe, out=work / "artifact", overwrite=True, progress=False)
     folder = artifact.export("gguf", work / "export", overwrite=True, verify=False, progress=False)
-    rows = []
     with expected_of(artifact.path) as expected:
         for name, fault in FAULTS.items():
             file = copy_as_float32(folder / FILE, work / "fault.gguf", fault.fields, fault.change)
-            with running(python, file, LENGTH + NEW_TOKENS) as loaded:
-                _, wrong = check(loaded, expected, FLOAT)
-            rows.append({"fault": name, "must_be_noticed_by": fault.noticed_by, "noticed_by": wrong})
-    return rows
+            try:
+                with running(python, file, LENGTH + NEW_TOKENS) as loaded:
+                    _, wrong = check(loaded, expected, FLOAT)
+            except LlamaCppError as error:
+                wrong = {"loading": str(error)}
+            yield {"fault": name, "must_be_noticed_by": fault.noticed_by, "noticed_by": wrong}
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -346,25 +346,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=llamacpp.ROOT / ".venv-llamacpp")
     parser.add_argument("--json", type=Path, default=Path("out/verify_llamacpp.json"))
-    parser.add_argument("--models", nargs="+", default=["bundled", *MODELS], choices=["bundled", *MODELS])
+    parser.add_argument("--models", nargs="+", choices=["bundled", *MODELS])
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="folders, instead of --models")
-    parser.add_argument(
-        "--artifacts", nargs="+", default=list(ARTIFACTS), choices=list(ARTIFACTS), help="with --checkpoints"
-    )
+    parser.add_argument("--artifacts", nargs="+", choices=list(ARTIFACTS), help="with --checkpoints")
     args = parser.parse_args()
+    if args.checkpoints and args.models:
+        parser.error("--models has no effect with --checkpoints. Leave one of them out.")
+    if args.artifacts and not args.checkpoints:
+        parser.error("--artifacts has an effect with --checkpoints only. Give both, or leave it out.")
     python = llamacpp.environment(args.venv, llamacpp.REQUIREMENTS)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="mspc-llamacpp-") as name:
-        work = Path(name)
-        own = [(folder.resolve().name, folder, args.artifacts) for folder in args.checkpoints]
-        for model, checkpoint, settings in own or make_models(args.models, work):
-            rows += [verify(model, setting, checkpoint, python, work) for setting in settings]
-            Console(width=170).print(table_of(rows[-len(settings) :]))
-        faults = make_faults(python, work)
-    for row in faults:
-        print(f"made on purpose: {row['fault']}: noticed by {', '.join(row['noticed_by']) or 'nothing'}")
     ours = {name: version(name) for name in ("mspc", "torch", "transformers", "gguf", "numpy")}
     theirs = {llamacpp.PACKAGE: llamacpp.version_in(python)}
+    rows: list[dict[str, Any]] = []
+    faults: list[dict[str, Any]] = []
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "make verify-llamacpp",
@@ -373,8 +367,18 @@ def main() -> None:
         "rows": rows,
         "faults": faults,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    with tempfile.TemporaryDirectory(prefix="mspc-llamacpp-") as name:
+        work = Path(name)
+        own = [(folder.resolve().name, folder, args.artifacts or list(ARTIFACTS)) for folder in args.checkpoints]
+        for model, checkpoint, settings in own or make_models(args.models or ["bundled", *MODELS], work):
+            for setting in settings:
+                rows.append(verify(model, setting, checkpoint, python, work))
+                write_json(args.json, result)  # now, so that an error later loses nothing
+            Console(width=170).print(table_of(rows[-len(settings) :]))
+        for row in make_faults(python, work):
+            faults.append(row)
+            write_json(args.json, result)
+            print(f"made on purpose: {row['fault']}: noticed by {', '.join(row['noticed_by']) or 'nothing'}")
     problems = [f"{row['model']}, {row['artifact']}: {row['wrong']}" for row in rows if row["wrong"]]
     missed = [row for row in faults if row["must_be_noticed_by"] not in row["noticed_by"]]
     problems += [f"{row['fault']} is not noticed by {row['must_be_noticed_by']}" for row in missed]

@@ -12,12 +12,12 @@ from exporters.formats import FORMATS, load
 from exporters.manifest import write_export_manifest
 from exporters.reference import Reference, reference_of
 from exporters.verification import failures, in_short, reference_for, verify
-from mspc.errors import InputError, VerificationError, unknown
+from mspc.errors import InputError, StorageError, VerificationError, unknown
 from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.manifest import EXPORT_MANIFEST
-from mspc.storage.output_folder import held, is_empty, left_clean, publish, recover, sibling
+from mspc.storage.output_folder import is_empty, made_and_held, publish, recover, sibling
 from mspc.types import PlannedMatrix
 
 
@@ -48,12 +48,25 @@ def export(
     source.check_files()
     for difference in check_tokenizer_of(artifact):
         log.warning(difference)
-    with left_clean(out):
-        reference = _write(source, artifact, format_name, chosen, out, verified, progress)
-    reference_of(out).unlink(missing_ok=True)  # that of an older export
-    if keep_reference and reference is not None:
-        reference.save(reference_of(out))
+    replaced = out.is_dir() and not is_empty(out)
+    reference = _write(source, artifact, format_name, chosen, out, verified, progress)
+    if keep_reference or replaced:
+        _keep(reference if keep_reference else None, reference_of(out))
     return out
+
+
+def _keep(reference: Reference | None, path: Path) -> None:
+    """Write the reference next to a finished export, or remove that of an older one. Raises StorageError."""
+    try:
+        if reference is not None:
+            reference.save(path)
+        elif path.is_file():  # or a folder that is read-only would be touched
+            path.unlink()
+    except (OSError, StorageError) as error:
+        raise StorageError(
+            f"The export is complete, but {path} next to it cannot be changed ({error.__cause__ or error}). Verify it "
+            "with --against ARTIFACT."
+        ) from error
 
 
 def _write(
@@ -62,8 +75,7 @@ def _write(
 ) -> Reference | None:  # fmt: skip
     """Write the folder next to its place, verify it, and put it there; returns the results of the artifact."""
     module, partial = load(format_name), sibling(out, "new")
-    partial.mkdir(parents=True, exist_ok=True)
-    with held(partial):
+    with made_and_held(partial):
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:

@@ -86,6 +86,9 @@ def check_blocks(matrices: Sequence[PlannedMatrix]) -> None:
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     config = read_config(artifact)
     family, settings = family_of(config)
+    if settings.tie_word_embeddings and has_own_head(artifact):
+        config["tie_word_embeddings"] = False
+        family, settings = family_of(config)
     names = tensor_names(artifact, family, settings)
     found = read_vocabulary(artifact.folder, settings.vocab_size)
     factors = rope_factors(settings)
@@ -112,6 +115,16 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     write_json(out / "config.json", config)
     for note in (*found.notes, *family_notes(settings)):
         log.warning(note)
+
+
+def has_own_head(artifact: ArtifactSource) -> bool:
+    """True if the head differs from the embeddings. The config may call them tied; transformers unties them too."""
+    name_of = model_names(artifact)
+    keys = [key for key in artifact.keys() if name_of(key) in (EMBEDDINGS, HEAD)]  # noqa: SIM118  not a dict
+    if len(keys) < 2:
+        return False
+    (_, first), (_, second) = artifact.read(keys)
+    return not torch.equal(first, second)
 
 
 def _add_info(writer: GGUFWriter, name: str, kind: GGMLQuantizationType, shape: Sequence[int]) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 from mspc.model.config_checks import setting_of
 from mspc.model.hub import longest_sequence
 
+KEPT = "window of kept tokens"
+"""The most important ones of the whole sequence, in Doge."""
 WINDOWS = {
     "sliding_window": "sliding window",
     "sliding_window_size": "sliding window",
     "attention_window_size": "sliding window",
     "local_attention_window_len": "sliding window",
     "window_size": "window of local attention",
-    "keep_window_size": "window of kept tokens",
+    "keep_window_size": KEPT,
     "attention_chunk_size": "attention chunk",
 }
 """Settings in tokens, as the families of transformers name them."""
@@ -60,6 +62,11 @@ def switches_of(config: Any) -> list[int]:
 def is_dynamic(config: Any) -> bool:
     """True if the frequencies of rotary embedding depend on the length of the sequence that is run."""
     return any(rope["rope_type"] == DYNAMIC for rope in ropes(config))
+
+
+def depends_on_later(config: Any) -> bool:
+    """True if later tokens change what a layer makes of earlier ones, so that a cache differs from one pass."""
+    return is_dynamic(config) or any(limit.name == KEPT for limit in windows_of(config))
 
 
 def permitted(config: Any) -> int | None:

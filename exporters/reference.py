@@ -3,7 +3,9 @@
 One longer sequence exceeds the windows and original contexts that the config names, up to USUAL tokens of it.
 """
 
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exporters.limits import Limit, is_dynamic, limits_of, permitted, switches_of
+from exporters.limits import Limit, depends_on_later, limits_of, permitted, switches_of
 from mspc.errors import InputError
 from mspc.model.hub import load_config, load_tokenizer
 from mspc.model.streamed import StreamedModel
+from mspc.progress import log
 from mspc.storage.artifact import REFERENCE, ArtifactSource
+from mspc.storage.files import write_atomically
+from mspc.storage.manifest import MatrixEntry
 from mspc.text.tokens import windows_of_test_text
 
 SEQUENCES, LENGTH, PROMPT, NEW_TOKENS = 2, 16, 8, 16
@@ -55,6 +60,8 @@ class Reference:
     beyond: Beyond | None = None
     missed: str = ""
     """The limits of the config that no sequence exceeds, in words."""
+    artifact: str = ""
+    """The digest of all matrices of the artifact (`digest_of`)."""
 
     @property
     def prompt(self) -> list[int]:
@@ -62,10 +69,19 @@ class Reference:
 
     def save(self, path: Path) -> None:
         values = {"ids": self.ids, "logits": self.logits, "tokens": self.tokens, "margins": self.margins}
-        values |= {"missed": np.array(self.missed)}
+        values |= {"missed": np.array(self.missed), "artifact": np.array(self.artifact)}
         if self.beyond:
             values |= {f"beyond.{name}": np.array(value) for name, value in vars(self.beyond).items()}
-        np.savez(path, **values)  # type: ignore[arg-type]
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # to a path numpy would add its own ending
+                np.savez(file, **values)  # type: ignore[arg-type]
+
+        write_atomically(path, write)
+
+
+def digest_of(entries: Sequence[MatrixEntry]) -> str:
+    return hashlib.sha256(json.dumps({entry.name: entry.digest for entry in entries}).encode()).hexdigest()
 
 
 def reference_of(folder: Path) -> Path:
@@ -74,8 +90,8 @@ def reference_of(folder: Path) -> Path:
     return place.with_name(f"{place.name}.{REFERENCE}")
 
 
-def load_reference(folder: Path) -> Reference | None:
-    """The results that were kept next to an export; None without them."""
+def load_reference(folder: Path, entries: Sequence[MatrixEntry]) -> Reference | None:
+    """The results that were kept next to an export of `entries`; None without them, or if they are of others."""
     path = reference_of(folder)
     if not path.is_file():
         return None
@@ -86,9 +102,13 @@ def load_reference(folder: Path) -> Reference | None:
             if "beyond.ids" in file:
                 exceeded = str(file["beyond.exceeded"])
                 beyond = Beyond(file["beyond.ids"], file["beyond.logits"], int(file["beyond.decoded"]), exceeded)
-            return Reference(*parts, beyond, str(file["missed"]))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            found = Reference(*parts, beyond, str(file["missed"]), str(file["artifact"]))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:  # TypeError: one array, as .npy
         raise InputError(f"{path} cannot be read ({error}). Give --against ARTIFACT, or delete it.") from error
+    if found.artifact != digest_of(entries):
+        log.warning(f"{path} is of another artifact, so it is not compared with.")
+        return None
+    return found
 
 
 def exact_model(artifact: Path, dtype: torch.dtype) -> StreamedModel:
@@ -121,7 +141,9 @@ def compute_reference(artifact: Path, *, long: bool = False) -> Reference:
             margins.append(0.0 if switched else float(best.values[0] - best.values[1]))  # 0 is not compared
             sequence = torch.cat([sequence, best.indices[None, :1]], 1)
         beyond = _beyond(artifact, loaded, reached, None if long else USUAL) if reached else None
-    return Reference(ids.numpy(), logits.numpy(), np.array(tokens), np.array(margins, np.float32), beyond, missed)
+    kept = np.array(tokens), np.array(margins, np.float32)
+    digest = digest_of(ArtifactSource(artifact).entries)
+    return Reference(ids.numpy(), logits.numpy(), *kept, beyond, missed, digest)
 
 
 def _ids(artifact: Path, config: Any, sequences: int, length: int) -> Tensor:
@@ -142,8 +164,7 @@ def _beyond(artifact: Path, loaded: Any, reached: Sequence[Limit], most: int | N
     """The last logits of a sequence longer than every limit in `reached`, in one pass without a cache."""
     config, limit = loaded.config, reached[-1].tokens
     length = min(size for size in (limit + COMPARED, permitted(config), most) if size is not None)
-    # Dynamic frequencies depend on the length, so keys in a cache are others than those of one pass.
-    decoded = 0 if is_dynamic(config) else min(DECODED, length - limit - 1)
+    decoded = 0 if depends_on_later(config) else min(DECODED, length - limit - 1)
     ids = _ids(artifact, config, 1, length)
     logits = last_logits(loaded, ids, COMPARED).logits.float()
     return Beyond(ids.numpy(), logits.numpy(), decoded, in_words(reached))

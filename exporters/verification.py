@@ -60,7 +60,7 @@ def verify(
     if artifact:
         _check_origin(folder, manifest, artifact)
     if reference is None:
-        reference = reference_for(against, progress, long=long) if against else load_reference(folder)
+        reference = reference_for(against, progress, long=long) if against else load_reference(folder, manifest.entries)
     if long and (reference is None or reference.missed):
         beyond = f" beyond {reference.missed}" if reference else ""
         raise InputError(f"{folder} has no logits of the artifact{beyond}: give --against ARTIFACT.")

@@ -23,7 +23,7 @@ from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_manifest
-from mspc.storage.output_folder import held, left_clean, sibling, working_folder
+from mspc.storage.output_folder import made_and_held, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
 from mspc.threads import check as check_threads
@@ -122,12 +122,11 @@ def compress(
     start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
     try:
-        with left_clean(out):
-            folder = working_folder(out, resume=resume, overwrite=overwrite)
-            with held(folder), _saved(model, tokenizer, out) as source:
-                run = run or start(source)
-                with using(threads, run.device) as run.threads:
-                    run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
+        folder = working_folder(out, resume=resume, overwrite=overwrite)
+        with made_and_held(folder), _saved(model, tokenizer, out) as source:
+            run = run or start(source)
+            with using(threads, run.device) as run.threads:
+                run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)

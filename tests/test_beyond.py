@@ -52,6 +52,7 @@ MODELS = {
     ),
     "llama3": ("llama", rope("llama3", original_max_position_embeddings=WINDOW, **LLAMA3)),
     "yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=WINDOW)),
+    "doge": ("doge", GATED | {"keep_window_size": WINDOW}),
     "dynamic": ("llama", rope("dynamic", factor=4.0) | {"max_position_embeddings": 40}),
     "chunks": (
         "llama4_text",
@@ -162,7 +163,7 @@ def test_limits_inside_a_wrapper_and_of_one_kind_of_layer():
 
 @pytest.mark.parametrize(
     "name",
-    ["mistral", "longrope", "dynamic", "chunks"]
+    ["mistral", "longrope", "dynamic", "doge", "chunks"]
     + [
         pytest.param(name, marks=pytest.mark.slow)
         for name in ("gemma2", "gemma3", "qwen2", "phi3", "llama3", "yarn", "gpt_neo")
@@ -177,7 +178,7 @@ def test_models_are_right_beyond_their_limits(name, made):
     assert report["beyond"]["exceeded"].endswith(f" of {limit}")
     result = report["runtimes"]["transformers"]
     assert result["relative_error_beyond"] < 1e-6
-    beyond = reference.load_reference(folder).beyond
+    beyond = tiny.kept_reference(folder).beyond
     with torch.no_grad():
         logits = tiny.reference(folder)(input_ids=torch.from_numpy(beyond.ids), use_cache=False).logits
     torch.testing.assert_close(torch.from_numpy(beyond.logits), logits[:, -32:], rtol=1e-4, atol=1e-4)
@@ -225,8 +226,8 @@ def test_a_config_changed_after_the_export_is_noticed(name, change, where, made,
 def test_what_goes_through_the_cache_is_compared(fault, made, monkeypatch):
     """A runtime that is right in one pass, and forgets the first key when it decodes."""
     _, folder = made("mistral")
-    expected = reference.load_reference(folder).beyond.logits
-    decoded = reference.load_reference(folder).beyond.decoded
+    expected = tiny.kept_reference(folder).beyond.logits
+    decoded = tiny.kept_reference(folder).beyond.decoded
     assert decoded == 16
 
     def load(*_: object) -> Runner:

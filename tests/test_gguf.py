@@ -19,6 +19,7 @@ from conftest import BUNDLED
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -345,6 +346,7 @@ def gemma(family: str, **changes: object) -> dict[str, object]:
         (gemma("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention is false, not True"),
         (gemma("gemma3_text", hidden_activation="silu"), "hidden_act is gelu_pytorch_tanh, not 'silu'"),
         ({"rope_scaling": "much"}, "config.json cannot be used"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"Missing required keys .*'factor'.*Correct or complete it\."),
     ],
     ids=str,
 )
@@ -388,6 +390,32 @@ def test_a_stored_copy_of_tied_embeddings_is_left_out(artifact_of, model_of):
     source = ArtifactSource(artifact_of(model_of()).path)
     assert names_in(source, tie_word_embeddings=False)["lm_head.weight"] == "output.weight"
     assert "lm_head.weight" not in names_in(source, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_of_its_own_is_written_whatever_the_config_says(own, artifact_of, model_of, tmp_path):
+    """Oracle: transformers, which ties nothing that a checkpoint stores with other values."""
+    model = Path(shutil.copytree(model_of(), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    if not own:
+        tensors = load_file(model / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    out = artifact_of(model).export("gguf", tmp_path / "out", progress=False)
+    assert ("output.weight" in types_of(out)) == own
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is not own
+    assert relative_error(out) < 1e-6
+
+
+def test_a_gemma_with_a_head_of_its_own_is_refused(artifact_of, tmp_path):
+    """llama.cpp reads none from a file of Gemma 2."""
+    model = build(tmp_path / "model", "gemma2", tie_word_embeddings=False, hidden_activation="gelu_pytorch_tanh")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="tie_word_embeddings is true, not False"):
+        artifact_of(model).export("gguf", tmp_path / "out", verify=False, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_refused_export_is_refused_before_the_run(model_of, calibration, tmp_path):

@@ -1,5 +1,7 @@
 """The parts of `make verify-llamacpp` without llama.cpp: copies of files, rounding, errors, the legacy tokenizer."""
 
+import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ def test_a_copy_holds_the_same_in_float32(benchmarks, tmp_path, kind):
     writer.write_tensors_to_file()
     writer.close()
     changed = {"llama.rope.freq_base": 7.0, "tokenizer.ggml.bos_token_id": None}
+    changed |= {"tokenizer.ggml.eos_token_id": 70, "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.pre": "b"}
     copy = copy_as_float32(
         tmp_path / "a.gguf", tmp_path / "b.gguf", changed, lambda name, found: -found if name == "v.weight" else found
     )
@@ -48,7 +51,9 @@ def test_a_copy_holds_the_same_in_float32(benchmarks, tmp_path, kind):
     assert np.array_equal(reader.tensors[0].data, gguf.dequantize(blocks, kind))
     assert np.array_equal(reader.tensors[1].data, -vector)
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert metadata == {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a", "é"], "llama.rope.freq_base": 7}
+    kept = {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a", "é"]}
+    assert metadata == kept | {name: value for name, value in changed.items() if value is not None}
+    assert reader.fields["tokenizer.ggml.eos_token_id"].types == [gguf.GGUFValueType.UINT32]
 
 
 def test_activations_are_rounded_as_the_reference_package_does(benchmarks):
@@ -83,3 +88,21 @@ def test_the_legacy_tokenizer_puts_a_space_before_every_piece(benchmarks):
     tokens = legacy.convert_ids_to_tokens(legacy("<|begin|>a<|end|> a")["input_ids"])
     assert "".join(tokens) == "<s><|begin|>▁a<|end|>▁▁a"
     assert legacy_of(TOKENIZERS["smollm"]()) is None
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_an_environment_of_ours_is_replaced(ours, benchmarks, tmp_path, monkeypatch):
+    import environments
+
+    wanted, folder = tmp_path / "wanted.txt", tmp_path / "venv"
+    wanted.write_text("one==1\n")
+    folder.mkdir()
+    (folder / "pyvenv.cfg").write_text("home = /usr/bin")
+    if ours:
+        (folder / environments.STAMP).write_text("one==0\n")
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: done)
+    with nullcontext() if ours else pytest.raises(SystemExit, match="venv is there and has no .*Choose another --venv"):
+        environments.environment(folder, wanted)
+    assert (folder / "pyvenv.cfg").is_file() is not ours
+    assert not ours or (folder / environments.STAMP).read_text() == "one==1\n"

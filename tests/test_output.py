@@ -3,7 +3,8 @@
 import errno
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import mspc
 from mspc.errors import InputError, StorageError
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import MANIFEST, read_manifest
-from mspc.storage.output_folder import held, publish, recover, sibling, working_folder
+from mspc.storage.output_folder import held, made_and_held, publish, recover, sibling, working_folder
 
 
 def filled(folder: Path, *files: str) -> Path:
@@ -29,7 +30,9 @@ def names(folder: Path) -> list[str]:
 
 
 def fresh(out: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    return working_folder(out, resume=resume, overwrite=overwrite)
+    folder = working_folder(out, resume=resume, overwrite=overwrite)
+    with made_and_held(folder):
+        return folder
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
@@ -100,6 +103,34 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="Cannot make .*file/out"):
         fresh(tmp_path / "file" / "out")
+
+
+def test_a_folder_that_another_process_made_or_took_stays(tmp_path):
+    """Two processes find the same folder missing; the one that is refused leaves it to the other."""
+    new = tmp_path / "deep" / ".out.new"
+    with made_and_held(new):
+        with pytest.raises(InputError, match="being written by another"), made_and_held(new):
+            pass
+        assert new.is_dir()
+    with pytest.raises(OSError, match="full"), made_and_held(new):
+        raise OSError("full")
+    assert new.is_dir()  # it was there before
+
+
+def test_a_refused_process_leaves_the_folder_that_it_made_to_the_one_that_took_it(tmp_path, monkeypatch):
+    new = tmp_path / "deep" / ".out.new"
+    mkdir, others = Path.mkdir, ExitStack()
+
+    def taken_at_once(path: Path) -> None:
+        mkdir(path)
+        if path == new:
+            others.enter_context(held(new))
+
+    monkeypatch.setattr(Path, "mkdir", taken_at_once)
+    with others:
+        with pytest.raises(InputError, match="being written by another"), made_and_held(new):
+            pass
+        assert new.is_dir()
 
 
 def test_the_current_folder_and_links_are_folders_too(tmp_path, monkeypatch):
@@ -305,6 +336,27 @@ def test_exports_go_to_a_mount_point(older, mounted, tmp_path):
         mspc.export(older, "dense", mounted, overwrite=overwrite, progress=False)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["volume"]
         assert not list(mounted.glob(".*"))
+    assert mspc.verify(mounted, older, progress=False)
+
+
+def test_nothing_is_written_next_to_a_mount_point_unless_it_is_asked_for(older, mounted, monkeypatch):
+    """Next to it is a read-only file system, where Linux refuses to remove even what is not there."""
+
+    def refusing(method: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *args: object, **options: object) -> object:
+            if path.parent == mounted.parent:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return method(path, *args, **options)
+
+        return call
+
+    for name in ("unlink", "open"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+    mspc.export(older, "dense", mounted, verify=False, progress=False)
+    with pytest.raises(
+        StorageError, match=r"is complete, but .*volume\.verification\.npz next to it cannot be changed"
+    ):
+        mspc.export(older, "dense", mounted, overwrite=True, reference=True, progress=False)
     assert mspc.verify(mounted, older, progress=False)
 
 

@@ -5,7 +5,10 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from exporters import runtimes, verification
 from exporters.runtimes import Runner, Runtime, Unsupported
 from exporters.verification import in_words
 from mspc.cli.main import app
-from mspc.errors import InputError, VerificationError
+from mspc.errors import InputError, StorageError, VerificationError
 from mspc.progress import Silent
 from mspc.storage.manifest import EXPORT_MANIFEST
 
@@ -175,7 +178,41 @@ def test_a_reference_is_kept_next_to_the_export(format_name, artifact, tmp_path)
     assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no arrays"])
+def test_a_reference_of_another_artifact_is_not_compared_with(artifact, llama, calibration, tmp_path, caplog):
+    """An export that was moved leaves its reference to whatever takes its place."""
+    other = tiny.compress(llama, tmp_path / "artifact", calibration, effort="fast")
+    out = artifact.export("dense", tmp_path / "export", reference=True, progress=False)
+    out.rename(tmp_path / "moved")
+    other.export("dense", out, verify=False, progress=False)
+    report = check(out)
+    assert verification.failures(report) == []
+    assert report["runtimes"]["transformers"]["status"] == "not run"
+    assert "export.verification.npz is of another artifact, so it is not compared with." in caplog.text
+    shutil.rmtree(out)
+    (tmp_path / "moved").rename(out)
+    assert check(out)["runtimes"]["transformers"]["status"] == "verified"
+
+
+def test_a_reference_is_whole_or_not_there(folder, monkeypatch):
+    right = tiny.kept_reference(folder)
+
+    def cut(file: IO[bytes], **_: object) -> None:
+        file.write(b"PK")
+        raise OSError("full")
+
+    monkeypatch.setattr(np, "savez", cut)
+    with pytest.raises(StorageError, match="full"):
+        right.save(reference_module.reference_of(folder))
+    assert tiny.kept_reference(folder).logits.tolist() == right.logits.tolist()
+    assert list(folder.parent.glob(".*")) == []
+
+
+def one_array() -> bytes:
+    np.save(file := BytesIO(), np.zeros(3))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no arrays", one_array()])
 def test_a_damaged_reference_is_named(content, folder):
     reference_module.reference_of(folder).write_bytes(content)
     with pytest.raises(InputError, match=r"dense\.verification\.npz cannot be read .*Give --against ARTIFACT"):
@@ -258,7 +295,7 @@ def test_stdout_is_json_whatever_a_runtime_prints(runtime, folder):
 
 @pytest.mark.parametrize("fault", ["none", "logits", "nan", "shape", "tokens", "tokens too close to call"])
 def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
-    right = reference_module.load_reference(folder)
+    right = tiny.kept_reference(folder)
     logits, tokens, margins = right.logits.copy(), right.tokens.copy(), right.margins.copy()
     if fault == "logits":
         logits *= 1.05
@@ -269,9 +306,7 @@ def test_what_a_runtime_computes_is_compared(fault, runtime, folder):
     elif fault.startswith("tokens"):
         tokens[3] += 1
         margins[3] = 0.0 if fault.endswith("call") else margins[3]
-    reference_module.Reference(right.ids, right.logits, right.tokens, margins).save(
-        reference_module.reference_of(folder)
-    )
+    replace(right, margins=margins).save(reference_module.reference_of(folder))
     runtime.load = lambda *_: Runner("1", 1e-2, lambda ids: logits, lambda prompt, count: tokens.tolist(), pytest.fail)
     status, reason = result(folder)
     report = json.loads((folder / "verification.json").read_text())["runtimes"]["transformers"]

@@ -103,7 +103,7 @@ def with_defaults(raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(raw["model_type"], **values)
     except Exception as error:  # wrong values
-        raise InputError(f"config.json cannot be used ({in_brief(error)}). Get it again.") from error
+        raise InputError(f"config.json cannot be used ({in_brief(error)}). Correct or complete it.") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from mspc.storage.manifest import MANIFEST, is_artifact
 
 
 def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
-    """The folder to write in, made if need be. Raises InputError when `out` must not be touched.
+    """The folder to write in, which `made_and_held` makes. Raises InputError when `out` must not be touched.
 
     A new output is written in place. One that replaces an older output is written next to it, as `.NAME.new`, and takes
     its place when it is whole (`publish`). --resume continues in the folder that exists, `.NAME.new` first.
@@ -39,26 +39,36 @@ def working_folder(out: Path, *, resume: bool, overwrite: bool) -> Path:
         raise InputError(f"{new} holds a finished artifact that could not be moved to {out}. Move it, or use --resume.")
     if not resume:  # an earlier run that was cut off is not needed then
         shutil.rmtree(new, ignore_errors=True)
-    folder = new if (occupied and overwrite) or new.is_dir() else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"Cannot make {folder}: {error}.") from error
-    return folder
+    return new if (occupied and overwrite) or new.is_dir() else out
 
 
 @contextmanager
-def left_clean(out: Path) -> Iterator[None]:
-    """On an error, remove the folders that were made for an output, with those that they are in, if they are empty."""
-    place = out.resolve()
-    missing = [path for path in (sibling(out, "new"), place, *place.parents) if not path.exists()]
+def made_and_held(folder: Path) -> Iterator[None]:
+    """Make a folder with those that it is in, and keep other processes from writing in it.
+
+    On an error, what was made here is removed if it is empty, but never while another process holds the folder.
+    """
+    place, made = folder.resolve(), list[Path]()
     try:
-        yield
-    except BaseException:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
-        raise
+        for path in reversed([path for path in (place, *place.parents) if not path.exists()]):
+            with suppress(FileExistsError):  # another process was first
+                path.mkdir()
+                made.insert(0, path)
+    except OSError as error:
+        _remove_empty(made)
+        raise StorageError(f"Cannot make {folder}: {error}.") from error
+    with held(place):
+        try:
+            yield
+        except BaseException:
+            _remove_empty(made)
+            raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
 
 
 @contextmanager
