@@ -1,6 +1,7 @@
 """Threads: the default number, pieces of work, and artifacts that do not depend on the number."""
 
 import dataclasses
+import importlib
 import json
 import threading
 import time
@@ -190,6 +191,42 @@ def test_artifacts_do_not_depend_on_the_number(monkeypatch, one_block, calibrati
     assert found[1] == found[0]
     assert found[2] == found[0]
     assert perplexities[0] == perplexities[1] == perplexities[2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "functions"),
+    [
+        ({"bits_per_weight": 4.5, "group_size": 32}, ("curve_measurement.curve_of", "validation.approximate_weights")),
+        ({"allocator": "search", "search_minutes": 0.001}, ("search.predictions", "search.SOLVERS.kfac")),
+    ],
+)
+def test_planning_takes_no_more_memory_than_there_is(monkeypatch, one_block, calibration, tmp_path, recipe, functions):
+    """Without free memory, one call at a time of each of these functions."""
+    working, most = dict.fromkeys(functions, 0), dict.fromkeys(functions, 0)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            working[name] += 1
+            most[name] = max(most[name], working[name])
+            time.sleep(0.01)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                working[name] -= 1
+
+        return call
+
+    for name in functions:
+        module, function, *key = name.split(".")
+        holder = getattr(importlib.import_module(f"mspc.planning.{module}"), function)
+        if key:
+            monkeypatch.setitem(holder, *key, counted(name, holder[key[0]]))
+        else:
+            monkeypatch.setattr(f"mspc.planning.{name}", counted(name, holder))
+    monkeypatch.setattr(threads, "free_memory", lambda _: 0)
+    recipe = mspc.Recipe(calibration=str(calibration), num_sequences=4, sequence_length=tiny.LENGTH, **recipe)
+    mspc.compress(one_block, recipe, out=tmp_path / "out", threads=3, progress=False)
+    assert most == dict.fromkeys(functions, 1)
 
 
 def test_a_run_goes_on_with_another_number(llama, calibration, tmp_path):

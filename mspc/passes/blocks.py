@@ -224,9 +224,9 @@ def without_blocks(model: StreamedModel) -> Iterator[Logits]:
         yield logits
 
 
-def logits_bytes(model: StreamedModel, sequence: Batch) -> int:
-    """Bytes of what is computed from the logits of a sequence: some float32 copies of them."""
-    return BUFFERS * 4 * sequence.ids.numel() * int(model.config.get_text_config().vocab_size)
+def logits_bytes(model: StreamedModel, ids: Tensor) -> int:
+    """Bytes of what is computed from the logits of tokens: some float32 copies of them."""
+    return BUFFERS * 4 * ids.numel() * int(model.config.get_text_config().vocab_size)
 
 
 def token_losses(logits_of: Logits, batch: Batch) -> Tensor:

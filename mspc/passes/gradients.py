@@ -22,7 +22,16 @@ from torch.func import functional_call, vjp
 from mspc.errors import ActivationError, InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.blocks import Batch, Logits, batches_of, hidden_of, logits_bytes, pass_bytes, token_losses, without_blocks
+from mspc.passes.blocks import (
+    Batch,
+    Logits,
+    batches_of,
+    hidden_of,
+    logits_bytes,
+    pass_bytes,
+    token_losses,
+    without_blocks,
+)
 from mspc.threads import run
 from mspc.types import Matrix
 
@@ -201,7 +210,7 @@ def reverse_walk(
             return measure.head(partial(_mean_loss, logits_of, batches[number]), state)
 
         states = [of_batch.pop().to(model.device) for of_batch in kept]
-        cotangents = list(each(head, states, logits_bytes(model, batches[0])))
+        cotangents = list(each(head, states, logits_bytes(model, batches[0].ids)))
     for index in reversed(range(len(model.blocks))):
         with model.loaded(index) as block:
             for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(block, batches))):

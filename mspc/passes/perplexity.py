@@ -89,7 +89,9 @@ def score(
             p = (_log_probabilities(expected_of, part)[0] for part in _parts(expected[number], size))
             return window_sums(window.ids[0], q, p, first)
 
-        memory = min(logits_bytes(model, windows[0]), BUFFERS * 4 * LOGITS_AT_ONCE) * (1 if reference is None else 2)
+        memory = min(logits_bytes(model, windows[0].ids), BUFFERS * 4 * LOGITS_AT_ONCE) * (
+            1 if reference is None else 2
+        )
         sums = list(run(of_window, range(len(windows)), memory))
     return means(sums, batches[0].ids.shape[1], first)
 
@@ -244,7 +246,7 @@ def mean_divergences(
         all_batches = zip(reference_batches, *streams, strict=True)
         sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
         tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
-        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0])), strict=True)
+        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0].ids)), strict=True)
         return [sum(of_stream) / tokens for of_stream in of_streams]
 
 
