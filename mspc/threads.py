@@ -101,10 +101,11 @@ def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:
 
 
 @contextmanager
-def using(asked: int | None, device: torch.device) -> Iterator[int]:
+def using(asked: int | None, device: torch.device, *, precise: bool = True) -> Iterator[int]:
     """Inside, `run` has `asked` threads (None: see `count`), and an operation of torch has one. Yields the number.
 
-    On a GPU nothing changes: there the operations are large, and the CPU only starts them.
+    Operations are as precise as their dtypes unless `precise` is False, which leaves autocast to the caller. On a GPU
+    nothing changes: there the operations are large, and the CPU only starts them.
     """
     number = count(asked)
     if device.type != "cpu":
@@ -115,6 +116,8 @@ def using(asked: int | None, device: torch.device) -> Iterator[int]:
     token = None
     try:
         with ExitStack() as stack:
+            if precise:
+                stack.enter_context(torch.autocast("cpu", enabled=False))
             if number > 1:
                 sizes = (number - 1, *[1] * number)
                 pool, *lanes = [stack.enter_context(ThreadPoolExecutor(n, initializer=one_thread)) for n in sizes]
@@ -169,12 +172,17 @@ def run(function: Callable[[T], R], items: Iterable[T], bytes_each: int = 0) -> 
                 raise
         return True
 
-    def help_out(grad: bool, inference: bool) -> None:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+    def help_out(grad: bool, inference: bool, autocast: bool, dtype: torch.dtype) -> None:
+        with (
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(grad),
+            torch.autocast("cpu", dtype=dtype, enabled=autocast),
+        ):
             while work_on_one():
                 pass
 
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
     size = min(helpers.size, len(items) - 1, fitting(bytes_each) - 1)
     helping = [helpers.executor.submit(partial(copy_context().run, help_out, *modes)) for _ in range(size)]
     try:

@@ -136,6 +136,35 @@ def test_modes_of_torch_are_those_of_the_caller():
         assert set(threads.run(modes, range(6))) == {(True, False)}
 
 
+def autocast(_):
+    time.sleep(0.01)
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+
+
+@pytest.mark.parametrize(("precise", "found"), [(True, False), (False, torch.float16)])
+def test_autocast_is_that_of_the_caller_or_off(precise, found):
+    with torch.autocast("cpu", torch.float16):
+        with threads.using(3, CPU, precise=precise):
+            assert set(threads.run(autocast, range(6))) == {found}
+            assert autocast(0) == found
+        assert autocast(0) == torch.float16
+
+
+def test_autocast_changes_no_perplexity_with_the_number(one_block, test_text):
+    """Of a folder none at all, as its parts are computed in the dtype that was asked for."""
+    model, of_model, of_folder = tiny.reference(one_block), set(), set()
+    plain = mspc.evaluate(one_block, str(test_text), sequence_length=tiny.LENGTH, threads=1, progress=False)
+    for count in (1, 3):
+        given = {"sequence_length": tiny.LENGTH, "threads": count, "progress": False}
+        with torch.autocast("cpu", torch.bfloat16):
+            of_folder.add(mspc.evaluate(one_block, str(test_text), **given).nll)
+            ids = tiny.ids(6)
+            of_model.add(mspc.evaluate(model, ids, **given).nll)
+    assert of_folder == {plain.nll}
+    assert len(of_model) == 1
+    assert of_model != {mspc.evaluate(model, tiny.ids(6), progress=False).nll}
+
+
 def test_threads_of_torch_are_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -27,6 +27,7 @@ from mspc.types import GramStats
 OUTPUT_DAMP = 0.05
 """Damping of S as a share of its mean diagonal. It is large because few sequences estimate S."""
 WEIGHTS_HELD, GRAMS_HELD = 20, 5
+"""Copies of a weight and of a Gram in float32 that a solver holds at most, estimated."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
 
 
 def solver_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes that a solver takes for a matrix (O, I) at most, estimated: so many times its weight and its Gram."""
+    """Bytes that a solver takes for a matrix (O, I) at most, estimated from its weight and its Gram."""
     num_outputs, num_inputs = shape
     return torch.float32.itemsize * (WEIGHTS_HELD * num_outputs + GRAMS_HELD * num_inputs) * num_inputs
 
