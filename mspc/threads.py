@@ -104,20 +104,22 @@ def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:
 def using(asked: int | None, device: torch.device, *, precise: bool = True) -> Iterator[int]:
     """Inside, `run` has `asked` threads (None: see `count`), and an operation of torch has one. Yields the number.
 
-    Operations are as precise as their dtypes unless `precise` is False, which leaves autocast to the caller. On a GPU
-    nothing changes: there the operations are large, and the CPU only starts them.
+    Operations are as precise as their dtypes; if `precise` is False, autocast and the precision of products are the
+    caller's. On a GPU nothing changes: there the operations are large, and the CPU only starts them.
     """
     number = count(asked)
     if device.type != "cpu":
         yield number
         return
-    before = torch.get_num_threads()
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
     token = None
     try:
         with ExitStack() as stack:
             if precise:
                 stack.enter_context(torch.autocast("cpu", enabled=False))
+                # Of the whole process: where threads changed and restored it, they would disturb each other.
+                torch.set_float32_matmul_precision("highest")
             if number > 1:
                 sizes = (number - 1, *[1] * number)
                 pool, *lanes = [stack.enter_context(ThreadPoolExecutor(n, initializer=one_thread)) for n in sizes]
@@ -127,6 +129,8 @@ def using(asked: int | None, device: torch.device, *, precise: bool = True) -> I
         if token is not None:
             _helpers.reset(token)
         torch.set_num_threads(before)
+        if precise:
+            torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

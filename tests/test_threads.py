@@ -15,6 +15,8 @@ import mspc
 from mspc import threads
 from mspc.cli.main import app
 from mspc.errors import InputError
+from mspc.numerics.linalg import precise_matmul
+from mspc.threads import fitting
 
 CPU = torch.device("cpu")
 
@@ -148,6 +150,41 @@ def test_autocast_is_that_of_the_caller_or_off(precise, found):
             assert set(threads.run(autocast, range(6))) == {found}
             assert autocast(0) == found
         assert autocast(0) == torch.float16
+
+
+def test_precise_products_in_threads_leave_the_setting_as_it_was():
+    """Without an order, the last thread to end would restore what the first one had set."""
+    ends = {0: threading.Event(), 1: threading.Event()}
+
+    def work(number):
+        with precise_matmul():
+            ends[number].set()
+            assert ends[1 - number].wait(20)  # both are inside
+            time.sleep(0.05 * number)
+        return torch.get_float32_matmul_precision()
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with threads.using(2, CPU):
+            assert list(threads.run(work, range(2))) == ["highest", "highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+        with threads.using(2, CPU, precise=False):
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_memory_of_a_reference_counts(monkeypatch, one_block, against):
+    """There is room for the logits of two windows, or of one with a reference: 6 copies each, and half is used."""
+    monkeypatch.setattr(threads, "free_memory", lambda _: 2 * 2 * 6 * 4 * tiny.LENGTH * tiny.VOCABULARY)
+    sizes = []
+    monkeypatch.setattr(threads, "fitting", lambda size: sizes.append(fitting(size)) or sizes[-1])
+    model = tiny.reference(one_block)
+    given = {"against": tiny.reference(one_block)} if against else {}
+    mspc.evaluate(model, tiny.ids(6), threads=4, progress=False, **given)
+    assert sizes == [1 if against else 2]
 
 
 def test_autocast_changes_no_perplexity_with_the_number(one_block, test_text):

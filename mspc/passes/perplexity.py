@@ -113,7 +113,8 @@ def measure_module(
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
     first, scores = first_scored(begin), list[Sums]()
     config: Any = model.config
-    size = BUFFERS * 4 * ids.shape[1] * int(config.get_text_config().vocab_size)
+    logits = ids.shape[1] * int(config.get_text_config().vocab_size)
+    size = BUFFERS * 4 * logits * (1 if reference is None else 2)
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
 
         def of_window(window: Tensor) -> Sums:
