@@ -21,14 +21,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mspc import cgroups
 from mspc.errors import InputError
 from mspc.memory import free_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-CGROUP = Path("/sys/fs/cgroup")
-OF_PROCESS = Path("/proc/self/cgroup")
 ROWS = 1536
 """Rows of a matrix that are one piece of work. In a sweep, more would not stay in the cache of a core."""
 
@@ -68,27 +67,10 @@ def available() -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """Cores that each cgroup of this process allows, in version 2 (`cpu.max`) and version 1 (`cpu.cfs_quota_us`).
-
-    A limit of a cgroup holds for those inside it. In a container the path of the process may not exist: its own
-    cgroup is the root there.
-    """
-    lines = []
-    with suppress(OSError):
-        lines = OF_PROCESS.read_text().splitlines()
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            roots = [CGROUP, CGROUP / "unified"]
-        elif "cpu" in controllers.split(","):
-            roots = [CGROUP / "cpu", CGROUP / controllers]
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for root in roots:
-            for folder in (root / inner, *(root / outer for outer in inner.parents)):
-                with suppress(OSError, ValueError):
-                    yield from _quota_of(folder, version_2=controllers == "")
+    """Cores that each cgroup of this process allows, by `cpu.max` or `cpu.cfs_quota_us`."""
+    for folder, version_2 in cgroups.folders("cpu"):
+        with suppress(OSError, ValueError):
+            yield from _quota_of(folder, version_2=version_2)
 
 
 def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:

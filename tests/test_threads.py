@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import mspc
-from mspc import threads
+from mspc import cgroups, memory, threads
 from mspc.cli.main import app
 from mspc.errors import InputError
 from mspc.numerics.linalg import precise_matmul
@@ -28,8 +28,8 @@ def cgroup(monkeypatch, tmp_path, lines, files):
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(threads, "OF_PROCESS", tmp_path / "self")
-    monkeypatch.setattr(threads, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "OF_PROCESS", tmp_path / "self")
+    monkeypatch.setattr(cgroups, "CGROUP", tmp_path / "cgroup")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,42 @@ def test_available_cores(monkeypatch, tmp_path, lines, files, cores):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)))
     cgroup(monkeypatch, tmp_path, lines, files)
     assert threads.available() == cores
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "free"),
+    [
+        ([], {}, 1000),
+        (["0::/"], {"memory.max": "max\n", "memory.current": "900\n"}, 1000),
+        (["0::/"], {"memory.max": "800\n", "memory.current": "300\n"}, 500),
+        (["0::/"], {"memory.max": "300\n", "memory.current": "800\n"}, 0),
+        (["0::/"], {"memory.max": "9000\n", "memory.current": "300\n"}, 1000),
+        (["0::/a/b"], {"a/memory.max": "800\n", "a/memory.current": "100\n"}, 700),
+        (
+            ["0::/"],
+            {
+                "memory.max": "800\n",
+                "memory.current": "700\n",
+                "memory.stat": "anon 300\nfile 400\ninactive_file 150\nactive_file 250\n",
+            },
+            500,
+        ),
+        (
+            ["9:memory:/x", "0::/"],
+            {
+                "memory/x/memory.limit_in_bytes": "800\n",
+                "memory/x/memory.usage_in_bytes": "700\n",
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 30\n",
+            },
+            150,
+        ),
+    ],
+)
+def test_free_memory(monkeypatch, tmp_path, lines, files, free):
+    """Oracle: limits by hand, of 1000 bytes that are free in the machine."""
+    monkeypatch.setattr(memory, "_of_machine", lambda: 1000)
+    cgroup(monkeypatch, tmp_path, lines, files)
+    assert memory.free_memory(CPU) == free
 
 
 def test_default_count(monkeypatch, tmp_path):
