@@ -224,7 +224,7 @@ def test_memory_of_a_reference_counts(monkeypatch, one_block, against):
 
 
 def test_autocast_changes_no_perplexity_with_the_number(one_block, test_text):
-    """Of a folder none at all, as its parts are computed in the dtype that was asked for."""
+    """A folder has the one without autocast, as its parts are computed in the dtype that was asked for."""
     model, of_model, of_folder = tiny.reference(one_block), set(), set()
     plain = mspc.evaluate(one_block, str(test_text), sequence_length=tiny.LENGTH, threads=1, progress=False)
     for count in (1, 3):
@@ -303,7 +303,7 @@ def test_artifacts_do_not_depend_on_the_number(monkeypatch, one_block, calibrati
     ],
 )
 def test_planning_takes_no_more_memory_than_there_is(monkeypatch, one_block, calibration, tmp_path, recipe, functions):
-    """Without free memory, one call at a time of each of these functions."""
+    """Without free memory, each function is called once at a time."""
     working, most = dict.fromkeys(functions, 0), dict.fromkeys(functions, 0)
 
     def counted(name, function):

@@ -202,7 +202,7 @@ def reverse_walk(
 
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
-            for i, state in enumerate(each(forward, runs(index, block), pass_bytes(block, batches))):
+            for i, state in enumerate(each(forward, runs(index, block), pass_bytes(model, block, batches))):
                 kept[i].append(state)
     with without_blocks(model) as logits_of:
 
@@ -213,7 +213,7 @@ def reverse_walk(
         cotangents = list(each(head, states, logits_bytes(model, batches[0].ids)))
     for index in reversed(range(len(model.blocks))):
         with model.loaded(index) as block:
-            for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(block, batches))):
+            for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(model, block, batches))):
                 cotangents[i] = found[0]
                 yield from found[1]
 
