@@ -257,7 +257,7 @@ def evaluate(
             load(part, device, dtype) if isinstance(part, str | Path) else part for part in (model, against)
         )
         assert model is not None
-        with using(threads, next(model.parameters()).device):
+        with using(threads, next(model.parameters()).device, precise=False):
             return evaluate_module(model, text, reading, tokenizer, sequence_length, max_windows, against, shown)
     assert model is not None
     with using(threads, choose_device(device)):

@@ -21,14 +21,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mspc import cgroups
 from mspc.errors import InputError
 from mspc.memory import free_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-CGROUP = Path("/sys/fs/cgroup")
-OF_PROCESS = Path("/proc/self/cgroup")
 ROWS = 1536
 """Rows of a matrix that are one piece of work. In a sweep, more would not stay in the cache of a core."""
 
@@ -68,27 +67,10 @@ def available() -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """Cores that each cgroup of this process allows, in version 2 (`cpu.max`) and version 1 (`cpu.cfs_quota_us`).
-
-    A limit of a cgroup holds for those inside it. In a container the path of the process may not exist: its own
-    cgroup is the root there.
-    """
-    lines = []
-    with suppress(OSError):
-        lines = OF_PROCESS.read_text().splitlines()
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            roots = [CGROUP, CGROUP / "unified"]
-        elif "cpu" in controllers.split(","):
-            roots = [CGROUP / "cpu", CGROUP / controllers]
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for root in roots:
-            for folder in (root / inner, *(root / outer for outer in inner.parents)):
-                with suppress(OSError, ValueError):
-                    yield from _quota_of(folder, version_2=controllers == "")
+    """Cores that each cgroup of this process allows, by `cpu.max` or `cpu.cfs_quota_us`."""
+    for folder, version_2 in cgroups.folders("cpu"):
+        with suppress(OSError, ValueError):
+            yield from _quota_of(folder, version_2=version_2)
 
 
 def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:
@@ -101,20 +83,25 @@ def _quota_of(folder: Path, *, version_2: bool) -> Iterator[float]:
 
 
 @contextmanager
-def using(asked: int | None, device: torch.device) -> Iterator[int]:
+def using(asked: int | None, device: torch.device, *, precise: bool = True) -> Iterator[int]:
     """Inside, `run` has `asked` threads (None: see `count`), and an operation of torch has one. Yields the number.
 
-    On a GPU nothing changes: there the operations are large, and the CPU only starts them.
+    Operations are as precise as their dtypes; if `precise` is False, autocast and the precision of products are the
+    caller's. On a GPU nothing changes: there the operations are large, and the CPU only starts them.
     """
     number = count(asked)
     if device.type != "cpu":
         yield number
         return
-    before = torch.get_num_threads()
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
     token = None
     try:
         with ExitStack() as stack:
+            if precise:
+                stack.enter_context(torch.autocast("cpu", enabled=False))
+                # Of the whole process: where threads changed and restored it, they would disturb each other.
+                torch.set_float32_matmul_precision("highest")
             if number > 1:
                 sizes = (number - 1, *[1] * number)
                 pool, *lanes = [stack.enter_context(ThreadPoolExecutor(n, initializer=one_thread)) for n in sizes]
@@ -124,6 +111,8 @@ def using(asked: int | None, device: torch.device) -> Iterator[int]:
         if token is not None:
             _helpers.reset(token)
         torch.set_num_threads(before)
+        if precise:
+            torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager
@@ -169,12 +158,17 @@ def run(function: Callable[[T], R], items: Iterable[T], bytes_each: int = 0) -> 
                 raise
         return True
 
-    def help_out(grad: bool, inference: bool) -> None:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+    def help_out(grad: bool, inference: bool, autocast: bool, dtype: torch.dtype) -> None:
+        with (
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(grad),
+            torch.autocast("cpu", dtype=dtype, enabled=autocast),
+        ):
             while work_on_one():
                 pass
 
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
     size = min(helpers.size, len(items) - 1, fitting(bytes_each) - 1)
     helping = [helpers.executor.submit(partial(copy_context().run, help_out, *modes)) for _ in range(size)]
     try:

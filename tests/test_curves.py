@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -29,6 +30,7 @@ from mspc.planning.measurements import Measurements
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Silent
 from mspc.recipe import Recipe
+from mspc.solvers.admm import error_path
 from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
@@ -243,6 +245,25 @@ def test_inputs_that_never_were_cost_nothing(solver):
     assert found.at(0.45) < 1e-6 * alone.losses[-1]
     assert found.losses[-1] == pytest.approx(alone.losses[-1], rel=1e-3)
     assert found.quantization[4][0][1] < 2 * alone.quantization[4][0][1]
+
+
+@pytest.mark.parametrize(("budget", "most"), [({}, 1), ({"bits_per_weight": 4.0, "group_size": 16}, 4)])
+def test_weights_of_a_curve_that_are_needed_no_more_are_dropped(budget, most, monkeypatch):
+    """One at a time; under a budget those that are quantized, and the one that is measured."""
+    case, recipe = problem(0, 16, 32), Recipe(**budget).settings()
+    made, alive = list[weakref.ref](), list[int]()
+
+    def followed(*args):
+        for result, loss in error_path(*args):
+            made.append(weakref.ref(result))
+            alive.append(sum(ref() is not None for ref in made))
+            yield result, loss
+            del result
+
+    monkeypatch.setattr("mspc.planning.curve_measurement.error_path", followed)
+    curve_of(case.weight, replace(case.stats, output_fisher=torch.eye(16)[None]), recipe, solver_options(recipe), "q")
+    assert len(alive) == len(SPARSITIES)
+    assert max(alive) <= most + 1  # error_path has the last one while it makes the next
 
 
 def test_a_matrix_that_nothing_depends_on_costs_nothing():

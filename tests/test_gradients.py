@@ -1,5 +1,6 @@
 """The reverse walk against autograd on the whole transformers model: gradients, Hessian products, and their mean."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from mspc import threads
 from mspc.errors import ActivationError, InputError
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
@@ -162,6 +164,30 @@ def test_rounds_do_not_change_the_samples(measure, llama):
     assert together == {name: first[name] + rest[name] for name in together}
     if isinstance(measure, HessianTrace):
         assert case.samples(ids[1:], measure) != rest  # the number of a sequence decides its signs
+
+
+def test_batches_at_once_are_as_many_as_memory_allows(monkeypatch, llama):
+    """With no free memory it is one, in every step of the walk."""
+    working, most = [0], {"forward": 0, "head": 0, "backward": 0}
+
+    def counted(name):
+        def method(self, *args):
+            working[0] += 1
+            most[name] = max(most[name], working[0])
+            time.sleep(0.02)
+            found = getattr(OutputFisher, name)(self, *args)
+            working[0] -= 1
+            return found
+
+        return method
+
+    measure = type("Counted", (OutputFisher,), {name: counted(name) for name in most})()
+    monkeypatch.setattr("mspc.passes.blocks.TOKENS_PER_BATCH", tiny.LENGTH)
+    monkeypatch.setattr(threads, "free_memory", lambda _: 0)
+    case = opened(llama)
+    with threads.using(3, CPU):
+        assert len(list(reverse_walk(case.model, tiny.ids(4), case.matrices, measure))) == 4 * len(case.flat)
+    assert most == {"forward": 1, "head": 1, "backward": 1}
 
 
 def test_seed_decides_the_signs(llama):

@@ -16,8 +16,10 @@ from oracles import (
     run_obs,
     textbook_obs,
 )
+from torch import Tensor
 
 from mspc.errors import InputError
+from mspc.numerics import linalg
 from mspc.published.criteria import CRITERIA
 from mspc.solvers.obs import obs, sweep
 from mspc.solvers.options import SolverOptions
@@ -124,6 +126,20 @@ def test_counts_are_exact_and_dead_inputs_go_first(num_rows, num_columns, sparsi
     is_dead = torch.zeros(num_columns, dtype=torch.bool)
     is_dead[dead] = True
     assert int((~result.mask[:, is_dead]).sum()) == min(count, num_rows * len(dead))
+
+
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_pieces_of_a_matrix_share_one_factor(activation_order, monkeypatch):
+    """Oracle: the sweep of the whole matrix."""
+    case, options = problem(0, 24, 16), SolverOptions(activation_order=activation_order)
+    mask, target = torch.rand(24, 16) > 0.5, Target(Unstructured(0.5))
+    whole, made = obs(case.weight, case.stats, target, options, "q", mask), list[Tensor]()
+    factored = linalg.upper_inverse_factor
+    monkeypatch.setattr(linalg, "upper_inverse_factor", lambda matrix: made.append(matrix) or factored(matrix))
+    monkeypatch.setattr("mspc.threads.ROWS", 8)
+    stats = GramStats(case.stats.gram, case.stats.num_tokens)
+    torch.testing.assert_close(obs(case.weight, stats, target, options, "q", mask).weight, whole.weight)
+    assert len(made) == 1
 
 
 def test_dead_inputs_are_independent_of_all_others():

@@ -1,6 +1,7 @@
 """Threads: the default number, pieces of work, and artifacts that do not depend on the number."""
 
 import dataclasses
+import importlib
 import json
 import threading
 import time
@@ -11,9 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 import mspc
-from mspc import threads
+from mspc import cgroups, memory, threads
 from mspc.cli.main import app
 from mspc.errors import InputError
+from mspc.numerics.linalg import precise_matmul
+from mspc.threads import fitting
 
 CPU = torch.device("cpu")
 
@@ -25,8 +28,8 @@ def cgroup(monkeypatch, tmp_path, lines, files):
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(threads, "OF_PROCESS", tmp_path / "self")
-    monkeypatch.setattr(threads, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "OF_PROCESS", tmp_path / "self")
+    monkeypatch.setattr(cgroups, "CGROUP", tmp_path / "cgroup")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,42 @@ def test_available_cores(monkeypatch, tmp_path, lines, files, cores):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(range(8)))
     cgroup(monkeypatch, tmp_path, lines, files)
     assert threads.available() == cores
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "free"),
+    [
+        ([], {}, 1000),
+        (["0::/"], {"memory.max": "max\n", "memory.current": "900\n"}, 1000),
+        (["0::/"], {"memory.max": "800\n", "memory.current": "300\n"}, 500),
+        (["0::/"], {"memory.max": "300\n", "memory.current": "800\n"}, 0),
+        (["0::/"], {"memory.max": "9000\n", "memory.current": "300\n"}, 1000),
+        (["0::/a/b"], {"a/memory.max": "800\n", "a/memory.current": "100\n"}, 700),
+        (
+            ["0::/"],
+            {
+                "memory.max": "800\n",
+                "memory.current": "700\n",
+                "memory.stat": "anon 300\nfile 400\ninactive_file 150\nactive_file 250\n",
+            },
+            500,
+        ),
+        (
+            ["9:memory:/x", "0::/"],
+            {
+                "memory/x/memory.limit_in_bytes": "800\n",
+                "memory/x/memory.usage_in_bytes": "700\n",
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 30\n",
+            },
+            150,
+        ),
+    ],
+)
+def test_free_memory(monkeypatch, tmp_path, lines, files, free):
+    """Oracle: limits by hand, of 1000 bytes that are free in the machine."""
+    monkeypatch.setattr(memory, "_of_machine", lambda: 1000)
+    cgroup(monkeypatch, tmp_path, lines, files)
+    assert memory.free_memory(CPU) == free
 
 
 def test_default_count(monkeypatch, tmp_path):
@@ -135,6 +174,70 @@ def test_modes_of_torch_are_those_of_the_caller():
         assert set(threads.run(modes, range(6))) == {(True, False)}
 
 
+def autocast(_):
+    time.sleep(0.01)
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+
+
+@pytest.mark.parametrize(("precise", "found"), [(True, False), (False, torch.float16)])
+def test_autocast_is_that_of_the_caller_or_off(precise, found):
+    with torch.autocast("cpu", torch.float16):
+        with threads.using(3, CPU, precise=precise):
+            assert set(threads.run(autocast, range(6))) == {found}
+            assert autocast(0) == found
+        assert autocast(0) == torch.float16
+
+
+def test_precise_products_in_threads_leave_the_setting_as_it_was():
+    """Without an order, the last thread to end would restore what the first one had set."""
+    ends = {0: threading.Event(), 1: threading.Event()}
+
+    def work(number):
+        with precise_matmul():
+            ends[number].set()
+            assert ends[1 - number].wait(20)  # both are inside
+            time.sleep(0.05 * number)
+        return torch.get_float32_matmul_precision()
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with threads.using(2, CPU):
+            assert list(threads.run(work, range(2))) == ["highest", "highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+        with threads.using(2, CPU, precise=False):
+            assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_memory_of_a_reference_counts(monkeypatch, one_block, against):
+    """There is room for the logits of two windows, or of one with a reference: 6 copies each, and half is used."""
+    monkeypatch.setattr(threads, "free_memory", lambda _: 2 * 2 * 6 * 4 * tiny.LENGTH * tiny.VOCABULARY)
+    sizes = []
+    monkeypatch.setattr(threads, "fitting", lambda size: sizes.append(fitting(size)) or sizes[-1])
+    model = tiny.reference(one_block)
+    given = {"against": tiny.reference(one_block)} if against else {}
+    mspc.evaluate(model, tiny.ids(6), threads=4, progress=False, **given)
+    assert sizes == [1 if against else 2]
+
+
+def test_autocast_changes_no_perplexity_with_the_number(one_block, test_text):
+    """A folder has the one without autocast, as its parts are computed in the dtype that was asked for."""
+    model, of_model, of_folder = tiny.reference(one_block), set(), set()
+    plain = mspc.evaluate(one_block, str(test_text), sequence_length=tiny.LENGTH, threads=1, progress=False)
+    for count in (1, 3):
+        given = {"sequence_length": tiny.LENGTH, "threads": count, "progress": False}
+        with torch.autocast("cpu", torch.bfloat16):
+            of_folder.add(mspc.evaluate(one_block, str(test_text), **given).nll)
+            ids = tiny.ids(6)
+            of_model.add(mspc.evaluate(model, ids, **given).nll)
+    assert of_folder == {plain.nll}
+    assert len(of_model) == 1
+    assert of_model != {mspc.evaluate(model, tiny.ids(6), progress=False).nll}
+
+
 def test_threads_of_torch_are_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -190,6 +293,42 @@ def test_artifacts_do_not_depend_on_the_number(monkeypatch, one_block, calibrati
     assert found[1] == found[0]
     assert found[2] == found[0]
     assert perplexities[0] == perplexities[1] == perplexities[2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "functions"),
+    [
+        ({"bits_per_weight": 4.5, "group_size": 32}, ("curve_measurement.curve_of", "validation.approximate_weights")),
+        ({"allocator": "search", "search_minutes": 0.001}, ("search.predictions", "search.SOLVERS.kfac")),
+    ],
+)
+def test_planning_takes_no_more_memory_than_there_is(monkeypatch, one_block, calibration, tmp_path, recipe, functions):
+    """Without free memory, each function is called once at a time."""
+    working, most = dict.fromkeys(functions, 0), dict.fromkeys(functions, 0)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            working[name] += 1
+            most[name] = max(most[name], working[name])
+            time.sleep(0.01)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                working[name] -= 1
+
+        return call
+
+    for name in functions:
+        module, function, *key = name.split(".")
+        holder = getattr(importlib.import_module(f"mspc.planning.{module}"), function)
+        if key:
+            monkeypatch.setitem(holder, *key, counted(name, holder[key[0]]))
+        else:
+            monkeypatch.setattr(f"mspc.planning.{name}", counted(name, holder))
+    monkeypatch.setattr(threads, "free_memory", lambda _: 0)
+    recipe = mspc.Recipe(calibration=str(calibration), num_sequences=4, sequence_length=tiny.LENGTH, **recipe)
+    mspc.compress(one_block, recipe, out=tmp_path / "out", threads=3, progress=False)
+    assert most == dict.fromkeys(functions, 1)
 
 
 def test_a_run_goes_on_with_another_number(llama, calibration, tmp_path):

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
+from mspc import threads
 from mspc.errors import ActivationError, InputError
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.passes import perplexity
-from mspc.passes.blocks import batches_of
+from mspc.passes import walk as walking
+from mspc.passes.blocks import batches_of, pass_bytes
 from mspc.passes.walk import DenseWalk, Visit, install, matrix_of, walk
 from mspc.types import Matrix
 
@@ -202,6 +204,36 @@ def test_passes_that_are_run_again_give_the_same(memory, llama):
         assert torch.equal(one.gram, other.gram)
         assert torch.equal(one.input_shift, other.input_shift)
     assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_memory_of_a_pass_by_hand(eager, llama):
+    """Six activations of the widest matrix, 64; with eager attention three times the scores of four heads."""
+    model = open_model(llama, device=CPU, eager=eager)
+    with model.loaded(0) as block:
+        found = pass_bytes(model, block, batches_of(model, tiny.ids(5), batch_size=2))
+    assert found == 4 * (6 * 64 * 2 * 32 + (3 * 4 * 2 * 32 * 32 if eager else 0))
+
+
+@pytest.mark.parametrize("passes", [0, 3, 20])
+def test_passes_that_run_and_that_wait_share_half_of_the_free_memory(passes, llama, monkeypatch):
+    """There is memory for 20 passes at most; a waiting one has three activations of the widest input, and scores."""
+    model, found = open_model(llama, device=CPU, eager=True), []
+    running, waiting = 4 * (6 * 64 * 32 + 3 * 4 * 32 * 32), 4 * (3 * 64 * 32 + 4 * 32 * 32)
+    for module in (walking, threads):
+        monkeypatch.setattr(module, "free_memory", lambda _: 2 * passes * running)
+
+    def visits(self, batches, dense, kept):
+        found.append((self.at_once, kept))
+        yield from ()
+
+    monkeypatch.setattr(walking._Block, "visits", visits)
+    with threads.using(8, CPU):
+        assert list(walk(model, batches_of(model, tiny.ids(2), batch_size=1), model.matrices(()))) == []
+    assert found == [found[0]] * 2
+    at_once, kept = found[0]
+    assert at_once == {0: 1, 3: 1, 20: 8}[passes]
+    assert kept * waiting + (at_once if at_once > 1 else 0) * running <= passes * running
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

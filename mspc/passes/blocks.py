@@ -22,6 +22,8 @@ from mspc.threads import run_all
 TOKENS_PER_BATCH = 4096
 BUFFERS = 6
 """Activations, each as wide as the widest matrix, that a pass through a block holds at most, estimated."""
+SCORES = 3
+"""Copies of the scores that eager attention holds at most, estimated."""
 MOST_OUTPUTS = 3
 """Values that a block may return."""
 
@@ -170,13 +172,24 @@ def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequenc
         arrive(model, index, batch, run_block(model, block, batch, index))
 
     with torch.no_grad():
-        run_all(pass_on, batches, pass_bytes(block, batches))
+        run_all(pass_on, batches, pass_bytes(model, block, batches))
 
 
-def pass_bytes(block: nn.Module, batches: Sequence[Batch]) -> int:
-    """Bytes of the activations of one batch in a block, estimated from its widest matrix."""
+def pass_bytes(model: StreamedModel, block: nn.Module, batches: Sequence[Batch]) -> int:
+    """Bytes of one batch in a block: activations, estimated from its widest matrix, and attention scores."""
+    if not batches:
+        return 0
     width = max((max(parameter.shape) for parameter in block.parameters() if parameter.ndim), default=0)
-    return BUFFERS * width * batches[0].ids.numel() * batches[0].hidden.itemsize if batches else 0
+    ids, hidden = batches[0].ids, batches[0].hidden
+    return BUFFERS * width * ids.numel() * hidden.itemsize + SCORES * scores_bytes(model, ids)
+
+
+def scores_bytes(model: StreamedModel, ids: Tensor) -> int:
+    """Bytes of the attention scores of sequences (B, T) in float32. Only eager attention has them all at once."""
+    if model.model.config._attn_implementation != "eager":
+        return 0
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
+    return torch.float32.itemsize * heads * ids.numel() * ids.shape[1]
 
 
 def arrive(model: StreamedModel, index: int, batch: Batch, output: Tensor) -> None:
@@ -224,9 +237,9 @@ def without_blocks(model: StreamedModel) -> Iterator[Logits]:
         yield logits
 
 
-def logits_bytes(model: StreamedModel, sequence: Batch) -> int:
-    """Bytes of what is computed from the logits of a sequence: some float32 copies of them."""
-    return BUFFERS * 4 * sequence.ids.numel() * int(model.config.get_text_config().vocab_size)
+def logits_bytes(model: StreamedModel, ids: Tensor) -> int:
+    """Bytes of what is computed from the logits of tokens: some float32 copies of them."""
+    return BUFFERS * 4 * ids.numel() * int(model.config.get_text_config().vocab_size)
 
 
 def token_losses(logits_of: Logits, batch: Batch) -> Tensor:

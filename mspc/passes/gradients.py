@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import starmap
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,21 @@ from torch.func import functional_call, vjp
 from mspc.errors import ActivationError, InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.blocks import Batch, Logits, batches_of, hidden_of, token_losses, without_blocks
+from mspc.passes.blocks import (
+    Batch,
+    Logits,
+    batches_of,
+    hidden_of,
+    logits_bytes,
+    pass_bytes,
+    token_losses,
+    without_blocks,
+)
 from mspc.threads import run
 from mspc.types import Matrix
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Weights = dict[str, Tensor]  # by name within the block
 
@@ -163,7 +177,9 @@ def reverse_walk(
     batches = batches_of(model, ids, batch_size=measure.batch_size)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
 
-    each = run if measure.at_once else map
+    def each(function: Callable[[int, T], R], given: Sequence[T], bytes_each: int) -> Iterator[R]:
+        pairs = list(enumerate(given))
+        return run(lambda pair: function(*pair), pairs, bytes_each) if measure.at_once else starmap(function, pairs)
 
     def runs(index: int, block: nn.Module) -> list[BlockRun]:
         names = sorted({model.name_in_block(index, matrix) for matrix in matrices[index]})
@@ -186,15 +202,18 @@ def reverse_walk(
 
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
-            for i, state in enumerate(each(lambda pair: forward(*pair), list(enumerate(runs(index, block))))):
+            for i, state in enumerate(each(forward, runs(index, block), pass_bytes(model, block, batches))):
                 kept[i].append(state)
     with without_blocks(model) as logits_of:
-        losses = [partial(_mean_loss, logits_of, batch) for batch in batches]
+
+        def head(number: int, state: Tensor) -> Tensor:
+            return measure.head(partial(_mean_loss, logits_of, batches[number]), state)
+
         states = [of_batch.pop().to(model.device) for of_batch in kept]
-        cotangents = list(each(lambda pair: measure.head(*pair), list(zip(losses, states, strict=True))))
+        cotangents = list(each(head, states, logits_bytes(model, batches[0].ids)))
     for index in reversed(range(len(model.blocks))):
         with model.loaded(index) as block:
-            for i, found in enumerate(each(lambda pair: backward(*pair), list(enumerate(runs(index, block))))):
+            for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(model, block, batches))):
                 cotangents[i] = found[0]
                 yield from found[1]
 

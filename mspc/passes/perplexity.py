@@ -89,7 +89,9 @@ def score(
             p = (_log_probabilities(expected_of, part)[0] for part in _parts(expected[number], size))
             return window_sums(window.ids[0], q, p, first)
 
-        memory = min(logits_bytes(model, windows[0]), BUFFERS * 4 * LOGITS_AT_ONCE) * (1 if reference is None else 2)
+        memory = min(logits_bytes(model, windows[0].ids), BUFFERS * 4 * LOGITS_AT_ONCE) * (
+            1 if reference is None else 2
+        )
         sums = list(run(of_window, range(len(windows)), memory))
     return means(sums, batches[0].ids.shape[1], first)
 
@@ -111,7 +113,8 @@ def measure_module(
     """The perplexity of a model in memory on windows (N, T); `step` is called after each window."""
     first, scores = first_scored(begin), list[Sums]()
     config: Any = model.config
-    size = BUFFERS * 4 * ids.shape[1] * int(config.get_text_config().vocab_size)
+    logits = ids.shape[1] * int(config.get_text_config().vocab_size)
+    size = BUFFERS * 4 * logits * (1 if reference is None else 2)
     with torch.no_grad(), evaluating(model), nullcontext() if reference is None else evaluating(reference):
 
         def of_window(window: Tensor) -> Sums:
@@ -247,7 +250,7 @@ def mean_divergences(
         all_batches = zip(reference_batches, *streams, strict=True)
         sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
         tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
-        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0])), strict=True)
+        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0].ids)), strict=True)
         return [sum(of_stream) / tokens for of_stream in of_streams]
 
 

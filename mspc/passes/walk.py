@@ -21,7 +21,7 @@ from mspc.memory import free_memory
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
-from mspc.passes.blocks import Batch, advance, arrive, batches_of, pass_bytes, run_block
+from mspc.passes.blocks import Batch, advance, arrive, batches_of, pass_bytes, run_block, scores_bytes
 from mspc.passes.paused import Pause, PausedForward, pauses_before
 from mspc.threads import fitting
 from mspc.types import GramStats, Matrix
@@ -59,16 +59,19 @@ def walk(
 
     `known(i)` returns the weights of block i by matrix name if they were solved before, else None. Known weights are
     installed, and their block is passed without a visit. `dense` are the same batches for the dense model. Suspended
-    passes take up to `memory` bytes (None: half of the free memory). `finish(i, block, dense_block)` is called after
-    the visits of block i, before any batch leaves it, and may change its weights.
+    passes take up to `memory` bytes (None: half of the free memory, or a quarter where several passes run at once).
+    `finish(i, block, dense_block)` is called after the visits of block i, before any batch leaves it, and may change
+    its weights.
     """
     for index, of_block in enumerate(matrices):
         with model.loaded(index) as block:
             dense_block = copy.deepcopy(block) if dense else block
             solved = known(index)
             if solved is None:
-                kept = _num_kept(model, batches, of_block, memory) // (2 if dense else 1)
-                at_once = fitting(pass_bytes(block, batches) * (2 if dense else 1))
+                streams = 2 if dense else 1
+                # Twice: running passes take a quarter of the free memory, and suspended ones the other quarter.
+                at_once = fitting(2 * pass_bytes(model, block, batches) * streams)
+                kept = _num_kept(model, batches, of_block, memory, 2 if at_once == 1 else 4) // streams
                 visits = _Block(model, index, block, dense_block, of_block, finish, at_once)
                 yield from visits.visits(batches, dense, kept)
             else:
@@ -136,12 +139,18 @@ def matrix_of(model: StreamedModel, block: nn.Module, index: int, matrix: Matrix
     return matrix.read(block.get_parameter(model.name_in_block(index, matrix)).data)
 
 
-def _num_kept(model: StreamedModel, batches: Sequence[Batch], matrices: Sequence[Matrix], memory: int | None) -> int:
-    """Number of batches that can be suspended in a block at once, estimated from the widest input."""
+def _num_kept(
+    model: StreamedModel, batches: Sequence[Batch], matrices: Sequence[Matrix], memory: int | None, share: int
+) -> int:
+    """Number of batches that can be suspended in a block at once, estimated from the widest input.
+
+    They take `memory` bytes, or 1 / `share` of the free memory.
+    """
     if memory is None:
-        memory = free_memory(model.device) // 2
+        memory = free_memory(model.device) // share
     width = max((matrix.shape[1] for matrix in matrices), default=0)
-    bytes_each = BUFFERS_HELD * width * batches[0].ids.numel() * model.dtype.itemsize
+    ids = batches[0].ids
+    bytes_each = BUFFERS_HELD * width * ids.numel() * model.dtype.itemsize + scores_bytes(model, ids)
     return memory // max(bytes_each, 1)
 
 

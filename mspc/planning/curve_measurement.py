@@ -1,6 +1,7 @@
 """Measuring loss curves: a short run of the solver at a few sparsities of each matrix of the dense model."""
 
 from dataclasses import replace
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import sweep_all
-from mspc.solvers.quadratic import quadratic
+from mspc.solvers.quadratic import quadratic, solver_bytes
 from mspc.types import NM, GramStats, Pattern, Target, Unstructured
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
@@ -51,7 +52,8 @@ def measure_curves(
 
     with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step, precise_matmul():
         for few in by_few(dense):
-            for visit, curve in zip(few, threads.run(measure, few), strict=True):
+            memory = max(solver_bytes(visit.matrix.shape) for visit in few)
+            for visit, curve in zip(few, threads.run(measure, few, memory), strict=True):
                 curves[visit.matrix.name] = curve
                 step(visit.matrix.name)
     return curves
@@ -76,23 +78,23 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         solve = SOLVERS[str(settings.solver)]
         pruned = (solve(weight, stats, Target(pattern), options, name).weight for pattern in patterns)
         path = ((result, form.loss(result * form.scale)) for result in pruned)
-    solved = [(weight, 0.0), *path]
-    losses: list[float] = []
-    for _, loss in solved:
-        losses.append(max([loss, *losses]))  # a short run may not rise everywhere
+    losses, kept = list[float](), dict[int, Tensor]()
+    for i, (result, loss) in enumerate(chain([(weight, 0.0)], path)):
+        losses.append(loss)
+        if settings.has_budget and i in QUANTIZED:
+            kept[i] = result
     quantized: dict[int, list[tuple[float, float]]] = {}
-    points = [i for i in QUANTIZED if i < len(solved)]
     for bits in SWEPT_BITS if settings.has_budget else ():
         target = Target(Unstructured(0.0), settings.grid_for(weight.shape[1], bits))
-        swept = sweep_all([solved[i][0] for i in points], stats, target, options, name)
-        more = [form.loss(result * form.scale) - solved[i][1] for i, result in zip(points, swept, strict=True)]
-        sparsities = [patterns[i - 1].sparsity if i else 0.0 for i in points]
+        swept = sweep_all(list(kept.values()), stats, target, options, name)
+        more = [form.loss(result * form.scale) - losses[i] for i, result in zip(kept, swept, strict=True)]
+        sparsities = [patterns[i - 1].sparsity if i else 0.0 for i in kept]
         quantized[bits] = [(s, max(loss, 0.0) * half_tokens) for s, loss in zip(sparsities, more, strict=True)]
         if bits == 4:  # 16 times as many levels: 1/256 of the squared error
             quantized[8] = [(s, loss / 256) for s, loss in quantized[bits]]
     return Curve(
         tuple(pattern.sparsity for pattern in patterns),
-        tuple(loss * half_tokens for loss in losses[1:]),
+        tuple(loss * half_tokens for loss in list(accumulate(losses, max))[1:]),  # a short run may not rise everywhere
         {bits: tuple(losses_at) for bits, losses_at in quantized.items()},
     )
 

@@ -22,7 +22,7 @@ from mspc import threads
 from mspc.errors import InputError
 from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import batches_of
+from mspc.passes.blocks import batches_of, logits_bytes
 from mspc.passes.walk import install, walk
 from mspc.planning.allocation import highest_level
 from mspc.planning.evolution import Judge, Levels, Space, evolve
@@ -33,6 +33,7 @@ from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.sizes import in_words
 from mspc.solvers import SOLVERS
 from mspc.solvers.error_compensation import compensated
+from mspc.solvers.quadratic import solver_bytes
 from mspc.types import NM, CompressedLinear, GramStats, MatricesByBlock, Matrix, Target, Unstructured, flatten
 
 WINDOW = 2
@@ -121,7 +122,7 @@ def make_weights(
         wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)
         levels = range(max(own - window, 0), min(own + window, highest_level(settings)) + 1)
         targets = [target_of(settings, level, weight.shape[1]) for level in levels]
-        solved = threads.run(partial(solved_for, name, wanted, stats), targets)
+        solved = threads.run(partial(solved_for, name, wanted, stats), targets, solver_bytes(visit.matrix.shape))
         made[visit.matrix] = {
             level: found.weight.to("cpu", model.dtype) for level, found in zip(levels, solved, strict=True)
         }
@@ -138,7 +139,7 @@ def target_of(settings: Settings, level: int, num_inputs: int) -> Target:
 
 def dense_predictions(model: StreamedModel, validation: Tensor) -> list[Tensor]:
     with model.whole():
-        return list(threads.run(partial(predictions, model), validation))
+        return list(threads.run(partial(predictions, model), validation, logits_bytes(model, validation[0])))
 
 
 def predictions(model: StreamedModel, ids: Tensor) -> Tensor:
@@ -169,7 +170,8 @@ def judge_of(
         def divergence(n: int) -> float:
             return float(kl_div(predictions(model, validation[n]), dense[n], log_target=True, reduction="sum"))
 
-        return sum(threads.run(divergence, sequences)) / (len(sequences) * validation.shape[1])
+        found = threads.run(divergence, sequences, logits_bytes(model, validation[0]))
+        return sum(found) / (len(sequences) * validation.shape[1])
 
     return judge
 

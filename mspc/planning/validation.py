@@ -21,7 +21,7 @@ from mspc.progress import Progress
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import sweep_all
-from mspc.solvers.quadratic import quadratic
+from mspc.solvers.quadratic import quadratic, solver_bytes
 from mspc.types import Matrix, PlannedMatrix, Target, Unstructured
 
 
@@ -55,7 +55,8 @@ def validate_plans(
         # When a group ends, the walk has left this block, so the block can be loaded again.
         for index, in_block in groupby(by_few(visits), key=lambda few: few[0].block):
             for few in in_block:
-                for visit, found in zip(few, threads.run(approximate, few), strict=True):
+                memory = max(solver_bytes(visit.matrix.shape) for visit in few)
+                for visit, found in zip(few, threads.run(approximate, few, memory), strict=True):
                     for name, weight in found.items():
                         weights[name][visit.matrix] = weight
                     step(visit.matrix.name)

@@ -45,9 +45,11 @@ def obs(
     with precise_matmul():
         if mask is None:
             return sweep(weight, stats, target, options, name)[0]
-        # With a given mask no row depends on another.
+        # With a given mask no row depends on another. The factor of all is made once.
+        ordered = in_order(stats, options)
         rows = zip(threads.pieces(weight), threads.pieces(mask), strict=True)
-        return _joined(list(threads.run(lambda some: sweep(some[0], stats, target, options, name, some[1])[0], rows)))
+        parts = threads.run(lambda some: _swept(some[0], *ordered, target, options, name, some[1])[0], rows)
+        return _joined(list(parts))
 
 
 def _joined(parts: Sequence[CompressedLinear]) -> CompressedLinear:
@@ -67,10 +69,20 @@ def sweep(
 
     With `mask` (O, I), that mask is obeyed and the target's pattern is ignored.
     """
+    return _swept(weight, *in_order(stats, options), target, options, name, mask)
+
+
+def _swept(
+    weight: Tensor,
+    order: Tensor,
+    stats: GramStats,
+    target: Target,
+    options: SolverOptions,
+    name: str,
+    mask: Tensor | None,
+) -> tuple[CompressedLinear, float]:
+    """`sweep` with the column order, and the statistics in that order."""
     check_pattern(target.pattern, weight.shape[1], options, name)
-    order = column_order(stats, options)
-    if options.activation_order:
-        stats = GramStats(stats.gram[order][:, order], stats.num_tokens)
     factor = inverse_factor(stats, options.damp, name)
     given = None if mask is None else mask[:, order]
     state = Sweep(weight.float()[:, order].T.contiguous(), factor, target, options, order, name, given)
@@ -103,10 +115,12 @@ def check_pattern(pattern: Pattern, num_columns: int, options: SolverOptions, na
         )
 
 
-def column_order(stats: GramStats, options: SolverOptions) -> Tensor:
-    if options.activation_order:
-        return torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
-    return torch.arange(len(stats.gram), device=stats.gram.device)
+def in_order(stats: GramStats, options: SolverOptions) -> tuple[Tensor, GramStats]:
+    """The order of the columns in a sweep, and the statistics in that order."""
+    if not options.activation_order:
+        return torch.arange(len(stats.gram), device=stats.gram.device), stats
+    order = torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
+    return order, GramStats(stats.gram[order][:, order], stats.num_tokens)
 
 
 @dataclass

@@ -26,6 +26,8 @@ from mspc.types import GramStats
 
 OUTPUT_DAMP = 0.05
 """Damping of S as a share of its mean diagonal. It is large because few sequences estimate S."""
+WEIGHTS_HELD, GRAMS_HELD = 20, 5
+"""Copies of a weight and of a Gram in float32 that a solver holds at most, estimated."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     # Weights of dead inputs cost nothing. `contiguous`, as a weight that is stored transposed is a view.
     target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()
     return Quadratic(name, target, inputs, outputs, scales)
+
+
+def solver_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes that a solver takes for a matrix (O, I) at most, estimated from its weight and its Gram."""
+    num_outputs, num_inputs = shape
+    return torch.float32.itemsize * (WEIGHTS_HELD * num_outputs + GRAMS_HELD * num_inputs) * num_inputs
 
 
 def inputs_of(stats: GramStats, damp: float, name: str) -> Inputs:
