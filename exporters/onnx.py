@@ -56,6 +56,8 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {options.weights!r}.")
     if options.accuracy_level not in range(5):
         raise InputError(f"accuracy_level must be 0 to 4, not {options.accuracy_level}.")
+    if options.accuracy_level and options.weights != MATMUL_NBITS:
+        raise InputError(f"accuracy_level has no effect with weights={options.weights}. Leave it out.")
     if DYNAMIC in rope_types(config):
         raise InputError(
             "rope_type is dynamic: its frequencies depend on the length of the text, and the keys in a cache are those "

@@ -218,6 +218,11 @@ def test_a_file_without_some_tensors_is_refused(exported, tmp_path, part):
         resolve(str(without(exported()[1], tmp_path / "m.gguf", part)))
 
 
+def test_a_folder_with_a_file_names_it(exported):
+    with pytest.raises(InputError, match=r"holds a GGUF file\. Give the file itself: .*\.gguf"):
+        resolve(str(exported()[1].parent))
+
+
 def test_a_part_of_a_file_is_refused(exported, tmp_path):
     with pytest.raises(InputError, match=r"is one part of 2\. Join them first"):
         resolve(str(without(exported()[1], tmp_path / "m.gguf", "-", **{"split.count": 2})))

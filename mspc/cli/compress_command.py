@@ -77,7 +77,7 @@ def compress(
     mspc compress MODEL --out DIR --sparsity 0 --bits 4    only quantize
     mspc compress MODEL --out DIR --pattern 2:4 --bits 4   sparse cores, int4
     """
-    with reported(debug, "What was solved is kept: `mspc compress` goes on with --resume."):
+    with reported(debug, "If anything was solved, it is kept: `mspc compress` goes on with --resume."):
         asked = {name: value for name, value in options.items() if value is not None and value != []}
         if str(asked.get("group_size", "")).isdecimal():
             asked["group_size"] = int(asked["group_size"])

@@ -26,6 +26,8 @@ def resolve(model: str) -> Path:
     """The local folder of a path or hub id, which is downloaded. A GGUF file is made dense in a cache."""
     path = Path(model).expanduser()
     if path.is_dir():
+        if not any(path.glob("*.safetensors")) and (file := next(path.glob("*.gguf"), None)):
+            raise InputError(f"{path} holds a GGUF file. Give the file itself: {file}.")
         return path
     if is_gguf(path):
         return as_folder(path)

@@ -22,7 +22,7 @@ def groups_of(num_columns: int, grid: Grid, name: str = "the matrix") -> int:
     if num_columns % size:
         raise InputError(
             f"{name}: group size {size} does not divide its {num_columns} in features. Choose --group-size "
-            f"{_largest_divisor(num_columns)} 'row' or auto, or leave the matrix dense with --skip."
+            f"{_largest_divisor(num_columns)}, 'row' or auto, or leave the matrix dense with --skip."
         )
     return size
 

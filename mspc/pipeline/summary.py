@@ -33,7 +33,7 @@ def unused_note(names: Sequence[str]) -> str:
     """A note about the tensors of a checkpoint that are no part of its model, such as an adapter."""
     shown, one = ", ".join(names[:3]), len(names) == 1
     note = f"{len(names):,} tensor{'' if one else 's'} of the checkpoint, such as {shown}, belong{'s' * one} to no "
-    note += "parameter of the model and change nothing."
+    note += f"parameter of the model and change{'s' * one} nothing."
     return note + " Merge the adapter first (merge_and_unload of peft)." * any("lora_" in name for name in names)
 
 
@@ -62,7 +62,7 @@ def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
             f"Size: weights of {in_words(dense)} before and {in_words(sparse)} as the sparse export, "
             f"{factor}. Embeddings and head, which are not compressed, are "
             f"{in_words(embeddings)} of it ({embeddings / sparse:.0%}). This folder has "
-            f"{in_words(sizes['artifact'])} of weights, {in_words(sizes['folder'])} in all."
+            f"{in_words(sizes['artifact'])} of weights, {in_words(sizes['folder'])} in all, exports aside."
         )
     if stages := manifest.get("seconds_by_stage"):
         rest = max(manifest["seconds"] - sum(stages.values()), 0.0)

@@ -31,7 +31,7 @@ def document(row: Any, column: str | None, tokenizer: Any, where: Where) -> str:
         raise InputError(f"{where()}: expected a JSON object with a `{column or TEXT}` field.")
     name = column_of([name for name, value in row.items() if value is not None], column)
     if name is None:
-        names = ", ".join(map(str, list(row)[:8])) or "nothing"
+        names = ", ".join([str(name) for name, value in row.items() if value is not None][:8]) or "nothing"
         raise InputError(
             f"{where()}: expected a JSON object with a `{column or TEXT}` field, but it holds {names}. Name the field "
             "of the text with --text-column."
