@@ -189,7 +189,7 @@ def run_all(function: Callable[[T], object], items: Iterable[T], bytes_each: int
         pass
 
 
-def fitting(bytes_each: int) -> int:
+def fitting(bytes_each: int = 0) -> int:
     """The number of pieces of work of this size that there are threads for, and half of the free memory. At least 1."""
     helpers = _helpers.get()
     if helpers is None:

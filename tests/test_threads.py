@@ -5,6 +5,7 @@ import importlib
 import json
 import threading
 import time
+from functools import partial
 
 import pytest
 import tiny
@@ -172,6 +173,24 @@ def test_modes_of_torch_are_those_of_the_caller():
         with torch.inference_mode():
             assert set(threads.run(modes, range(6))) == {(False, True)}
         assert set(threads.run(modes, range(6))) == {(True, False)}
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_operations_of_a_model_with_hooks_have_all_threads(hooked, one_block):
+    """Its windows are evaluated one by one."""
+    model, seen = tiny.reference(one_block), set()
+
+    def forward(function, *args, **kwargs):
+        seen.add((threading.get_ident() if hooked else 0, torch.get_num_threads()))
+        return function(*args, **kwargs)
+
+    model.lm_head.forward = partial(forward, model.lm_head.forward)
+    if hooked:
+        model.register_forward_hook(lambda *_: None)
+    before = torch.get_num_threads()
+    mspc.evaluate(model, tiny.ids(6), threads=3, progress=False)
+    assert seen == {(threading.get_ident(), 3) if hooked else (0, 1)}
+    assert torch.get_num_threads() == before
 
 
 def autocast(_):

@@ -13,7 +13,7 @@ from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.intervals import Interval, mean_interval
 from mspc.passes.blocks import BUFFERS, Batch, Logits, advance, batches_of, logits_bytes, not_finite, without_blocks
-from mspc.threads import run
+from mspc.threads import fitting, of_torch, run
 
 LOGITS_AT_ONCE = 2**26
 """Logits of a part of a window: 256 MB in float32, where a whole window of a large vocabulary has gigabytes."""
@@ -122,12 +122,13 @@ def measure_module(
             p = None if reference is None else [_predictions(reference, window).to(q.device)]
             return window_sums(window, [q], p, first)
 
-        # Hooks, such as those that offload weights, may not run in two threads.
+        # Hooks, such as those that offload weights, may not run in two threads. Operations have all of them then.
         modules = [module for one in (model, reference) if one is not None for module in one.modules()]
         hooked = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules)
-        for sums in map(of_window, ids) if hooked else run(of_window, ids, size):
-            scores.append(sums)
-            step()
+        with of_torch(fitting()) if hooked and fitting() > 1 else nullcontext():
+            for sums in map(of_window, ids) if hooked else run(of_window, ids, size):
+                scores.append(sums)
+                step()
     return means(scores, ids.shape[1], first)
 
 
