@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mspc.passes.perplexity import Perplexity
     from mspc.progress import Event
     from mspc.recipe import Recipe
+    from mspc.runtime.keep_zeros import KeepZeros, masks
     from mspc.runtime.loading import load
 
 # Imported when first used: transformers takes seconds, and a Recipe needs none of it.
@@ -38,13 +39,15 @@ _HOME = {
     "mspc.passes.perplexity": ("Perplexity",),
     "mspc.progress": ("Event",),
     "mspc.recipe": ("Recipe",),
+    "mspc.runtime.keep_zeros": ("KeepZeros", "masks"),
     "mspc.runtime.loading": ("load",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationError", "Artifact", "Event", "InputError", "MspcError", "Perplexity", "Recipe", "SingularGramError",
-    "Stopped", "StorageError", "VerificationError", "__version__", "compress", "evaluate", "export", "load", "verify",
+    "ActivationError", "Artifact", "Event", "InputError", "KeepZeros", "MspcError", "Perplexity", "Recipe",
+    "SingularGramError", "Stopped", "StorageError", "VerificationError", "__version__", "compress", "evaluate",
+    "export", "load", "masks", "verify",
 ]  # fmt: skip
 
 
