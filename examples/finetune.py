@@ -26,8 +26,8 @@ def main() -> None:
     args = parser.parse_args()
 
     # 1. Prune to 2:4, and get an ordinary folder that transformers can train.
-    quick = {"effort": "fast", "num_sequences": 16, "sequence_length": LENGTH}
-    recipe = mspc.Recipe(pattern="2:4", eval=False, **quick)
+    quick = {"effort": "fast", "num_sequences": 16, "sequence_length": LENGTH, "eval": False}
+    recipe = mspc.Recipe(pattern="2:4", **quick)
     pruned = mspc.compress(args.model, recipe, out=args.out / "pruned", overwrite=True)
     folder = pruned.export("dense", args.out / "pruned-dense", overwrite=True)
 
@@ -58,10 +58,7 @@ def main() -> None:
 
     print(f"Pruned weights that are not zero after training: {moved}.")
     print(f"Patterns: {sorted({row['pattern'] for row in small.manifest['matrices']})}.")
-    print(
-        f"Perplexity on the last {num_test} windows, which were not trained on: {before.perplexity:.2f} pruned, ",
-        end="",
-    )
+    print(f"Perplexity on {num_test} windows that nothing was trained on: {before.perplexity:.2f} pruned, ", end="")
     print(f"{after.perplexity:.2f} tuned, {rounded.perplexity:.2f} tuned and rounded to 4 bits.")
 
 
