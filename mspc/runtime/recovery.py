@@ -51,13 +51,13 @@ class Recovery:
 
     before: float
     after: float
-    """That of the weights that the model has now. Never above `before`."""
+    """The divergence of the weights that the model has now. Never above `before`."""
     step: int
     """The step whose weights were kept; 0 for those that came in."""
     steps: int
     """The steps that were made."""
     divergences: dict[int, float] = field(default_factory=dict)
-    """Of each validation, by step."""
+    """The divergence of each validation, by step."""
 
 
 def recover(
@@ -103,19 +103,11 @@ def recover(
     trained = _trained(model, found)
     _check_memory(trained, next(model.parameters()).device)
     training, validation = _text(model, calibration, tokenizer, num_sequences, sequence_length, seed)
-    if not isinstance(teacher, nn.Module):
-        teacher = load(teacher, device=str(next(model.parameters()).device))
-    configs: list[Any] = [model.config, teacher.config]
-    sizes = [config.get_text_config().vocab_size for config in configs]
-    if sizes[0] != sizes[1] or teacher is model:
-        raise InputError(
-            f"recover: the dense model must be another one of the same vocabulary, but they have {sizes[0]} and "
-            f"{sizes[1]} tokens. Give the model before it was pruned."
-        )
+    dense = _dense(model, teacher)
     shown, rates = as_progress(progress), _rates(steps, learning_rate)
     batches = _batches(training, batch_size, steps, seed)
-    with evaluating(model), evaluating(teacher), _only_trained(model, trained):
-        run = _Training(_Halves(model), _Halves(teacher), trained, KeepZeros(found), validation, batch_size)
+    with evaluating(model), evaluating(dense), _only_trained(model, trained):
+        run = _Training(_Halves(model), _Halves(dense), trained, KeepZeros(found), validation, batch_size)
         try:
             with shown.stage("Recovering", steps) as step:
                 run.validate(0)
@@ -127,6 +119,19 @@ def recover(
         finally:
             run.restore()
     return run.result()
+
+
+def _dense(model: PreTrainedModel, teacher: PreTrainedModel | str | Path) -> PreTrainedModel:
+    """The dense model in memory. Raises InputError for one that the sparse model cannot be compared with."""
+    dense = teacher if isinstance(teacher, nn.Module) else load(teacher, device=str(next(model.parameters()).device))
+    configs: list[Any] = [model.config, dense.config]
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    if sizes[0] != sizes[1] or dense is model:
+        raise InputError(
+            f"recover: the dense model must be another one of the same vocabulary, but they have {sizes[0]} and "
+            f"{sizes[1]} tokens. Give the model before it was pruned."
+        )
+    return dense
 
 
 class _Captured(EarlyExit):
@@ -143,7 +148,7 @@ class _Halves:
         self.some_id = int(config.get_text_config().pad_token_id == 0)
         """The id of a token, other than padding, which transformers warns of."""
         self.others: tuple[Any, ...] | None = None
-        """What the last block returns after the hidden states; None if it returns these alone."""
+        """The further outputs of the last block; None if it returns hidden states alone."""
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Ids (B, T) -> the output (B, T, D) of the last block."""
