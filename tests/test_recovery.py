@@ -42,7 +42,7 @@ def recover(model, dense, **options):
     return mspc.recover(model, dense, IDS, **{"steps": 10, "learning_rate": 3e-3, "progress": False} | options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_steps_are_those_of_a_loop_by_hand(family, sparse, monkeypatch):
     """With capped logits and transposed matrices too. Oracle: torch's AdamW on parameters times masks."""
     monkeypatch.setattr(recovery, "POSITIONS", 25)  # does not divide the positions of a batch
