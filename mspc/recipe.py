@@ -48,6 +48,12 @@ class Recipe:
     bits: int | None = common(
         UNQUANTIZED_BITS, "Bits of each kept weight: 8, 4, 3 or 2, or 16 for the checkpoint's dtype."
     )
+    keep_zeros: bool | None = common(
+        False,
+        "Take the zeros that the checkpoint has as its masks, prune nothing more, and only round (--bits).",
+        flags="--keep-zeros",
+        shown="off",
+    )
     bits_per_weight: float | None = common(
         None, "Size budget in bits per weight, masks and scales included. Chooses sparsity and bits of each matrix."
     )

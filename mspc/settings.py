@@ -55,9 +55,10 @@ class Settings:
     """Every choice that decides the bytes of an artifact, with its value; `mspc.recipe.Recipe` documents each."""
 
     sparsity: float | None
-    """None under a size budget."""
+    """None under a size budget, and with the zeros of the checkpoint if it was not asked for."""
     pattern: str
     bits: int
+    keep_zeros: bool
     bits_per_weight: float | None
     target_size: str | None
     group_size: int | None
@@ -129,13 +130,14 @@ class Settings:
 
     @property
     def allocates(self) -> bool:
-        """True if there is sparsity to allocate: no plan, no fixed pattern, and not 0."""
-        return self.plan is None and self.fixed_pattern is None and self.target_sparsity > 0
+        """True if there is sparsity to allocate: no plan, no fixed pattern or zeros, and not 0."""
+        given = self.plan is not None or self.fixed_pattern is not None or self.keep_zeros
+        return not given and self.target_sparsity > 0
 
     @property
     def prunes(self) -> bool:
-        """True if some weights are to be zero, as far as the settings say; a plan may say so."""
-        return self.plan is not None or self.has_budget or self.target_sparsity > 0
+        """True if some weights are to become zero, as far as the settings say; a plan may say so."""
+        return self.plan is not None or self.has_budget or (self.target_sparsity > 0 and not self.keep_zeros)
 
     @property
     def needs_sensitivity(self) -> bool:
@@ -161,7 +163,7 @@ class Settings:
         `eval` is left out, as it changes no weight: a run may be resumed with it or without.
         """
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
-        values["only"] = list(self.only) or None
+        values["only"], values["keep_zeros"] = list(self.only) or None, self.keep_zeros or None
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 
@@ -176,14 +178,18 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     values["rows_if_needed"] = values["group_size"] == "auto"
     if values["group_size"] in (ROW, "auto"):
         values["group_size"] = None if values["group_size"] == ROW else AUTO_GROUP_SIZES[0]
+    if values["keep_zeros"]:
+        _check_kept(asked)
     if values["bits_per_weight"] is not None or values["target_size"] is not None:
         values["allocator"] = asked.get("allocator", AUTO)
         _check_budget(asked, values["allocator"])
         values["sparsity"] = None
+    elif values["keep_zeros"] and fixed_pattern(values["pattern"]) is None:
+        values["sparsity"] = asked.get("sparsity")
     elif (pattern := fixed_pattern(values["pattern"])) is not None:
         _check_fixed(pattern, asked)
         values["sparsity"] = pattern.sparsity
-    if values["solver"] == "mask":
+    if values["solver"] == "mask" or (values["keep_zeros"] and values["bits"] == UNQUANTIZED_BITS):
         values["propagation"] = asked.get("propagation", 0.0)
     values["alpha"] = asked.get("alpha", SPREADS.get(values["allocator"]))
     settings = Settings(**values)
@@ -228,7 +234,18 @@ def _unquantized(s: Settings) -> str | None:
 def _nothing_to_allocate(s: Settings) -> str | None:
     if s.has_budget or s.allocates:
         return None
+    if s.keep_zeros:
+        return _zeros_of_checkpoint(s)
     return f"pattern {s.pattern}, the same in every matrix" if s.fixed_pattern else f"sparsity {s.target_sparsity:g}"
+
+
+def _zeros_of_checkpoint(s: Settings) -> str | None:
+    return f"keep_zeros {s.keep_zeros}, which takes the masks of the checkpoint" if s.keep_zeros else None
+
+
+def _as_it_is(s: Settings) -> str | None:
+    unchanged = s.keep_zeros and not s.quantizes
+    return f"keep_zeros {s.keep_zeros} without bits, which changes no weight" if unchanged else None
 
 
 def _unless(fits: bool, reason: str) -> str | None:
@@ -236,7 +253,7 @@ def _unless(fits: bool, reason: str) -> str | None:
 
 
 def _solver(s: Settings, *names: str) -> str | None:
-    nothing = _unless(s.prunes, f"sparsity {s.target_sparsity:g}, which prunes nothing")
+    nothing = _zeros_of_checkpoint(s) or _unless(s.prunes, f"sparsity {s.target_sparsity:g}, which prunes nothing")
     return nothing or _unless(s.solver in names, f"solver {s.solver} (only {' and '.join(names)} use it)")
 
 
@@ -252,12 +269,12 @@ def _sensitivity_sequences(s: Settings) -> str | None:
 
 def _damp(s: Settings) -> str | None:
     inverts = s.solver != "mask" or s.criterion not in PUBLISHED_CRITERIA or s.needs_curves
-    return _unless(inverts, f"solver mask and criterion {s.criterion}, which invert no Gram matrix")
+    return _as_it_is(s) or _unless(inverts, f"solver mask and criterion {s.criterion}, which invert no Gram matrix")
 
 
 def _activation_order(s: Settings) -> str | None:
     sweeps = s.solver == "obs" or s.has_budget or (s.solver != "mask" and (s.quantizes or s.plan is not None))
-    return _unless(sweeps, f"solver {s.solver} and bits {s.bits}: no OBS sweep is run")
+    return _as_it_is(s) or _unless(sweeps, f"solver {s.solver} and bits {s.bits}: no OBS sweep is run")
 
 
 NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
@@ -266,8 +283,10 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
     "bits": _plan,
     "group_size": lambda s: _plan(s) or _unquantized(s),
     "asymmetric": lambda s: _plan(s) or _unquantized(s),
+    "solver": _as_it_is,
+    "reconstruct": _as_it_is,
     "iterations": lambda s: _solver(s, "kfac", "admm"),
-    "propagation": lambda s: _unless(s.solver != "mask", "solver mask, which updates no weight"),
+    "propagation": lambda s: _as_it_is(s) or _unless(s.solver != "mask", "solver mask, which updates no weight"),
     "criterion": lambda s: _solver(s, "obs", "mask"),
     "allocator": lambda s: _plan(s) or _nothing_to_allocate(s),
     "alpha": lambda s: _allocator(s, *SPREADS),
@@ -306,6 +325,15 @@ def _check_budget(asked: Mapping[str, Any], allocator: str) -> None:
         raise InputError("bits_per_weight and target_size are both a budget. Give one of them.")
     if allocator in ALLOCATORS and allocator not in (AUTO, CURVES):
         raise InputError(f"{budget} needs the allocator auto or curves, not {allocator}.")
+
+
+def _check_kept(asked: Mapping[str, Any]) -> None:
+    for name in ("bits_per_weight", "target_size", "plan"):
+        if name in asked:
+            raise InputError(
+                f"keep_zeros and {name} {asked[name]} exclude each other: one takes the zeros of the checkpoint, the "
+                "other chooses zeros. Leave one of the two out."
+            )
 
 
 def check_reconstruct(settings: Settings) -> None:

@@ -422,6 +422,7 @@ def test_guessing_is_said_before_the_work(llama, calibration, tmp_path, caplog):
         ),
         ({"target_size": "2MB", "bits": 16, "effort": "best"}, ["a larger --target-size than 2MB"], "--sparsity"),
         ({"pattern": "2:4", "bits": 4, "effort": "best"}, ["a pattern that keeps more than 2:4"], "--sparsity than"),
+        ({"keep_zeros": True, "bits": 3, "effort": "best"}, ["more --bits than 3"], "--bits-per-weight"),
         ({"plan": "plan.json", "bits": 16, "effort": "best"}, ["a plan with more bits"], "--bits-per-weight"),
     ],
 )

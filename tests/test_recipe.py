@@ -34,6 +34,7 @@ OTHER = (
     {"target_size": "2.2GB"},
     {"bits": 4, "group_size": "row"},
     {"pattern": "2:4"},
+    {"keep_zeros": True},
     {},
 )  # fmt: skip
 
@@ -149,10 +150,16 @@ EFFECTS = {
     "bits": (4, {}, [{"plan": "p"}]),
     "group_size": (64, {"bits": 4}, [{}, {"bits": 16}, {"plan": "p"}]),
     "asymmetric": (True, {"bits_per_weight": 3.0}, [{}, {"sparsity": 0.6}, {"plan": "p"}]),
-    "iterations": (5, {"solver": "admm"}, [{"solver": "obs"}, {"solver": "mask"}, {"sparsity": 0.0, "bits": 4}]),
-    "propagation": (0.7, {"solver": "obs"}, [{"solver": "mask"}]),
+    "solver": ("obs", {"keep_zeros": True, "bits": 4}, [{"keep_zeros": True}]),
+    "reconstruct": (5, {}, [{"keep_zeros": True}]),
+    "iterations": (5, {"solver": "admm"}, [
+        {"solver": "obs"}, {"solver": "mask"}, {"sparsity": 0.0, "bits": 4}, {"keep_zeros": True, "bits": 4},
+    ]),
+    "propagation": (0.7, {"solver": "obs"}, [{"solver": "mask"}, {"keep_zeros": True}]),
     "criterion": ("wanda", {"solver": "mask"}, [{}, {"effort": "fast"}, {"solver": "kfac"}, {"solver": "admm"}]),
-    "allocator": ("owl", {"pattern": "N:16"}, [{"pattern": "2:4"}, {"sparsity": 0.0}, {"plan": "p"}]),
+    "allocator": ("owl", {"pattern": "N:16"}, [
+        {"pattern": "2:4"}, {"sparsity": 0.0}, {"plan": "p"}, {"keep_zeros": True},
+    ]),
     "alpha": (0.2, {"allocator": "owl"}, [
         {}, {"allocator": "uniform"}, {"allocator": "curves"}, {"effort": "fast"}, {"plan": "p"}, {"pattern": "2:4"},
     ]),
@@ -166,9 +173,9 @@ EFFECTS = {
         {"solver": "obs", "pattern": "2:4"},
     ]),
     "damp": (0.1, {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
-        {"solver": "mask", "criterion": "wanda", "allocator": "uniform"},
+        {"solver": "mask", "criterion": "wanda", "allocator": "uniform"}, {"keep_zeros": True},
     ]),
-    "activation_order": (True, {"bits": 4}, [{}, {"solver": "mask"}, {"effort": "fast"}]),
+    "activation_order": (True, {"bits": 4}, [{}, {"keep_zeros": True}, {"solver": "mask"}, {"effort": "fast"}]),
 }  # fmt: skip
 """For each option: a value, options with which it has an effect, and others with which it has none."""
 
@@ -176,7 +183,7 @@ EFFECTS = {
 def test_the_table_of_effects_is_whole():
     """Every option is in it, but those that always count."""
     always = {
-        "bits_per_weight", "target_size", "effort", "solver", "reconstruct", "calibration", "num_sequences",
+        "bits_per_weight", "target_size", "effort", "keep_zeros", "calibration", "num_sequences",
         "sequence_length", "seed", "skip", "only", "plan", "device", "dtype", "text_column", "text_encoding", "bos",
         "eval",
     }  # fmt: skip
@@ -211,6 +218,8 @@ def test_an_option_without_effect_is_refused_and_both_are_named(name, others):
         {"activation_order": False},
         {"reconstruct": 0, "bits": 4},
         {"bits": 16},
+        {"keep_zeros": True, "pattern": "2:4", "sparsity": 0.5, "bits": 16, "allocator": "uniform"},
+        {"keep_zeros": False, "bits_per_weight": 3.0},
         {"plan": "p", "seed": 3, "num_sequences": 5, "calibration": "c4"},
     ],
     ids=str,
@@ -253,6 +262,10 @@ def test_settings_know_the_names_of_the_allocators():
         ({"allocator": "search", "search_minutes": 0}, r"search_minutes must be a number above 0, not 0"),
         ({"allocator": "search", "search_minutes": float("nan")}, r"search_minutes must be a number above 0, not nan"),
         ({"bits_per_weight": 3.0, "allocator": "search"}, r"needs the allocator auto or curves, not search"),
+        ({"keep_zeros": True, "bits_per_weight": 3.0}, r"keep_zeros and bits_per_weight 3\.0 exclude each other"),
+        ({"keep_zeros": True, "target_size": "1GB"}, r"keep_zeros and target_size 1GB exclude each other"),
+        ({"keep_zeros": True, "plan": "p"}, r"keep_zeros and plan p exclude each other: one takes the zeros"),
+        ({"keep_zeros": True, "pattern": "2:4", "sparsity": 0.6}, r"pattern 2:4 fixes the sparsity at 0\.5"),
         ({"bits": 5}, r"bits must be 16 \(not quantized\), 8, 4, 3 or 2, not 5"),
         ({"bits": 4.0}, r"bits must be of type int \| None, not 4\.0"),
         ({"bits": True}, r"bits must be of type int \| None, not True"),

@@ -72,7 +72,7 @@ class StreamedModel:
         for buffered in self.model.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
-        self.blocks_name, self.blocks = _find_blocks(self.model)
+        self.blocks_name, self.blocks = find_blocks(self.model)
         stored_blocks = count_blocks(self.model, self.blocks_name, len(self.blocks), types)
         self.source_tensors = _map_keys(self.model, source.keys())
         few = f"It has {stored_blocks} blocks, but by config.json the model has {len(self.blocks)}. "
@@ -272,7 +272,7 @@ def _built(config: PreTrainedConfig, device: torch.device, **options: Any) -> Pr
     return model.eval()
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The ModuleList with the most parameters: the decoder layers of every causal LM."""
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:

@@ -30,6 +30,7 @@ from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
 from mspc.pipeline.summary import report, unused_note
 from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity, possible_targets
+from mspc.planning.kept_zeros import plan_of_zeros
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.planning.solver_options import solver_options
@@ -108,7 +109,7 @@ class Run:
         model.check_selection(settings.skip, settings.only, irregular)
         matrices = model.matrices(settings.skip, irregular, settings.only)
         self.settings = settings = choose_group_size(settings, matrices)
-        self.check_early(matrices)
+        self.check_early(model, matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         text = draw(settings, self.calibration, self.load_tokenizer)
@@ -200,8 +201,7 @@ class Run:
         file = self.folder / PLAN
         if journal.entries:  # the plan is committed first
             return read_plan(file, flatten(planner.matrices))
-        given = self.given_plan(planner.matrices)
-        chosen = PlanChoice(given) if given else planner.plan(model, fisher)
+        chosen = PlanChoice(self.given) if self.given else planner.plan(model, fisher)
         plan = chosen.plan
         write_plan(file, self.checked(plan))
         how = {"chosen": chosen.name, "tried": chosen.divergences, **chosen.search}
@@ -222,7 +222,10 @@ class Run:
     def open_model(self, *, eager: bool = False) -> StreamedModel:
         return open_model(self.source, device=self.device, dtype=self.settings.dtype, eager=eager)
 
-    def given_plan(self, matrices: MatricesByBlock) -> list[PlannedMatrix] | None:
+    def given_plan(self, model: StreamedModel, matrices: MatricesByBlock) -> list[PlannedMatrix] | None:
+        """The plan that the user gives, or that the zeros of the checkpoint give; None if one is to be made."""
+        if self.settings.keep_zeros:
+            return plan_of_zeros(model, matrices, self.settings, self.progress)
         return read_plan(Path(self.settings.plan), flatten(matrices)) if self.settings.plan is not None else None
 
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
@@ -248,9 +251,10 @@ class Run:
             if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
 
-    def check_early(self, matrices: MatricesByBlock) -> None:
+    def check_early(self, model: StreamedModel, matrices: MatricesByBlock) -> None:
         """Raises InputError, before anything is measured, for a plan or an export that could not be made."""
-        plan = self.given_plan(matrices) or allocate(self.settings, matrices, {})
+        self.given = self.given_plan(model, matrices)
+        plan = self.given or allocate(self.settings, matrices, {})
         if not self.settings.has_budget:
             self.checked(plan)
             return
@@ -372,7 +376,8 @@ def _config_digest(folder: Path) -> str:
 
 
 def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> float:
-    return planned_sparsity(plan) if settings.plan is not None or settings.has_budget else settings.target_sparsity
+    planned = settings.plan is not None or settings.has_budget or settings.keep_zeros
+    return planned_sparsity(plan) if planned else settings.target_sparsity
 
 
 def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:

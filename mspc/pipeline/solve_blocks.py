@@ -16,6 +16,7 @@ from mspc.formats.decoding import check_indices
 from mspc.formats.targets import target_to_dict
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
+from mspc.numerics.zeros import mask_of
 from mspc.passes.blocks import Batch
 from mspc.passes.walk import Visit, install, matrix_of, walk
 from mspc.pipeline.reconstruct import reconstruct
@@ -28,7 +29,7 @@ from mspc.storage.files import sha256_of, write_tensors
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import MatrixEntry
-from mspc.types import CompressedLinear, MatricesByBlock, Matrix, PlannedMatrix
+from mspc.types import CompressedLinear, GramStats, MatricesByBlock, Matrix, PlannedMatrix
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,10 @@ def solve_one(
     name, weight = visit.matrix.name, visit.weight.float().clone()
     stats = replace(visit.stats, output_fisher=fisher)
     wanted, propagation_damp = compensated(weight, stats, settings.propagation, options.damp, name)
-    solution = SOLVERS[settings.solver](wanted, stats, planned.target, options, name)
+    if settings.keep_zeros:
+        solution = solve_with_zeros(model, visit, planned, wanted, stats, settings, options)
+    else:
+        solution = SOLVERS[settings.solver](wanted, stats, planned.target, options, name)
     dtype = model.source_dtypes[visit.matrix.parameter]
     stored = layout.as_stored(solution, dtype)
     if not bool(torch.stack(stored.weight.aminmax()).isfinite().all()):  # NaN is passed on; faster than isfinite
@@ -177,6 +181,21 @@ def solve_one(
     install(visit.weight, stored.weight)
     error = output_error(weight, stored.weight.float(), stats.gram)
     return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens)
+
+
+def solve_with_zeros(
+    model: StreamedModel, visit: Visit, planned: PlannedMatrix, wanted: Tensor, stats: GramStats,
+    settings: Settings, options: SolverOptions,
+) -> CompressedLinear:  # fmt: skip
+    """Round a matrix on the mask of the zeros in the checkpoint. Without a grid it stays as it is, bit by bit.
+
+    The checkpoint is read again: the dtype of the passes may make small weights zero.
+    """
+    source = visit.matrix.read(model.read_parameter(visit.matrix.parameter)).to(wanted.device)
+    mask = mask_of(source, planned.target.pattern)
+    if planned.target.grid is None:
+        return CompressedLinear(source.float(), mask, planned.target)
+    return SOLVERS[settings.solver](wanted, stats, planned.target, options, planned.name, mask)
 
 
 def commit_block(

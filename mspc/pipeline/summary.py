@@ -97,6 +97,8 @@ def hurt_line(manifest: Mapping[str, Any]) -> str | None:
     helps = []
     if budget:
         helps.append(f"a larger --{budget.replace('_', '-')} than {asked[budget]}")
+    elif asked.get("keep_zeros"):  # the zeros were there before
+        helps.append(f"more --bits than {asked['bits']}")
     elif "plan" not in asked:
         if asked["bits"] != UNQUANTIZED_BITS:
             helps.append(f"more --bits than {asked['bits']}")

@@ -1,6 +1,6 @@
 """Solvers: weight + statistics of its input + target -> CompressedLinear. They obey the target and know no model."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,7 +12,22 @@ from mspc.types import CompressedLinear, GramStats, Target
 
 __all__ = ["SOLVERS", "Solver", "SolverOptions"]
 
-Solver = Callable[[Tensor, GramStats, Target, SolverOptions, str], CompressedLinear]
-"""A function of the weight (O, I), the statistics, the target, the options, and the matrix name for errors."""
+
+class Solver(Protocol):
+    """A function of the weight (O, I), the statistics, the target, the options, and the matrix name for errors.
+
+    A given `mask` (O, I) is obeyed. It must be one of the target's pattern.
+    """
+
+    def __call__(
+        self,
+        weight: Tensor,
+        stats: GramStats,
+        target: Target,
+        options: SolverOptions,
+        name: str,
+        mask: Tensor | None = None,
+    ) -> CompressedLinear: ...
+
 
 SOLVERS: dict[str, Solver] = {"admm": admm, "kfac": kfac, "mask": mask_only, "obs": obs}

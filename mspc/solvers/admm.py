@@ -39,10 +39,12 @@ def admm(
     target: Target,
     options: SolverOptions,
     name: str,
+    mask: Tensor | None = None,
     output_fisher: Tensor | None = None,
 ) -> CompressedLinear:
     """(O, I) -> pruned (and quantized) weights on a support that is searched for over the whole matrix.
 
+    A given `mask` (O, I) is the support, and nothing is searched for.
     The objective is the squared error of the layer, or with `output_fisher` (K, B, B) the loss of the model. Raises
     InputError when the pattern or the group size does not divide I, and ActivationError or SingularGramError for a Gram
     that cannot be used.
@@ -51,7 +53,10 @@ def admm(
     weight = weight.float()
     with precise_matmul():
         form = quadratic(weight, stats, output_fisher, options.damp, name)
-        mask, values = _search(form, target.pattern, options.iterations)
+        if mask is None:
+            mask, values = _search(form, target.pattern, options.iterations)
+        else:
+            values = form.target * mask
         kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
     kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
     if bool(mask.all()):
@@ -62,13 +67,15 @@ def admm(
     return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
 
-def kfac(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """`admm` with the loss of the model as its objective. To prune, `stats` must have an output Fisher factor."""
-    if stats.output_fisher is None and target.pattern.sparsity > 0:
+def kfac(
+    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
+) -> CompressedLinear:
+    """`admm` with the loss of the model as its objective. To search, `stats` must have an output Fisher factor."""
+    if stats.output_fisher is None and target.pattern.sparsity > 0 and mask is None:
         raise InputError(
             f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
         )
-    return admm(weight, stats, target, options, name, stats.output_fisher)
+    return admm(weight, stats, target, options, name, mask, stats.output_fisher)
 
 
 def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[Tensor, float]]:

@@ -10,8 +10,10 @@ from mspc.solvers.options import SolverOptions
 from mspc.types import CompressedLinear, GramStats, Target
 
 
-def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str) -> CompressedLinear:
-    """(O, I) -> the same weights with the lowest-scored ones zero.
+def mask_only(
+    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
+) -> CompressedLinear:
+    """(O, I) -> the same weights with the lowest-scored ones zero, or those that a given `mask` removes.
 
     Raises InputError when the pattern or the group size does not divide I, and every error of `inverse_factor`.
     """
@@ -27,9 +29,10 @@ def mask_only(weight: Tensor, stats: GramStats, target: Target, options: SolverO
         regular, dead = regularized(stats.gram, 0.0)
         diagonal = regular.diagonal()
         inverse_diagonal = 1 / diagonal
-    score = criterion.score(weight, diagonal, inverse_diagonal)
-    score[:, dead] = -1.0
-    mask = select(score, target.pattern, per_row=criterion.per_row)
+    if mask is None:
+        score = criterion.score(weight, diagonal, inverse_diagonal)
+        score[:, dead] = -1.0
+        mask = select(score, target.pattern, per_row=criterion.per_row)
     codes = None
     kept = torch.where(mask, weight, 0.0)
     if target.grid is not None:
