@@ -137,7 +137,7 @@ def changed(file: Path, out: Path, **values: object) -> Path:
 
 
 def copied(reader: gguf.GGUFReader, out: Path, named: dict[str, object]) -> Path:
-    """What a reader holds as a file, with other values of some keys."""
+    """The content of a reader as a file, with other values of some keys."""
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or key in named:
