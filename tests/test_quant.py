@@ -184,7 +184,7 @@ def test_group_sizes():
     assert groups_of(256, Grid(4, 64)) == 64
     assert groups_of(200, Grid(4, None)) == 200
     for num_columns, fits in ((200, 8), (192, 64), (33, 1)):
-        with pytest.raises(InputError, match=rf"layers\.1\.q_proj: group size 128 .* {num_columns} .*size {fits} "):
+        with pytest.raises(InputError, match=rf"layers\.1\.q_proj: group size 128 .* {num_columns} .*size {fits}, "):
             groups_of(num_columns, Grid(4, 128), "layers.1.q_proj")
     weight = torch.ones(2, 200)
     with pytest.raises(InputError, match=r"layers\.1\.q_proj"):
