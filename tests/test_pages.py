@@ -1,6 +1,7 @@
 """The page of `mspc report`: structure, escapes, no outside address, comparisons, continuations, and its place."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from conftest import BUNDLED
 from test_cli import mspc_cli, refused
 
 import mspc
+from mspc.errors import InputError
 from mspc.model.hub import load_tokenizer
 from mspc.pages import continuations, page
 from mspc.pages.continuations import ENDED, PROMPTS, Continued, greedy
@@ -341,6 +343,12 @@ def test_continuations_are_those_of_transformers(model, folder_of):
     assert [text.removesuffix(ENDED) for text in greedy(loaded, tokenizer, PROMPTS[:3], 6)] == expected
 
 
+def test_continuations_beyond_the_longest_sequence_are_refused(folder_of):
+    folder = folder_of("gpt2")
+    with pytest.raises(InputError, match=r"continuations take \d+ tokens, and the model allows 128"):
+        greedy(mspc.load(folder), load_tokenizer(folder), PROMPTS[:1], 128)
+
+
 def test_the_end_of_a_text_is_shown():
     tokenizer = tiny.byte_tokenizer()
     prompt = torch.tensor(tokenizer("ab")["input_ids"])
@@ -364,6 +372,9 @@ def test_what_is_wrong_is_refused(made, tmp_path, llama):
     assert "is not an mspc artifact: it has no mspc.json" in refused("report", llama, "--out", tmp_path / "x.html")
     assert "does not exist" in refused("report", made / "b", tmp_path / "no", "--out", tmp_path / "x.html")
     assert "is a folder, and the page is a file" in refused("report", made / "b", "--out", tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    assert "is no file" in refused("report", made / "b", "--out", tmp_path / "fifo")
+    assert (tmp_path / "fifo").is_fifo()
     (tmp_path / "x.html").write_text("mine")
     assert "exists and is no report of mspc" in refused("report", made / "b", "--out", tmp_path / "x.html")
     assert (tmp_path / "x.html").read_text() == "mine"

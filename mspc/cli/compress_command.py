@@ -92,7 +92,8 @@ def compress(
         if report:
             from mspc.pages.page import report_of_run
 
-            written = report_of_run(artifact, model, whole.settings().device, threads)
+            settings = whole.settings()
+            written = report_of_run(artifact, model, settings.device, settings.dtype, threads)
             log.info(f"{written} written.")
         if as_json:
             print_json(artifact.manifest)

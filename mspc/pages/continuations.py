@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mspc.errors import InputError
 from mspc.memory import free_memory
-from mspc.model.hub import choose_device, load_tokenizer, resolve
+from mspc.model.hub import choose_device, load_tokenizer, longest_sequence, resolve
 from mspc.model.open import choose_dtype, open_source
 from mspc.progress import Progress
 from mspc.runtime.loading import load
@@ -76,6 +76,9 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], count: int) -> li
     """The `count` likeliest next tokens after each prompt as text; it is marked where the text ends before."""
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     longest, device = max(map(len, ids)), next(model.parameters()).device
+    most = longest_sequence(model.config)
+    if most is not None and longest + count > most:
+        raise InputError(f"continuations take {longest + count} tokens, and the model allows {most}")
     tokens = torch.zeros(len(ids), longest, dtype=torch.long)
     mask = torch.zeros_like(tokens)
     for row, own in enumerate(ids):  # padded on the left, so that all of them end together

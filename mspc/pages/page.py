@@ -1,7 +1,8 @@
 """`report`: the page of one artifact, or of several that are compared."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -83,11 +84,13 @@ def report(
     return _write(subjects, _said(subjects, paths, str(against), device, dtype, threads, shown), out)
 
 
-def report_of_run(made: Artifact, model: str, device: str, threads: int | None, progress: ProgressLike = True) -> Path:
+def report_of_run(
+    made: Artifact, model: str, device: str, dtype: str, threads: int | None, progress: ProgressLike = True
+) -> Path:
     """Write the page of a finished run into its artifact. Its figures are those of the run."""
     _check_out(made.path / PAGE)
     subjects = subjects_of([made.path])
-    said = _said(subjects, [made.path], model, device, None, threads, as_progress(progress))
+    said = _said(subjects, [made.path], model, device, dtype, threads, as_progress(progress))
     return _write(subjects, said, made.path / PAGE)
 
 
@@ -95,8 +98,10 @@ def _check_out(out: Path) -> None:
     """Raises InputError for a folder, and for a file that is no page of mspc."""
     if out.is_dir():
         raise InputError(f"{out} is a folder, and the page is a file. Give a name such as {out / PAGE}.")
-    if not out.is_file():
+    if not out.exists():
         return
+    if not out.is_file():
+        raise InputError(f"{out} is no file. Give the name of one.")
     with out.open("rb") as file:
         if GENERATOR.encode() not in file.read(2000):
             raise InputError(f"{out} exists and is no report of mspc. Choose another --out, or remove it.")
@@ -165,7 +170,8 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
     )  # fmt: skip
     parts = [_article(subject, alone=len(subjects) == 1) for subject in subjects]
     if len(subjects) > 1:
-        parts.insert(0, comparison(subjects))
+        with _shown(", ".join(subject.name for subject in subjects)):
+            parts.insert(0, comparison(subjects))
     parts.append(element("article", element("h2", "What they say"), said))
     without = None if plots.is_installed() else note(plots.MISSING)
     header = element("header", element("p", "mspc report", class_="kicker"), element("h1", title), without)
@@ -178,9 +184,16 @@ def _write(subjects: Sequence[Subject], said: Html, out: Path) -> Path:
 def _article(subject: Subject, *, alone: bool) -> Html:
     """The part of one artifact. Raises InputError for a manifest that lacks what each has."""
     heading = None if alone else element("h2", element("span", subject.place, class_="place"), subject.name)
-    try:
+    with _shown(subject.name):
         return artifact(subject, heading)
+
+
+@contextmanager
+def _shown(name: str) -> Iterator[None]:
+    """Inside, a manifest that lacks what each has is an InputError."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(
-            f"{subject.name}: {MANIFEST} cannot be shown ({error!r}). The artifact is damaged: compress again."
+            f"{name}: {MANIFEST} cannot be shown ({error!r}). The artifact is damaged: compress again."
         ) from error

@@ -39,6 +39,8 @@ def _lead(subject: Subject) -> Html:
     how = f"a budget ({asked})" if asked else f"pattern {settings['pattern']} and {settings['bits']} bits"
     if settings.get("plan") is not None:
         how = "a given plan"
+    if settings.get("keep_zeros"):
+        how = f"the zeros of the checkpoint and {settings['bits']} bits"
     return element(
         "p", "Made from ", element("b", manifest["source"]["name"]), f" with {how}, effort {settings['effort']}: ",
         f"{len(subject.rows)} matrices, {manifest['sparsity']['achieved']:.2%} zeros, "
