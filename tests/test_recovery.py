@@ -91,6 +91,16 @@ def test_a_model_comes_nearer_and_its_zeros_stay(sparse):
         assert torch.equal(parameter, before[name]) == ("embed" in name or "lm_head" in name)
 
 
+def test_a_matrix_that_no_text_passes_stays_as_it_is(sparse):
+    model, _, dense = sparse()
+    model.for_images = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        model.for_images.weight[:, ::2] = 0
+    before = model.for_images.weight.clone()
+    assert recover(model, dense, steps=4).after > 0
+    assert torch.equal(model.for_images.weight, before)
+
+
 def test_the_same_again(sparse):
     """Oracle: the first run. Another seed gives other weights; text does the same as its ids."""
     weights = []
