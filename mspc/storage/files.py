@@ -17,6 +17,11 @@ LONGEST_NAME = 240
 """Bytes of a name to which an ending fits; file systems take 255."""
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made again: `mspc` in XDG_CACHE_HOME, or else in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc"
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
