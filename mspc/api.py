@@ -13,16 +13,17 @@ from transformers import PreTrainedModel
 
 from exporters import exporting, formats, verification
 from mspc.errors import InputError, Stopped, StorageError, VerificationError
+from mspc.kernels.slow import slow_note
 from mspc.model.hub import choose_device, load_tokenizer, resolve, without_progress
 from mspc.passes.perplexity import Perplexity
 from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
 from mspc.pipeline.run import Run
 from mspc.pipeline.summary import summary, to_html
-from mspc.progress import Event, Progress, as_progress
+from mspc.progress import Event, Progress, as_progress, log
 from mspc.recipe import Recipe
 from mspc.runtime.loading import load
 from mspc.storage.artifact import EXPORTS
-from mspc.storage.manifest import read_manifest
+from mspc.storage.manifest import read_entries, read_manifest
 from mspc.storage.output_folder import made_and_held, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
@@ -84,7 +85,7 @@ def compress(
     Args:
         model: Checkpoint folder, .gguf file, hub id, or a transformers model in memory, which stays as it is. (It is
             saved next to `out` meanwhile.)
-        recipe: What to make of it; `Recipe()` makes half of the weights zero.
+        recipe: What to make of it; `Recipe()` gives it 4.25 bits per weight.
         out: Folder to write.
         tokenizer: Tokenizer of the calibration text; None: the one in the model's folder.
         calibration: Name of a text source, a list of documents, or token ids, an integer tensor (N, T) of N sequences.
@@ -130,6 +131,9 @@ def compress(
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)
+    entries = read_entries(artifact.manifest, out)
+    if note := slow_note([entry.stored for entry in entries], run.device.type):
+        log.info(note)
     for name in exports:
         export(artifact, name, artifact.path / EXPORTS / name, overwrite=resume, progress=shown)
     return artifact

@@ -13,7 +13,17 @@ from typing import Any, get_args
 import tomli_w
 
 from mspc.errors import InputError, unknown
-from mspc.settings import EFFORTS, ROW, SPREADS, Settings, check_encoding, fixed_pattern, resolve
+from mspc.settings import (
+    DEFAULT_BITS_PER_WEIGHT,
+    EFFORTS,
+    ROW,
+    SPREADS,
+    Settings,
+    check_encoding,
+    fixed_pattern,
+    has_goal,
+    resolve,
+)
 from mspc.sizes import bytes_of
 from mspc.types import BITS, UNQUANTIZED_BITS
 
@@ -37,16 +47,22 @@ def repeatable(text: str) -> Any:
 class Recipe:
     """The options of `compress` that decide the content of an artifact. None: not asked for.
 
+    Without a goal (`GOALS` of `mspc.settings`) the result has 4.25 bits per weight, the size of int4 in groups of 64.
+
     Raises InputError for values that make no sense, and for an option that has no effect with the others given.
     """
 
-    sparsity: float | None = common(0.5, "Share of zeros in the compressed matrices, 0 <= S < 1.")
+    sparsity: float | None = common(
+        0.5, "Share of zeros in the compressed matrices, 0 <= S < 1.", shown="0.5 with --pattern or --bits"
+    )
     pattern: str | None = common(
         "unstructured",
         "unstructured; N:M such as 2:4 (N of M are kept), the same in every matrix; or N:16, with N chosen per matrix.",
     )
     bits: int | None = common(
-        UNQUANTIZED_BITS, "Bits of each kept weight: 8, 4, 3 or 2, or 16 for the checkpoint's dtype."
+        UNQUANTIZED_BITS,
+        "Bits of each kept weight: 8, 4, 3 or 2, or 16 for the checkpoint's dtype.",
+        shown=f"{UNQUANTIZED_BITS} with --sparsity or --pattern",
     )
     keep_zeros: bool | None = common(
         False,
@@ -55,7 +71,9 @@ class Recipe:
         shown="off",
     )
     bits_per_weight: float | None = common(
-        None, "Size budget in bits per weight, masks and scales included. Chooses sparsity and bits of each matrix."
+        None,
+        "Size budget in bits per weight, masks and scales included. Chooses sparsity and bits of each matrix.",
+        shown=f"{DEFAULT_BITS_PER_WEIGHT:g}, if no other goal is given",
     )
     target_size: str | None = common(
         None, "Size budget for all weights of the sparse export, such as 800MB, 2.2GB or 2GiB."
@@ -172,6 +190,11 @@ class Recipe:
         """The options that were asked for, by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None and value != ()}
+
+    @property
+    def has_goal(self) -> bool:
+        """True if it says what the result is to be: a size, a sparsity, a pattern, bits, a plan or zeros to keep."""
+        return has_goal(self.asked())
 
     def settings(self) -> Settings:
         """Every option with its value: as asked for, else by the effort, else its default."""

@@ -36,6 +36,12 @@ OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
 BOS = ("auto", "yes", "no")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan", "keep_zeros")
+"""Options of which each says what the result is to be."""
+DEFAULT_BITS_PER_WEIGHT = 4.25
+"""Size budget of a recipe without a goal: what int4 takes with groups of 64 (4 bits, and 16/64 for scales). That is the
+size that most people choose, and a mixture of this size loses less."""
+
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
         "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 24,
@@ -172,6 +178,8 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
 
     Raises InputError for an unknown name, for options that contradict each other, and for one without effect.
     """
+    if not has_goal(asked):
+        defaults = {**defaults, "bits_per_weight": DEFAULT_BITS_PER_WEIGHT}
     effort = asked.get("effort", defaults["effort"])
     _check_name("effort", effort, EFFORTS)
     values = {**defaults, **EFFORTS[effort], **asked}
@@ -182,7 +190,7 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
         _check_kept(asked)
     if values["bits_per_weight"] is not None or values["target_size"] is not None:
         values["allocator"] = asked.get("allocator", AUTO)
-        _check_budget(asked, values["allocator"])
+        _check_budget(asked, values)
         values["sparsity"] = None
     elif values["keep_zeros"] and fixed_pattern(values["pattern"]) is None:
         values["sparsity"] = asked.get("sparsity")
@@ -209,6 +217,11 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
                 f"{name} {value} has no effect with {reason}. Leave one of the two out, or choose another value."
             )
     return settings
+
+
+def has_goal(asked: Mapping[str, Any]) -> bool:
+    """True if the options say what the result is to be; if not, it gets `DEFAULT_BITS_PER_WEIGHT`."""
+    return any(name in asked for name in GOALS if name != "keep_zeros") or bool(asked.get("keep_zeros"))
 
 
 def without_effect(name: str, value: Any, settings: Settings) -> str | None:
@@ -316,15 +329,19 @@ def _check_fixed(pattern: NM, asked: Mapping[str, Any]) -> None:
         )
 
 
-def _check_budget(asked: Mapping[str, Any], allocator: str) -> None:
-    budget = "bits_per_weight" if "bits_per_weight" in asked else "target_size"
+def _check_budget(asked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    budget, allocator = "target_size" if "target_size" in asked else "bits_per_weight", values["allocator"]
     for name in ("sparsity", "bits", "plan"):
         if name in asked:
             raise InputError(f"{budget} and {name} {asked[name]} exclude each other: the budget decides {name} itself.")
     if "bits_per_weight" in asked and "target_size" in asked:
         raise InputError("bits_per_weight and target_size are both a budget. Give one of them.")
     if allocator in ALLOCATORS and allocator not in (AUTO, CURVES):
-        raise InputError(f"{budget} needs the allocator auto or curves, not {allocator}.")
+        what = f"{budget} {values[budget]}{'' if has_goal(asked) else ', the default,'}"
+        raise InputError(
+            f"{what} needs the allocator auto or curves, not {allocator}. Choose one of these, or ask for zeros and no "
+            "size, such as sparsity 0.5."
+        )
 
 
 def _check_kept(asked: Mapping[str, Any]) -> None:
@@ -339,8 +356,12 @@ def _check_kept(asked: Mapping[str, Any]) -> None:
 def check_reconstruct(settings: Settings) -> None:
     """Raises InputError for weights that will be quantized, and for one sequence: a part is validation text."""
     if settings.reconstruct and (settings.quantizes or settings.has_budget):
-        how = "a size budget chooses bits" if settings.has_budget else f"bits is {settings.bits}"
-        raise InputError(f"reconstruct tunes weights that are not quantized, and {how}. Leave one of the two out.")
+        size = f"{settings.bits_per_weight:g} bits per weight" if settings.bits_per_weight else settings.target_size
+        how = f"a size budget, here {size}, chooses bits" if settings.has_budget else f"bits is {settings.bits}"
+        remedy = "ask for zeros and no size, such as sparsity 0.5" if settings.has_budget else "leave bits out"
+        raise InputError(
+            f"reconstruct tunes weights that are not quantized, and {how}. Leave reconstruct out, or {remedy}."
+        )
     if settings.reconstruct and settings.num_sequences < 2:
         raise InputError("reconstruct needs num_sequences above 1: a part of them is validation text.")
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory
 from mspc.progress import log
 from mspc.recipe import Recipe
+from mspc.settings import has_goal
 from mspc.version import __version__
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, .gguf file or hub id.")]
@@ -149,6 +150,8 @@ def with_recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
         for gone in combinations(own, count):
             with suppress(InputError):
                 recipe = Recipe.from_dict({name: file[name] for name in own if name not in gone} | given)
+                if has_goal(file) and not recipe.has_goal:
+                    continue  # the default would replace the goal of the file
                 if gone:
                     log.info(f"{path}: {', '.join(gone)} left out, as the options given here exclude that.")
                 return recipe

@@ -28,7 +28,7 @@ from mspc.pipeline.cost import compare, evaluation_to_dict, sizes, warn_if_guess
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
-from mspc.pipeline.summary import report, unused_note
+from mspc.pipeline.summary import DEFAULT_GOAL, report, unused_note
 from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity, possible_targets
 from mspc.planning.kept_zeros import plan_of_zeros
 from mspc.planning.plan_file import read_plan, write_plan
@@ -100,6 +100,8 @@ class Run:
         """Write the artifact to `folder`, which is `out`, or its sibling until the new artifact is complete."""
         self.folder = folder
         settings, progress = self.settings, self.progress
+        if not self.recipe.has_goal:
+            log.info(DEFAULT_GOAL)
         checkpoint = Checkpoint(self.source)
         model = self.open_model()
         if note := origin_note(self.config):
