@@ -37,7 +37,7 @@ BOS = ("auto", "yes", "no")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan", "keep_zeros")
-"""Options of which each says what the result is to be."""
+"""Options that say, each alone, what the result is to be."""
 DEFAULT_BITS_PER_WEIGHT = 4.25
 """Size budget of a recipe without a goal: what int4 takes with groups of 64 (4 bits, and 16/64 for scales). That is the
 size that most people choose, and a mixture of this size loses less."""
@@ -339,8 +339,8 @@ def _check_budget(asked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     if allocator in ALLOCATORS and allocator not in (AUTO, CURVES):
         what = f"{budget} {values[budget]}{'' if has_goal(asked) else ', the default,'}"
         raise InputError(
-            f"{what} needs the allocator auto or curves, not {allocator}. Choose one of these, or ask for zeros and no "
-            "size, such as sparsity 0.5."
+            f"{what} needs the allocator auto or curves, not {allocator}. Choose one of the two, or ask for zeros and "
+            "no size, such as sparsity 0.5."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mspc
 from mspc.text.tokens import calibration_tokens, windows_of_test_text
 
-QUICK = {"effort": "fast", "num_sequences": 4, "sequence_length": 32}
+QUICK = {"sparsity": 0.5, "effort": "fast", "num_sequences": 4, "sequence_length": 32}
 
 
 def recipe(calibration: Path, **values) -> mspc.Recipe:
@@ -65,7 +65,7 @@ def test_a_model_in_memory_writes_nothing_but_its_artifact(name, model, tmp_path
     """Whatever its name says, and although its config is the caller's."""
     model.config.name_or_path, model.config.architectures = name, None
     options = {"calibration": tiny.ids(4), "progress": False, "exports": ["dense"]}
-    made = mspc.compress(model, mspc.Recipe(effort="fast"), out=tmp_path / "deep" / "out", **options)
+    made = mspc.compress(model, mspc.Recipe(sparsity=0.5, effort="fast"), out=tmp_path / "deep" / "out", **options)
     assert made.manifest["source"]["name"] == "LlamaForCausalLM"
     assert [path.name for path in tmp_path.rglob("*") if "out" not in path.parts] == ["deep"]
     assert model.config.architectures is None
@@ -81,7 +81,7 @@ def test_a_second_run_does_not_disturb_the_model_of_the_first(model, tmp_path):
             refused.append(raised)
 
     options = {"calibration": tiny.ids(9), "out": tmp_path / "out"}
-    mspc.compress(model, mspc.Recipe(effort="fast"), **options, progress=again)
+    mspc.compress(model, mspc.Recipe(sparsity=0.5, effort="fast"), **options, progress=again)
     assert refused
 
 
@@ -129,7 +129,7 @@ def test_token_ids_are_calibration_text(dtype, artifact, model, llama, calibrati
     tokenizer = AutoTokenizer.from_pretrained(llama)
     ids = calibration_tokens(tokenizer, str(calibration), 4, 32, 0).ids
     made = mspc.compress(
-        model, mspc.Recipe(effort="fast"), out=tmp_path / "out", calibration=ids.to(dtype), progress=False
+        model, mspc.Recipe(sparsity=0.5, effort="fast"), out=tmp_path / "out", calibration=ids.to(dtype), progress=False
     )
     assert made.manifest["calibration"]["sha256"] == artifact.manifest["calibration"]["sha256"]
     assert made.manifest["settings"]["num_sequences"] == 4
@@ -138,7 +138,7 @@ def test_token_ids_are_calibration_text(dtype, artifact, model, llama, calibrati
 
 def test_some_of_many_given_sequences_are_validation_text(llama, tmp_path):
     """By definition: one in nine, where plans are compared."""
-    given = mspc.Recipe(iterations=2)
+    given = mspc.Recipe(sparsity=0.5, iterations=2)
     made = mspc.compress(llama, given, out=tmp_path / "out", calibration=tiny.ids(20), progress=False)
     assert made.manifest["settings"]["num_sequences"] == 18
     assert set(made.manifest["allocation"]["tried"]) == {"curves", "curves x0.75"}
@@ -161,14 +161,18 @@ def test_some_of_many_given_sequences_are_validation_text(llama, tmp_path):
 def test_ids_that_do_not_fit_are_refused(ids, values, message, llama, tmp_path):
     with pytest.raises(mspc.InputError, match=message):
         mspc.compress(
-            llama, mspc.Recipe(effort="fast", **values), out=tmp_path / "out", calibration=ids, progress=False
+            llama,
+            mspc.Recipe(sparsity=0.5, effort="fast", **values),
+            out=tmp_path / "out",
+            calibration=ids,
+            progress=False,
         )
     assert not (tmp_path / "out").exists()
 
 
 def test_measurements_of_ids_of_another_shape_are_others(llama, tmp_path):
     """Oracle: the run without kept measurements."""
-    asked, kept = mspc.Recipe(allocator="curves", iterations=2), tmp_path / "kept"
+    asked, kept = mspc.Recipe(sparsity=0.5, allocator="curves", iterations=2), tmp_path / "kept"
     first, second = tiny.ids(8), tiny.ids(8).view(4, 64)
     mspc.compress(llama, asked, out=tmp_path / "a", calibration=first, measurements=kept, progress=False)
     made = mspc.compress(llama, asked, out=tmp_path / "b", calibration=second, measurements=kept, progress=False)
@@ -179,10 +183,12 @@ def test_measurements_of_ids_of_another_shape_are_others(llama, tmp_path):
 def test_a_changed_config_is_another_run(model, tmp_path):
     options = {"calibration": tiny.ids(4), "out": tmp_path / "out"}
     with pytest.raises(mspc.Stopped):
-        mspc.compress(model, mspc.Recipe(effort="fast"), **options, progress=lambda e: e.stage != "Compressing")
+        mspc.compress(
+            model, mspc.Recipe(sparsity=0.5, effort="fast"), **options, progress=lambda e: e.stage != "Compressing"
+        )
     model.config.rms_norm_eps = 0.5
     with pytest.raises(mspc.InputError, match=r"source\.config was"):
-        mspc.compress(model, mspc.Recipe(effort="fast"), **options, progress=False, resume=True)
+        mspc.compress(model, mspc.Recipe(sparsity=0.5, effort="fast"), **options, progress=False, resume=True)
 
 
 # Progress

@@ -163,7 +163,9 @@ def test_what_a_tokenizer_is_said_to_add_reaches_the_artifact(calibration, test_
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": True}))
     copied = tiny.compress(folder, tmp_path / "a", calibration, effort="fast")
-    recipe = mspc.Recipe(effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=tiny.LENGTH)
+    recipe = mspc.Recipe(
+        sparsity=0.5, effort="fast", calibration=str(calibration), num_sequences=4, sequence_length=tiny.LENGTH
+    )
     loaded = AutoTokenizer.from_pretrained(folder)
     saved = mspc.compress(tiny.reference(folder), recipe, out=tmp_path / "b", tokenizer=loaded, progress=False)
     assert saved.manifest["calibration"] == copied.manifest["calibration"]
@@ -200,10 +202,12 @@ def test_token_ids_are_used_as_they_are(llama, tmp_path):
     assert found == mspc.evaluate(folder, ids, device="cpu", bos="no", progress=False)
     with pytest.raises(InputError, match="bos yes has no effect with token ids"):
         mspc.evaluate(folder, ids, device="cpu", bos="yes", progress=False)
-    recipe = mspc.Recipe(effort="fast", bos="yes")
+    recipe = mspc.Recipe(sparsity=0.5, effort="fast", bos="yes")
     with pytest.raises(InputError, match="bos yes has no effect with token ids"):
         mspc.compress(llama, recipe, out=tmp_path / "out", calibration=ids, progress=False)
-    made = mspc.compress(folder, mspc.Recipe(effort="fast"), out=tmp_path / "b", calibration=ids, progress=False)
+    made = mspc.compress(
+        folder, mspc.Recipe(sparsity=0.5, effort="fast"), out=tmp_path / "b", calibration=ids, progress=False
+    )
     assert made.manifest["calibration"]["bos"] == []
 
 
@@ -229,7 +233,7 @@ def test_a_note_says_what_windows_begin_with(test_text, calibration, tmp_path):
     options = ("--text", test_text, "--sequence-length", 32)
     assert note in mspc_cli("eval", folder, *options).stderr
     assert note not in mspc_cli("eval", folder, *options, "--bos", "no").stderr
-    command = ("compress", folder, "--out", tmp_path / "out", "--calibration", calibration, *FAST)
+    command = ("compress", folder, "--out", tmp_path / "out", "--calibration", calibration, "--sparsity", 0.5, *FAST)
     assert note in mspc_cli(*command).stderr
 
 

@@ -24,8 +24,10 @@ from mspc.errors import InputError, MspcError
 from mspc.pipeline import run as pipeline
 from mspc.planning.measurements import Measurements
 from mspc.recipe import Recipe
+from mspc.settings import GOALS
 
 FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
+GOAL_FLAGS = {"--" + name.replace("_", "-") for name in GOALS}
 RUN_FLAGS = {
     *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
     *("--threads", "--report"),
@@ -65,8 +67,13 @@ def only_json(result: Result) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def compress(llama: Path, calibration: Path) -> Callable[..., list[object]]:
-    """The arguments of a quick run."""
-    return lambda out, *more: ["compress", llama, "--out", out, "--calibration", calibration, *FAST, *more]
+    """The arguments of a quick run, for half zeros unless others are a goal."""
+
+    def arguments(out: Path, *more: object) -> list[object]:
+        goal = () if {*more} & GOAL_FLAGS else ("--sparsity", 0.5)
+        return ["compress", llama, "--out", out, "--calibration", calibration, *FAST, *goal, *more]
+
+    return arguments
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +131,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
             {"skip": ("a", r"b\."), "calibration": "c4", "num_sequences": 5, "sequence_length": 77},
         ),
         (
-            ("--solver", "mask", "--criterion", "ria", "--allocator", "owl", "--alpha", 0.2, "--seed", 3),
-            {"solver": "mask", "criterion": "ria", "allocator": "owl", "alpha": 0.2, "seed": 3},
-        ),
-        (("--allocator", "search", "--search-minutes", 2.5), {"allocator": "search", "search_minutes": 2.5}),
-        (
-            ("--allocator", "trace-rank", "--sensitivity", "gram", "--sensitivity-sequences", 3, "--damp", 0.5),
-            {"allocator": "trace-rank", "sensitivity": "gram", "sensitivity_sequences": 3, "damp": 0.5},
+            ("--sparsity", 0.4, "--solver", "mask", "--criterion", "ria", "--allocator", "owl", "--alpha", 0.2),
+            {"sparsity": 0.4, "solver": "mask", "criterion": "ria", "allocator": "owl", "alpha": 0.2},
         ),
         (
-            ("--solver", "obs", "--activation-order", "--allocator", "trace-rank", "--sensitivity-probes", 4),
-            {"solver": "obs", "activation_order": True, "allocator": "trace-rank", "sensitivity_probes": 4},
+            ("--sparsity", 0.4, "--allocator", "search", "--search-minutes", 2.5),
+            {"sparsity": 0.4, "allocator": "search", "search_minutes": 2.5},
+        ),
+        (("--seed", 3), {"seed": 3}),
+        (
+            ("--pattern", "N:16", "--allocator", "trace-rank", "--sensitivity", "gram", "--damp", 0.5),
+            {"pattern": "N:16", "allocator": "trace-rank", "sensitivity": "gram", "damp": 0.5},
+        ),
+        (
+            ("--sensitivity-sequences", 3, "--damp", 0.5),
+            {"sensitivity_sequences": 3, "damp": 0.5},
+        ),
+        (
+            ("--bits", 4, "--activation-order", "--allocator", "trace-rank", "--sensitivity-probes", 4),
+            {"bits": 4, "activation_order": True, "allocator": "trace-rank", "sensitivity_probes": 4},
         ),
         (
             ("--text-column", "body", "--text-encoding", "cp1252", "--bos", "yes"),
@@ -163,6 +178,9 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
     assert asked("--recipe", file, "--pattern", "2:4").sparsity is None  # the pattern fixes it
 
 
+OWL = {"sparsity": 0.6, "allocator": "owl"}
+
+
 @pytest.mark.parametrize(
     ("written", "options", "expected"),
     [
@@ -172,17 +190,18 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
         ({"sparsity": 0.7, "bits": 4}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
         ({"target_size": "2GB"}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
         ({"bits_per_weight": 3.0}, ("--sparsity", 0.6), {"sparsity": 0.6}),
-        ({"allocator": "alpha", "alpha": 0.2}, ("--allocator", "owl"), {"allocator": "owl"}),
-        ({"allocator": "alpha"}, ("--effort", "fast"), {"effort": "fast", "allocator": "alpha"}),
-        ({"allocator": "owl", "alpha": 0.2}, ("--pattern", "2:4"), {"pattern": "2:4"}),
-        ({"allocator": "owl", "alpha": 0.2}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
+        ({"sparsity": 0.6, "allocator": "alpha", "alpha": 0.2}, ("--allocator", "owl"), OWL),
+        (OWL, ("--effort", "fast"), {"effort": "fast"} | OWL),
+        (OWL | {"alpha": 0.2}, ("--pattern", "2:4"), {"pattern": "2:4"}),
+        (OWL | {"alpha": 0.2}, ("--bits-per-weight", 3), {"bits_per_weight": 3.0}),
         ({"pattern": "2:4", "seed": 3}, ("--sparsity", 0.6), {"sparsity": 0.6, "seed": 3}),
         ({"bits": 4, "group_size": 64}, ("--bits", 16), {"bits": 16}),
         ({"bits_per_weight": 3.0, "group_size": 64}, ("--sparsity", 0.5), {"sparsity": 0.5}),
         ({"plan": "p.json"}, ("--sparsity", 0.6), {"sparsity": 0.6}),
-        ({"reconstruct": 9}, ("--bits", 4), {"bits": 4}),
+        ({"sparsity": 0.6, "reconstruct": 9}, ("--bits", 4), {"sparsity": 0.6, "bits": 4}),
+        ({"sparsity": 0.6, "reconstruct": 9}, ("--target-size", "2GB"), {"target_size": "2GB"}),
         ({"solver": "admm", "propagation": 0.5}, ("--solver", "kfac"), {"solver": "kfac", "propagation": 0.5}),
-        ({"allocator": "alpha", "alpha": 0.2}, ("--alpha", 0.3), {"allocator": "alpha", "alpha": 0.3}),
+        (OWL | {"alpha": 0.2}, ("--alpha", 0.3), OWL | {"alpha": 0.3}),
         ({"sparsity": 0.6, "allocator": "search"}, ("--plan", "p.json"), {"plan": "p.json"}),
     ],
     ids=str,
@@ -190,6 +209,23 @@ def test_options_win_over_a_recipe_file(asked, tmp_path):
 def test_options_replace_the_same_choice_of_a_recipe_file(written, options, expected, asked, tmp_path):
     (tmp_path / "recipe.toml").write_text(Recipe(**written).to_toml())
     assert asked("--recipe", tmp_path / "recipe.toml", *options) == Recipe(**expected)
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "message"),
+    [
+        (
+            {"bits_per_weight": 3.0},
+            ("--allocator", "owl"),
+            "bits_per_weight 3.0 needs the allocator auto or curves, not",
+        ),
+        ({"plan": "p.json"}, ("--group-size", 64), "group_size 64 has no effect with plan p.json"),
+    ],
+    ids=str,
+)
+def test_the_goal_of_a_recipe_file_does_not_give_way_to_the_default(written, options, message, tmp_path):
+    (tmp_path / "recipe.toml").write_text(Recipe(**written).to_toml())
+    assert message in refused("compress", "m", "--out", "o", "--recipe", tmp_path / "recipe.toml", *options)
 
 
 def test_a_recipe_file_that_conflicts_in_itself_is_refused(tmp_path):
@@ -230,7 +266,10 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
         (("--sensitivity", "hutchins"), "Unknown sensitivity 'hutchins': did you mean 'hutchinson'?"),
         (("--sparsity", 50), "sparsity must lie in [0, 1), not 50"),
         (("--bits-per-weight", 0), "bits_per_weight must lie in (0, 32], not 0"),
-        (("--bits-per-weight", 3, "--allocator", "uniform"), "needs the allocator auto or curves, not uniform."),
+        (
+            ("--bits-per-weight", 3, "--allocator", "uniform"),
+            "bits_per_weight 3.0 needs the allocator auto or curves, not uniform. Choose one of the two, or ask for",
+        ),
         (
             ("--allocator", "search", "--num-sequences", 93, "--sequence-length", 32),
             "The allocator search needs validation text, and none is left. Give more",
@@ -473,10 +512,10 @@ def test_compress_says_what_it_cost(compress, tmp_path):
     result = mspc_cli(*compress(tmp_path / "out", "--sparsity", 0.95))
     found = manifest_of(tmp_path / "out")["evaluation"]
     lines = result.stderr.splitlines()
-    assert [line.split(":")[0] for line in lines[-5:-1]] == ["Cost", "Size", "Seconds", "Warning"]
-    assert f"KL from the dense model {found['divergence']['mean']:.3f} (" in lines[-5]
-    assert "the model is badly hurt" in lines[-2]
-    assert "less --sparsity than 0.95" in lines[-2]
+    assert [line.split(":")[0] for line in lines[-6:-1]] == ["Cost", "Size", "Seconds", "Warning", "Speed"]
+    assert f"KL from the dense model {found['divergence']['mean']:.3f} (" in lines[-6]
+    assert "the model is badly hurt" in lines[-3]
+    assert "less --sparsity than 0.95" in lines[-3]
     assert any(line.startswith("Warning: the dense model is close to guessing") for line in lines)
     assert "Cost: perplexity" in mspc_cli("inspect", tmp_path / "out").stdout
     without = mspc_cli(*compress(tmp_path / "without", "--no-eval"))

@@ -33,7 +33,7 @@ from mspc.storage.sizes import file_bytes
 from mspc.text.tokens import Tokens, calibration_tokens
 
 CPU = torch.device("cpu")
-QUICK = {"effort": "fast", "num_sequences": 4, "sequence_length": tiny.LENGTH}
+QUICK = {"sparsity": 0.5, "effort": "fast", "num_sequences": 4, "sequence_length": tiny.LENGTH}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_spare_windows_follow_the_same_first_ones(spare, llama, calibration):
     ids=["enough", "one window too few", "token ids"],
 )
 def test_too_little_text_is_a_note_and_no_figure(given, left, llama, tmp_path, caplog):
-    recipe = mspc.Recipe(**(QUICK if left else {"effort": "fast"}))
+    recipe = mspc.Recipe(**(QUICK if left else {"sparsity": 0.5, "effort": "fast"}))
     with caplog.at_level("INFO", "mspc"):
         made = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False, **given)
     noted = [record for record in caplog.records if "16 windows are needed that neither" in record.getMessage()]
@@ -168,7 +168,11 @@ def test_too_little_text_is_a_note_and_no_figure(given, left, llama, tmp_path, c
 def test_given_ids_beyond_the_calibration_are_test_text(llama, tmp_path):
     ids = tiny.ids(22)
     made = mspc.compress(
-        llama, mspc.Recipe(effort="fast", num_sequences=5), out=tmp_path / "out", calibration=ids, progress=False
+        llama,
+        mspc.Recipe(sparsity=0.5, effort="fast", num_sequences=5),
+        out=tmp_path / "out",
+        calibration=ids,
+        progress=False,
     )
     assert made.manifest["evaluation"]["sha256"] == Tokens(ids[5:21], "").sha256
 

@@ -120,7 +120,9 @@ def test_measured_curves_rise_and_predict_removal_exactly(solver, llama):
     """Oracle: 1/2 tr(S W H W^T) / tokens in float64, which removing a whole matrix costs, from the walk's Gram."""
     model, ids = open_model(llama, device=torch.device("cpu")), tiny.ids(4)
     matrices = model.matrices(())
-    measurements = Measurements(model, ids, matrices, Recipe(solver=solver).settings(), {}, None, Silent())
+    measurements = Measurements(
+        model, ids, matrices, Recipe(sparsity=0.5, solver=solver).settings(), {}, None, Silent()
+    )
     fisher = measurements.fisher_factors()
     curves = measurements.loss_curves(DenseWalk(model, ids, matrices), fisher)
     for visit in walk(model, batches_of(model, ids), matrices):
@@ -142,7 +144,7 @@ def test_curves_come_back_exactly(tmp_path):
 
 
 def test_an_allocation_without_curves_is_uniform():
-    plan = allocate(Recipe(allocator="curves").settings(), MODEL, {})
+    plan = allocate(Recipe(sparsity=0.5, allocator="curves").settings(), MODEL, {})
     assert {m.target.pattern.sparsity for m in plan} == {0.5}
 
 
@@ -247,7 +249,7 @@ def test_inputs_that_never_were_cost_nothing(solver):
     assert found.quantization[4][0][1] < 2 * alone.quantization[4][0][1]
 
 
-@pytest.mark.parametrize(("budget", "most"), [({}, 1), ({"bits_per_weight": 4.0, "group_size": 16}, 4)])
+@pytest.mark.parametrize(("budget", "most"), [({"sparsity": 0.5}, 1), ({"bits_per_weight": 4.0, "group_size": 16}, 4)])
 def test_weights_of_a_curve_that_are_needed_no_more_are_dropped(budget, most, monkeypatch):
     """One at a time; under a budget those that are quantized, and the one that is measured."""
     case, recipe = problem(0, 16, 32), Recipe(**budget).settings()
@@ -267,14 +269,14 @@ def test_weights_of_a_curve_that_are_needed_no_more_are_dropped(budget, most, mo
 
 
 def test_a_matrix_that_nothing_depends_on_costs_nothing():
-    case, recipe = problem(0, 16, 32), Recipe().settings()
+    case, recipe = problem(0, 16, 32), Recipe(sparsity=0.5).settings()
     stats = replace(case.stats, output_fisher=torch.zeros(1, 16, 16))
     assert set(curve_of(case.weight, stats, recipe, solver_options(recipe), "o_proj").losses) == {0.0}
 
 
 def test_where_the_sampled_outputs_do_not_matter_all_are_measured():
     """Oracle: the loss of removing the half that matters, from its own curve."""
-    recipe, fisher = Recipe().settings(), torch.stack([torch.eye(8), torch.zeros(8, 8)] * 2)
+    recipe, fisher = Recipe(sparsity=0.5).settings(), torch.stack([torch.eye(8), torch.zeros(8, 8)] * 2)
     case = problem(0, 32, 16)
     weight = case.weight.clone()
     weight[8:16] = weight[24:] = 0

@@ -19,7 +19,7 @@ from mspc.types import Matrix
 
 MATRICES = [[Matrix("0.q.weight", (4, 8)), Matrix("0.k.weight", (4, 8))], [Matrix("1.q.weight", (4, 8))]]
 IDENTITY = {"source": {"model.safetensors": "12"}, "calibration": "34"}
-SETTINGS = Recipe().settings()
+SETTINGS = Recipe(sparsity=0.5).settings()
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_the_allocator_decides_what_is_measured_and_its_alpha():
         ({"allocator": "trace-rank", "sensitivity": "fisher"}, "fisher", 0.1),
         ({"allocator": "uniform"}, "hutchinson", None),
     ):
-        settings = Recipe(**asked).settings()
+        settings = Recipe(sparsity=0.5, **asked).settings()
         assert (settings.measure, settings.alpha) == (measure, alpha)
 
 
@@ -201,7 +201,7 @@ def expected_outliers(folder: Path, ids: torch.Tensor) -> list[float]:
 
 def recipe(calibration: Path, **changes) -> Recipe:
     values = {"num_sequences": 4, "sequence_length": tiny.LENGTH, "device": "cpu", "solver": "mask"}
-    return Recipe(calibration=str(calibration), **values | {"criterion": "magnitude"} | changes)
+    return Recipe(calibration=str(calibration), **values | {"sparsity": 0.5, "criterion": "magnitude"} | changes)
 
 
 @pytest.fixture(scope="module")

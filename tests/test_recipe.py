@@ -12,7 +12,7 @@ from mspc.errors import InputError
 from mspc.published.allocators import ALLOCATORS
 from mspc.published.criteria import CRITERIA
 from mspc.recipe import Recipe
-from mspc.settings import EFFORTS, NEEDED_BY
+from mspc.settings import DEFAULT_BITS_PER_WEIGHT, EFFORTS, GOALS, NEEDED_BY
 from mspc.sizes import at_least, bytes_of, in_words
 from mspc.solvers import SOLVERS
 from mspc.types import NM, Grid
@@ -28,7 +28,7 @@ OTHER = (
         "skip": ("lm_head", r"layers\.[0-3]\."), "only": ("q_proj", "mlp"),
         "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
     },
-    {"allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
+    {"sparsity": 0.5, "allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
     {"plan": "plan.json"},
     {"bits_per_weight": 3.125},
     {"target_size": "2.2GB"},
@@ -110,12 +110,14 @@ def test_a_fixed_pattern_implies_its_sparsity(pattern, sparsity):
 
 
 def test_what_settings_mean():
-    assert Recipe().settings().target_sparsity == 0.5
+    assert Recipe(bits=16).settings().target_sparsity == 0.5
+    assert Recipe(pattern="unstructured").settings().target_sparsity == 0.5
+    assert Recipe(bits=4).settings().target_sparsity == 0.5
     assert Recipe(sparsity=0).settings().target_sparsity == 0
     assert Recipe(pattern="2:4").settings().fixed_pattern == NM(2, 4)
     assert Recipe(pattern="N:16").settings().fixed_pattern is None
     assert Recipe(pattern="N:16", sparsity=0.7).settings().target_sparsity == 0.7
-    assert Recipe().settings().grid_for(256) is None
+    assert Recipe(sparsity=0.5).settings().grid_for(256) is None
     assert Recipe(bits=4).settings().grid_for(256) == Grid(4, 128, True)
     assert Recipe(bits=4).settings().grid_for(72) == Grid(4, None, True)
     assert Recipe(bits=4, group_size=128).settings().grid_for(72) == Grid(4, 128, True)  # a number is a demand
@@ -125,11 +127,12 @@ def test_what_settings_mean():
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_an_effort_decides_what_was_not_asked(effort):
-    replaced = dataclasses.replace(Recipe(seed=3), effort=effort).settings()
+    replaced = dataclasses.replace(Recipe(sparsity=0.5, seed=3), effort=effort).settings()
     assert all(getattr(replaced, name) == value for name, value in EFFORTS[effort].items())
     assert replaced.seed == 3
     assert Recipe(effort=effort, iterations=7).settings().iterations == 7
     assert Recipe(effort=effort, bits_per_weight=3).settings().allocator == "auto"
+    assert Recipe(effort=effort).settings().allocator == "auto"
 
 
 def test_whole_numbers_do_where_fractions_are_meant():
@@ -144,14 +147,15 @@ def test_lists_become_tuples():
 # Without effect
 
 
+HALF = {"sparsity": 0.5}
 EFFECTS = {
     "sparsity": (0.6, {}, [{"plan": "p"}]),
     "pattern": ("N:16", {}, [{"plan": "p"}]),
     "bits": (4, {}, [{"plan": "p"}]),
-    "group_size": (64, {"bits": 4}, [{}, {"bits": 16}, {"plan": "p"}]),
-    "asymmetric": (True, {"bits_per_weight": 3.0}, [{}, {"sparsity": 0.6}, {"plan": "p"}]),
+    "group_size": (64, {}, [{"sparsity": 0.5}, {"bits": 16}, {"plan": "p"}]),
+    "asymmetric": (True, {}, [{"pattern": "2:4"}, {"sparsity": 0.6}, {"plan": "p"}]),
     "solver": ("obs", {"keep_zeros": True, "bits": 4}, [{"keep_zeros": True}]),
-    "reconstruct": (5, {}, [{"keep_zeros": True}]),
+    "reconstruct": (5, {"sparsity": 0.5}, [{"keep_zeros": True}]),
     "iterations": (5, {"solver": "admm"}, [
         {"solver": "obs"}, {"solver": "mask"}, {"sparsity": 0.0, "bits": 4}, {"keep_zeros": True, "bits": 4},
     ]),
@@ -160,22 +164,27 @@ EFFECTS = {
     "allocator": ("owl", {"pattern": "N:16"}, [
         {"pattern": "2:4"}, {"sparsity": 0.0}, {"plan": "p"}, {"keep_zeros": True},
     ]),
-    "alpha": (0.2, {"allocator": "owl"}, [
-        {}, {"allocator": "uniform"}, {"allocator": "curves"}, {"effort": "fast"}, {"plan": "p"}, {"pattern": "2:4"},
+    "alpha": (0.2, HALF | {"allocator": "owl"}, [
+        {}, HALF | {"allocator": "uniform"}, HALF | {"allocator": "curves"}, HALF | {"effort": "fast"}, {"plan": "p"},
+        {"pattern": "2:4"}, HALF,
     ]),
-    "search_minutes": (3.0, {"allocator": "search"}, [{}, {"allocator": "owl"}, {"bits_per_weight": 3.0}]),
-    "sensitivity": ("fisher", {"allocator": "trace-rank"}, [{}, {"allocator": "owl"}, {"allocator": "curves"}]),
-    "sensitivity_probes": (2, {"allocator": "layer-trace-rank"}, [
-        {}, {"allocator": "trace-rank", "sensitivity": "gram"}, {"allocator": "alpha"},
+    "search_minutes": (3.0, HALF | {"allocator": "search"}, [{}, HALF | {"allocator": "owl"}, {"bits_per_weight": 3.0}]),
+    "sensitivity": ("fisher", HALF | {"allocator": "trace-rank"}, [
+        {}, HALF, HALF | {"allocator": "owl"}, HALF | {"allocator": "curves"},
     ]),
-    "sensitivity_sequences": (9, {"effort": "fast", "allocator": "curves"}, [
-        {"effort": "fast"}, {"sparsity": 0.0}, {"solver": "obs", "allocator": "owl"},
+    "sensitivity_probes": (2, HALF | {"allocator": "layer-trace-rank"}, [
+        {}, HALF, HALF | {"allocator": "trace-rank", "sensitivity": "gram"}, HALF | {"allocator": "alpha"},
+    ]),
+    "sensitivity_sequences": (9, HALF | {"effort": "fast", "allocator": "curves"}, [
+        HALF | {"effort": "fast"}, {"sparsity": 0.0}, HALF | {"solver": "obs", "allocator": "owl"},
         {"solver": "obs", "pattern": "2:4"},
     ]),
-    "damp": (0.1, {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
-        {"solver": "mask", "criterion": "wanda", "allocator": "uniform"}, {"keep_zeros": True},
+    "damp": (0.1, HALF | {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
+        HALF | {"solver": "mask", "criterion": "wanda", "allocator": "uniform"}, {"keep_zeros": True},
     ]),
-    "activation_order": (True, {"bits": 4}, [{}, {"keep_zeros": True}, {"solver": "mask"}, {"effort": "fast"}]),
+    "activation_order": (True, {"bits": 4}, [
+        HALF, {"keep_zeros": True}, HALF | {"solver": "mask"}, HALF | {"effort": "fast"},
+    ]),
 }  # fmt: skip
 """For each option: a value, options with which it has an effect, and others with which it has none."""
 
@@ -240,6 +249,46 @@ def test_settings_know_the_names_of_the_allocators():
     assert set(NAMES.SPREADS) == set(ALLOCATORS) - {"uniform"}
 
 
+# Without a goal
+
+GOAL_VALUES = {
+    "sparsity": 0.0, "pattern": "unstructured", "bits": 16, "bits_per_weight": 3.0, "target_size": "1GB", "plan": "p",
+    "keep_zeros": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {}, {"effort": "fast"}, {"asymmetric": True}, {"group_size": 64}, {"solver": "obs"}, {"allocator": "curves"},
+        {"skip": ["a"]}, {"keep_zeros": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_without_a_goal_it_is_the_size_of_int4(values):
+    """Oracle: the arithmetic of int4 in groups of 64, with scales of 16 bits; and the same recipe with this size."""
+    assert DEFAULT_BITS_PER_WEIGHT == 4 + 16 / 64
+    assert Recipe(**values).settings() == Recipe(bits_per_weight=4.25, **values).settings()
+    assert not Recipe(**values).has_goal
+    assert Recipe(**values).asked().keys() == {name for name, value in values.items() if value is not None}
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_a_goal_replaces_the_default(goal):
+    recipe = Recipe(**{goal: GOAL_VALUES[goal]})
+    assert recipe.has_goal
+    assert recipe.settings().has_budget == (goal in ("bits_per_weight", "target_size"))
+    assert recipe.settings().bits_per_weight == (3.0 if goal == "bits_per_weight" else None)
+
+
+@pytest.mark.parametrize("allocator", sorted({"search", "uniform", *NAMES.SPREADS}))
+def test_an_allocator_of_sparsity_without_a_goal_says_what_to_add(allocator):
+    message = f"bits_per_weight 4.25, the default, needs the allocator auto or curves, not {allocator}. .* sparsity 0.5"
+    with pytest.raises(InputError, match=message):
+        Recipe(allocator=allocator)
+    assert Recipe(allocator=allocator, sparsity=0.5).settings().allocator == allocator
+
+
 # Values
 
 
@@ -259,7 +308,10 @@ def test_settings_know_the_names_of_the_allocators():
         ({"pattern": "2:512"}, r"1 <= N <= M <= 256, not 2:512"),
         ({"pattern": "2-4"}, r"Unknown pattern '2-4': use unstructured, N:M"),
         ({"pattern": "N:8"}, r"Unknown pattern 'N:8'"),
-        ({"allocator": "search", "search_minutes": 0}, r"search_minutes must be a number above 0, not 0"),
+        (
+            {"sparsity": 0.5, "allocator": "search", "search_minutes": 0},
+            r"search_minutes must be a number above 0, not 0",
+        ),
         ({"allocator": "search", "search_minutes": float("nan")}, r"search_minutes must be a number above 0, not nan"),
         ({"bits_per_weight": 3.0, "allocator": "search"}, r"needs the allocator auto or curves, not search"),
         ({"keep_zeros": True, "bits_per_weight": 3.0}, r"keep_zeros and bits_per_weight 3\.0 exclude each other"),

@@ -201,7 +201,9 @@ def test_what_gains_nothing_keeps_its_weights(compress, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits_per_weight": 3.0}, r"weights that are not quantized, and a size budget chooses bits\. Leave one"),
+        ({"bits_per_weight": 3.0}, r"a size budget, here 3 bits per weight, chooses bits\. Leave reconstruct out"),
+        ({"target_size": "2GB"}, r"a size budget, here 2GB, chooses bits\."),
+        ({}, r"a size budget, here 4\.25 bits per weight, chooses bits\. .* such as sparsity 0\.5\."),
         ({"reconstruct": -1}, r"reconstruct must be at least 0, not -1"),
         ({"num_sequences": 1}, r"reconstruct needs num_sequences above 1"),
     ],

@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 SHORT = {
     "num_sequences": 8,
     "sequence_length": tiny.LENGTH,
+    "sparsity": 0.5,
     "allocator": "search",
     "search_minutes": 0.02,
     "iterations": 4,

@@ -46,7 +46,19 @@ def test_only_what_is_named_is_compressed(only, skip, expected, llama, calibrati
 
 def test_a_recipe_and_the_command_line_know_it(llama, calibration, tmp_path):
     """The recipe of one artifact makes the same bytes again; a budget counts what is named only."""
-    options = ("--calibration", calibration, *FAST, "--only", "q_proj", "--only", "up_proj", "--skip", r"\.0\.")
+    options = (
+        "--calibration",
+        calibration,
+        "--sparsity",
+        0.5,
+        *FAST,
+        "--only",
+        "q_proj",
+        "--only",
+        "up_proj",
+        "--skip",
+        r"\.0\.",
+    )
     mspc_cli("compress", llama, "--out", tmp_path / "a", *options)
     mspc_cli("compress", llama, "--out", tmp_path / "b", "--recipe", tmp_path / "a" / "recipe.toml")
     first, second = (json.loads((tmp_path / name / "mspc.json").read_text()) for name in "ab")
@@ -85,7 +97,9 @@ LORA = [f"{ATTENTION.format(block)}.lora_{ab}.default.weight" for block in (0, 1
 def test_tensors_that_no_parameter_uses_are_named_once(extra, llama, calibration, tmp_path):
     """By compress and inspect, in one line with their number; they are in no way part of the model."""
     model = with_extra(llama, tmp_path / "model", *extra)
-    done = mspc_cli("compress", model, "--out", tmp_path / "out", "--calibration", calibration, *FAST)
+    done = mspc_cli(
+        "compress", model, "--out", tmp_path / "out", "--calibration", calibration, "--sparsity", 0.5, *FAST
+    )
     told = [line for line in done.stderr.splitlines() if "belong" in line and line.startswith("Note")]
     assert told == [line for line in mspc_cli("inspect", tmp_path / "out").stderr.splitlines() if "belong" in line]
     (note,) = told

@@ -318,7 +318,10 @@ def test_artifacts_do_not_depend_on_the_number(monkeypatch, one_block, calibrati
     ("recipe", "functions"),
     [
         ({"bits_per_weight": 4.5, "group_size": 32}, ("curve_measurement.curve_of", "validation.approximate_weights")),
-        ({"allocator": "search", "search_minutes": 0.001}, ("search.predictions", "search.SOLVERS.kfac")),
+        (
+            {"sparsity": 0.5, "allocator": "search", "search_minutes": 0.001},
+            ("search.predictions", "search.SOLVERS.kfac"),
+        ),
     ],
 )
 def test_planning_takes_no_more_memory_than_there_is(monkeypatch, one_block, calibration, tmp_path, recipe, functions):

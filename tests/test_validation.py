@@ -55,7 +55,7 @@ def curves_like(sizes: list[float]) -> dict[str, Curve]:
 def test_divergences_are_those_of_models_with_the_approximate_weights(llama):
     """Oracle: transformers with the weights replaced, one plan each; the second skips block 0."""
     model, ids, validation = open_model(llama, device=CPU), tiny.ids(4), tiny.ids(3, seed=1)
-    recipe = Recipe().settings()
+    recipe = Recipe(sparsity=0.5).settings()
     for skip in ((), ("layers.0",)):
         matrices = model.matrices(skip)
         flat = [matrix for of_block in matrices for matrix in of_block]
@@ -78,7 +78,7 @@ def test_divergences_are_those_of_models_with_the_approximate_weights(llama):
 
 
 def test_weights_are_quantized_if_plans_differ_in_bits(llama):
-    model, ids, recipe = open_model(llama, device=CPU), tiny.ids(4), Recipe().settings()
+    model, ids, recipe = open_model(llama, device=CPU), tiny.ids(4), Recipe(sparsity=0.5).settings()
     matrices = model.matrices(())
     flat = [matrix for of_block in matrices for matrix in of_block]
     fisher = Measurements(model, ids, matrices, recipe, {}, None, Silent()).fisher_factors()
@@ -137,7 +137,7 @@ def test_the_plan_that_did_best_is_used_and_recorded(best, llama, calibration, t
         return {name: float(name != best) for name in plans}
 
     monkeypatch.setattr(planning, "validate_plans", tried)
-    recipe = Recipe(calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH)
+    recipe = Recipe(sparsity=0.5, calibration=str(calibration), num_sequences=8, sequence_length=tiny.LENGTH)
     artifact = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False)
     assert artifact.manifest["allocation"]["chosen"] == best
     assert artifact.manifest["allocation"]["tried"][best] == 0
@@ -153,7 +153,9 @@ def test_the_plan_that_did_best_is_used_and_recorded(best, llama, calibration, t
 def test_without_validation_text_the_lowest_predicted_loss_decides_and_a_note_says_so(
     llama, calibration, tmp_path, caplog
 ):
-    recipe = Recipe(calibration=str(calibration), num_sequences=93, sequence_length=tiny.LENGTH)  # of 3000 tokens
+    recipe = Recipe(
+        sparsity=0.5, calibration=str(calibration), num_sequences=93, sequence_length=tiny.LENGTH
+    )  # of 3000 tokens
     with caplog.at_level("INFO", "mspc"):
         artifact = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False)
     assert artifact.manifest["allocation"] == {"chosen": "curves", "tried": {}}

@@ -60,11 +60,15 @@ def test_more_ids_than_embeddings_is_an_error_with_both_numbers(kind, calibratio
     message = rf"the tokenizer has {ids} ids, but the model has {embeddings} embeddings"
     text = ("--text", calibration, "--sequence-length", 32)
     out = tmp_path / "out"
-    assert re.search(message, refused("compress", folder, "--out", out, "--calibration", calibration, *FAST))
+    assert re.search(
+        message, refused("compress", folder, "--out", out, "--calibration", calibration, "--sparsity", 0.5, *FAST)
+    )
     assert re.search(message, refused("eval", folder, *text))
     assert re.search(message, refused("bench", folder, "--device", "cpu"))
     with pytest.raises(InputError, match=message):
-        mspc.compress(folder, mspc.Recipe(effort="fast"), out=out, calibration=tiny.ids(4) % 200, progress=False)
+        mspc.compress(
+            folder, mspc.Recipe(sparsity=0.5, effort="fast"), out=out, calibration=tiny.ids(4) % 200, progress=False
+        )
     with pytest.raises(InputError, match=message):
         mspc.evaluate(tiny.reference(folder), calibration, tokenizer=make(), sequence_length=32, progress=False)
     assert not out.exists()

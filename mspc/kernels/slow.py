@@ -1,4 +1,4 @@
-"""Which compressed matrices are slower than dense ones on a device, as far as docs/speed.md predicts."""
+"""A note about compressed matrices that are slower than dense ones on a device, by the predictions of docs/speed.md."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from mspc.kernels import kernel_for
 
 
 def slow_note(matrices: Sequence[StoredMatrix], device: str) -> str | None:
-    """What is slower than a dense layer on a device of this type, and what avoids it; None if nothing is."""
+    """A line that names what is slower than a dense layer on this type of device, and what avoids it, or None."""
     compressed = [matrix for matrix in matrices if matrix.grid or matrix.has_mask or matrix.has_indices]
     if not compressed:
         return None
