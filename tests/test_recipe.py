@@ -168,7 +168,9 @@ EFFECTS = {
         {}, HALF | {"allocator": "uniform"}, HALF | {"allocator": "curves"}, HALF | {"effort": "fast"}, {"plan": "p"},
         {"pattern": "2:4"}, HALF,
     ]),
-    "search_minutes": (3.0, HALF | {"allocator": "search"}, [{}, HALF | {"allocator": "owl"}, {"bits_per_weight": 3.0}]),
+    "search_minutes": (3.0, HALF | {"allocator": "search"}, [
+        {}, HALF | {"allocator": "owl"}, {"bits_per_weight": 3.0},
+    ]),
     "sensitivity": ("fisher", HALF | {"allocator": "trace-rank"}, [
         {}, HALF, HALF | {"allocator": "owl"}, HALF | {"allocator": "curves"},
     ]),
