@@ -1,4 +1,4 @@
-"""Compress the bundled model to 3.25 bits per weight, offline, and show what it cost.
+"""Compress the bundled model to the default size, that of int4, offline, and show what it cost.
 
 python examples/demo.py [--out out/demo]
 """
@@ -15,7 +15,7 @@ from mspc.sizes import in_words
 
 MODEL = Path(__file__).parent / "tiny_llama"
 # The default, 128 sequences, takes half as long again and gives a slightly better model.
-RECIPE = mspc.Recipe(bits_per_weight=3.25, group_size=64, num_sequences=16)
+RECIPE = mspc.Recipe(num_sequences=16)
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     manifest = mspc.compress(MODEL, RECIPE, out=args.out, overwrite=True).manifest
     cost, size = manifest["evaluation"], manifest["bytes"]
 
-    table = Table(title=f"{MODEL.name} at {RECIPE.bits_per_weight} bits per weight")
+    table = Table(title=f"{MODEL.name} at {RECIPE.settings().bits_per_weight} bits per weight")
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(

@@ -39,8 +39,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan", "keep_zeros")
 """Options that say, each alone, what the result is to be."""
 DEFAULT_BITS_PER_WEIGHT = 4.25
-"""Size budget of a recipe without a goal: what int4 takes with groups of 64 (4 bits, and 16/64 for scales). That is the
-size that most people choose, and a mixture of this size loses less."""
+"""Size budget of a recipe without a goal: what int4 takes with groups of 64 (4 bits, and 16/64 for scales). It is
+small and near the dense model, and `auto` compares the mixture with 4 bits everywhere."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {

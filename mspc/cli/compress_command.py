@@ -72,10 +72,11 @@ def compress(
     """Prune and quantize a model, each matrix according to its sensitivity.
 
     \b
-    mspc compress MODEL --out DIR --bits-per-weight 3.25   a size budget
-    mspc compress MODEL --out DIR --sparsity 0.5           half of it zeros
+    mspc compress MODEL --out DIR                          the size of int4
+    mspc compress MODEL --out DIR --bits-per-weight 3.25   another size
     mspc compress MODEL --out DIR --sparsity 0 --bits 4    only quantize
-    mspc compress MODEL --out DIR --pattern 2:4 --bits 4   sparse cores, int4
+    mspc compress MODEL --out DIR --sparsity 0.5           only prune
+    mspc compress MODEL --out DIR --pattern 2:4            for sparse cores
     """
     with reported(debug, "If anything was solved, it is kept: `mspc compress` goes on with --resume."):
         asked = {name: value for name, value in options.items() if value is not None and value != []}

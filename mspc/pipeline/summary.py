@@ -13,8 +13,8 @@ from mspc.types import UNQUANTIZED_BITS
 HURT = 0.5
 """KL divergence from the dense model, in nats per token, above which a model is called badly hurt."""
 DEFAULT_GOAL = (
-    f"No goal was given: {DEFAULT_BITS_PER_WEIGHT:g} bits per weight, the size of int4 with groups of 64, as a mixture "
-    "that loses less. Choose another with --bits-per-weight, --target-size, --sparsity, --pattern or --bits."
+    f"No goal was given: {DEFAULT_BITS_PER_WEIGHT:g} bits per weight, the size of int4 with groups of 64, spent where "
+    "it lowers the loss most. Choose another with --bits-per-weight, --target-size, --sparsity, --pattern or --bits."
 )
 HEADINGS = ("matrix", "shape", "pattern", "sparsity", "bits", "sensitivity", "output error", "damp", "zeros")
 
