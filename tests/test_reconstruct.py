@@ -205,7 +205,7 @@ def test_what_gains_nothing_keeps_its_weights(compress, tmp_path, monkeypatch, c
         ({"target_size": "2GB"}, r"a size budget, here 2GB, chooses bits\."),
         ({}, r"a size budget, here 4\.25 bits per weight, chooses bits\. .* such as sparsity 0\.5\."),
         ({"reconstruct": -1}, r"reconstruct must be at least 0, not -1"),
-        ({"num_sequences": 1}, r"reconstruct needs num_sequences above 1"),
+        ({"sparsity": 0.5, "num_sequences": 1}, r"reconstruct needs num_sequences above 1"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(values, message):
