@@ -416,6 +416,7 @@ def test_compress_writes_the_page_and_nothing_depends_on_it(llama, calibration, 
     """Oracle: the same run without a page."""
     out, plain = tmp_path / "out", tmp_path / "plain"
     options = ("--calibration", calibration, "--num-sequences", 4, "--sequence-length", 32, "--effort", "fast")
+    options += ("--sparsity", 0.5)
     mspc_cli("compress", llama, "--out", plain, *options)
     mspc_cli("compress", llama, "--out", out, *options, "--report", "--export", "dense")
     found = Page(out / "report.html")
