@@ -56,7 +56,7 @@ class Writer:
         """Write so many tokens of every sequence, or what is left."""
         with torch.inference_mode():
             for place in range(self.done, min(self.done + tokens, self.ids.shape[1])):
-                sampled = torch.multinomial(self._shares(place), 1, generator=self.generator)[:, 0].tolist()
+                sampled = draw(self._shares(place), self.generator).tolist()
                 written = [row.next(token) for row, token in zip(self.rows, sampled, strict=True)]
                 self.ids[:, place] = torch.tensor(written)
                 self.done = place + 1
@@ -74,6 +74,13 @@ class Writer:
                 "--dtype, or give another --calibration text."
             )
         return logits.masked_fill(~self.allowed, -torch.inf).softmax(-1)
+
+
+def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """An index (B,) of each row of probabilities (B, V), by one random number each; `multinomial` takes V of them."""
+    sums = shares.double().cumsum(-1)
+    at = torch.rand(len(shares), 1, dtype=torch.float64, device=shares.device, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, at, right=True)[:, 0].clamp_(max=shares.shape[1] - 1)
 
 
 def cache_keyword(model: PreTrainedModel) -> str:

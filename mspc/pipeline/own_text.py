@@ -30,12 +30,12 @@ from mspc.text.scripts import Script, chat_script, document_script
 from mspc.text.tokens import SELF, Tokens
 from mspc.threads import fitting, run_all
 
-ROWS = 16
+ROWS = 32
 """Sequences that are written at once, a piece of work."""
 CHUNK = 32
 """Tokens of a sequence that are a step of progress."""
-LOGITS = 4
-"""Copies of the logits of the next token at once: themselves, without what is not allowed, shares, and noise."""
+LOGITS = 5
+"""Copies of the logits of the next token at once: themselves, without what is not allowed, shares, and their sums."""
 PARTS = ("calibration", "validation", "test")
 
 
