@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
 
 from mspc.errors import ActivationError, InputError
 from mspc.text.scripts import Script
@@ -41,19 +41,17 @@ class Writer:
     written. The seed decides the tokens, on one device.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, scripts: Sequence[Script], length: int, seed: int, allowed: Tensor
-    ) -> None:
+    def __init__(self, model: nn.Module, scripts: Sequence[Script], length: int, seed: int, allowed: Tensor) -> None:
         self.model, self.allowed = model, allowed
         self.rows = [Row(script) for script in scripts]
         self.generator = torch.Generator(allowed.device).manual_seed(seed)
         self.ids = torch.empty(len(scripts), length, dtype=torch.int64)
         self.done = 0
-        self.cache = DynamicCache(config=model.config.get_text_config())
         self.keyword = cache_keyword(model)
+        self.cache: Any = None
 
     def advance(self, tokens: int) -> None:
-        """Write so many tokens of every sequence, or what is left."""
+        """Write `tokens` more of every sequence, or what is left."""
         with torch.inference_mode():
             for place in range(self.done, min(self.done + tokens, self.ids.shape[1])):
                 sampled = draw(self._shares(place), self.generator).tolist()
@@ -66,8 +64,9 @@ class Writer:
         logits = torch.zeros(len(self.rows), len(self.allowed), device=self.allowed.device)
         if place:
             last = self.ids[:, place - 1 : place].to(self.allowed.device)
-            cache = {self.keyword: self.cache}
-            logits = self.model(input_ids=last, use_cache=True, **cache).logits[:, -1].float()
+            cache = {self.keyword: self.cache} if place > 1 else {}
+            output = self.model(input_ids=last, use_cache=True, **cache)
+            self.cache, logits = getattr(output, self.keyword), output.logits[:, -1].float()
         if logits.isnan().any():
             raise ActivationError(
                 f"NaN in the logits of token {place} that the model writes (calibration self). Compute in another "
@@ -83,8 +82,8 @@ def draw(shares: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, at, right=True)[:, 0].clamp_(max=shares.shape[1] - 1)
 
 
-def cache_keyword(model: PreTrainedModel) -> str:
-    """The argument that takes a key-value cache. Raises InputError for a model that has none."""
+def cache_keyword(model: nn.Module) -> str:
+    """The name of a key-value cache among arguments and results. Raises InputError for a model that has none."""
     arguments = inspect.signature(model.forward).parameters
     for name in ("cache", "past_key_values"):  # transformers 5.24 renamed it
         if name in arguments:

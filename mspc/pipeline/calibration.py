@@ -59,7 +59,7 @@ def draw(
 ) -> Drawn:
     """The text of a run. Validation and test text are drawn where they are wanted and enough text is left.
 
-    `write` gives text of the model, so many sequences for calibration, validation and test (`Author.write`).
+    `write` gives text of the model, for the numbers of sequences of the three parts (`Author.write`).
     """
     wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
     more = more if settings.validates_plans else 0

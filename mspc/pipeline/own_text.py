@@ -5,11 +5,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -100,7 +100,7 @@ class Author:
             "source": self.identity,
             "scripts": [[script.parts, sorted(script.ends)] for script in scripts],
             "part": [part, count, self.settings.sequence_length, self.settings.seed, ROWS],
-            "computed": [self.device.type, self._dtype(), torch.__version__, transformers.__version__],
+            "computed": [self.device.type, self._dtype(), torch.__version__, version("transformers")],
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"text-{digest}.safetensors"

@@ -1,4 +1,4 @@
-"""How a text begins that a model writes by itself: as a document, or as a chat whose turns are still empty."""
+"""Beginnings of text that a model writes by itself: a document, or a chat whose turns are still empty."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
