@@ -35,7 +35,7 @@ def chatting(template: str | None = TEMPLATE) -> Any:
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that ends its turns often, with a chat template."""
     folder = tmp_path_factory.mktemp("chatty")
-    tiny.build(folder, "llama", bos_token_id=None, eos_token_id=END)
+    tiny.build(folder, "llama", dtype=torch.bfloat16, bos_token_id=None, eos_token_id=END)
     chatting().save_pretrained(folder)
     return folder
 

@@ -66,7 +66,10 @@ class Author:
         reading.check_encodings(False, SELF)
         if settings.bos == "no":
             raise InputError("bos no has no effect with calibration self, which begins with a token. Leave it out.")
-        model = open_model(self.source, device=self.device, dtype=self._dtype())
+        dtype = self._dtype()
+        # Fused attention of one token at a time takes several times as long on a CPU in half precision.
+        eager = self.device.type == "cpu" and dtype != "float32"
+        model = open_model(self.source, device=self.device, dtype=dtype, eager=eager)
         begin = beginning(self.tokenizer, settings.bos)
         scripts = self._scripts(begin, model.config.get_text_config().vocab_size)
         files = {part: self._file(part, count, scripts) for part, count in zip(PARTS, counts, strict=True) if count}
