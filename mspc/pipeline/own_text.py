@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -31,12 +31,28 @@ from mspc.text.tokens import SELF, Tokens
 from mspc.threads import fitting, run_all
 
 ROWS = 32
-"""Sequences that are written at once, a piece of work."""
+"""Sequences that are written together, at most: a piece of work, which has a file of its own."""
 CHUNK = 32
 """Tokens of a sequence that are a step of progress."""
 LOGITS = 5
 """Copies of the logits of the next token at once: themselves, without what is not allowed, shares, and their sums."""
 PARTS = ("calibration", "validation", "test")
+
+
+class Piece(NamedTuple):
+    """Sequences of a part that are written together: the place of the first, and their number."""
+
+    part: str
+    at: int
+    rows: int
+
+    def scripts(self, scripts: Sequence[Script]) -> list[Script]:
+        """The script of each sequence."""
+        return [scripts[row % len(scripts)] for row in range(self.at, self.at + self.rows)]
+
+    def seed(self, seed: int) -> int:
+        """A seed of its own, by that of the run."""
+        return int.from_bytes(hashlib.sha256(f"{seed}/{self.part}/{self.at}".encode()).digest()[:7])
 
 
 @dataclass(frozen=True)
@@ -72,14 +88,23 @@ class Author:
         model = open_model(self.source, device=self.device, dtype=dtype, eager=eager)
         begin = beginning(self.tokenizer, settings.bos)
         scripts = self._scripts(begin, model.config.get_text_config().vocab_size)
-        files = {part: self._file(part, count, scripts) for part, count in zip(PARTS, counts, strict=True) if count}
-        missing = [part for part, file in files.items() if not file.is_file()]
+        pieces = [
+            Piece(part, at, min(ROWS, count - at))
+            for part, count in zip(PARTS, counts, strict=True)
+            for at in range(0, count, ROWS)
+        ]
+        files = {piece: self._file(piece, scripts) for piece in pieces}
+        missing = {piece: file for piece, file in files.items() if not file.is_file()}
         if missing:
             self._check_memory(model)
-            self._write({part: (files[part], counts[PARTS.index(part)]) for part in missing}, model, scripts)
+            self._write(missing, model, scripts)
         else:
             log.info(f"Calibration text: taken from {self.folder}.")
         return Tokens(torch.cat([_read(file) for file in files.values()]), SELF, begin.wanted)
+
+    @property
+    def _length(self) -> int:
+        return int(self.settings.sequence_length or 0)
 
     def _dtype(self) -> str:
         """The dtype that was asked for, else that of the checkpoint: writing reads all weights for a few tokens."""
@@ -92,17 +117,17 @@ class Author:
         special = special_ids(self.source, size, self.tokenizer)
         document = document_script(self.tokenizer, begin, special.bos, special.eos)
         chat = chat_script(self.tokenizer, begin, special.eos)
-        if chat and 2 * sum(map(len, chat.parts)) > int(self.settings.sequence_length or 0):
+        if chat and 2 * sum(map(len, chat.parts)) > self._length:
             log.info("calibration self: the chat template fills half of a sequence, so the model writes no chats.")
             return (document,)
         return (document, chat) if chat else (document,)
 
-    def _file(self, part: str, count: int, scripts: Sequence[Script]) -> Path:
-        """The file for the sequences of a part; the name has the hash of everything that they depend on."""
+    def _file(self, piece: Piece, scripts: Sequence[Script]) -> Path:
+        """The file for a piece; the name has the hash of everything that its tokens depend on."""
         key = {
             "source": self.identity,
             "scripts": [[script.parts, sorted(script.ends)] for script in scripts],
-            "part": [part, count, self.settings.sequence_length, self.settings.seed, ROWS],
+            "piece": [*piece, self.settings.sequence_length, self.settings.seed],
             "computed": [self.device.type, self._dtype(), torch.__version__, version("transformers")],
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -125,38 +150,26 @@ class Author:
         width = int(setting_of(config, "head_dim") or config.get_text_config().hidden_size // heads)
         of_token = 2 * len(model.blocks) * int(setting_of(config, "num_key_value_heads") or heads) * width
         logits = config.get_text_config().vocab_size * LOGITS * torch.float32.itemsize
-        return ROWS * (of_token * int(self.settings.sequence_length or 0) * model.dtype.itemsize + logits)
+        return ROWS * (of_token * self._length * model.dtype.itemsize + logits)
 
-    def _write(self, parts: Mapping[str, tuple[Path, int]], model: StreamedModel, scripts: Sequence[Script]) -> None:
-        """Write the sequences of each part, given by its file and their number, to the file."""
-        size, length = model.config.get_text_config().vocab_size, int(self.settings.sequence_length or 0)
-        allowed = torch.zeros(size, dtype=torch.bool)
-        allowed[[token for token in set(self.tokenizer.get_vocab().values()) if token < size]] = True
-        steps = -(-length // CHUNK)
-        pieces = sum(-(-count // ROWS) for _, count in parts.values())
-        with model.whole() as whole, self.progress.stage("Writing calibration text", pieces * steps) as step:
-            for part, (file, count) in parts.items():
-                texts = [
-                    Writer(
-                        whole, [scripts[row % len(scripts)] for row in range(at, min(at + ROWS, count))], length,
-                        _seed(self.settings.seed, part, at), allowed.to(self.device),
-                    )
-                    for at in range(0, count, ROWS)
-                ]  # fmt: skip
-                at_once = fitting(self._bytes_each(model))
-                for group in (texts[at : at + at_once] for at in range(0, len(texts), at_once)):
-                    for _ in range(steps):
-                        run_all(lambda text: text.advance(CHUNK), group)
-                        for _ in group:
-                            step()
-                    for text in group:
-                        text.cache = None
-                write_tensors(file, {"ids": torch.cat([text.ids for text in texts])})
-
-
-def _seed(*parts: object) -> int:
-    """A seed for each piece of work."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+    def _write(self, files: Mapping[Piece, Path], model: StreamedModel, scripts: Sequence[Script]) -> None:
+        """Write the sequences of each piece to its file."""
+        length, steps = self._length, -(-self._length // CHUNK)
+        allowed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
+        allowed[[token for token in set(self.tokenizer.get_vocab().values()) if token < len(allowed)]] = True
+        allowed, pieces, at_once = allowed.to(self.device), list(files), fitting(self._bytes_each(model))
+        with model.whole() as whole, self.progress.stage("Writing calibration text", len(pieces) * steps) as step:
+            for group in (pieces[at : at + at_once] for at in range(0, len(pieces), at_once)):
+                writers = [
+                    Writer(whole, piece.scripts(scripts), length, piece.seed(self.settings.seed), allowed)
+                    for piece in group
+                ]
+                for _ in range(steps):
+                    run_all(lambda writer: writer.advance(CHUNK), writers)
+                    for _ in group:
+                        step()
+                for piece, writer in zip(group, writers, strict=True):
+                    write_tensors(files[piece], {"ids": writer.ids})
 
 
 def _read(file: Path) -> Tensor:
