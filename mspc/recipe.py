@@ -83,8 +83,8 @@ class Recipe:
     )
     calibration: str | None = common(
         "builtin",
-        "Calibration text: builtin (Python's own documentation), c4, wikitext2, a .txt, .jsonl, .json or .parquet "
-        "file, a folder of them, or a dataset id.",
+        "Calibration text: builtin (Python's own documentation), self (the model writes it), c4, wikitext2, a .txt, "
+        ".jsonl, .json or .parquet file, a folder of them, or a dataset id.",
     )
     skip: tuple[str, ...] = repeatable(
         "Leave matrices dense if their name matches this regular expression anywhere. Repeatable."

@@ -11,7 +11,7 @@ from mspc.errors import InputError
 from mspc.progress import log
 from mspc.settings import SEARCH, Settings, check_reconstruct
 from mspc.text.reading import Reading
-from mspc.text.tokens import Tokens, calibration_tokens
+from mspc.text.tokens import SELF, Tokens, calibration_tokens
 
 Calibration = str | Path | Sequence[str] | Tensor
 """A source by its name, a list of documents, or token ids (N, T)."""
@@ -51,8 +51,16 @@ def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings
     return settings
 
 
-def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], Any]) -> Drawn:
-    """The text of a run. Validation and test text are drawn where they are wanted and enough text is left."""
+def draw(
+    settings: Settings,
+    given: Calibration | None,
+    tokenizer: Callable[[], Any],
+    write: Callable[[Sequence[int]], Tokens],
+) -> Drawn:
+    """The text of a run. Validation and test text are drawn where they are wanted and enough text is left.
+
+    `write` gives text of the model, for the numbers of sequences of the three parts (`Author.write`).
+    """
     wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
     more = more if settings.validates_plans else 0
     reading = Reading(settings.bos, settings.text_column, settings.text_encoding)
@@ -61,6 +69,9 @@ def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], 
         reading.check_ids()
         drawn = given
         more = min(more, len(drawn) - wanted)
+    elif settings.calibration == SELF:
+        found = write((wanted, more, TEST_WINDOWS if settings.eval else 0))
+        drawn, begin = found.ids, found.begin
     else:
         source = settings.calibration if given is None or isinstance(given, str | Path) else given
         length, spare = int(settings.sequence_length or 0), more + (TEST_WINDOWS if settings.eval else 0)

@@ -4,6 +4,8 @@ Both models pass the test text together: each block is loaded once, dense, and t
 """
 
 import math
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,13 @@ from mspc.passes.blocks import advance, batches_of
 from mspc.passes.perplexity import Perplexity, first_scored, score
 from mspc.passes.walk import install, matrix_of
 from mspc.progress import Progress, log
-from mspc.storage.artifact import MATRICES, MEASUREMENTS, UNCHANGED
+from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import MANIFEST, MatrixEntry
 from mspc.storage.sizes import bytes_in, sparse_export_bytes, tensor_bytes
 from mspc.text.tokens import Tokens
-from mspc.types import MatricesByBlock
+from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix
 
 CHECKED_TOKENS = 4096
 """Tokens on which the dense model is tried before the work."""
@@ -135,6 +137,20 @@ def sizes(folder: Path, checkpoint: Checkpoint, model: StreamedModel, entries: S
         "sparse_export": sparse_export_bytes(checkpoint.shards(), types, entries),
         "embeddings": sum(tensor_bytes(types[key]) for key in model.embedding_keys()),
         "folder": sum(
-            bytes_in(path) for path in folder.iterdir() if path.name not in (MEASUREMENTS, JOURNAL, MANIFEST)
+            bytes_in(path) for path in folder.iterdir() if path.name not in (MEASUREMENTS, OWN_TEXT, JOURNAL, MANIFEST)
         ),
     }
+
+
+def estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
+    """Approximate size of the output: that of the source, minus the savings of the plan."""
+    source = sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards())
+    bits = [m.target.bits or UNQUANTIZED_BITS for m in plan]
+    saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
+    return max(int(source - saved), 0)
+
+
+def peak_memory() -> int:
+    """Peak resident memory of the process in bytes (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

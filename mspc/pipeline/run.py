@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import resource
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.passes.trial import irregular_layers
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
-from mspc.pipeline.cost import compare, evaluation_to_dict, sizes, warn_if_guessing
+from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, peak_memory, sizes, warn_if_guessing
+from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
@@ -38,7 +38,7 @@ from mspc.progress import Progress, log
 from mspc.recipe import Recipe
 from mspc.settings import Settings
 from mspc.solvers.obs import check_pattern
-from mspc.storage.artifact import MEASUREMENTS, PLAN, RECIPE, UNCHANGED
+from mspc.storage.artifact import MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.carrying import carry
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
@@ -114,19 +114,14 @@ class Run:
         self.check_early(model, matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
-        text = draw(settings, self.calibration, self.load_tokenizer)
+        text = draw(settings, self.calibration, self.load_tokenizer, partial(self.own_text, measurements))
         tokens, validation = text.calibration, text.validation
         if tokens.note:
             log.info(tokens.note)
         for ids in (tokens.ids, validation, text.test):
             if ids is not None:
                 check_range(ids, self.config.get_text_config().vocab_size, tokens.source)
-        with progress.stage("Checking weights", len(checkpoint.shards())) as step:
-            digests = {}
-            for file, digest in checkpoint.fingerprint():
-                digests[file] = digest
-                step(file)
-        header = self.header(digests, tokens)
+        header = self.header(tokens)
         planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
         for note in dense_notes(model.sorted_blocks(settings.skip, irregular, settings.only)):
@@ -172,12 +167,29 @@ class Run:
             self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress
         )  # fmt: skip
 
-    def header(self, digests: dict[str, str], tokens: Tokens) -> dict[str, Any]:
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each weight file. Raises InputError for NaN or infinity in weights."""
+        checkpoint, digests = Checkpoint(self.source), {}
+        with self.progress.stage("Checking weights", len(checkpoint.shards())) as step:
+            for file, digest in checkpoint.fingerprint():
+                digests[file] = digest
+                step(file)
+        return digests
+
+    def own_text(self, measurements: Path | None, counts: Sequence[int]) -> Tokens:
+        """Text that the model writes, which is kept like measurements."""
+        identity = [self.digests, _config_digest(self.source)]
+        kept = measurements or self.folder / OWN_TEXT
+        tokenizer = self.load_tokenizer()
+        return Author(self.source, self.device, self.settings, tokenizer, identity, kept, self.progress).write(counts)
+
+    def header(self, tokens: Tokens) -> dict[str, Any]:
         """The identity of the run: two runs with equal headers end with the same bytes."""
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
-            "source": {"name": self.source_name, "sha256": digests, "config": _config_digest(self.source)},
+            "source": {"name": self.source_name, "sha256": self.digests, "config": _config_digest(self.source)},
             "recipe": self.recipe.to_dict(),
             "settings": self.settings.to_dict(),
             "plan": sha256_of(Path(self.settings.plan)) if self.settings.plan is not None else None,
@@ -274,7 +286,7 @@ class Run:
         matrices: MatricesByBlock,
     ) -> None:
         """Copy all that belongs to the model and, shard by shard, the weights that are not compressed."""
-        check_space(self.folder, _estimated_bytes(checkpoint, plan))
+        check_space(self.folder, estimated_bytes(checkpoint, plan))
         carry(self.source, self.folder, read=checkpoint.shards())
         compressed = {model.tensor_key(matrix) for matrix in flatten(matrices) if matrix.index is None}
         with self.progress.stage("Copying other weights", len(checkpoint.shards())) as step:
@@ -351,7 +363,7 @@ class Run:
             "seconds": self.watch.seconds,
             "seconds_by_stage": self.watch.stages,
             "threads": self.threads,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
             "files": files,
             "matrices": rows,
@@ -366,7 +378,8 @@ class Run:
 
     def discard_work(self) -> None:
         """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.folder / MEASUREMENTS, ignore_errors=True)
+        for name in (MEASUREMENTS, OWN_TEXT):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         Journal.discard(self.folder)
 
 
@@ -380,17 +393,3 @@ def _config_digest(folder: Path) -> str:
 def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> float:
     planned = settings.plan is not None or settings.has_budget or settings.keep_zeros
     return planned_sparsity(plan) if planned else settings.target_sparsity
-
-
-def _estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
-    """Approximate size of the output: that of the source, minus the savings of the plan."""
-    source = sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards())
-    bits = [m.target.bits or UNQUANTIZED_BITS for m in plan]
-    saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
-    return max(int(source - saved), 0)
-
-
-def _peak_memory() -> int:
-    """Peak resident memory of the process in bytes (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

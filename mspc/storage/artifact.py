@@ -36,6 +36,8 @@ REFERENCE = "verification.npz"
 MATRICES = "matrices"
 UNCHANGED = "unchanged"
 MEASUREMENTS = "measurements"
+OWN_TEXT = ".text.mspc"
+"""The folder of text that the model wrote, until the run is complete."""
 EXPORTS = "exports"
 
 

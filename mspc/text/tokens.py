@@ -24,6 +24,8 @@ HUB_TEXTS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "test": "test"}),
 }
 """Name -> dataset id on the hub, configuration, and the dataset's split for each of ours."""
+SELF = "self"
+"""The source of calibration text that the model writes (`mspc.pipeline.own_text`)."""
 MOST_HUB_DOCUMENTS = 20_000
 """Documents read from the start of a hub dataset, at most."""
 AT_ONCE = 8
@@ -200,6 +202,11 @@ def load_documents(
         return builtin_text.documents(split)
     if not source:
         raise InputError("The name of the text is empty. Give builtin, a file or folder, or a dataset id.")
+    if source == SELF:
+        raise InputError(
+            "The text self, which the model writes, is for --calibration of compress only. Give builtin, a file or "
+            "folder (./self for one of that name), or a dataset id."
+        )
     assert path is not None
     if path.exists():
         documents = documents_of(path, reading, tokenizer)
