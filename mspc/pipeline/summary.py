@@ -129,7 +129,7 @@ def matrix_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
             f"{row['sparsity']:.2%}",
             str(row["bits"]),
             "-" if row["sensitivity"] is None else f"{row['sensitivity']:.2e}",
-            f"{row['output_error']:.2e}",
+            "-" if row["output_error"] is None else f"{row['output_error']:.2e}",
             f"{row['damp']:g}",
             f"{row['zeros']:,}",
         ]

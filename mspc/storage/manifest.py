@@ -43,7 +43,8 @@ class MatrixEntry:
     zeros: int
     """Number of weights that are zero, pruned or not."""
     sensitivity: float | None
-    output_error: float
+    output_error: float | None
+    """None for weights that were trained after they were solved (`recover`)."""
     damp: float
     propagation_damp: float
     precision: str
