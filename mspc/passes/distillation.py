@@ -74,14 +74,20 @@ def rates(steps: int, highest: float) -> list[float]:
 
 
 def head_gradients(
-    expected: Head, actual: Head, wanted: Tensor, states: Tensor, trained: Sequence[nn.Parameter], count: int
+    expected: Head,
+    actual: Head,
+    wanted: Tensor,
+    states: Tensor,
+    trained: Sequence[nn.Parameter],
+    count: int,
+    size: int = POSITIONS,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of the divergence over `count` at the outputs `states` (N, D) of the last block, and of `trained`.
 
-    `wanted` (N, D) are the outputs of the dense model. A parameter that the head does not use has the gradient None.
+    `wanted` (N, D) are the outputs of the dense model. `size` positions have logits at once. A parameter that the head
+    does not use has the gradient None.
     """
     at_states, at_trained = torch.empty_like(states), list[Tensor | None]([None] * len(trained))
-    size = min(POSITIONS, len(states))
     for given, part, into in zip(wanted.split(size), states.detach().split(size), at_states.split(size), strict=True):
         with torch.no_grad():
             p = expected(given)
