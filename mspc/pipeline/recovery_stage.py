@@ -23,7 +23,7 @@ from mspc.pipeline.latents import Vector, latents_of
 from mspc.pipeline.recovering import Text, Training, Tuned
 from mspc.pipeline.solve_blocks import check_packed
 from mspc.pipeline.student import Student
-from mspc.progress import Progress, log
+from mspc.progress import Progress
 from mspc.settings import Settings
 from mspc.sizes import in_words
 from mspc.storage.artifact import MATRICES, MEASUREMENTS, UNCHANGED, read_matrix, read_stored
@@ -89,22 +89,6 @@ def recover_all(
     journal.commit({
         "file": STATE, "sha256": sha256_of(folder / STATE), "matrices": [], "recovery": found, "recovered": blocks,
     })  # fmt: skip
-    log.info(recovery_line(found))
-
-
-def recovery_line(found: dict[str, Any]) -> str:
-    """The part `recovery` of a manifest in words."""
-    before, after = (found[f"divergence_{when}"] for when in ("before", "after"))
-    if not found["best_step"]:
-        return (
-            f"Recovery: none of {found['steps']} steps is nearer to the dense model than one-shot, whose KL on "
-            f"validation text is {before:.4f} nats per token. All weights stay as they were."
-        )
-    return (
-        f"Recovery: KL from the dense model {before:.4f} nats per token one-shot and {after:.4f} recovered, on "
-        f"validation text, after {found['best_step']} of {found['steps']} steps ({found['tokens']:,} tokens of "
-        f"{found['text']})."
-    )
 
 
 def check_memory(model: StreamedModel, plan: Sequence[PlannedMatrix], settings: Settings) -> None:
