@@ -42,11 +42,11 @@ def _lead(subject: Subject) -> Html:
         how = "a given plan"
     if settings.get("keep_zeros"):
         how = f"the zeros of the checkpoint and {settings['bits']} bits"
+    made = "recovered" if is_recovered(manifest) else "one-shot"
     return element(
         "p", "Made from ", element("b", manifest["source"]["name"]), f" with {how}, effort {settings['effort']}: ",
         f"{len(subject.rows)} matrices, {manifest['sparsity']['achieved']:.2%} zeros, "
-        f"{manifest['bits_per_weight']:.3f} bits per weight", ", recovered." if is_recovered(manifest) else ", one-shot.",
-        class_="lead",
+        f"{manifest['bits_per_weight']:.3f} bits per weight, {made}.", class_="lead",
     )  # fmt: skip
 
 

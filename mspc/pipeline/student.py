@@ -127,7 +127,8 @@ class Student:
         return 2 * logits_bytes(self.model, batches[0].ids[:, :POSITIONS])
 
     def autocast(self, half: bool) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        # Its cache would outlive a step within an outer autocast, and hold the weights of an earlier step.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 def log_probabilities(logits: Logits, batch: Batch, hidden: Tensor) -> Tensor:

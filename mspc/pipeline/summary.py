@@ -35,12 +35,13 @@ def recovery_line(found: Mapping[str, Any]) -> str:
     before, after = (number(found[f"divergence_{when}"]) for when in ("before", "after"))
     if not found["best_step"]:
         return (
-            f"Recovery: none of {found['steps']} steps brought the model nearer to the dense one than one-shot, whose KL "
-            f"on validation text is {before} nats per token. All weights stay as they were."
+            f"Recovery: none of {found['steps']} steps brought the model nearer to the dense one than one-shot, whose "
+            f"KL on validation text is {before} nats per token. All weights stay as they were."
         )
     return (
-        f"Recovery: KL from the dense model on validation text {before} one-shot and {after} recovered, nats per token; "
-        f"step {found['best_step']} of {found['steps']} was the best ({found['tokens']:,} tokens of {found['text']})."
+        f"Recovery: KL from the dense model on validation text {before} one-shot and {after} recovered, nats per "
+        f"token; step {found['best_step']} of {found['steps']} was the best ({found['tokens']:,} tokens of "
+        f"{found['text']})."
     )
 
 
