@@ -114,11 +114,11 @@ class Student:
 
                 def of_sequence(number: int) -> float:
                     batch = batches[number]
-                    p, q = (
-                        (log_probabilities(one, batch, part) for part in hidden.split(POSITIONS))
-                        for one, hidden in ((self.dense, wanted[number].to(batch.hidden)), (logits, batch.hidden[0]))
+                    given = wanted[number].to(batch.hidden).split(POSITIONS)
+                    return sum(
+                        divergence(log_probabilities(self.dense, batch, one), log_probabilities(logits, batch, other))
+                        for one, other in zip(given, batch.hidden[0].split(POSITIONS), strict=True)
                     )
-                    return sum(map(divergence, p, q))
 
                 total = sum(run(of_sequence, range(len(batches)), self.head_bytes(batches)))
         return total / sum(batch.ids.numel() for batch in batches)
