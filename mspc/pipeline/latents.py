@@ -14,7 +14,9 @@ from mspc.numerics.quant import LARGEST_SCALE, SMALLEST_SCALE
 from mspc.types import Codes, CompressedLinear
 
 SCALE_RATE = 30.0
-"""Learning rate of the relative change of a scale, as a multiple of that of a weight."""
+"""Learning rate of the relative change of a scale, as a multiple of that of a weight without a grid."""
+CODE_RATE = 300.0
+"""The same for a code before it is rounded."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class Weights:
 class QuantizedWeights:
     """A matrix on a grid. Each group has the relative change of its scale as a latent, and zero points stay.
 
-    A kept weight has a latent, too. Its code is the nearest by the scale at the start, so that scales and codes
-    move independently of each other.
+    A kept weight has a latent, too: its distance from the zero point in codes, before it is rounded.
     """
 
     def __init__(self, matrix: CompressedLinear, device: torch.device) -> None:
@@ -75,15 +76,14 @@ class QuantizedWeights:
         self.zeros, self.first_scales = matrix.codes.zeros.to(device), matrix.codes.scales.to(device).float()
         self.change = torch.zeros_like(self.first_scales)
         self.size = self.mask.shape[1] // self.zeros.shape[1]
-        distance = matrix.codes.values.to(device).float() - self.per_weight(self.zeros).float()
-        self.kept = (distance * self.per_weight(self.first_scales))[self.mask]
+        self.kept = matrix.codes.values.to(device)[self.mask].float() - self.per_weight(self.zeros)[self.mask]
 
     def per_weight(self, of_groups: Tensor) -> Tensor:
         """(O, G) -> (O, I)."""
         return of_groups.repeat_interleave(self.size, 1)
 
     def latents(self) -> dict[str, tuple[Tensor, float]]:
-        return {"values": (self.kept, 1.0), "scales": (self.change, SCALE_RATE)}
+        return {"codes": (self.kept, CODE_RATE), "scales": (self.change, SCALE_RATE)}
 
     def scales(self) -> Tensor:
         """The scales (O, G) float16."""
@@ -92,18 +92,13 @@ class QuantizedWeights:
     def codes(self) -> Tensor:
         """The codes (O, I), as float32; those of pruned weights are of no account."""
         values = torch.zeros(self.mask.shape, device=self.mask.device).masked_scatter_(self.mask, self.kept)
-        return (
-            (values / self.per_weight(self.first_scales))
-            .round_()
-            .add_(self.per_weight(self.zeros))
-            .clamp_(0, self.levels)
-        )
+        return values.round_().add_(self.per_weight(self.zeros)).clamp_(0, self.levels)
 
     def gradients(self, gradient: Tensor) -> dict[str, Tensor]:
         """By the gradient (O, I) of the weights. A weight is its distance from zero times its scale."""
         distance = (self.codes() - self.per_weight(self.zeros)).mul_(self.mask)
         of_scales = (gradient * distance).view(*self.zeros.shape, self.size).sum(-1) * self.first_scales
-        return {"values": gradient[self.mask], "scales": of_scales}
+        return {"codes": (gradient * self.per_weight(self.first_scales))[self.mask], "scales": of_scales}
 
     def stored(self) -> CompressedLinear:
         codes = Codes(self.codes().to(torch.uint8), self.scales(), self.zeros)
