@@ -309,7 +309,7 @@ def test_what_has_no_effect_or_no_text_is_refused(folder_of, calibration, tmp_pa
         with pytest.raises(mspc.InputError, match=message):
             mspc.Recipe(**options)
     assert "recover" not in mspc.Recipe().settings().to_dict()
-    with pytest.raises(mspc.InputError, match="recover needs validation text besides 93 sequences of 32 tokens"):
+    with pytest.raises(mspc.InputError, match="recover needs validation text after 93 sequences of 32 tokens"):
         tiny.compress(folder_of("llama"), tmp_path / "out", calibration, recover=3, num_sequences=93)
 
 

@@ -102,5 +102,5 @@ def head_gradients(
 
 
 def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, either of which may be missing."""
+    """The sum of two gradients. Either may be missing."""
     return b if a is None else a if b is None else a + b

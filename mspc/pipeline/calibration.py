@@ -77,7 +77,7 @@ def draw(settings: Settings, given: Calibration | None, tokenizer: Callable[[], 
         )
     if not len(validation) and settings.recover:
         raise InputError(
-            f"recover needs validation text besides {wanted} sequences of {drawn.shape[1]} tokens, and none is left. "
+            f"recover needs validation text after {wanted} sequences of {drawn.shape[1]} tokens, and none is left. "
             "Give more --calibration text, or fewer or shorter sequences (--num-sequences, --sequence-length)."
         )
     if not len(validation) and settings.validates_plans:

@@ -1,4 +1,4 @@
-"""What a run made, for its manifest: sparsity, bits, sizes, files and matrices."""
+"""The outcome of a run, for its manifest: sparsity, bits, sizes, files and matrices."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -85,7 +85,7 @@ class Checkpoint:
 
 
 class Replaced:
-    """A source of which some tensors are those of other files: `folder` has files of the same names for them."""
+    """A source with some tensors replaced by those in `folder`, in files of the same names."""
 
     def __init__(self, source: TensorSource, folder: Path) -> None:
         self.source = source

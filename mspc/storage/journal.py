@@ -49,7 +49,7 @@ class Journal:
 
     @property
     def recovery(self) -> dict[str, Any] | None:
-        """What a recovery found, once it is committed."""
+        """The outcome of a recovery, once it is committed."""
         return next((entry["recovery"] for entry in self.entries if "recovery" in entry), None)
 
     @property
