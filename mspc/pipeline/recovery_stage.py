@@ -164,7 +164,7 @@ def _tuned(model: StreamedModel, folder: Path, journal: Journal) -> list[Tuned]:
 
 
 def _write_blocks(model: StreamedModel, tuned: Sequence[Tuned], folder: Path, journal: Journal) -> list[dict[str, Any]]:
-    """Write the recovered matrices of every block to a new file. Returns entries like those that commit solved blocks."""
+    """Write the recovered matrices of every block to a new file, and return entries like those of solved blocks."""
     latents = {one.name: one.latents for one in tuned if one.matrix is not None}
     blocks = []
     for block in journal.blocks:
