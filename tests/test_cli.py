@@ -36,7 +36,8 @@ RECIPE_FLAGS = {
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
-    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct"),
+    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct", "--recover"),
+    "--recover-lr",
     *("--text-column", "--text-encoding", "--bos", "--eval"),
 }
 
@@ -235,10 +236,7 @@ def test_help_shows_commands_that_are_right_and_fit_a_terminal(verb):
             ("--allocator", "search", "--num-sequences", 93, "--sequence-length", 32),
             "The allocator search needs validation text, and none is left. Give more",
         ),
-        (
-            ("--reconstruct", "--recover", "--recover-lr", 9, "--bits", 4),
-            "reconstruct tunes weights that are not quantized, and bits is 4. Leave",
-        ),
+        (("--reconstruct", 9, "--bits", 4), "reconstruct tunes weights that are not quantized, and bits is 4. Leave"),
         (
             ("--target-size", "small"),
             "such as 800MB or 2.2GB (powers of 1000) or 2GiB (of 1024), not 'small'",
