@@ -11,7 +11,7 @@ from typing import Any
 from mspc.errors import InputError
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.files import sha256_of, write_json
-from mspc.storage.manifest import EXPORT_MANIFEST, MatrixEntry, read_entries
+from mspc.storage.manifest import EXPORT_MANIFEST, MatrixEntry, is_recovered, read_entries
 from mspc.version import __version__
 
 FORMAT_VERSION = 1
@@ -40,6 +40,8 @@ def write_export_manifest(out: Path, format_name: str, options: Any, artifact: A
         "files": {str(path.relative_to(out)): sha256_of(path) for path in files},
         "matrices": [entry.to_row() for entry in artifact.entries],
     }
+    if is_recovered(artifact.manifest):
+        values["recovery"] = artifact.manifest["recovery"]
     write_json(out / EXPORT_MANIFEST, values)
 
 

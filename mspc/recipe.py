@@ -16,6 +16,7 @@ from mspc.errors import InputError, unknown
 from mspc.settings import (
     DEFAULT_BITS_PER_WEIGHT,
     EFFORTS,
+    RECOVER_LR,
     ROW,
     SPREADS,
     Settings,
@@ -128,6 +129,11 @@ class Recipe:
     reconstruct: int | None = option(
         0, "Number of steps that tune the kept weights of each attention and MLP module. Not with --bits."
     )
+    recover: int | None = option(
+        0,
+        "Number of steps that train kept weights, scales, norms and biases towards the predictions of the dense model.",
+    )
+    recover_lr: float | None = option(None, "Highest learning rate of --recover.", shown=f"{RECOVER_LR:g}")
     criterion: str | None = option(
         "isc", "Score that decides which weights are pruned (solvers obs and mask): isc, obs, wanda, ria or magnitude."
     )
@@ -241,7 +247,7 @@ REPEATABLE = ("skip", "only")
 """Options that hold regular expressions."""
 AT_LEAST = {
     "num_sequences": 1, "sensitivity_sequences": 1, "sensitivity_probes": 1, "group_size": 1, "iterations": 1,
-    "sequence_length": 2, "reconstruct": 0,
+    "sequence_length": 2, "reconstruct": 0, "recover": 0,
 }  # fmt: skip
 
 
@@ -266,6 +272,8 @@ def _check_value(name: str, value: Any) -> None:
         check_encoding(value)
     elif name in ("alpha", "propagation") and not 0 <= value <= 1:
         raise InputError(f"{name} must lie in [0, 1], not {value}.")
+    elif name == "recover_lr" and not 0 < value < float("inf"):
+        raise InputError(f"recover_lr must be a number above 0, not {value}.")
     elif name == "search_minutes" and not 0 < value < float("inf"):
         raise InputError(f"search_minutes must be a number above 0, not {value}.")
     elif name == "damp" and not 0 <= value < float("inf"):

@@ -33,6 +33,8 @@ RANKING = ("trace-rank", "layer-trace-rank")
 """Allocators that rank matrices by `sensitivity`."""
 OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
 """Measure of each allocator that ignores `sensitivity`."""
+RECOVER_LR = 1e-4
+"""Highest learning rate of a recovery, unless another is given."""
 BOS = ("auto", "yes", "no")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -77,6 +79,9 @@ class Settings:
     iterations: int
     propagation: float
     reconstruct: int
+    recover: int
+    recover_lr: float | None
+    """None if nothing is recovered."""
     criterion: str
     allocator: str
     alpha: float | None
@@ -146,6 +151,11 @@ class Settings:
         return self.plan is not None or self.has_budget or (self.target_sparsity > 0 and not self.keep_zeros)
 
     @property
+    def needs_validation(self) -> bool:
+        """True if validation text decides between plans, or between steps of a recovery."""
+        return self.validates_plans or self.recover > 0
+
+    @property
     def needs_sensitivity(self) -> bool:
         return self.allocates and self.allocator in SPREADS
 
@@ -170,6 +180,7 @@ class Settings:
         """
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
         values["only"], values["keep_zeros"] = list(self.only) or None, self.keep_zeros or None
+        values["recover"] = self.recover or None
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 
@@ -200,6 +211,8 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     if values["solver"] == "mask" or (values["keep_zeros"] and values["bits"] == UNQUANTIZED_BITS):
         values["propagation"] = asked.get("propagation", 0.0)
     values["alpha"] = asked.get("alpha", SPREADS.get(values["allocator"]))
+    if values["recover"]:
+        values["recover_lr"] = asked.get("recover_lr", RECOVER_LR)
     settings = Settings(**values)
     for what, name, known in (
         ("solver", settings.solver, SOLVERS),
@@ -298,6 +311,10 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
     "asymmetric": lambda s: _plan(s) or _unquantized(s),
     "solver": _as_it_is,
     "reconstruct": _as_it_is,
+    "recover": lambda s: (
+        _as_it_is(s) or _unless(s.prunes or s.quantizes, "sparsity 0 and bits 16, which keep the model")
+    ),
+    "recover_lr": lambda s: _unless(s.recover > 0, f"recover {s.recover}"),
     "iterations": lambda s: _solver(s, "kfac", "admm"),
     "propagation": lambda s: _as_it_is(s) or _unless(s.solver != "mask", "solver mask, which updates no weight"),
     "criterion": lambda s: _solver(s, "obs", "mask"),

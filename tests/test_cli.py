@@ -38,7 +38,8 @@ RECIPE_FLAGS = {
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
-    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct"),
+    *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct", "--recover"),
+    "--recover-lr",
     *("--text-column", "--text-encoding", "--bos", "--eval"),
 }
 

@@ -27,6 +27,7 @@ from mspc.bench.request import Candidate, Plan, Request, make_plan
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
 from mspc.errors import InputError, MspcError
 from mspc.progress import Console, Progress, log
+from mspc.storage.manifest import was_recovered
 
 TEXT = "builtin"
 """The text of perplexities."""
@@ -181,6 +182,7 @@ def empty_row(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "shape": asdict(shape),
         "format": candidate.format or format_of(decoder),
         "random_weights": candidate.folder is None,
+        "recovered": candidate.folder is not None and was_recovered(candidate.folder),
         "stored_dtype": None if candidate.folder is None else name_of(stored_dtype(candidate.folder)),
         "baseline": candidate.baseline,
         "engine": engine_of(decoder),

@@ -130,8 +130,9 @@ def compared_with(result: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any]) -> str:
-    """The name of a row, with its format if the name is a path."""
-    return str(row["name"]) if row["random_weights"] else f"{row['name']} ({row['format']})"
+    """The name of a row, with its format if the name is a path, and whether it was recovered."""
+    recovered = ", recovered" * bool(row.get("recovered"))  # older results do not say
+    return str(row["name"]) if row["random_weights"] else f"{row['name']} ({row['format']}{recovered})"
 
 
 def milliseconds(seconds: dict[str, float]) -> str:

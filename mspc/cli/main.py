@@ -3,6 +3,7 @@
 import logging
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -96,6 +97,7 @@ def eval_(
     results: list[tuple[str, dict[str, Any]]] = []
     with reported(debug):
         from mspc.api import evaluate
+        from mspc.storage.manifest import was_recovered
 
         try:
             for path in paths:
@@ -104,7 +106,8 @@ def eval_(
                     dtype=dtype or "auto", against=against, bos=bos, text_column=text_column,
                     text_encoding=text_encoding, threads=threads,
                 )  # fmt: skip
-                results.append((path, {name: value for name, value in asdict(found).items() if value is not None}))
+                row = {name: value for name, value in asdict(found).items() if value is not None}
+                results.append((path, row | ({"recovered": True} if was_recovered(Path(path)) else {})))
         finally:  # what was measured is shown when a later path fails
             _show(results, against, as_json, several=len(paths) > 1)
 

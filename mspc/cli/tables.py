@@ -21,7 +21,8 @@ def matrix_table(manifest: dict[str, Any]) -> Table:
 
 def evaluation_line(result: Mapping[str, Any], against: str | None) -> str:
     """One evaluation as a sentence, for `mspc eval`; `result` has the fields of `Perplexity` that are not None."""
-    line = f"perplexity {_shown(result, 'perplexity')} over {result['tokens']:,} tokens, {_windows(result)}"
+    line = "recovered: " * bool(result.get("recovered"))
+    line += f"perplexity {_shown(result, 'perplexity')} over {result['tokens']:,} tokens, {_windows(result)}"
     if against is None:
         return line
     return line + (
@@ -44,7 +45,8 @@ def evaluation_table(results: Sequence[tuple[str, Mapping[str, Any]]], against: 
     for path, result in results:
         kl = [_shown(result, "divergence")] if against else []
         other = "" if _windows(result) == _windows(first) else f" (on {_windows(result)})"
-        table.add_row(escape(path + other), _shown(result, "perplexity"), *kl)
+        recovered = " (recovered)" * bool(result.get("recovered"))
+        table.add_row(escape(path + recovered + other), _shown(result, "perplexity"), *kl)
     return table
 
 

@@ -8,17 +8,22 @@ from mspc.model.config_checks import FLOATS
 from mspc.model.hub import load_config
 from mspc.model.streamed import StreamedModel
 from mspc.storage.artifact import ArtifactSource
-from mspc.storage.checkpoint import Checkpoint, TensorSource
+from mspc.storage.checkpoint import Checkpoint, Replaced, TensorSource
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import SparseSource, is_sparse_export
 
 
-def open_model(folder: Path, *, device: torch.device, dtype: str = "auto", eager: bool = False) -> StreamedModel:
+def open_model(
+    folder: Path, *, device: torch.device, dtype: str = "auto", eager: bool = False, replaced: Path | None = None
+) -> StreamedModel:
     """A checkpoint folder, an artifact or a sparse export as a streamed model.
 
     With `eager`, attention and experts are plain operations, which have second derivatives, and not fused kernels.
+    `replaced` is a folder of files whose tensors are in place of those in `folder`.
     """
     source = open_source(folder)
+    if replaced is not None:
+        source = Replaced(source, replaced)
     config = load_config(folder)
     return StreamedModel(source, config, device, choose_dtype(dtype, source, device), eager)
 

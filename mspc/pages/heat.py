@@ -50,7 +50,6 @@ def place_of(name: str) -> tuple[str, str]:
 
 
 def _maps(subject: Subject, places: Places) -> list[Map]:
-    errors = [_mean(rows, "output_error") for kinds in places.values() for rows in kinds.values()]
     maps = [
         Map("Sparsity", "share of zeros, percent", "a", lambda rows: _mean(rows, "sparsity"), float,
             lambda value: f"{100 * value:.0f}"),
@@ -64,6 +63,9 @@ def _maps(subject: Subject, places: Places) -> list[Map]:
                 lambda rows: _sum(rows, "sensitivity") / sum(sums), lambda value: value * sum(sums) / max(sums),
                 lambda value: f"{100 * value:.1f}")
         )  # fmt: skip
+    if any(row["output_error"] is None for row in subject.rows):  # recovered: it was that of other weights
+        return maps
+    errors = [_mean(rows, "output_error") for kinds in places.values() for rows in kinds.values()]
     maps.append(
         Map("Output error", "relative squared error of each output, percent", "c",
             lambda rows: _mean(rows, "output_error"), lambda value: value / max(max(errors), 1e-300),

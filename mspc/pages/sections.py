@@ -8,8 +8,9 @@ from mspc.pages import plots
 from mspc.pages.heat import heat_maps
 from mspc.pages.html import Html, element, joined, note, section, table
 from mspc.pages.subject import Mean, Subject, interval_in_words, signed
-from mspc.pipeline.summary import HEADINGS, hurt_line, matrix_rows, number, unused_note
+from mspc.pipeline.summary import HEADINGS, hurt_line, matrix_rows, number, recovery_line, unused_note
 from mspc.sizes import in_words
+from mspc.storage.manifest import is_recovered
 
 INTERVALS = (
     "Intervals are 95% t-intervals of the mean over windows, those of perplexities in log space. They treat windows as "
@@ -41,10 +42,11 @@ def _lead(subject: Subject) -> Html:
         how = "a given plan"
     if settings.get("keep_zeros"):
         how = f"the zeros of the checkpoint and {settings['bits']} bits"
+    made = "recovered" if is_recovered(manifest) else "one-shot"
     return element(
         "p", "Made from ", element("b", manifest["source"]["name"]), f" with {how}, effort {settings['effort']}: ",
         f"{len(subject.rows)} matrices, {manifest['sparsity']['achieved']:.2%} zeros, "
-        f"{manifest['bits_per_weight']:.3f} bits per weight.", class_="lead",
+        f"{manifest['bits_per_weight']:.3f} bits per weight, {made}.", class_="lead",
     )  # fmt: skip
 
 
@@ -149,6 +151,8 @@ def _made(subject: Subject) -> Html:
         ("mspc", f"{manifest['mspc_version']}, format {manifest['format_version']}"),
         ("peak memory", in_words(manifest["peak_memory_bytes"])),
     ]  # fmt: skip
+    if found := manifest.get("recovery"):
+        rows.insert(-2, ("recovery", recovery_line(found)))
     if "threads" in manifest:
         rows.append(("threads", manifest["threads"]))
     settings = ((key, element("code", _value(value))) for key, value in manifest["settings"].items())
@@ -238,4 +242,5 @@ def _row(subject: Subject) -> list[object]:
     means = [number(found[key]["mean"]) if found else "-" for key in ("perplexity", "divergence")]
     gap = "-" if subject.gap is None else signed(subject.gap)
     made = (f"{manifest['bits_per_weight']:.3f}", f"{manifest['sparsity']['achieved']:.1%}")
-    return [subject.name, *size, *made, *means, gap, f"{manifest['seconds']:,.0f}"]
+    name = subject.name + " (recovered)" * is_recovered(manifest)
+    return [name, *size, *made, *means, gap, f"{manifest['seconds']:,.0f}"]

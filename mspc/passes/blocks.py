@@ -63,9 +63,15 @@ def batches_of(
     unlinked files of that folder.
     """
     size = batch_size or max(1, TOKENS_PER_BATCH // ids.shape[1])
+    with model.loaded_outer():
+        return embedded(model, ids.split(size), spill)
+
+
+def embedded(model: StreamedModel, parts: Sequence[Tensor], spill: Path | None = None) -> list[Batch]:
+    """A batch of each of some ids (B, T), for a model whose outer part is loaded."""
     batches: list[Batch] = []
-    with torch.no_grad(), model.loaded_outer():
-        for part in ids.split(size):
+    with torch.no_grad():
+        for part in parts:
             hidden, calls = _capture(model, part)
             if not _is_finite(hidden):
                 raise not_finite(model.model, "The embeddings", model.dtype)
@@ -223,6 +229,13 @@ Logits = Callable[[Batch], Tensor]
 @contextmanager
 def without_blocks(model: StreamedModel) -> Iterator[Logits]:
     """The outer part of a model, loaded, as a function that threads may call at the same time."""
+    with model.loaded_outer(), handed_through(model) as logits:
+        yield logits
+
+
+@contextmanager
+def handed_through(model: StreamedModel) -> Iterator[Logits]:
+    """The same for a model whose outer part is loaded. Its blocks cannot be run meanwhile."""
     given = threading.local()
 
     def hand_through(*args: Any, **kwargs: Any) -> Any:
@@ -233,7 +246,7 @@ def without_blocks(model: StreamedModel) -> Iterator[Logits]:
         with _in_words(f"{type(model.model).__name__} cannot be run without its blocks, as mspc does"):
             return model.model(input_ids=batch.ids.to(model.device), use_cache=False).logits
 
-    with model.loaded_outer(), replaced_forwards(model.blocks, hand_through):
+    with replaced_forwards(model.blocks, hand_through):
         yield logits
 
 

@@ -36,7 +36,8 @@ def with_ids(settings: Settings, ids: Tensor, asked: dict[str, Any]) -> Settings
     """The settings for given token ids (N, T). All sequences are used unless the recipe says less."""
     there, length = ids.shape
     if "num_sequences" not in asked:
-        share = there // (CALIBRATION_PER_VALIDATION + 1) if settings.validates_plans else 0
+        share = there // (CALIBRATION_PER_VALIDATION + 1) if settings.needs_validation else 0
+        share = max(share, 1) if settings.recover and there > 1 else share
         settings = replace(settings, num_sequences=there - share)
     if settings.num_sequences > there:
         raise InputError(
@@ -62,7 +63,7 @@ def draw(
     `write` gives text of the model, for the numbers of sequences of the three parts (`Author.write`).
     """
     wanted, more = settings.num_sequences, -(-settings.num_sequences // CALIBRATION_PER_VALIDATION)
-    more = more if settings.validates_plans else 0
+    more = more if settings.needs_validation else 0
     reading = Reading(settings.bos, settings.text_column, settings.text_encoding)
     begin: tuple[int, ...] = ()
     if isinstance(given, Tensor):
@@ -84,6 +85,11 @@ def draw(
         raise InputError(
             "The allocator search needs validation text, and none is left. Give more --calibration text, fewer or "
             "shorter sequences (--num-sequences, --sequence-length), or --allocator auto."
+        )
+    if not len(validation) and settings.recover:
+        raise InputError(
+            f"recover needs validation text after {wanted} sequences of {drawn.shape[1]} tokens, and none is left. "
+            "Give more --calibration text, or fewer or shorter sequences (--num-sequences, --sequence-length)."
         )
     if not len(validation) and settings.validates_plans:
         log.warning("too little text to validate plans; using the plan with the lowest predicted loss.")

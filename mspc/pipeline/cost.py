@@ -6,7 +6,8 @@ Both models pass the test text together: each block is loaded once, dense, and t
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +77,25 @@ def compare(
     solved: Callable[[int], dict[str, Tensor] | None],
     spill: Path | None,
     progress: Progress,
+    recovered: StreamedModel | None = None,
 ) -> Perplexity | None:
     """The compressed model on windows (N, T), with the dense one as its reference. `solved` gives weights by block.
 
-    None, and a note, if the activations of the compressed model overflow.
+    `recovered` is the model with other norms and biases, if it has others. None, and a note, if the activations of the
+    compressed model overflow.
     """
-    dense, compressed = (batches_of(model, ids, spill) for _ in range(2))
+    changed = recovered or model
+    dense, compressed = (batches_of(one, ids, spill) for one in (model, changed))
     try:
         with progress.stage("Evaluating", len(matrices)) as step:
             for index, of_block in enumerate(matrices):
                 with model.loaded(index) as block:
                     advance(model, index, block, dense)
-                    _install(model, block, index, of_block, solved(index))
-                    advance(model, index, block, compressed)
+                    with nullcontext(block) if recovered is None else recovered.loaded(index) as own:
+                        _install(changed, own, index, of_block, solved(index))
+                        advance(changed, index, own, compressed)
                 step()
-            return score(model, compressed, begin, model, dense)
+            return score(changed, compressed, begin, model, dense)
     except ActivationError as error:
         log.error(f"the cost could not be measured on the test text: {error}")
         return None
@@ -125,20 +130,24 @@ def evaluation_to_dict(found: Perplexity, text: str, ids: Tensor) -> dict[str, A
     }
 
 
-def sizes(folder: Path, checkpoint: Checkpoint, model: StreamedModel, entries: Sequence[MatrixEntry]) -> dict[str, int]:
+def sizes(
+    folder: Path, checkpoint: Checkpoint, model: StreamedModel, entries: Sequence[MatrixEntry], unused: Collection[str]
+) -> dict[str, int]:
     """The part `bytes` of the manifest. All but `folder` are of weights alone.
 
-    `folder` is all of the output but the manifest, whose own size depends on timings.
+    `folder` is all of the output but the manifest, whose own size depends on timings. `unused` files are removed soon.
     """
+    removed = sum(bytes_in(folder / name) for name in unused)
     types = checkpoint.types()
     return {
         "dense": sum(bytes_in(checkpoint.folder / shard) for shard in checkpoint.shards()),
-        "artifact": sum(bytes_in(folder / name) for name in (MATRICES, UNCHANGED)),
+        "artifact": sum(bytes_in(folder / name) for name in (MATRICES, UNCHANGED)) - removed,
         "sparse_export": sparse_export_bytes(checkpoint.shards(), types, entries),
         "embeddings": sum(tensor_bytes(types[key]) for key in model.embedding_keys()),
         "folder": sum(
             bytes_in(path) for path in folder.iterdir() if path.name not in (MEASUREMENTS, OWN_TEXT, JOURNAL, MANIFEST)
-        ),
+        )
+        - removed,
     }
 
 

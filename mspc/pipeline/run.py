@@ -23,27 +23,28 @@ from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.passes.trial import irregular_layers
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
-from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, peak_memory, sizes, warn_if_guessing
+from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, peak_memory, warn_if_guessing
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
+from mspc.pipeline.recovery_stage import check_memory, recover_all
+from mspc.pipeline.results import results
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
 from mspc.pipeline.summary import DEFAULT_GOAL, report, unused_note
-from mspc.planning.allocation import allocate, check_plan, choose_group_size, planned_sparsity, possible_targets
+from mspc.planning.allocation import allocate, check_plan, choose_group_size, possible_targets
 from mspc.planning.kept_zeros import plan_of_zeros
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
-from mspc.settings import Settings
 from mspc.solvers.obs import check_pattern
-from mspc.storage.artifact import MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
+from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.carrying import carry
 from mspc.storage.checkpoint import Checkpoint, read_file
 from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
-from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, MatrixEntry, is_artifact, read_manifest
+from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
 from mspc.storage.output_folder import check_space, publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
@@ -143,6 +144,8 @@ class Run:
         plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
+        if settings.recover:
+            recover_all(self.open_for_training, text, settings, self.folder, journal, spill, progress)
         evaluation = self.evaluate(model, text, matrices, journal, spill)
         manifest = self.write_manifest(header | {"evaluation": evaluation}, plan, checkpoint, model, journal)
         publish(self.folder, self.out)
@@ -203,8 +206,9 @@ class Run:
 
     def finished(self, header: dict[str, Any]) -> None:
         """Resume a folder that is complete. Raises InputError if it is that of another run."""
-        Journal.compare(self.folder, read_manifest(self.folder), header)
-        self.discard_work()
+        manifest = read_manifest(self.folder)
+        Journal.compare(self.folder, manifest, header)
+        self.discard_work(manifest)
         publish(self.folder, self.out)
         log.info(f"{self.out} is complete already.")
 
@@ -233,8 +237,15 @@ class Run:
     def load_tokenizer(self) -> Any:
         return tokenizer_for(self.config, self.source, self.tokenizer)
 
-    def open_model(self, *, eager: bool = False) -> StreamedModel:
-        return open_model(self.source, device=self.device, dtype=self.settings.dtype, eager=eager)
+    def open_model(self, *, eager: bool = False, replaced: Path | None = None) -> StreamedModel:
+        return open_model(self.source, device=self.device, dtype=self.settings.dtype, eager=eager, replaced=replaced)
+
+    def open_for_training(self) -> StreamedModel:
+        """The model in a dtype whose gradients do not vanish."""
+        model = self.open_model()
+        if model.dtype != torch.float16:
+            return model
+        return open_model(self.source, device=self.device, dtype="float32")
 
     def given_plan(self, model: StreamedModel, matrices: MatricesByBlock) -> list[PlannedMatrix] | None:
         """The plan that the user gives, or that the zeros of the checkpoint give; None if one is to be made."""
@@ -269,6 +280,8 @@ class Run:
         """Raises InputError, before anything is measured, for a plan or an export that could not be made."""
         self.given = self.given_plan(model, matrices)
         plan = self.given or allocate(self.settings, matrices, {})
+        if self.settings.recover:
+            check_memory(model, plan, self.settings)
         if not self.settings.has_budget:
             self.checked(plan)
             return
@@ -337,7 +350,9 @@ class Run:
         if text.test is None:
             return None
         begin, solved = len(text.calibration.begin), solved_weights(self.folder, journal)
-        found = compare(model, text.test, begin, matrices, solved, spill, self.progress)
+        is_recovered = journal.recovery is not None and journal.recovery["best_step"] > 0
+        recovered = self.open_model(replaced=self.folder / UNCHANGED) if is_recovered else None
+        found = compare(model, text.test, begin, matrices, solved, spill, self.progress, recovered)
         return None if found is None else evaluation_to_dict(found, text.calibration.source, text.test)
 
     def write_manifest(
@@ -348,36 +363,30 @@ class Run:
         model: StreamedModel,
         journal: Journal,
     ) -> dict[str, Any]:
-        rows = [row for entry in journal.entries for row in entry["matrices"]]
-        numel = sum(row["shape"][0] * row["shape"][1] for row in rows)
-        pruned = sum(row["pruned"] for row in rows)
-        files = {entry["file"]: entry["sha256"] for entry in journal.blocks}
-        for path in sorted((self.folder / UNCHANGED).glob("*.safetensors")):
-            files[f"{UNCHANGED}/{path.name}"] = sha256_of(path)
-        manifest = header | {
-            "source": header["source"] | {"shards": checkpoint.shards()},
-            "sparsity": {"requested": _requested_sparsity(self.settings, plan), "achieved": pruned / numel},
-            "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
-            "allocation": journal.entries[0]["allocation"],
-            "bytes": sizes(self.folder, checkpoint, model, [MatrixEntry.from_row(row, MANIFEST) for row in rows]),
+        cost = {
             "seconds": self.watch.seconds,
             "seconds_by_stage": self.watch.stages,
             "threads": self.threads,
             "peak_memory_bytes": peak_memory(),
             "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
-            "files": files,
-            "matrices": rows,
         }
+        manifest = header | results(self.settings, plan, checkpoint, model, journal, self.folder, cost)
+        manifest["source"] = header["source"] | {"shards": checkpoint.shards()}
         if self.unused:
             manifest["unused_tensors"] = self.unused
         if self.settings.reconstruct:
             manifest["reconstruction"] = [part for entry in journal.blocks for part in entry["reconstruction"]]
+        if journal.recovery is not None:
+            manifest["recovery"] = journal.recovery
         write_json(self.folder / MANIFEST, manifest)
-        self.discard_work()
+        self.discard_work(manifest)
         return manifest
 
-    def discard_work(self) -> None:
-        """Remove what only an unfinished run needs."""
+    def discard_work(self, manifest: dict[str, Any]) -> None:
+        """Remove what only an unfinished run needs, matrices before they were recovered too."""
+        for path in (self.folder / MATRICES).glob("*.safetensors"):
+            if f"{MATRICES}/{path.name}" not in manifest["files"]:
+                path.unlink()
         for name in (MEASUREMENTS, OWN_TEXT):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         Journal.discard(self.folder)
@@ -388,8 +397,3 @@ def _config_digest(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> float:
-    planned = settings.plan is not None or settings.has_budget or settings.keep_zeros
-    return planned_sparsity(plan) if planned else settings.target_sparsity

@@ -144,7 +144,7 @@ class Writer:
 
 def solved_weights(folder: Path, journal: Journal) -> Callable[[int], dict[str, Tensor] | None]:
     """Make a function that reads the weights of a block by matrix name, or returns None for one not yet committed."""
-    rows_of = {entry["block"]: entry["matrices"] for entry in journal.blocks}
+    rows_of = {entry["block"]: entry["matrices"] for entry in journal.results}
 
     def weights(block: int) -> dict[str, Tensor] | None:
         if block not in rows_of:

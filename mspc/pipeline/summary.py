@@ -8,6 +8,7 @@ from typing import Any
 from mspc.progress import log
 from mspc.settings import DEFAULT_BITS_PER_WEIGHT, fixed_pattern
 from mspc.sizes import in_words
+from mspc.storage.manifest import is_recovered
 from mspc.types import UNQUANTIZED_BITS
 
 HURT = 0.5
@@ -30,7 +31,22 @@ def summary(manifest: Mapping[str, Any]) -> str:
     difference = sparsity["achieved"] - sparsity["requested"]
     if abs(difference) > 5e-5:
         line += f" Requested: {sparsity['requested']:.2%}; the pattern allows nothing nearer ({difference:+.2%})."
-    return line
+    return line + " Recovered after one-shot compression." * is_recovered(manifest)
+
+
+def recovery_line(found: Mapping[str, Any]) -> str:
+    """The part `recovery` of a manifest in words."""
+    before, after = (number(found[f"divergence_{when}"]) for when in ("before", "after"))
+    if not found["best_step"]:
+        return (
+            f"Recovery: none of {found['steps']} steps brought the model nearer to the dense one than one-shot, whose "
+            f"KL on validation text is {before} nats per token. All weights stay as they were."
+        )
+    return (
+        f"Recovery: KL from the dense model on validation text {before} one-shot and {after} recovered, nats per "
+        f"token; step {found['best_step']} of {found['steps']} was the best ({found['tokens']:,} tokens of "
+        f"{found['text']})."
+    )
 
 
 def unused_note(names: Sequence[str]) -> str:
@@ -52,6 +68,8 @@ def report(manifest: Mapping[str, Any]) -> None:
 def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
     """The cost in predictions, bytes and seconds, a line each, as far as the manifest has it."""
     lines = []
+    if found := manifest.get("recovery"):
+        lines.append(recovery_line(found))
     if found := manifest.get("evaluation"):
         before, after, kl = (mean_in_words(found[key]) for key in ("dense_perplexity", "perplexity", "divergence"))
         lines.append(
@@ -133,7 +151,7 @@ def matrix_rows(manifest: Mapping[str, Any]) -> list[list[str]]:
             f"{row['sparsity']:.2%}",
             str(row["bits"]),
             "-" if row["sensitivity"] is None else f"{row['sensitivity']:.2e}",
-            f"{row['output_error']:.2e}",
+            "-" if row["output_error"] is None else f"{row['output_error']:.2e}",
             f"{row['damp']:g}",
             f"{row['zeros']:,}",
         ]

@@ -1,7 +1,4 @@
-"""Recovery: the kept weights of a sparse model are trained for some steps towards the predictions of a dense one.
-
-This is distillation. The loss is KL(dense || sparse) on calibration text, without labels. Zeros stay zero.
-"""
+"""Recovery of a model in memory: its kept weights are trained towards a dense one's predictions. Zeros stay zero."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +17,18 @@ from mspc.model.hub import choose_sequence_length
 from mspc.model.streamed import find_blocks
 from mspc.model.vocabulary import check_range, tokenizer_for
 from mspc.passes.blocks import EarlyExit, replaced_forwards
+from mspc.passes.distillation import (
+    BETAS,
+    LARGEST_NORM,
+    POSITIONS,
+    Validations,
+    added,
+    head_gradients,
+    is_checked,
+    orders,
+    progress_line,
+    rates,
+)
 from mspc.passes.perplexity import divergence, evaluating
 from mspc.progress import Event, Progress, as_progress, log
 from mspc.runtime.keep_zeros import KeepZeros, masks
@@ -30,16 +39,6 @@ from mspc.text.given import check_given, check_ids
 from mspc.text.reading import Reading
 from mspc.text.tokens import calibration_tokens
 
-POSITIONS = 256
-"""Positions that have their logits in memory at once: those of a batch may take gigabytes."""
-BETAS = (0.9, 0.95)
-LARGEST_NORM = 1.0
-WARM_UP = 20
-"""Steps over which the learning rate grows, but at most a fifth of all."""
-CHECKS = 10
-"""Validations of a run, evenly spaced, and one before it."""
-PATIENCE = 3
-"""Validations without progress after which a run ends."""
 SEQUENCES_PER_VALIDATION_SEQUENCE = 8
 COPIES = 4
 """Tensors as large as the trained weights that training needs: gradients, two moments, and the best weights so far."""
@@ -104,16 +103,16 @@ def recover(
     _check_memory(trained, next(model.parameters()).device)
     training, validation = _text(model, calibration, tokenizer, num_sequences, sequence_length, seed)
     dense = _dense(model, teacher)
-    shown, rates = as_progress(progress), _rates(steps, learning_rate)
-    batches = _batches(training, batch_size, steps, seed)
+    shown, schedule = as_progress(progress), rates(steps, learning_rate)
+    batches = (training[numbers] for numbers in orders(len(training), batch_size, steps, seed))
     with evaluating(model), evaluating(dense), _only_trained(model, trained):
         run = _Training(_Halves(model), _Halves(dense), trained, KeepZeros(found), validation, batch_size)
         try:
             with shown.stage("Recovering", steps) as step:
                 run.validate(0)
-                for number, (batch, rate) in enumerate(zip(batches, rates, strict=True), 1):
+                for number, (batch, rate) in enumerate(zip(batches, schedule, strict=True), 1):
                     run.step(batch, rate)
-                    if (number % -(-steps // CHECKS) == 0 or number == steps) and not run.validate(number):
+                    if is_checked(number, steps) and not run.validate(number):
                         break
                     step()
         finally:
@@ -196,7 +195,7 @@ class _Training:
     validation: Tensor
     batch_size: int
     best: dict[str, Tensor] = field(default_factory=dict)
-    divergences: dict[int, float] = field(default_factory=dict)
+    validations: Validations = field(default_factory=Validations)
     made: int = 0
 
     def __post_init__(self) -> None:
@@ -205,13 +204,18 @@ class _Training:
     def step(self, ids: Tensor, rate: float) -> None:
         """One step on sequences (B, T)."""
         self.optimizer.zero_grad()
+        parameters = list(self.trained.values())
         with torch.enable_grad():
             hidden = self.student.hidden(ids)
-            states = hidden.detach().flatten(0, 1).requires_grad_()
-            for p, q in self.predictions(ids, states):
-                ((p.exp() * (p - q)).sum() / ids.numel()).backward()
-            assert states.grad is not None
-            hidden.backward(states.grad.view_as(hidden))
+        with torch.no_grad():
+            wanted = self.teacher.hidden(ids).flatten(0, 1)
+        size = min(POSITIONS, ids.shape[1])  # as many as the model has positions, or less
+        with self.teacher.head() as expected, self.student.head() as actual:
+            states = hidden.flatten(0, 1)
+            towards, found = head_gradients(expected, actual, wanted, states, parameters, ids.numel(), size)
+        hidden.backward(towards.view_as(hidden))
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = added(parameter.grad, gradient)
         for name, mask in self.zeros.masks.items():
             gradient = self.trained[name].grad
             if gradient is not None:  # of a matrix that no text passes, such as one for images
@@ -228,14 +232,11 @@ class _Training:
 
         `states` (B T, D) are the outputs of the sparse model's last block.
         """
-        with torch.no_grad():
-            wanted = self.teacher.hidden(ids).flatten(0, 1)
-        size = min(POSITIONS, ids.shape[1])  # as many as the model has positions, or less
+        wanted = self.teacher.hidden(ids).flatten(0, 1)
+        size = min(POSITIONS, ids.shape[1])
         with self.teacher.head() as expected, self.student.head() as actual:
             for some, others in zip(wanted.split(size), states.split(size), strict=True):
-                with torch.no_grad():
-                    p = expected(some).to(states.device)
-                yield p, actual(others)
+                yield expected(some).to(states.device), actual(others)
 
     def validate(self, number: int) -> bool:
         """Measure the divergence, and keep weights that are the best so far. False if no progress is made any more."""
@@ -245,14 +246,10 @@ class _Training:
                 states = self.student.hidden(ids).flatten(0, 1)
                 total += sum(divergence(p, q) for p, q in self.predictions(ids, states))
         found = total / self.validation.numel()
-        if not self.divergences or found < min(self.divergences.values()):
+        if self.validations.add(number, found):
             self.best = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-        self.divergences[number] = found
-        log.info(f"Recovering: step {number}, KL from the dense model {found:.4f} nats per token on validation text.")
-        return sum(step > self.best_step() for step in self.divergences) < PATIENCE
-
-    def best_step(self) -> int:
-        return min(self.divergences, key=lambda number: self.divergences[number])
+        log.info(progress_line(number, found))
+        return self.validations.goes_on()
 
     def restore(self) -> None:
         """Give the model the best weights."""
@@ -262,8 +259,8 @@ class _Training:
         self.optimizer.zero_grad()
 
     def result(self) -> Recovery:
-        best = self.best_step()
-        return Recovery(self.divergences[0], self.divergences[best], best, self.made, self.divergences)
+        best, divergences = self.validations.best_step(), self.validations.divergences
+        return Recovery(divergences[0], divergences[best], best, self.made, divergences)
 
 
 def _trained(model: PreTrainedModel, found: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -322,22 +319,6 @@ def _text(
             f"recover: no text is left to validate on, of {len(ids)} sequences. Give more, or a smaller num_sequences."
         )
     return ids[:num_sequences], ids[num_sequences:]
-
-
-def _batches(ids: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """The sequences (B, T) of each step: every round passes all of them in a new random order."""
-    generator = torch.Generator().manual_seed(seed)
-    rounds = -(-steps * size // len(ids))
-    order = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(rounds)])
-    return (ids[some] for some in order[: steps * size].split(size))
-
-
-def _rates(steps: int, highest: float) -> list[float]:
-    """The learning rate of each step: a linear warm-up times a cosine that ends near 0."""
-    warm_up = min(WARM_UP, max(steps // 5, 1))
-    return [
-        highest * min(1.0, (step + 1) / warm_up) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)
-    ]
 
 
 @contextmanager

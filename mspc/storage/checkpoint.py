@@ -84,6 +84,28 @@ class Checkpoint:
             yield shard, sha256_of(self.folder / shard)
 
 
+class Replaced:
+    """A source with some tensors replaced by those in `folder`, in files of the same names."""
+
+    def __init__(self, source: TensorSource, folder: Path) -> None:
+        self.source = source
+        types = {name: types_in(folder / name) for name in source.shards() if (folder / name).is_file()}
+        self._file_of = {key: folder / name for name, of_file in types.items() for key in of_file}
+
+    def keys(self) -> list[str]:
+        return self.source.keys()
+
+    def shards(self) -> dict[str, list[str]]:
+        return self.source.shards()
+
+    def types(self) -> dict[str, StoredType]:
+        return self.source.types()
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            yield from read_file(self._file_of[key], [key]) if key in self._file_of else self.source.read([key])
+
+
 def _weight_files(folder: Path) -> list[str]:
     """One file, else those in the index, as transformers looks for them; else all safetensors files of the folder."""
     if (folder / SINGLE).is_file():

@@ -1,7 +1,8 @@
 """The journal of a run that is under way, so that no solved block is lost: one JSON object a line, flushed to disk.
 
 The first line says what the run is (recipe, source, calibration); every other line commits one file of solved matrices
-with its digest. A line that a crash cut short, or whose file has another digest, is ignored with all that follow.
+with its digest, and the last one may commit all recovered matrices. A line that a crash cut short, or whose file has
+another digest, is ignored with all that follow.
 """
 
 import json
@@ -36,8 +37,7 @@ class Journal:
         cls.compare(folder, lines[0], header)
         entries: list[dict[str, Any]] = []
         for entry in lines[1:]:
-            file = folder / entry["file"]
-            if not file.is_file() or sha256_of(file) != entry["sha256"]:
+            if not all(_is_whole(folder, part) for part in (entry, *entry.get("recovered", ()))):
                 break
             entries.append(entry)
         return cls(folder, header, entries)
@@ -46,6 +46,17 @@ class Journal:
     def blocks(self) -> list[dict[str, Any]]:
         """The commits of solved blocks; the first commit of all is that of the plan."""
         return [entry for entry in self.entries if "block" in entry]
+
+    @property
+    def recovery(self) -> dict[str, Any] | None:
+        """The outcome of a recovery, once it is committed."""
+        return next((entry["recovery"] for entry in self.entries if "recovery" in entry), None)
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The blocks as they are to be stored: the recovered ones, if any are, else the solved ones."""
+        recovered = [block for entry in self.entries for block in entry.get("recovered", ())]
+        return recovered or self.blocks
 
     def commit(self, entry: dict[str, Any]) -> None:
         """Append one entry durably; its file must be on disk already."""
@@ -73,6 +84,12 @@ class Journal:
     def discard(folder: Path) -> None:
         (folder / NAME).unlink(missing_ok=True)
         sync_folder(folder)
+
+
+def _is_whole(folder: Path, part: dict[str, Any]) -> bool:
+    """Tell if a file is there, with the digest of its commit."""
+    file = folder / part["file"]
+    return file.is_file() and sha256_of(file) == part["sha256"]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

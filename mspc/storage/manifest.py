@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class MatrixEntry:
     zeros: int
     """Number of weights that are zero, pruned or not."""
     sensitivity: float | None
-    output_error: float
+    output_error: float | None
+    """None for weights that were trained after they were solved (`recover`)."""
     damp: float
     propagation_damp: float
     precision: str
@@ -124,6 +126,20 @@ class MatrixEntry:
 
 
 COPIED = ("pruned", "zeros", "sensitivity", "output_error", "damp", "propagation_damp", "precision", "num_tokens")
+
+
+def is_recovered(manifest: Mapping[str, Any]) -> bool:
+    """Tell if the weights of an artifact were trained after they were solved in one shot."""
+    return bool((manifest.get("recovery") or {}).get("best_step"))
+
+
+def was_recovered(folder: Path) -> bool:
+    """Tell the same of a folder: an artifact, or an export of one."""
+    for name in (MANIFEST, EXPORT_MANIFEST):
+        if (folder / name).is_file():
+            with suppress(OSError, ValueError, AttributeError):
+                return is_recovered(json.loads((folder / name).read_text(encoding="utf-8")))
+    return False
 
 
 def is_artifact(folder: Path) -> bool:
