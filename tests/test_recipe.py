@@ -30,7 +30,7 @@ OTHER = (
     },
     {"sparsity": 0.5, "allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
     {"plan": "plan.json"},
-    {"bits_per_weight": 3.125},
+    {"bits_per_weight": 3.125, "recover": 60, "recover_lr": 0.0003},
     {"target_size": "2.2GB"},
     {"bits": 4, "group_size": "row"},
     {"pattern": "2:4"},
@@ -156,6 +156,8 @@ EFFECTS = {
     "asymmetric": (True, {}, [{"pattern": "2:4"}, {"sparsity": 0.6}, {"plan": "p"}]),
     "solver": ("obs", {"keep_zeros": True, "bits": 4}, [{"keep_zeros": True}]),
     "reconstruct": (5, {"sparsity": 0.5}, [{"keep_zeros": True}]),
+    "recover": (5, {}, [{"sparsity": 0.0}, {"keep_zeros": True}]),
+    "recover_lr": (0.001, {"recover": 5}, [{}, {"recover": 0}]),
     "iterations": (5, {"solver": "admm"}, [
         {"solver": "obs"}, {"solver": "mask"}, {"sparsity": 0.0, "bits": 4}, {"keep_zeros": True, "bits": 4},
     ]),

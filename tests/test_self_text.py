@@ -45,7 +45,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compress(model: Any, out: Path, **options: Any) -> mspc.Artifact:
     run = {name: options.pop(name) for name in OF_THE_RUN if name in options}
     given = {"num_sequences": NUMBERS, "sequence_length": 48, "eval": False, "calibration": "self"}
-    quick = {"effort": "fast", "solver": "mask"}
+    quick = {"effort": "fast", "solver": "mask", "sparsity": 0.5}
     return mspc.compress(model, mspc.Recipe(**given | quick | options), out=out, **{"progress": False} | run)
 
 
