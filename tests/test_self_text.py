@@ -220,7 +220,7 @@ def test_a_second_run_writes_nothing(chatty, tmp_path, monkeypatch):
         compress(chatty, tmp_path / "third", measurements=tmp_path / "kept", seed=1)
 
 
-@pytest.mark.parametrize("stage", ["Trying the dense model", "Compressing"])
+@pytest.mark.parametrize("stage", [pytest.param("Trying the dense model", marks=pytest.mark.slow), "Compressing"])
 def test_a_run_that_was_cut_off_does_not_write_again(chatty, tmp_path, monkeypatch, stage):
     whole = compress(chatty, tmp_path / "whole")
     with pytest.raises(Stopped):
