@@ -24,7 +24,7 @@ from mspc.numerics.linalg import check_finite, regularized
 from mspc.threads import matmul
 from mspc.types import GramStats
 
-OUTPUT_DAMP = 0.05
+OUTPUT_DAMP = 0.3
 """Damping of S as a share of its mean diagonal. It is large because few sequences estimate S."""
 WEIGHTS_HELD, GRAMS_HELD = 20, 5
 """Copies of a weight and of a Gram in float32 that a solver holds at most, estimated."""
