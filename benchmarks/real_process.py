@@ -3,7 +3,6 @@
 import datetime
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ class RowError(Exception):
 def measured(command: Sequence[str | Path], threads: int, log: Path) -> dict[str, Any]:
     """What running the command cost; its output goes to `log`. Raises RowError with the end of that if it fails.
 
-    The peak memory is that of the largest process. Linux counts that of the parent too, which is small here.
+    The peak memory is the resident memory of its largest process.
     """
     words = [str(word) for word in command]
     variables = dict(os.environ) if words[0] == sys.executable else variables_of_its_own()
@@ -44,7 +43,7 @@ def measured(command: Sequence[str | Path], threads: int, log: Path) -> dict[str
         "load_average_before": round(load, 2),
         "seconds": round(time.monotonic() - begin, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_memory_bytes": max(usage.ru_maxrss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * scale,
+        "peak_memory_bytes": usage.ru_maxrss * scale,
     }
 
 
