@@ -3,8 +3,8 @@
     python benchmarks/real_evaluation.py JOB.json
 
 JOB names `reference`, `model` (folders that transformers loads), `ids` (a file of `write_sequences`), `cache` (a file
-for the reference's last hidden states, made if need be) and `out` (the JSON to write). The same function judges every
-row of quality_real.py, whoever made it.
+for the last hidden states of the reference, made if need be), `size` (see real_sizes.py) and `out` (the JSON to write).
+The same function judges every row of quality_real.py, whoever made it.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_sizes import sizes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -139,7 +140,8 @@ def evaluate(model: Path, reference: Path, ids: Path, cache: Path) -> dict[str, 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     paths = (Path(job[name]) for name in ("model", "reference", "ids", "cache"))
-    write_json(Path(job["out"]), evaluate(*paths))
+    found = sizes(job["size"], Path(job["model"]), Path(job["reference"]))
+    write_json(Path(job["out"]), found | {"texts": evaluate(*paths)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A command of a row of quality_real.py in a process of its own: seconds, peak memory, date, load and commit."""
 
 import datetime
+import json
 import os
 import re
 import subprocess
@@ -67,3 +68,34 @@ def commit() -> str:
     """The commit of this checkout; empty outside of one."""
     done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
+
+
+def version_of(python: Path, package: str) -> str:
+    """`NAME VERSION` of a package in that environment."""
+    program = f"from importlib.metadata import version; print(version({package!r}))"
+    done = subprocess.run([str(python), "-c", program], env=variables_of_its_own(), capture_output=True, text=True)
+    return f"{package} {done.stdout.strip()}"
+
+
+def output_of(command: Sequence[str]) -> list[str]:
+    """The lines that a command prints. Exits if it fails; its messages go to stderr."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{shown(command)} failed.")
+    return done.stdout.splitlines()
+
+
+def cache_folder() -> Path:
+    """The cache of mspc, as `mspc.storage.files.cache_folder` finds it.
+
+    That one imports torch, and the memory of this process would count as that of what it starts.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mspc"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

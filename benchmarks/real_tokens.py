@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from real_evaluation import Scored, write_sequences
+from real_sizes import matrices
 
+from transformers import AutoConfig
+
+from mspc.model.gguf_file import origin_note
 from mspc.model.hub import load_tokenizer
 from mspc.storage.files import write_json, write_tensors
 from mspc.text.tokens import calibration_tokens, windows_of_test_text
@@ -22,7 +26,7 @@ SEED = 0
 
 
 def write_tokens(model: Path, folder: Path, job: dict[str, Any]) -> None:
-    """Write both files, and `tokens.json` with their digest, counts and beginnings."""
+    """Write both files, and `tokens.json`, which describes them. `group_size` is the largest that divides all rows."""
     tokenizer, length = load_tokenizer(model), job["sequence_length"]
     calibration = calibration_tokens(tokenizer, job["texts"]["calibration"], job["num_sequences"], length, SEED)
     tests = {}
@@ -35,7 +39,14 @@ def write_tokens(model: Path, folder: Path, job: dict[str, Any]) -> None:
         tests["chat"] = [Scored(torch.tensor(chat["ids"]), chat["start"]) for chat in chats]
     write_tensors(folder / "calibration.safetensors", {"ids": calibration.ids})
     write_sequences(folder / "test.safetensors", tests)
-    described = {"calibration_sha256": calibration.sha256, "begin": list(calibration.begin)}
+    columns = {shape[1] for shape in matrices(model).values()}
+    group = next(size for size in (128, 64, 32) if not any(count % size for count in columns))
+    described: dict[str, Any] = {
+        "calibration_sha256": calibration.sha256,
+        "begin": list(calibration.begin),
+        "group_size": group,
+    }
+    described["origin"] = origin_note(AutoConfig.from_pretrained(model, trust_remote_code=False))
     scored = {name: sum(len(one.ids) - one.first for one in own) for name, own in tests.items()}
     write_json(folder / "tokens.json", described | {"scored": scored})
 

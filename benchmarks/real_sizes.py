@@ -1,0 +1,57 @@
+"""Bytes of a result of quality_real.py: of its compressed matrices, and of all its weights.
+
+Both are counted for the layout that holds the result, by the same rules for every tool:
+
+    manifest  mspc: what its sparse export takes
+    zeros     kept weights in 16 bits, and one bit a weight that says which they are
+    grid      codes of so many bits, and a 16-bit scale a group
+    written   bytes that the job has written down, because it made the file's layout itself
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.sizes import tensor_bytes
+
+
+def matrices(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the matrices in the blocks of a checkpoint."""
+    return {
+        name: tuple(shape)
+        for name, (_, shape) in Checkpoint(folder).types().items()
+        if len(shape) == 2 and ".layers." in name
+    }
+
+
+def sizes(rule: dict[str, Any], dense: Path, reference: Path) -> dict[str, Any]:
+    """`matrix_bytes`, `weight_bytes` (of everything) and `bits_per_weight` of the matrices."""
+    found = matrices(reference)
+    weights = sum(math.prod(shape) for shape in found.values())
+    types = Checkpoint(reference).types()
+    rest = sum(tensor_bytes(kind) for name, kind in types.items() if name not in found)
+    if rule["kind"] == "manifest":
+        manifest = json.loads(Path(rule["file"]).read_text(encoding="utf-8"))
+        inside = sum(row["bytes"] for row in manifest["matrices"])
+        everything = manifest["bytes"]["sparse_export"]
+    elif rule["kind"] == "written":
+        written = json.loads(Path(rule["file"]).read_text(encoding="utf-8"))
+        inside, everything = written["matrix_bytes"], written["weight_bytes"]
+    elif rule["kind"] == "dense":
+        inside = sum(tensor_bytes(types[name]) for name in found)
+        everything = inside + rest
+    else:
+        inside = _of_zeros(dense, list(found)) if rule["kind"] == "zeros" else _of_grid(found, rule)
+        everything = inside + rest
+    return {"matrix_bytes": inside, "weight_bytes": everything, "bits_per_weight": 8 * inside / weights}
+
+
+def _of_zeros(dense: Path, names: list[str]) -> int:
+    return sum(2 * int((tensor != 0).sum()) + tensor.numel() // 8 for _, tensor in Checkpoint(dense).read(names))
+
+
+def _of_grid(found: dict[str, tuple[int, ...]], rule: dict[str, Any]) -> int:
+    bits, group = rule["bits"], rule["group_size"]
+    return sum(rows * (columns * bits // 8 + columns // group * 2) for rows, columns in found.values())
