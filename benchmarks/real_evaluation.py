@@ -93,11 +93,14 @@ def add(sums: Sums, logits: Tensor, expected: Tensor, targets: Tensor) -> None:
 
 def compare(model: Predictor, reference: Predictor, sequence: Scored, expected: Tensor) -> Sums:
     """The sums of one sequence, with the last hidden states (T, H) of the reference."""
-    sums, hidden = Sums(), model.hidden(sequence.ids)
+    sums = Sums()
+    hidden = expected if model is reference else model.hidden(sequence.ids)
     for begin in range(sequence.first, len(sequence.ids), POSITIONS):
         end = min(begin + POSITIONS, len(sequence.ids))
         before = slice(begin - 1, end - 1)  # a token is predicted at the position before it
-        add(sums, model.logits(hidden[before]), reference.logits(expected[before]), sequence.ids[begin:end])
+        wanted = reference.logits(expected[before])
+        logits = wanted if model is reference else model.logits(hidden[before])
+        add(sums, logits, wanted, sequence.ids[begin:end])
     return sums
 
 

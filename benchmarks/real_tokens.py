@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from real_evaluation import Scored, write_sequences
 from real_sizes import matrices
-
 from transformers import AutoConfig
 
 from mspc.model.gguf_file import origin_note
