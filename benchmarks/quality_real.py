@@ -10,7 +10,8 @@ with its error; --again runs it anew. --rows takes shell patterns of names, such
     chat         replies of the dense model to 40 prompts, by its own chat template, drawn once (real_chat.py)
     KL           mean KL(dense || compressed) of a prediction, in nats; with its 95% interval in the files
     top-1        share of predictions whose most probable token is that of the dense model
-    seconds      of the whole process that compresses, with reading and writing
+    CPU seconds  of all threads of the process that compresses, with reading and writing; the files have the time on the
+                 clock too, which other work on the machine changes
 
 Calibration is the same 128 sequences of 512 tokens for every row, of other packages than the test texts. Other tools
 run in environments of their own in the cache of mspc. Models are those of models.py; a folder is taken as it is.
@@ -61,6 +62,7 @@ def prepare(args: argparse.Namespace, model: str, work: Path) -> tuple[Job, dict
         reference=reference,
         calibration=Path(texts["calibration"]),
         tokens=work / "calibration.safetensors",
+        calibration_sha256=tokens["calibration_sha256"],
         num_sequences=args.num_sequences,
         sequence_length=args.sequence_length,
         group_size=tokens["group_size"],

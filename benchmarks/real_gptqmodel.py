@@ -5,14 +5,13 @@ python benchmarks/real_gptqmodel.py [--bits 4] [--group-size 64] MODEL TOKENS.sa
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gptqmodel import GPTQModel, QuantizeConfig
-from gptqmodel.quantization.config import FOEMConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +50,10 @@ def main() -> None:
     for name in ("model", "tokens", "out"):
         parser.add_argument(name)
     args = parser.parse_args()
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read by the import; it refuses to work with one
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import FOEMConfig
+
     foem = FOEMConfig(alpha=0.25, beta=0.2)
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, foem=foem, device="cpu")
     model = GPTQModel.load(args.model, config)

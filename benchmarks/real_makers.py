@@ -3,6 +3,7 @@
 A maker returns what `measured` says of its processes, and in `size` how the bytes of the result are counted.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ class Job:
     """Calibration documents, `.jsonl`."""
     tokens: Path
     """The calibration sequences cut out of them, `ids` (N, T) int64."""
+    calibration_sha256: str
+    """The digest of these ids."""
     num_sequences: int
     sequence_length: int
     group_size: int
@@ -43,7 +46,11 @@ def of_mspc(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
     machine = ["--sequence-length", job.sequence_length, "--device", "cpu", "--threads", job.threads]
     command = [sys.executable, "-m", "mspc", "compress", job.reference, "--out", artifact, *options, *text, *machine]
     found = measured([*command, "--overwrite"], job.threads, out / "compress.log")
-    found["size"] = {"kind": "manifest", "file": str(artifact / "mspc.json")}
+    manifest = artifact / "mspc.json"
+    digest = json.loads(manifest.read_text(encoding="utf-8"))["calibration"]["sha256"]
+    if digest != job.calibration_sha256:
+        raise RowError("mspc had other calibration tokens than the other tools.")
+    found["size"] = {"kind": "manifest", "file": str(manifest)}
     dense = [sys.executable, "-m", "mspc", "export", artifact, "dense", "--out", out / "dense", "--no-verify"]
     measured(dense, job.threads, out / "export.log")
     return found | {"version": version_of(Path(sys.executable), "torch")}

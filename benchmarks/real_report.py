@@ -8,7 +8,7 @@ from real_rows import DENSE, Row
 TEXTS = ("prose", "code", "chat")
 COLUMNS = (
     "tool", "setting", "bits a weight", "matrices, MB", "all weights, MB", "perplexity: prose, code, chat",
-    "KL: prose, code, chat", "top-1: prose, code, chat", "seconds", "peak, GB",
+    "KL: prose, code, chat", "top-1: prose, code, chat", "CPU seconds", "peak, GB",
 )  # fmt: skip
 COLOURS = {
     "mspc default": "#c2185b", "mspc fast": "#f48fb1", "mspc best": "#880e4f", "mspc default + recover": "#6a1b9a",
@@ -46,7 +46,7 @@ def _line(result: dict[str, Any]) -> str:
     cells += [f"{result[name] / 1e6:.1f}" for name in ("matrix_bytes", "weight_bytes")]
     cells.append(_texts(result, "perplexity", "{:.2f}"))
     cells += [_texts(result, "divergence", "{:.4f}"), _texts(result, "top1_agreement", "{:.1%}")]
-    cells.append(f"{result['seconds']:.0f}" if "seconds" in result else "-")
+    cells.append(f"{result['cpu_seconds']:.0f}" if "cpu_seconds" in result else "-")
     cells.append(f"{result['peak_memory_bytes'] / 1e9:.1f}" if "peak_memory_bytes" in result else "-")
     return f"| {' | '.join(cells)} |"
 
