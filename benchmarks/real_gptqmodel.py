@@ -27,7 +27,8 @@ def dequantized(tensors: dict[str, Any], bits: int, offset: int) -> torch.Tensor
     codes = little_endian_fields(np.ascontiguousarray(tensors["qweight"].numpy().T), bits, len(groups))
     zeros = little_endian_fields(tensors["qzeros"].numpy(), bits, scales.shape[1]).astype(np.int64) + offset
     zeros &= 2**bits - 1
-    return torch.from_numpy((codes.T.astype(np.float32) - zeros[groups]) * scales[groups]).T.contiguous()
+    weight = (codes.T.astype(np.float32) - zeros[groups].astype(np.float32)) * scales[groups]
+    return torch.from_numpy(np.ascontiguousarray(weight.T))
 
 
 def read(folder: Path, reference: str, bits: int) -> Any:

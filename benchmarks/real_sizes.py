@@ -3,7 +3,7 @@
 Both are counted for the layout that holds the result, by the same rules for every tool:
 
     manifest  mspc: what its sparse export takes
-    zeros     kept weights in 16 bits, and one bit a weight that says which they are
+    zeros     kept weights in the dtype of the model, and one bit a weight that says which they are
     grid      codes of so many bits, and a 16-bit scale a group
     written   bytes that the job has written down, because it made the file's layout itself
 """
@@ -43,13 +43,18 @@ def sizes(rule: dict[str, Any], dense: Path, reference: Path) -> dict[str, Any]:
         inside = sum(tensor_bytes(types[name]) for name in found)
         everything = inside + rest
     else:
-        inside = _of_zeros(dense, list(found)) if rule["kind"] == "zeros" else _of_grid(found, rule)
+        inside = _of_zeros(dense, reference, list(found)) if rule["kind"] == "zeros" else _of_grid(found, rule)
         everything = inside + rest
     return {"matrix_bytes": inside, "weight_bytes": everything, "bits_per_weight": 8 * inside / weights}
 
 
-def _of_zeros(dense: Path, names: list[str]) -> int:
-    return sum(2 * int((tensor != 0).sum()) + tensor.numel() // 8 for _, tensor in Checkpoint(dense).read(names))
+def _of_zeros(dense: Path, reference: Path, names: list[str]) -> int:
+    """Of the dtype of the reference, whatever that of the folder with the zeros is."""
+    types, total = Checkpoint(reference).types(), 0
+    for name, tensor in Checkpoint(dense).read(names):
+        kept = int((tensor != 0).sum())
+        total += tensor_bytes((types[name][0], (kept,))) + tensor.numel() // 8
+    return total
 
 
 def _of_grid(found: dict[str, tuple[int, ...]], rule: dict[str, Any]) -> int:
