@@ -31,7 +31,7 @@ POSITIONS = 128
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids (T,), of which those from `first` on are scored: each is predicted from all before it."""
+    """Token ids (T,). Those from `first` on are scored, and each is predicted from all before it."""
 
     ids: Tensor
     first: int
@@ -83,7 +83,7 @@ class Predictor:
 
 
 def add(sums: Sums, logits: Tensor, expected: Tensor, targets: Tensor) -> None:
-    """Add predictions (N, V), beside those of the reference (N, V), of the tokens (N,) that came."""
+    """Add predictions (N, V) of the tokens (N,) that came, and those of the reference (N, V)."""
     q, p = logits.log_softmax(-1), expected.log_softmax(-1)
     sums.tokens += len(targets)
     sums.loss -= float(q.gather(-1, targets[:, None]).sum(dtype=torch.float64))

@@ -31,7 +31,7 @@ FALLBACK = {
     "IQ2_XXS": "IQ4_NL", "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL",
     "IQ4_XS": "IQ4_NL", "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
-"""What llama.cpp takes for rows that are no multiple of 256 (`llama-quant.cpp`)."""
+"""The types that llama.cpp takes for rows that are no multiple of 256 (`llama-quant.cpp`)."""
 FIRST_BATCH = 4
 """Sequences of a forward pass."""
 
@@ -57,7 +57,7 @@ def importance(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Ten
 
 
 def type_for(wanted: str, columns: int) -> str:
-    """The type that llama.cpp stores rows of so many columns in. Raises SystemExit if there is none."""
+    """The type in which llama.cpp stores rows of this length. Raises SystemExit for a length that no type takes."""
     kind = wanted
     while columns % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
         if kind not in FALLBACK:

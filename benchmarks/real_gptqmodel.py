@@ -57,7 +57,7 @@ def main() -> None:
 
     foem = FOEMConfig(alpha=0.25, beta=0.2)
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, foem=foem, device="cpu")
-    model = GPTQModel.load(args.model, config)
+    model = GPTQModel.load(args.model, config, trust_remote_code=False)
     ids = load_file(args.tokens)["ids"]
     model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=BATCH)
     with tempfile.TemporaryDirectory() as folder:

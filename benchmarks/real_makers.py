@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Job:
-    """What every row of a model gets."""
+    """The inputs that all rows of a model share."""
 
     reference: Path
     """The dense folder."""
@@ -28,7 +28,7 @@ class Job:
     tokens: Path
     """The calibration sequences cut out of them, `ids` (N, T) int64."""
     calibration_sha256: str
-    """The digest of these ids."""
+    """The digest of the ids."""
     num_sequences: int
     sequence_length: int
     group_size: int

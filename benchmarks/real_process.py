@@ -21,7 +21,7 @@ class RowError(Exception):
 
 
 def measured(command: Sequence[str | Path], threads: int, log: Path) -> dict[str, Any]:
-    """What running the command cost; its output goes to `log`. Raises RowError with the end of that if it fails.
+    """The cost of running the command; its output goes to `log`. Raises RowError with the end of that if it fails.
 
     The peak memory is the resident memory of its largest process.
     """

@@ -51,7 +51,7 @@ def _grid(bits: int) -> tuple[str, ...]:
 
 
 def _cheap() -> list[Row]:
-    """What takes minutes: our own sweep as GPTQ and SparseGPT, and llama.cpp's quantizers."""
+    """Rows that take minutes: our own sweep as GPTQ and SparseGPT, and llama.cpp's quantizers."""
     return [
         Row("sweep (GPTQ)", "int3", "mspc", _grid(3)),
         Row("sweep (GPTQ)", "int4", "mspc", _grid(4)),
@@ -93,5 +93,5 @@ ROWS = [DENSE, *_cheap(), *_peers(), *_ours()]
 
 
 def chosen(patterns: list[str], matches: Callable[[str, str], bool]) -> list[Row]:
-    """The rows of which a pattern matches the name, all without patterns."""
+    """The rows with a name that a pattern matches; all without patterns."""
     return [row for row in ROWS if not patterns or any(matches(row.name, pattern) for pattern in patterns)]

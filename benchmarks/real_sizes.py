@@ -4,7 +4,7 @@ Both are counted for the layout that holds the result, by the same rules for eve
 
     manifest  mspc: what its sparse export takes
     zeros     kept weights in the dtype of the model, and one bit a weight that says which they are
-    grid      codes of so many bits, and a 16-bit scale a group
+    grid      codes of the same number of bits, and a 16-bit scale a group
     written   bytes that the job has written down, because it made the file's layout itself
 """
 
@@ -49,7 +49,7 @@ def sizes(rule: dict[str, Any], dense: Path, reference: Path) -> dict[str, Any]:
 
 
 def _of_zeros(dense: Path, reference: Path, names: list[str]) -> int:
-    """Of the dtype of the reference, whatever that of the folder with the zeros is."""
+    """Bytes in the dtype of the reference, whatever that of the folder with the zeros is."""
     types, total = Checkpoint(reference).types(), 0
     for name, tensor in Checkpoint(dense).read(names):
         kept = int((tensor != 0).sum())
