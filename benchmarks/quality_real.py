@@ -42,7 +42,7 @@ def script(name: str, *arguments: object) -> list[str]:
 
 
 def prepare(args: argparse.Namespace, model: str, work: Path) -> tuple[Job, dict[str, Any]]:
-    """The inputs of all rows of a model, and their description. Texts, chats and tokens are made if they are not there."""
+    """The inputs of all rows of a model, and their description. Those that are not there are made."""
     found = dict(line.split(maxsplit=1) for line in output_of(script("models.py", model))) if model in MODELS else {}
     reference = Path(found.get(model, model)).resolve()
     texts = args.texts or {name: file for name, file, _ in map(str.split, output_of(script("real_texts.py")))}
