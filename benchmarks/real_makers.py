@@ -63,7 +63,7 @@ def of_recover(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
     more = measured([*script, out / "recovered"], job.threads, out / "recover.log")
     shutil.rmtree(out / "dense")
     (out / "recovered").rename(out / "dense")
-    return _together(found, more) | {"size": {"kind": "zeros"}}
+    return _together(found, more) | {"size": {"kind": "zeros", "row_offsets": "--pattern" not in options}}
 
 
 def of_llamacpp(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _size(options: tuple[str, ...]) -> dict[str, Any]:
     """Codes with a 16-bit scale a group; or 16-bit values of what is kept, and a bit a weight that says where."""
     given = dict(zip(options[-4::2], options[-3::2], strict=False))
     if "--bits" not in given:
-        return {"kind": "zeros"}
+        return {"kind": "zeros", "row_offsets": "--structure" not in options}
     return {"kind": "grid", "bits": int(given["--bits"]), "group_size": int(given["--group-size"])}
 
 

@@ -3,7 +3,8 @@
 Both are counted for the layout that holds the result, by the same rules for every tool:
 
     manifest  mspc: what its sparse export takes
-    zeros     kept weights in the dtype of the model, and one bit a weight that says which they are
+    zeros     kept weights in the dtype of the model, and one bit a weight that says which they are. With `row_offsets`, a file also
+              has 64 bits a row, which are no part of `matrix_bytes`
     grid      codes of the same number of bits, and a 16-bit scale a group
     written   bytes that the job has written down, because it made the file's layout itself
 """
@@ -44,7 +45,8 @@ def sizes(rule: dict[str, Any], dense: Path, reference: Path) -> dict[str, Any]:
         everything = inside + rest
     else:
         inside = _of_zeros(dense, reference, list(found)) if rule["kind"] == "zeros" else _of_grid(found, rule)
-        everything = inside + rest
+        rows = sum(shape[0] + 1 for shape in found.values())
+        everything = inside + rest + (8 * rows if rule.get("row_offsets") else 0)
     return {"matrix_bytes": inside, "weight_bytes": everything, "bits_per_weight": 8 * inside / weights}
 
 
