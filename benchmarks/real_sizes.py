@@ -3,8 +3,8 @@
 Both are counted for the layout that holds the result, by the same rules for every tool:
 
     manifest  mspc: what its sparse export takes
-    zeros     kept weights in the dtype of the model, and one bit a weight that says which they are. With `row_offsets`, a file also
-              has 64 bits a row, which are no part of `matrix_bytes`
+    zeros     kept weights in the dtype of the model, and one bit a weight that says which they are. With `row_offsets`,
+              a file also has 64 bits a row, which are no part of `matrix_bytes`
     grid      codes of the same number of bits, and a 16-bit scale a group
     written   bytes that the job has written down, because it made the file's layout itself
 """
