@@ -56,16 +56,6 @@ def of_mspc(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
     return found | {"version": version_of(Path(sys.executable), "torch")}
 
 
-def of_recover(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
-    """`mspc compress` of a sparse model, and then `mspc.recover`; its seconds are added."""
-    found = of_mspc(options, out, job)
-    script = [sys.executable, HERE / "real_recover.py", out / "dense", out / "artifact", job.reference, job.tokens]
-    more = measured([*script, out / "recovered"], job.threads, out / "recover.log")
-    shutil.rmtree(out / "dense")
-    (out / "recovered").rename(out / "dense")
-    return _together(found, more) | {"size": {"kind": "zeros", "row_offsets": "--pattern" not in options}}
-
-
 def of_llamacpp(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
     """One of ggml's types for every matrix, with an importance matrix that all types share."""
     python = environment(job.environments / "llamacpp", HERE / "llamacpp-requirements.txt")
@@ -120,7 +110,6 @@ def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 MAKERS: dict[str, Callable[[tuple[str, ...], Path, Job], dict[str, Any]]] = {
     "mspc": of_mspc,
-    "recover": of_recover,
     "llamacpp": of_llamacpp,
     "llmcompressor": of_llmcompressor,
     "gptqmodel": of_gptqmodel,

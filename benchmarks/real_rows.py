@@ -83,8 +83,7 @@ def _ours() -> list[Row]:
     rest = [(effort, setting) for effort in ("default", "fast", "best") for setting in SETTINGS]
     rows = [_effort(*pair) for pair in dict.fromkeys([*first, *rest])]
     recovered = [
-        Row("mspc default + recover", setting, "recover", (*SETTINGS[setting], "--effort", "default"))
-        for setting in ("50%", "60%", "70%", "2:4")
+        Row("mspc default + recover", setting, "mspc", (*SETTINGS[setting], "--recover", "100")) for setting in SETTINGS
     ]
     return [*rows, *recovered]
 
