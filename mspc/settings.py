@@ -169,6 +169,11 @@ class Settings:
         return self.has_budget or (self.allocates and self.allocator in (CURVES, AUTO, SEARCH))
 
     @property
+    def needs_fisher(self) -> bool:
+        """True if the solver weighs the errors at outputs by the gradients there."""
+        return self.solver == "kfac" and (self.prunes or self.quantizes)
+
+    @property
     def validates_plans(self) -> bool:
         """True if plans are compared on validation text."""
         return self.needs_curves and self.allocator in (AUTO, SEARCH)
@@ -289,7 +294,7 @@ def _allocator(s: Settings, *names: str) -> str | None:
 
 def _sensitivity_sequences(s: Settings) -> str | None:
     by_gradients = s.needs_sensitivity and s.measure in ("hutchinson", "fisher")
-    used = (s.solver == "kfac" and s.prunes) or s.needs_curves or by_gradients
+    used = s.needs_fisher or s.needs_curves or by_gradients
     return _unless(used, f"solver {s.solver} and allocator {s.allocator}, which compute no gradient")
 
 

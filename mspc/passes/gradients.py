@@ -40,6 +40,8 @@ R = TypeVar("R")
 
 Weights = dict[str, Tensor]  # by name within the block
 
+TYPICAL = 0.8
+"""Share of the tokens whose gradients keep their length in an output Fisher factor."""
 LARGEST_FISHER_BLOCK = 256
 """Largest B of an output Fisher factor. Blocks of this size fit in memory, and larger ones gained nothing."""
 
@@ -120,6 +122,7 @@ class SquaredGradient(Measure):
 class OutputFisher(Measure):
     """The mean over tokens of g g^T, with g the gradient of a sequence's summed loss at the outputs of a matrix.
 
+    Few tokens have most of the gradient, so that a plain mean is that of a few. `_typical` makes it one of many.
     With the Gram of the inputs it is the Kronecker-factored Fisher information of the matrix (Martens and Grosse,
     arXiv:1503.05671). Only blocks of B outputs on its diagonal are kept, (K, B, B). No weight's gradient is computed.
     All batches must have the same size.
@@ -156,7 +159,10 @@ class OutputFisher(Measure):
         finally:
             for handle in handles:
                 handle.remove()
-        return gradient, {name: _second_moment(g.flatten(0, -2)) for name, g in zip(modules, of_outputs, strict=True)}
+        size = run.batch.ids.shape
+        return gradient, {
+            name: _second_moment(_typical(g.flatten(0, -2), *size)) for name, g in zip(modules, of_outputs, strict=True)
+        }
 
     def value(self, matrix: Matrix, kept: Tensor) -> Tensor:
         return kept
@@ -257,9 +263,25 @@ def fisher_block_size(num_outputs: int) -> int:
 def _second_moment(gradients: Tensor) -> Tensor:
     """(T, O) -> the blocks (K, B, B) of the mean of g g^T."""
     num_tokens, num_outputs = gradients.shape
-    blocks = gradients.float().view(num_tokens, -1, fisher_block_size(num_outputs)).transpose(0, 1)
+    blocks = gradients.view(num_tokens, -1, fisher_block_size(num_outputs)).transpose(0, 1)
     with precise_matmul():
         return blocks.mT @ blocks / num_tokens
+
+
+def _typical(gradients: Tensor, num_sequences: int, length: int) -> Tensor:
+    """Gradients of tokens (T, O) float32 without the first of each sequence, and with long ones shortened.
+
+    Many models attend to the first token where they have nothing to attend to, so its values and keys had most of the
+    whole gradient. Their mean square stays the same, as plans compare matrices by it.
+    """
+    gradients = gradients.float()
+    if len(gradients) == num_sequences * length and length > 1:  # experts see tokens in an order of their own
+        gradients = gradients.view(num_sequences, length, -1)[:, 1:].flatten(0, 1)
+    norms = torch.linalg.vector_norm(gradients, dim=1)
+    longest = norms.kthvalue(max(round(TYPICAL * len(norms)), 1)).values
+    shortened = gradients * (longest / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)[:, None]
+    energy = shortened.square().sum()
+    return shortened * torch.where(energy > 0, norms.square().sum() / energy, 1.0).sqrt()
 
 
 def _checked(matrix: Matrix, value: Tensor) -> Tensor:

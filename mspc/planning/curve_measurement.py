@@ -15,7 +15,8 @@ from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import sweep_all
-from mspc.solvers.quadratic import quadratic, solver_bytes
+from mspc.solvers.quadratic import Quadratic, quadratic, solver_bytes
+from mspc.solvers.two_sided import influence
 from mspc.types import NM, GramStats, Pattern, Target, Unstructured
 
 SPARSITIES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
@@ -87,7 +88,11 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
     for bits in SWEPT_BITS if settings.has_budget else ():
         target = Target(Unstructured(0.0), settings.grid_for(weight.shape[1], bits))
         swept = sweep_all(list(kept.values()), stats, target, options, name)
-        more = [form.loss(result * form.scale) - losses[i] for i, result in zip(kept, swept, strict=True)]
+        if settings.solver == "kfac":
+            pairs = zip(kept.values(), swept, strict=True)
+            more = [rounding_loss(result - pruned, form, stats) for pruned, result in pairs]
+        else:
+            more = [form.loss(result * form.scale) - losses[i] for i, result in zip(kept, swept, strict=True)]
         sparsities = [patterns[i - 1].sparsity if i else 0.0 for i in kept]
         quantized[bits] = [(s, max(loss, 0.0) * half_tokens) for s, loss in zip(sparsities, more, strict=True)]
         if bits == 4:  # 16 times as many levels: 1/256 of the squared error
@@ -97,6 +102,17 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         tuple(loss * half_tokens for loss in list(accumulate(losses, max))[1:]),  # a short run may not rise everywhere
         {bits: tuple(losses_at) for bits, losses_at in quantized.items()},
     )
+
+
+def rounding_loss(error: Tensor, form: Quadratic, stats: GramStats) -> float:
+    """The loss of an error (O, I) by one-sided rounding if rounding is two-sided: tr(D E H E^T), D as in `influence`.
+
+    Two-sided sweeps for every number of bits would take longer than all else.
+    """
+    assert stats.output_fisher is not None
+    scaled = torch.where(form.inputs.dead, 0.0, error * form.inputs.scale)
+    of_rows = (threads.matmul(scaled, form.inputs.gram) * scaled).sum(1)
+    return float((influence(stats.output_fisher) * of_rows).sum(dtype=torch.float64))
 
 
 def _sampled(weight: Tensor, stats: GramStats) -> tuple[Tensor, GramStats]:

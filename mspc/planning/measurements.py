@@ -78,7 +78,7 @@ class Measurements:
         settings = self.settings
         key = self._key(
             patterns=[str(pattern) + str(pattern.sparsity) for pattern in patterns_of(settings)],
-            solver="admm" if settings.solver in ("admm", "kfac") else [settings.solver, settings.criterion],
+            solver=settings.solver if settings.solver in ("admm", "kfac") else [settings.solver, settings.criterion],
             damp=settings.damp,
             activation_order=settings.activation_order,
             sequences=settings.sensitivity_sequences,

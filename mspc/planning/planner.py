@@ -67,7 +67,7 @@ class Planner:
 
     def fisher(self, model: StreamedModel) -> dict[str, Tensor]:
         """The Fisher factors by matrix name; empty if neither the solver nor the allocator needs them."""
-        needed = (self.settings.solver == "kfac" and self.settings.prunes) or self.settings.needs_curves
+        needed = self.settings.needs_fisher or self.settings.needs_curves
         return self.measurements(model).fisher_factors() if needed else {}
 
     def plan(self, model: StreamedModel, fisher: dict[str, Tensor]) -> PlanChoice:

@@ -22,6 +22,7 @@ from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.solvers.polish import polish
 from mspc.solvers.quadratic import Quadratic, quadratic, refine
+from mspc.solvers.two_sided import two_sided
 from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
 FIRST_RHO = 0.1
@@ -64,14 +65,17 @@ def admm(
     if target.grid is None:
         return CompressedLinear(kept, mask, target, None, options.damp)
     # `kept` is the best on the support, so the total loss is its own plus that of its distance to the codes.
+    if output_fisher is not None:
+        return two_sided(kept, mask, stats, target, options, name)
     return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
 
 def kfac(
     weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
 ) -> CompressedLinear:
-    """`admm` with the loss of the model as its objective. To search, `stats` must have an output Fisher factor."""
-    if stats.output_fisher is None and target.pattern.sparsity > 0 and mask is None:
+    """`admm` with the loss of the model as its objective. To search or round, `stats` needs an output Fisher factor."""
+    searches = target.pattern.sparsity > 0 and mask is None
+    if stats.output_fisher is None and (searches or target.grid is not None):
         raise InputError(
             f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
         )

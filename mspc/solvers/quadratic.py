@@ -24,7 +24,7 @@ from mspc.numerics.linalg import check_finite, regularized
 from mspc.threads import matmul
 from mspc.types import GramStats
 
-OUTPUT_DAMP = 0.05
+OUTPUT_DAMP = 0.3
 """Damping of S as a share of its mean diagonal. It is large because few sequences estimate S."""
 WEIGHTS_HELD, GRAMS_HELD = 20, 5
 """Copies of a weight and of a Gram in float32 that a solver holds at most, estimated."""
@@ -122,15 +122,20 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     inputs = inputs_of(stats, damp, name)
     scales = inputs.scale[None, :]
     if outputs is not None:
-        diagonal = outputs.diagonal(dim1=-2, dim2=-1)
-        mean = float(diagonal.mean())  # 0 if nothing depends on the matrix
-        outputs = outputs + torch.diag_embed(torch.full_like(diagonal, OUTPUT_DAMP * mean or 1.0))
+        outputs = damped_outputs(outputs)
         output_scale = outputs.diagonal(dim1=-2, dim2=-1).sqrt()
         outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :]
         scales = output_scale.flatten()[:, None] * scales
     # Weights of dead inputs cost nothing. `contiguous`, as a weight that is stored transposed is a view.
     target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()
     return Quadratic(name, target, inputs, outputs, scales)
+
+
+def damped_outputs(outputs: Tensor) -> Tensor:
+    """The output Fisher factor (K, B, B) with a share of its mean diagonal added to its diagonal."""
+    diagonal = outputs.diagonal(dim1=-2, dim2=-1)
+    mean = float(diagonal.mean())  # 0 if nothing depends on the matrix
+    return outputs + torch.diag_embed(torch.full_like(diagonal, OUTPUT_DAMP * mean or 1.0))
 
 
 def solver_bytes(shape: tuple[int, ...]) -> int:
