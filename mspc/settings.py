@@ -293,8 +293,7 @@ def _allocator(s: Settings, *names: str) -> str | None:
 
 
 def _sensitivity_sequences(s: Settings) -> str | None:
-    by_gradients = s.needs_sensitivity and s.measure in ("hutchinson", "fisher")
-    used = s.needs_fisher or s.needs_curves or by_gradients
+    used = s.needs_fisher or s.needs_curves or (s.needs_sensitivity and s.measure in ("hutchinson", "fisher"))
     return _unless(used, f"solver {s.solver} and allocator {s.allocator}, which compute no gradient")
 
 
@@ -316,9 +315,7 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
     "asymmetric": lambda s: _plan(s) or _unquantized(s),
     "solver": _as_it_is,
     "reconstruct": _as_it_is,
-    "recover": lambda s: (
-        _as_it_is(s) or _unless(s.prunes or s.quantizes, "sparsity 0 and bits 16, which keep the model")
-    ),
+    "recover": lambda s: _as_it_is(s) or _unless(s.prunes or s.quantizes, "sparsity 0 and bits 16, which keep all"),
     "recover_lr": lambda s: _unless(s.recover > 0, f"recover {s.recover}"),
     "iterations": lambda s: _solver(s, "kfac", "admm"),
     "propagation": lambda s: _as_it_is(s) or _unless(s.solver != "mask", "solver mask, which updates no weight"),
