@@ -196,8 +196,7 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     """
     if not has_goal(asked):
         defaults = {**defaults, "bits_per_weight": DEFAULT_BITS_PER_WEIGHT}
-    effort = asked.get("effort", defaults["effort"])
-    _check_name("effort", effort, EFFORTS)
+    _check_name("effort", effort := asked.get("effort", defaults["effort"]), EFFORTS)
     values = {**defaults, **EFFORTS[effort], **asked}
     values["rows_if_needed"] = values["group_size"] == "auto"
     if values["group_size"] in (ROW, "auto"):
