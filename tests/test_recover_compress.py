@@ -311,6 +311,7 @@ def test_the_sparse_export_holds_the_recovered_codes(made, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")  # in gptqmodel
 @pytest.mark.parametrize("name", ["gptq", "gguf", "dense"])
 def test_exports_of_a_recovered_model_are_verified(name, calibration, tmp_path):
     """Oracle: other code that reads them, and their runtimes; a mismatch raises VerificationError."""
