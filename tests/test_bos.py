@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -251,7 +252,8 @@ def test_the_bench_passes_it_on(tmp_path):
 def test_calibration_validation_and_test_windows_begin_with_it(calibration):
     """Oracle: slices of the text."""
     settings = mspc.Recipe(calibration=str(calibration), num_sequences=16).settings()
-    drawn = draw(replace(settings, sequence_length=24), None, lambda: tokenizer("<s> $A"))
+    nothing = partial(pytest.fail, "the text is given")
+    drawn = draw(replace(settings, sequence_length=24), None, lambda: tokenizer("<s> $A"), nothing)
     parts = drawn.calibration.ids, drawn.validation, drawn.test
     text, data = calibration.read_text(), torch.cat(parts)
     assert [len(part) for part in parts] == [16, 2, 16]

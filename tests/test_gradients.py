@@ -15,7 +15,16 @@ from mspc import threads
 from mspc.errors import ActivationError, InputError
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
-from mspc.passes.gradients import TYPICAL, Measure, OutputFisher, SquaredGradient, fisher_block_size, reverse_walk
+from mspc.passes.gradients import (
+    TYPICAL,
+    Measure,
+    OutputFisher,
+    SquaredGradient,
+    _second_moment,
+    _typical,
+    fisher_block_size,
+    reverse_walk,
+)
 from mspc.published.hutchinson import HessianTrace
 from mspc.types import Matrix
 
@@ -73,7 +82,8 @@ def test_fisher_factor_equals_autograd(family, folder_of):
     for matrix, gradient in zip(case.flat, gradients, strict=True):
         g = gradient[:, 1:].flatten(0, -2).double()
         norms = g.square().sum(1).sqrt()
-        longest = sorted(norms.tolist())[round(TYPICAL * len(g)) - 1]
+        some = sorted(norms[norms > 0].tolist())
+        longest = some[round(TYPICAL * len(some)) - 1]
         shortened = g * (longest / norms).clamp(max=1)[:, None]
         expected = shortened.T @ shortened / len(g) * norms.square().sum() / shortened.square().sum()
         size, blocks = fisher_block_size(matrix.shape[0]), found[matrix.name]
@@ -251,3 +261,16 @@ def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypa
     ):
         case.samples(tiny.ids(1), measure)
     assert tiny.parts_in_memory(case.model) == []
+
+
+def test_gradients_that_are_mostly_zero_are_kept():
+    """Oracle: the plain mean, for experts that few tokens reach, and sequences of two tokens, the last without gradient."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.zeros(20, 6)
+    gradients[:3] = torch.randn(3, 6, generator=generator)
+    kept = _second_moment(_typical(gradients, 2, 7))
+    assert float(kept[0].diagonal().sum()) == pytest.approx(float(gradients.square().sum()) / 20, rel=1e-5)
+    pairs = torch.randn(8, 6, generator=generator)
+    pairs[1::2] = 0
+    assert float(_typical(pairs, 4, 2).square().sum()) == pytest.approx(float(pairs.square().sum()), rel=1e-5)
+    assert _second_moment(_typical(torch.zeros(0, 6), 2, 7)).tolist() == torch.zeros(1, 6, 6).tolist()

@@ -32,10 +32,9 @@ class Validations:
     divergences: dict[int, float] = field(default_factory=dict)
 
     def add(self, step: int, divergence: float) -> bool:
-        """Note the divergence after a step. True if it is the least so far; NaN never is."""
-        is_best = not self.divergences or divergence < self.divergences[self.best_step()]
+        """Note the divergence after a step. True if it is the first, or the least so far; a later NaN never is."""
         self.divergences[step] = divergence
-        return is_best
+        return self.best_step() == step
 
     def best_step(self) -> int:
         first = next(iter(self.divergences))

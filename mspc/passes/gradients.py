@@ -263,9 +263,10 @@ def fisher_block_size(num_outputs: int) -> int:
 def _second_moment(gradients: Tensor) -> Tensor:
     """(T, O) -> the blocks (K, B, B) of the mean of g g^T."""
     num_tokens, num_outputs = gradients.shape
-    blocks = gradients.view(num_tokens, -1, fisher_block_size(num_outputs)).transpose(0, 1)
+    size = fisher_block_size(num_outputs)
+    blocks = gradients.view(num_tokens, num_outputs // size, size).transpose(0, 1)
     with precise_matmul():
-        return blocks.mT @ blocks / num_tokens
+        return blocks.mT @ blocks / max(num_tokens, 1)
 
 
 def _typical(gradients: Tensor, num_sequences: int, length: int) -> Tensor:
@@ -275,13 +276,17 @@ def _typical(gradients: Tensor, num_sequences: int, length: int) -> Tensor:
     whole gradient. Their mean square stays the same, as plans compare matrices by it.
     """
     gradients = gradients.float()
-    if len(gradients) == num_sequences * length and length > 1:  # experts see tokens in an order of their own
+    # Experts see tokens in an order of their own. The last token has no gradient, so the first may be the only one.
+    if len(gradients) == num_sequences * length and length > 2:
         gradients = gradients.view(num_sequences, length, -1)[:, 1:].flatten(0, 1)
     norms = torch.linalg.vector_norm(gradients, dim=1)
-    longest = norms.kthvalue(max(round(TYPICAL * len(norms)), 1)).values
+    some = norms[norms > 0]
+    if not len(some):
+        return gradients
+    longest = some.kthvalue(max(round(TYPICAL * len(some)), 1)).values
     shortened = gradients * (longest / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)[:, None]
     energy = shortened.square().sum()
-    return shortened * torch.where(energy > 0, norms.square().sum() / energy, 1.0).sqrt()
+    return shortened * (norms.square().sum() / energy).sqrt()
 
 
 def _checked(matrix: Matrix, value: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ class Row:
             self.part, self.given = self.part + 1, list(following[0][1:])
         elif sampled in self.script.ends:
             self.begin()
+            if self.given[:1] == [sampled]:  # what ends a document also begins one
+                self.given.pop(0)
         return sampled
 
 

@@ -86,8 +86,10 @@ class Training:
 
     def validate(self, ids: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         divergence = self.student.divergence(ids, wanted)
+        self.updating = True  # the best latents and their divergence belong together
         if self.validations.add(self.made, divergence):
             self.best = {name: latent.clone() for name, (latent, _) in self.latents.items()}
+        self.updating = False
         log.info(progress_line(self.made, divergence))
 
     def restore(self) -> None:

@@ -93,7 +93,9 @@ def recover_all(
 
 def check_memory(model: StreamedModel, plan: Sequence[PlannedMatrix], settings: Settings) -> None:
     """Raises InputError if the model and its training do not fit in memory."""
-    whole = sum(parameter.nbytes for parameter in model.model.parameters())
+    widened = {torch.float16: torch.float32.itemsize}  # small gradients would vanish in float16
+    parameters = list(model.model.parameters())
+    whole = sum(parameter.numel() * widened.get(parameter.dtype, parameter.itemsize) for parameter in parameters)
     shares = [0.0 if settings.has_budget else matrix.target.pattern.sparsity for matrix in plan]
     kept = sum(matrix.numel * (1 - share) for matrix, share in zip(plan, shares, strict=True))
     needed = int(whole + COPIES * 4 * kept + sum(matrix.numel for matrix in plan))
@@ -153,7 +155,7 @@ def _tuned(model: StreamedModel, folder: Path, journal: Journal) -> list[Tuned]:
                 found.append(Tuned(entry.address.parameter, entry.address, matrix))
             else:
                 entry.address.read(model.model.get_parameter(entry.address.parameter)).zero_()
-    matrices = {one.parameter for one in found}
+    matrices = {row["parameter"] for block in journal.blocks for row in block["matrices"]}
     users = [key for origin in model.source_tensors.values() for key in origin.keys]
     for name, parameter in model.model.named_parameters():
         is_vector = sum(size != 1 for size in parameter.shape) < 2 and name not in matrices

@@ -17,7 +17,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import BUFFERS, TOKENS_PER_BATCH
-from mspc.passes.gradients import OutputFisher, reverse_walk
+from mspc.passes.gradients import TYPICAL, OutputFisher, reverse_walk
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import measure_curves, patterns_of
@@ -26,6 +26,7 @@ from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
 from mspc.settings import Settings
+from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.storage.files import write_json, write_tensors
 from mspc.threads import fitting
 from mspc.types import MatricesByBlock, flatten
@@ -68,8 +69,9 @@ class Measurements:
 
     def fisher_factors(self) -> dict[str, Tensor]:
         """The Fisher factors of the outputs (see `OutputFisher`), in host memory."""
+        key = self._key(sequences=self.settings.sensitivity_sequences, typical=TYPICAL)
         return self._cached(
-            "Gradients", "fisher-{}.safetensors", self._key(sequences=self.settings.sensitivity_sequences),
+            "Gradients", "fisher-{}.safetensors", key,
             read=load_file, write=write_tensors, measure=self._fisher_factors,
         )  # fmt: skip
 
@@ -82,6 +84,7 @@ class Measurements:
             damp=settings.damp,
             activation_order=settings.activation_order,
             sequences=settings.sensitivity_sequences,
+            outputs=[TYPICAL, OUTPUT_DAMP],
             quantization=[settings.group_size, settings.asymmetric] if settings.has_budget else None,
         )
         return self._cached(
