@@ -264,7 +264,7 @@ def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypa
 
 
 def test_gradients_that_are_mostly_zero_are_kept():
-    """Oracle: the plain mean, for experts that few tokens reach, and sequences of two tokens, the last without gradient."""
+    """Oracle: the plain mean, for experts that few tokens reach, and sequences of two tokens."""
     generator = torch.Generator().manual_seed(0)
     gradients = torch.zeros(20, 6)
     gradients[:3] = torch.randn(3, 6, generator=generator)
