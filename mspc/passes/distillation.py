@@ -53,7 +53,7 @@ def is_checked(step: int, steps: int) -> bool:
 
 
 def progress_line(step: int, divergence: float) -> str:
-    return f"Recovering: step {step}, KL from the dense model {divergence:.4f} nats per token on validation text."
+    return f"Recovering: step {step}, KL from the dense model {divergence:.4g} nats per token on validation text."
 
 
 def orders(num_sequences: int, batch_size: int, steps: int, seed: int) -> list[Tensor]:

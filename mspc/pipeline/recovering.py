@@ -122,6 +122,7 @@ class Training:
                     key: kept[f"{key}.{name}"].clone().to(latent.device if key != "step" else "cpu")
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+        log.info(f"Resuming the recovery after {self.made} of {self.settings.recover} steps.")
         self.install()
 
     def run(self, text: "Text", progress: Progress) -> None:
@@ -135,7 +136,12 @@ class Training:
                     is_new = self.made not in self.validations.divergences
                     if is_new and (self.made == 0 or is_checked(self.made, steps)):
                         self.validate(*text.validation)
-                    if self.made == steps or not self.validations.goes_on():
+                    if self.made == steps:
+                        break
+                    if not self.validations.goes_on():
+                        log.info(f"Recovering: the last validations show no progress, so it ends after {self.made} steps.")
+                            f"Recovering: no progress in the last validations, so it ends after {self.made} steps."
+                        )
                         break
                     self.step(*text.batch(self.made), schedule[self.made])
                     if time.monotonic() - self.written > SECONDS_BETWEEN_STATES:

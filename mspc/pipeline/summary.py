@@ -43,9 +43,9 @@ def recovery_line(found: Mapping[str, Any]) -> str:
             f"KL on validation text is {before} nats per token. All weights stay as they were."
         )
     return (
-        f"Recovery: KL from the dense model on validation text {before} one-shot and {after} recovered, nats per "
-        f"token; step {found['best_step']} of {found['steps']} was the best ({found['tokens']:,} tokens of "
-        f"{found['text']})."
+        f"Recovery: KL from the dense model {before} one-shot and {after} recovered, nats per token, on "
+        f"{found['validation_tokens']:,} tokens of validation text. Step {found['best_step']} of {found['steps']} was "
+        f"the best, trained on {found['tokens']:,} tokens of {found['text']}."
     )
 
 
