@@ -139,9 +139,7 @@ class Training:
                     if self.made == steps:
                         break
                     if not self.validations.goes_on():
-                        log.info(f"Recovering: the last validations show no progress, so it ends after {self.made} steps.")
-                            f"Recovering: no progress in the last validations, so it ends after {self.made} steps."
-                        )
+                        log.info(f"Recovering: the last validations show no progress; {self.made} steps were made.")
                         break
                     self.step(*text.batch(self.made), schedule[self.made])
                     if time.monotonic() - self.written > SECONDS_BETWEEN_STATES:
