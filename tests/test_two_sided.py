@@ -7,10 +7,11 @@ import torch
 from oracles import code_product, damped, problem
 from test_kfac import fisher, model_loss, whole
 
+from mspc.planning.curve_measurement import rounding_loss
 from mspc.solvers import SolverOptions
 from mspc.solvers.obs import obs
 from mspc.solvers.polish import polish
-from mspc.solvers.quadratic import damped_outputs
+from mspc.solvers.quadratic import damped_outputs, quadratic
 from mspc.solvers.two_sided import PARTS, influence, interleaved, parts_of, two_sided
 from mspc.types import Grid, Target, Unstructured
 
@@ -75,6 +76,9 @@ def test_the_influence_predicts_the_loss():
         gram = damped(case.stats.gram, 0.01).double()
         error = (one.weight - wanted).double()
         predicted = float((influence(factor) * ((error @ gram) * error).sum(1)).sum())
+        stats = replace(case.stats, output_fisher=factor)
+        form = quadratic(case.weight, stats, factor, OPTIONS.damp, "q")
+        assert rounding_loss(error.float(), form, stats) == pytest.approx(predicted, rel=1e-3)
         ratios.append(predicted / model_loss(two.weight - wanted, whole(factor), gram))
     assert 0.7 < sorted(ratios)[2] < 1.4
     assert min(ratios) > 0.4
