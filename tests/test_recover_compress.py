@@ -1,8 +1,11 @@
 """`compress --recover`: training in a run. Oracles: torch's gradients of whole models, and the one-shot artifact."""
 
 import json
+import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -12,6 +15,7 @@ from test_resume import content
 from torch.nn.functional import log_softmax
 
 import mspc
+from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.model.hub import load_tokenizer
 from mspc.model.open import open_model
@@ -233,6 +237,25 @@ def test_threads_change_no_byte(made, folder_of, calibration, tmp_path):
             manifest = json.loads(files["mspc.json"])
             files["mspc.json"] = json.dumps({**manifest, "threads": 0})
         assert found == wanted
+
+
+def test_a_finished_artifact_can_be_recovered_afterwards(made, folder_of, tmp_path, monkeypatch):
+    """Cut off before its first step as well. Oracle: the run that was to recover from its start."""
+    before, wanted = made(sparsity=0.5, bits=4)
+    model, out = folder_of("llama"), tmp_path / "out"
+    shutil.copytree(before.path, out)
+    before.export("dense", out / "exports" / "dense", progress=False)
+    recipe = mspc.Recipe(**wanted.manifest["recipe"])
+    with pytest.raises(InputError, match=r"settings\.damp was 0\.01 and is 0\.02"):
+        mspc.compress(model, replace(recipe, damp=0.02), out=out, progress=False, resume=True)
+    assert mspc.Artifact(out).manifest == before.manifest
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recovering.Training, "step", Mock(side_effect=KeyboardInterrupt))
+        mspc.compress(model, recipe, out=out, progress=False, resume=True)
+    found = mspc.compress(model, recipe, out=out, progress=False, resume=True)
+    assert content(found.path) == content(wanted.path)
+    stages = found.manifest["seconds_by_stage"]
+    assert stages["Compressing"] == before.manifest["seconds_by_stage"]["Compressing"]
 
 
 @pytest.mark.parametrize("at", [3, pytest.param(7, marks=pytest.mark.slow)])
