@@ -139,9 +139,9 @@ class Recipe:
     )
     allocator: str | None = option(
         None,
-        "How sparsity is divided among matrices: auto (best of several plans on validation text), curves (lowest "
-        "predicted loss), search (evolutionary search from there), uniform; published: trace-rank, layer-trace-rank, "
-        "owl, alpha (AlphaPruning).",
+        "How sparsity is divided among matrices: auto (as curves; without a size budget, the better of two plans on "
+        "validation text), curves (lowest predicted loss), search (evolutionary search from there), uniform; "
+        "published: trace-rank, layer-trace-rank, owl, alpha (AlphaPruning).",
     )
     alpha: float | None = option(
         None,

@@ -22,8 +22,8 @@ CRITERIA = ("isc", "obs", "wanda", "ria", "magnitude")
 PUBLISHED_CRITERIA = ("wanda", "ria", "magnitude")
 """Criteria that need no inverse of the Gram matrix."""
 CURVES, AUTO, SEARCH = "curves", "auto", "search"
-"""Allocators that need loss curves: the plan with the lowest predicted loss, the best of several plans on validation
-text, and the best plan that an evolutionary search finds there."""
+"""Allocators that need loss curves: the plan with the lowest predicted loss, the better of two plans on validation
+text (as `curves` under a size budget), and the best plan that an evolutionary search finds there."""
 SPREADS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
 """Default alpha of each allocator that has one. `owl` and `alpha` have their authors' values for SparseGPT on
 LLaMA-7B; for larger models the authors of `alpha` use 0.3."""
@@ -42,7 +42,7 @@ GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan"
 """Options that say, each alone, what the result is to be."""
 DEFAULT_BITS_PER_WEIGHT = 4.25
 """Size budget of a recipe without a goal: what int4 takes with groups of 64 (4 bits, and 16/64 for scales). It is
-small and near the dense model, and `auto` compares the mixture with 4 bits everywhere."""
+small and near the dense model, and 4 bits everywhere is one of the plans."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -176,7 +176,7 @@ class Settings:
     @property
     def validates_plans(self) -> bool:
         """True if plans are compared on validation text."""
-        return self.needs_curves and self.allocator in (AUTO, SEARCH)
+        return self.needs_curves and not self.has_budget and self.allocator in (AUTO, SEARCH)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the option names; what is None is left out, and a group size of None is `row`.

@@ -169,7 +169,7 @@ def test_a_budget_is_kept_and_no_uniform_setting_of_that_size_is_predicted_to_be
     """Oracle: every uniform setting of pattern and bits, with its size as `layout.pack` makes it."""
     recipe = Recipe(pattern=pattern, bits_per_weight=bits, group_size=16).settings()
     total = sum(math.prod(shape) for shape in NAMES.values())
-    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)["mixed"]
+    plan = allocate_bytes(recipe, MODEL, BUDGETED, int(bits * total / 8), torch.bfloat16)
     size = sum(num_bytes(m.shape, m.target, torch.bfloat16) for m in plan)
     assert size <= bits * total / 8
     patterns = {"unstructured": [Unstructured(k / 8) for k in range(8)], "2:4": [Unstructured(0), NM(2, 4)]}

@@ -1,8 +1,11 @@
 """`compress --recover`: training in a run. Oracles: torch's gradients of whole models, and the one-shot artifact."""
 
 import json
+import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -12,6 +15,7 @@ from test_resume import content
 from torch.nn.functional import log_softmax
 
 import mspc
+from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.model.hub import load_tokenizer
 from mspc.model.open import open_model
@@ -235,6 +239,26 @@ def test_threads_change_no_byte(made, folder_of, calibration, tmp_path):
         assert found == wanted
 
 
+def test_a_finished_artifact_can_be_recovered_afterwards(made, folder_of, tmp_path, monkeypatch):
+    """Cut off before its first step as well. Oracle: the run that was to recover from its start."""
+    before, wanted = made(sparsity=0.5, bits=4)
+    model, out = folder_of("llama"), tmp_path / "out"
+    shutil.copytree(before.path, out)
+    before.export("dense", out / "exports" / "dense", progress=False)
+    recipe = mspc.Recipe(**wanted.manifest["recipe"])
+    with pytest.raises(InputError, match=r"settings\.damp was 0\.01 and is 0\.02"):
+        mspc.compress(model, replace(recipe, damp=0.02), out=out, progress=False, resume=True)
+    assert mspc.Artifact(out).manifest == before.manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering.Training, "step", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            mspc.compress(model, recipe, out=out, progress=False, resume=True)
+    found = mspc.compress(model, recipe, out=out, progress=False, resume=True)
+    assert content(found.path) == content(wanted.path)
+    stages = found.manifest["seconds_by_stage"]
+    assert stages["Compressing"] == before.manifest["seconds_by_stage"]["Compressing"]
+
+
 @pytest.mark.parametrize("at", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_resumed_recovery_ends_with_the_same_bytes(at, made, folder_of, calibration, tmp_path, monkeypatch):
     """Stopped at a step, then killed within another one. Oracle: the undisturbed run."""
@@ -283,7 +307,7 @@ def test_without_a_goal_and_without_text(folder_of, tmp_path, monkeypatch):
     """The model writes what trains and validates. Cut off and resumed. Oracle: whole logits on the validation text."""
     model, out = folder_of("llama"), tmp_path / "out"
     given = {"sequence_length": tiny.LENGTH, "effort": "fast", "group_size": 32, "sensitivity_sequences": 2}
-    recipe = mspc.Recipe(calibration="self", recover=3, recover_lr=QUANTIZED_LR, num_sequences=8, **given)
+    recipe = mspc.Recipe(calibration="self", recover=3, recover_lr=1e-5, num_sequences=8, **given)
     with pytest.raises(mspc.Stopped):
         mspc.compress(model, recipe, out=out, progress=lambda event: event.stage != "Recovering" or event.done < 2)
     texts = sorted((load_file(file)["ids"] for file in (out / OWN_TEXT).iterdir()), key=len)

@@ -317,7 +317,7 @@ def test_artifacts_do_not_depend_on_the_number(monkeypatch, one_block, calibrati
 @pytest.mark.parametrize(
     ("recipe", "functions"),
     [
-        ({"bits_per_weight": 4.5, "group_size": 32}, ("curve_measurement.curve_of", "validation.approximate_weights")),
+        ({"sparsity": 0.5}, ("curve_measurement.curve_of", "validation.approximate_weights")),
         (
             {"sparsity": 0.5, "allocator": "search", "search_minutes": 0.001},
             ("search.predictions", "search.SOLVERS.kfac"),

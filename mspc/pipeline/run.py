@@ -27,6 +27,7 @@ from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, pea
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import check_memory, recover_all
+from mspc.pipeline.reopening import reopened
 from mspc.pipeline.results import results
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
@@ -129,7 +130,7 @@ class Run:
             log.info(note)
         if self.unused:
             log.warning(unused_note(self.unused))
-        if (self.folder / MANIFEST).is_file():
+        if (self.folder / MANIFEST).is_file() and not reopened(self.folder, header):
             self.finished(header)
             return
         if not is_artifact(self.folder):  # a run that goes on has tried it
@@ -182,10 +183,9 @@ class Run:
 
     def own_text(self, measurements: Path | None, counts: Sequence[int]) -> Tokens:
         """Text that the model writes, which is kept like measurements."""
-        identity = [self.digests, _config_digest(self.source)]
-        kept = measurements or self.folder / OWN_TEXT
-        tokenizer = self.load_tokenizer()
-        return Author(self.source, self.device, self.settings, tokenizer, identity, kept, self.progress).write(counts)
+        identity, kept = [self.digests, _config_digest(self.source)], measurements or self.folder / OWN_TEXT
+        tokenizer, device = self.load_tokenizer(), self.device
+        return Author(self.source, device, self.settings, tokenizer, identity, kept, self.progress).write(counts)
 
     def header(self, tokens: Tokens) -> dict[str, Any]:
         """The identity of the run: two runs with equal headers end with the same bytes."""

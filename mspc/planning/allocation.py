@@ -14,7 +14,7 @@ from mspc.planning.exact_sparsity import exact_counts, exact_keeps
 from mspc.planning.knapsack import cheapest, cheapest_sparsities, cheapest_targets
 from mspc.progress import log
 from mspc.published.allocators import ALLOCATORS
-from mspc.settings import AUTO, AUTO_GROUP_SIZES, CURVES, MIXED_OF, MIXED_PATTERN, Settings
+from mspc.settings import AUTO_GROUP_SIZES, CURVES, MIXED_OF, MIXED_PATTERN, Settings
 from mspc.sizes import at_least, in_words
 from mspc.types import (
     BITS,
@@ -32,8 +32,6 @@ from mspc.types import (
 
 INTERPOLATIONS = (0.75,)
 """Plans that `auto` validates next to `curves`: 0 is the uniform plan, 1 is `curves`."""
-QUANTIZATION_WEIGHTS = (0.5, 2.0)
-"""Plans that `auto` validates under a size budget: factors of the predicted loss of quantization."""
 HOPELESS = 2.0
 """A plan is not validated if its predicted loss is above this factor times the lowest."""
 SPARSITY_STEPS = 32
@@ -184,31 +182,15 @@ def allocate_bytes(
     curves: dict[str, Curve],
     num_bytes: int,
     dtype: torch.dtype,
-) -> dict[str, list[PlannedMatrix]]:
-    """Plans of at most `num_bytes` (see `check_bytes`) by name, the one with the lowest predicted loss first.
-
-    The allocator `auto` validates others too: with the loss of quantization scaled, and with one number of bits.
-    """
+) -> list[PlannedMatrix]:
+    """The plan of at most `num_bytes` (see `check_bytes`) with the lowest predicted loss."""
     flat = flatten(matrices)
     options, in_order = _options(settings, matrices, dtype), [curves[matrix.name] for matrix in flat]
-    chosen = {"mixed": cheapest_targets(in_order, options, num_bytes)}
-    if settings.allocator == AUTO:
-        for weight in QUANTIZATION_WEIGHTS:
-            weighted = [curve.weighted(weight) for curve in in_order]
-            chosen[f"mixed, quantization loss x{weight:g}"] = cheapest_targets(weighted, options, num_bytes)
-        for bits in BITS:
-            alike = [[(target, size) for target, size in own if target.bits == bits] for own in options]
-            if _smallest(alike) <= num_bytes:
-                chosen[f"{bits} bits"] = cheapest_targets(in_order, alike, num_bytes)
-    return _distinct(
-        {
-            name: [
-                PlannedMatrix(matrix.name, matrix.shape, target, curve.at(target.pattern.sparsity, target.bits))
-                for matrix, curve, target in zip(flat, in_order, targets, strict=True)
-            ]
-            for name, targets in chosen.items()
-        }
-    )
+    targets = cheapest_targets(in_order, options, num_bytes)
+    return [
+        PlannedMatrix(matrix.name, matrix.shape, target, curve.at(target.pattern.sparsity, target.bits))
+        for matrix, curve, target in zip(flat, in_order, targets, strict=True)
+    ]
 
 
 def _options(settings: Settings, matrices: MatricesByBlock, dtype: torch.dtype) -> list[list[tuple[Target, int]]]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,6 @@ class Curve:
             power = max((logs[1] - logs[0]) / math.log(second / first), 1.0) if len(logs) > 1 else 1.0
             return more + math.exp(logs[0] + power * math.log(sparsity / first))
         return more + math.exp(float(numpy.interp(sparsity, self.sparsities, logs)))
-
-    def weighted(self, weight: float) -> "Curve":
-        """The curve with the losses of quantization multiplied by `weight`."""
-        scaled = {bits: tuple((s, weight * loss) for s, loss in points) for bits, points in self.quantization.items()}
-        return replace(self, quantization=scaled)
 
     def _quantized(self, sparsity: float, bits: int) -> float:
         """The loss of quantization, interpolated; constant beyond the last sparsity that was measured."""

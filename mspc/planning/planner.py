@@ -22,7 +22,6 @@ from mspc.planning.allocation import (
 from mspc.planning.curve import Curve
 from mspc.planning.measurements import Measurements
 from mspc.planning.search import check_memory, search
-from mspc.planning.solver_options import solver_options
 from mspc.planning.validation import validate_plans
 from mspc.progress import Progress, log
 from mspc.settings import CURVES, SEARCH, Settings
@@ -82,22 +81,19 @@ class Planner:
         dense = DenseWalk(model, self.ids[: settings.sensitivity_sequences], self.matrices)
         curves = self.measurements(model).loss_curves(dense, fisher)
         if settings.has_budget:
-            plans = allocate_bytes(settings, self.matrices, curves, self.num_bytes(), self.dtype())
-        elif settings.allocator == SEARCH:
+            return PlanChoice(allocate_bytes(settings, self.matrices, curves, self.num_bytes(), self.dtype()), CURVES)
+        if settings.allocator == SEARCH:
             return self.searched(model, fisher, curves)
-        elif settings.validates_plans:
-            plans = candidates(settings, self.matrices, curves)
-        else:
-            return PlanChoice(allocate(settings, self.matrices, sensitivities, curves))
-        return self.best_of(dense, fisher, plans)
+        if settings.validates_plans:
+            return self.best_of(dense, fisher, candidates(settings, self.matrices, curves))
+        return PlanChoice(allocate(settings, self.matrices, sensitivities, curves))
 
     def best_of(self, dense: DenseWalk, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> PlanChoice:
         """The plan with the lowest divergence on the validation text; the first plan if nothing is validated."""
         first = next(iter(plans))
         if len(plans) == 1 or not self.settings.validates_plans or self.validation is None:
             return PlanChoice(plans[first], first)
-        options = solver_options(self.settings)
-        divergences = validate_plans(dense, self.validation, fisher, plans, options, self.progress)
+        divergences = validate_plans(dense, self.validation, fisher, plans, self.settings.damp, self.progress)
         best = min(divergences, key=lambda name: divergences[name])
         shown = ", ".join(f"{name} {kl:.4f}" for name, kl in divergences.items())
         log.info(f"Plan: {best} (KL in nats per token: {shown}).")

@@ -1,14 +1,13 @@
 """Validating plans before one is chosen: the divergence of each from the dense model, on text used for nothing else.
 
 All plans are validated in one walk through the dense model. Each matrix gets approximate weights from a few iterations
-of the solver; fewer iterations would make pruning look worse compared with quantization. The weights are quantized if
-the plans differ in bits. The validation text passes each block once for every plan.
+of the solver, and none is quantized, as the plans differ in sparsity alone. The validation text passes each block once
+for every plan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from mspc import threads
@@ -18,11 +17,9 @@ from mspc.passes.blocks import Batch, advance, batches_of
 from mspc.passes.perplexity import mean_divergences
 from mspc.passes.walk import DenseWalk, Visit, by_few, install, matrix_of
 from mspc.progress import Progress
-from mspc.solvers import SolverOptions
 from mspc.solvers.admm import error_path
-from mspc.solvers.obs import sweep_all
 from mspc.solvers.quadratic import quadratic, solver_bytes
-from mspc.types import Matrix, PlannedMatrix, Target, Unstructured
+from mspc.types import Matrix, Pattern, PlannedMatrix
 
 
 def validate_plans(
@@ -30,7 +27,7 @@ def validate_plans(
     validation: Tensor,
     fisher: Mapping[str, Tensor],
     plans: Mapping[str, Sequence[PlannedMatrix]],
-    options: SolverOptions,
+    damp: float,
     progress: Progress,
 ) -> dict[str, float]:
     """KL divergence from the dense model on `validation` (N, T), in nats per token, by name of the plan.
@@ -38,18 +35,16 @@ def validate_plans(
     `visits` has the Grams, and `fisher` the Fisher factors by matrix name.
     """
     model = visits.model
-    targets = {name: {matrix.name: matrix.target for matrix in plan} for name, plan in plans.items()}
-    quantizes = len({target.bits for by_name in targets.values() for target in by_name.values()}) > 1
+    patterns = {name: {matrix.name: matrix.target.pattern for matrix in plan} for name, plan in plans.items()}
     dense = batches_of(model, validation)
     streams = {name: batches_of(model, validation) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
 
     def approximate(visit: Visit) -> dict[str, Tensor]:
-        wanted = {name: by_name[visit.matrix.name] for name, by_name in targets.items()}
-        if not quantizes:
-            wanted = {name: Target(target.pattern) for name, target in wanted.items()}
-        return dict(zip(wanted, approximate_weights(visit, fisher, list(wanted.values()), options), strict=True))
+        wanted = {name: by_name[visit.matrix.name] for name, by_name in patterns.items()}
+        weight_of = approximate_weights(visit, fisher, set(wanted.values()), damp)
+        return {name: weight_of[pattern] for name, pattern in wanted.items()}
 
     with progress.stage("Validating plans", sum(map(len, visits.matrices))) as step, precise_matmul():
         # When a group ends, the walk has left this block, so the block can be loaded again.
@@ -73,22 +68,12 @@ def validate_plans(
 
 
 def approximate_weights(
-    visit: Visit, fisher: Mapping[str, Tensor], targets: Sequence[Target], options: SolverOptions
-) -> list[Tensor]:
-    """Weights (O, I) with about the loss that the solver would reach, for each target."""
+    visit: Visit, fisher: Mapping[str, Tensor], patterns: Iterable[Pattern], damp: float
+) -> dict[Pattern, Tensor]:
+    """Weights (O, I) with about the loss that the solver would reach, for each pattern."""
     weight, name = visit.weight.float(), visit.matrix.name
-    form = quadratic(weight, visit.stats, fisher[name].to(weight.device), options.damp, name)
-    kept = {target.pattern: torch.empty(0) for target in targets}
-    for pattern in kept:
-        kept[pattern], _ = next(error_path(form, [pattern]))
-    found = {target: kept[target.pattern] for target in targets}
-    for grid in dict.fromkeys(target.grid for target in targets if target.grid is not None):
-        of_grid = [target for target in found if target.grid == grid]
-        swept = sweep_all(
-            [found[target] for target in of_grid], visit.stats, Target(Unstructured(0.0), grid), options, name
-        )
-        found |= zip(of_grid, swept, strict=True)
-    return [found[target] for target in targets]
+    form = quadratic(weight, visit.stats, fisher[name].to(weight.device), damp, name)
+    return {pattern: next(error_path(form, [pattern]))[0] for pattern in patterns}
 
 
 def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:
