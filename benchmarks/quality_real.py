@@ -27,9 +27,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from real_makers import Job, make
+from real_makers import MADE, Job, artifact_of, make
 from real_process import RowError, cache_folder, measured, output_of, write_json
-from real_rows import DENSE, Row, chosen
+from real_rows import DENSE, ROWS, Row, chosen
 
 HERE = Path(__file__).parent
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
@@ -76,14 +76,14 @@ def prepare(args: argparse.Namespace, model: str, work: Path) -> tuple[Job, dict
 def run(row: Row, job: Job, work: Path) -> dict[str, Any]:
     """Make a row if that was not done, and judge it. Raises RowError."""
     folder = work / row.name
-    state = folder / "made.json"
+    state = folder / MADE
     if row == DENSE:
         folder.mkdir(exist_ok=True)
         made: dict[str, Any] = {"size": {"kind": "dense"}}
     elif state.is_file():
         made = json.loads(state.read_text(encoding="utf-8"))
     else:
-        made = make(row.maker, row.options, folder, job)
+        made = make(row, folder, job)
         write_json(state, made)
     dense = job.reference if row == DENSE else folder / "dense"
     out, wanted = folder / "judged.json", {"model": str(dense), "reference": str(job.reference), "size": made["size"]}
@@ -104,8 +104,19 @@ def record(row: Row, model: str, file: Path, described: dict[str, Any], job: Job
     except RowError as error:
         result = {"error": str(error)}
     else:
+        keep_artifact(row, work)
         shutil.rmtree(work / row.name)
     write_json(file, head | result | {"configuration": described, "versions": versions})
+
+
+def keep_artifact(row: Row, work: Path) -> None:
+    """Keep what a row has made if another one continues it."""
+    if any(other.continues == row.name for other in ROWS):
+        kept = artifact_of(row.name, work)
+        shutil.rmtree(kept.parent, ignore_errors=True)
+        kept.parent.mkdir(parents=True)
+        for path in (kept, kept.parent / MADE):
+            (work / row.name / path.name).rename(path)
 
 
 def results_of(folder: Path, model: str) -> dict[str, dict[str, Any]]:

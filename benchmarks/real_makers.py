@@ -13,6 +13,7 @@ from typing import Any
 
 from environments import environment
 from real_process import RowError, measured, version_of
+from real_rows import Row
 
 HERE = Path(__file__).parent
 
@@ -39,13 +40,30 @@ class Job:
     """The folder for what several rows of this model need."""
 
 
-def of_mspc(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
-    """`mspc compress`, then the dense export, which is not part of the seconds."""
-    artifact = out / "artifact"
+MADE = "made.json"
+"""The name of the file that says what a row took, without judging it."""
+
+
+def artifact_of(row: str, shared: Path) -> Path:
+    """The folder of the artifact of a row that other rows continue, which has `MADE` beside it."""
+    return shared / "kept" / row / "artifact"
+
+
+def of_mspc(options: tuple[str, ...], out: Path, job: Job, continues: str = "") -> dict[str, Any]:
+    """`mspc compress`, then the dense export, which is not part of the seconds.
+
+    A row that continues another one starts with its artifact, if that is there. Its seconds are those of both.
+    """
+    artifact, earlier = out / "artifact", artifact_of(continues, job.shared)
     text = ["--calibration", job.calibration, "--num-sequences", job.num_sequences, "--seed", "0", "--no-eval"]
     machine = ["--sequence-length", job.sequence_length, "--device", "cpu", "--threads", job.threads]
+    goes_on = bool(continues) and earlier.is_dir()
+    if goes_on:
+        shutil.copytree(earlier, artifact)
     command = [sys.executable, "-m", "mspc", "compress", job.reference, "--out", artifact, *options, *text, *machine]
-    found = measured([*command, "--overwrite"], job.threads, out / "compress.log")
+    found = measured([*command, "--resume" if goes_on else "--overwrite"], job.threads, out / "compress.log")
+    if goes_on:
+        found = _together(json.loads((earlier.parent / MADE).read_text(encoding="utf-8")), found)
     manifest = artifact / "mspc.json"
     digest = json.loads(manifest.read_text(encoding="utf-8"))["calibration"]["sha256"]
     if digest != job.calibration_sha256:
@@ -117,12 +135,14 @@ MAKERS: dict[str, Callable[[tuple[str, ...], Path, Job], dict[str, Any]]] = {
 }
 
 
-def make(maker: str, options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
+def make(row: Row, out: Path, job: Job) -> dict[str, Any]:
     """Make a row in the new folder `out`, whose `dense` is the result. Raises RowError."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    options = tuple(str(job.group_size) if option == "GROUP" else option for option in options)
+    options = tuple(str(job.group_size) if option == "GROUP" else option for option in row.options)
     try:
-        return MAKERS[maker](options, out, job)
+        if row.continues:
+            return of_mspc(options, out, job, row.continues)
+        return MAKERS[row.maker](options, out, job)
     except SystemExit as error:  # an environment that cannot be installed
         raise RowError(str(error)[-600:]) from error

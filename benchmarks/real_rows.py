@@ -14,6 +14,8 @@ class Row:
     """A key of MAKERS in real_makers.py; empty for the dense model."""
     options: tuple[str, ...] = ()
     """Command line options of the maker, in which GROUP stands for the group size of the model."""
+    continues: str = ""
+    """The name of the row whose artifact this one continues, with its options added."""
 
     @property
     def name(self) -> str:
@@ -39,6 +41,7 @@ SETTINGS = {
     "4:8": ("--pattern", "4:8"),
     "N:16, 50%": ("--pattern", "N:16", "--sparsity", "0.5"),
 }
+RECOVER = ("--recover", "100")
 LLAMACPP = ("Q4_0", "IQ4_NL", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K")
 
 
@@ -83,7 +86,8 @@ def _ours() -> list[Row]:
     rest = [(effort, setting) for effort in ("default", "fast", "best") for setting in SETTINGS]
     rows = [_effort(*pair) for pair in dict.fromkeys([*first, *rest])]
     recovered = [
-        Row("mspc default + recover", setting, "mspc", (*SETTINGS[setting], "--recover", "100")) for setting in SETTINGS
+        Row("mspc default + recover", setting, "mspc", (*SETTINGS[setting], *RECOVER), _effort("default", setting).name)
+        for setting in SETTINGS
     ]
     return [*rows, *recovered]
 
