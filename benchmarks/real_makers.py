@@ -45,7 +45,7 @@ MADE = "made.json"
 
 
 def artifact_of(row: str, shared: Path) -> Path:
-    """The folder of the artifact of a row that other rows continue, which has `MADE` beside it."""
+    """The folder of the artifact of a row that other rows continue, with `MADE` in its parent."""
     return shared / "kept" / row / "artifact"
 
 
