@@ -251,7 +251,7 @@ def test_the_bench_passes_it_on(tmp_path):
 
 def test_calibration_validation_and_test_windows_begin_with_it(calibration):
     """Oracle: slices of the text."""
-    settings = mspc.Recipe(calibration=str(calibration), num_sequences=16).settings()
+    settings = mspc.Recipe(calibration=str(calibration), num_sequences=16, sparsity=0.5).settings()
     nothing = partial(pytest.fail, "the text is given")
     drawn = draw(replace(settings, sequence_length=24), None, lambda: tokenizer("<s> $A"), nothing)
     parts = drawn.calibration.ids, drawn.validation, drawn.test
