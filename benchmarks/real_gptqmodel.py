@@ -4,6 +4,7 @@ python benchmarks/real_gptqmodel.py [--bits 4] [--group-size 64] MODEL TOKENS.sa
 """
 
 import argparse
+import contextlib
 import json
 import os
 import tempfile
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     for name in ("model", "tokens", "out"):
-        parser.add_argument(name)
+        parser.add_argument(name, type=lambda text: str(Path(text).resolve()))
     args = parser.parse_args()
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read by the import; it refuses to work with one
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -59,10 +60,11 @@ def main() -> None:
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, foem=foem, device="cpu")
     model = GPTQModel.load(args.model, config, trust_remote_code=False)
     ids = load_file(args.tokens)["ids"]
-    model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=BATCH)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(folder)
-        read(Path(folder), args.model, args.bits).save_pretrained(args.out)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it writes logs where it runs
+        model.quantize(rows, batch_size=BATCH)
+        model.save("gptq")
+        read(Path("gptq"), args.model, args.bits).save_pretrained(args.out)
     AutoTokenizer.from_pretrained(args.model, trust_remote_code=False).save_pretrained(args.out)
 
 

@@ -49,21 +49,13 @@ def artifact_of(row: str, shared: Path) -> Path:
     return shared / "kept" / row / "artifact"
 
 
-def of_mspc(options: tuple[str, ...], out: Path, job: Job, continues: str = "") -> dict[str, Any]:
-    """`mspc compress`, then the dense export, which is not part of the seconds.
-
-    A row that continues another one starts with its artifact, if that is there. Its seconds are those of both.
-    """
-    artifact, earlier = out / "artifact", artifact_of(continues, job.shared)
+def of_mspc(options: tuple[str, ...], out: Path, job: Job) -> dict[str, Any]:
+    """`mspc compress`, which goes on from an artifact in `out`, then the dense export, whose seconds do not count."""
+    artifact = out / "artifact"
     text = ["--calibration", job.calibration, "--num-sequences", job.num_sequences, "--seed", "0", "--no-eval"]
     machine = ["--sequence-length", job.sequence_length, "--device", "cpu", "--threads", job.threads]
-    goes_on = bool(continues) and earlier.is_dir()
-    if goes_on:
-        shutil.copytree(earlier, artifact)
     command = [sys.executable, "-m", "mspc", "compress", job.reference, "--out", artifact, *options, *text, *machine]
-    found = measured([*command, "--resume" if goes_on else "--overwrite"], job.threads, out / "compress.log")
-    if goes_on:
-        found = _together(json.loads((earlier.parent / MADE).read_text(encoding="utf-8")), found)
+    found = measured([*command, "--resume"], job.threads, out / "compress.log")
     manifest = artifact / "mspc.json"
     digest = json.loads(manifest.read_text(encoding="utf-8"))["calibration"]["sha256"]
     if digest != job.calibration_sha256:
@@ -136,13 +128,21 @@ MAKERS: dict[str, Callable[[tuple[str, ...], Path, Job], dict[str, Any]]] = {
 
 
 def make(row: Row, out: Path, job: Job) -> dict[str, Any]:
-    """Make a row in the new folder `out`, whose `dense` is the result. Raises RowError."""
+    """Make a row in the new folder `out`, whose `dense` is the result. Raises RowError.
+
+    A row that continues another one starts with its artifact, if that is there. Its cost is that of both.
+    """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     options = tuple(str(job.group_size) if option == "GROUP" else option for option in row.options)
+    earlier = artifact_of(row.continues, job.shared)
+    goes_on = bool(row.continues) and earlier.is_dir()
+    if goes_on:
+        shutil.copytree(earlier, out / "artifact")
     try:
-        if row.continues:
-            return of_mspc(options, out, job, row.continues)
-        return MAKERS[row.maker](options, out, job)
+        found = MAKERS[row.maker](options, out, job)
     except SystemExit as error:  # an environment that cannot be installed
         raise RowError(str(error)[-600:]) from error
+    if goes_on:
+        found = _together(found, json.loads((earlier.parent / MADE).read_text(encoding="utf-8")))
+    return found

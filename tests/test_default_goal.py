@@ -34,6 +34,8 @@ def test_without_a_goal_the_model_has_the_size_of_int4(calibration, tmp_path, ca
     bits = 8 * sum(row["bytes"] for row in rows) / sum(row["shape"][0] * row["shape"][1] for row in rows)
     assert 4.0 < bits <= 4.25
     assert made.manifest["settings"]["bits_per_weight"] == 4.25
+    assert made.manifest["allocation"] == {"chosen": "curves", "tried": {}}
+    assert not mspc.Recipe().settings().needs_validation  # no text is set apart for it
     assert "bits_per_weight" not in (made.path / "recipe.toml").read_text()
     caplog.clear()
     asked = mspc.Recipe(bits_per_weight=4.25, calibration=str(calibration), **QUICK)

@@ -111,6 +111,37 @@ def test_rows_have_names_of_their_own():
     ]  # fmt: skip
 
 
+def test_a_row_goes_on_from_the_artifact_of_another(monkeypatch, tmp_path):
+    """Its cost is that of both. Oracle: figures made up for each."""
+    import quality_real
+    import real_makers
+    from real_rows import ROWS
+
+    later = next(row for row in ROWS if row.continues)
+    first = next(row for row in ROWS if row.name == later.continues)
+    took = {"seconds": 2.5, "cpu_seconds": 2.0, "peak_memory_bytes": 7, "command": "first"}
+    more = {"seconds": 1.0, "cpu_seconds": 0.5, "peak_memory_bytes": 9, "command": "later", "size": {}}
+    there = []
+
+    def maker(options, out, job):
+        file = out / "artifact" / "mspc.json"
+        there.append(file.read_text() if file.is_file() else None)
+        return more
+
+    monkeypatch.setitem(real_makers.MAKERS, "mspc", maker)
+    job = types.SimpleNamespace(shared=tmp_path, group_size=64)
+    assert real_makers.make(later, tmp_path / later.name, job) == more
+    own = tmp_path / first.name
+    (own / "artifact").mkdir(parents=True)
+    (own / "artifact" / "mspc.json").write_text("of the first")
+    (own / real_makers.MADE).write_text(json.dumps(took))
+    quality_real.keep_artifact(first, tmp_path)
+    found = real_makers.make(later, tmp_path / later.name, job)
+    assert there == [None, "of the first"]
+    assert (found["seconds"], found["cpu_seconds"], found["peak_memory_bytes"]) == (3.5, 2.5, 9)
+    assert found["size"] == more["size"]
+
+
 def test_options_of_mspc_are_understood():
     """Oracle: the parser of `mspc compress`, and the recipe, which refuses options without effect."""
     import typer

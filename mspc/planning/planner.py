@@ -91,7 +91,7 @@ class Planner:
     def best_of(self, dense: DenseWalk, fisher: dict[str, Tensor], plans: dict[str, list[PlannedMatrix]]) -> PlanChoice:
         """The plan with the lowest divergence on the validation text; the first plan if nothing is validated."""
         first = next(iter(plans))
-        if len(plans) == 1 or not self.settings.validates_plans or self.validation is None:
+        if len(plans) == 1 or self.validation is None:
             return PlanChoice(plans[first], first)
         divergences = validate_plans(dense, self.validation, fisher, plans, self.settings.damp, self.progress)
         best = min(divergences, key=lambda name: divergences[name])
