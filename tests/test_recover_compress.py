@@ -241,7 +241,7 @@ def test_threads_change_no_byte(made, folder_of, calibration, tmp_path):
 
 def test_a_finished_artifact_can_be_recovered_afterwards(made, folder_of, tmp_path, monkeypatch):
     """Cut off before its first step as well. Oracle: the run that was to recover from its start."""
-    before, wanted = made(sparsity=0.5, bits=4)
+    before, wanted = made(sparsity=0.5, bits=4, solver="kfac")
     model, out = folder_of("llama"), tmp_path / "out"
     shutil.copytree(before.path, out)
     before.export("dense", out / "exports" / "dense", progress=False)
@@ -256,7 +256,8 @@ def test_a_finished_artifact_can_be_recovered_afterwards(made, folder_of, tmp_pa
     found = mspc.compress(model, recipe, out=out, progress=False, resume=True)
     assert content(found.path) == content(wanted.path)
     stages = found.manifest["seconds_by_stage"]
-    assert stages["Compressing"] == before.manifest["seconds_by_stage"]["Compressing"]
+    for stage in ("Gradients", "Compressing"):  # nothing is measured or solved again
+        assert stages[stage] == before.manifest["seconds_by_stage"][stage]
 
 
 @pytest.mark.parametrize("at", [3, pytest.param(7, marks=pytest.mark.slow)])

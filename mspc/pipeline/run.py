@@ -141,7 +141,7 @@ class Run:
         written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
         write_text(self.folder / RECIPE, written.to_toml())
         self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
-        fisher = planner.fisher(model)
+        fisher = planner.fisher(model) if journal.num_solved < len(flatten(matrices)) else {}
         plan = self.plan(planner, model, journal, fisher)
         self.copy_rest(checkpoint, model, plan, matrices)
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
@@ -319,8 +319,8 @@ class Run:
         spill: Path | None,
         fisher: dict[str, Tensor],
     ) -> None:
-        done = sum(len(entry["matrices"]) for entry in journal.entries)
-        if done == len(plan):  # cut off while it was evaluated
+        done = journal.num_solved
+        if done == len(plan):  # cut off later, or reopened
             return
         block_of = {matrix.name: block for block, of_block in enumerate(matrices) for matrix in of_block}
         with self.progress.stage("Compressing", len(plan), in_blocks=True, done=done) as step:

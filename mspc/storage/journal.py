@@ -48,6 +48,11 @@ class Journal:
         return [entry for entry in self.entries if "block" in entry]
 
     @property
+    def num_solved(self) -> int:
+        """The number of solved matrices."""
+        return sum(len(entry["matrices"]) for entry in self.blocks)
+
+    @property
     def recovery(self) -> dict[str, Any] | None:
         """The outcome of a recovery, once it is committed."""
         return next((entry["recovery"] for entry in self.entries if "recovery" in entry), None)
