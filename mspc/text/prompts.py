@@ -8,7 +8,7 @@ from mspc.text.rows import sound
 from mspc.text.tokens import tokens_of
 
 BROKEN = "\ufffd"
-"""What tokenizers write for bytes that are no character, or not yet one."""
+"""The character that tokenizers write in place of bytes that are no text, or not yet."""
 
 
 def prompt_ids(tokenizer: Any, prompt: str, template: str | None) -> list[int]:
@@ -56,7 +56,7 @@ class Pieces:
         self.ids = list(before)
         """The tokens that are decoded together: some that were handed out, and all that were not."""
         self.known = len(before)
-        """Number of these that were handed out."""
+        """Number of tokens among them that were handed out."""
         self.given = len(self._text())
         """Number of characters of their text that were handed out."""
 
@@ -72,7 +72,7 @@ class Pieces:
         return piece
 
     def rest(self) -> str:
-        """What never became a character, as the tokenizer writes it."""
+        """The bytes that never became a character, as the tokenizer writes them."""
         return self._text()[self.given :]
 
     def _text(self) -> str:
