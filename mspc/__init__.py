@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mspc.version import __version__
 
 if TYPE_CHECKING:
-    from mspc.api import Artifact, compress, evaluate, export, verify
+    from mspc.api import Artifact, compress, evaluate, export, generate, verify
     from mspc.errors import (
         ActivationError,
         InputError,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: transformers takes seconds, and a Recipe needs none of it.
 _HOME = {
-    "mspc.api": ("Artifact", "compress", "evaluate", "export", "verify"),
+    "mspc.api": ("Artifact", "compress", "evaluate", "export", "generate", "verify"),
     "mspc.errors": (
         "ActivationError", "InputError", "MspcError", "SingularGramError", "Stopped", "StorageError",
         "VerificationError",
@@ -51,7 +51,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "ActivationError", "Artifact", "Event", "InputError", "KeepZeros", "MspcError", "Perplexity", "Recipe",
     "Recovery", "SingularGramError", "Stopped", "StorageError", "VerificationError", "__version__", "compress",
-    "evaluate", "export", "load", "masks", "recover", "report", "verify",
+    "evaluate", "export", "generate", "load", "masks", "recover", "report", "verify",
 ]  # fmt: skip
 
 

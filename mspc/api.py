@@ -1,4 +1,4 @@
-"""The public functions: compress a model; export, verify, evaluate and load the result."""
+"""The public functions: compress a model; export, verify, evaluate and load the result, and let it write."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,8 @@ from mspc.pipeline.run import Run
 from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress, log
 from mspc.recipe import Recipe
+from mspc.runtime.generation import Generation, check_options, request
+from mspc.runtime.linear import SparseLinear
 from mspc.runtime.loading import load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_entries, read_manifest
@@ -268,3 +270,53 @@ def evaluate(
         return evaluate_folder(
             model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown
         )
+
+
+def generate(
+    model: str | Path | Artifact | PreTrainedModel,
+    prompt: str,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int | None = None,
+    raw: bool = False,
+    temperature: float | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    progress: ProgressLike = True,
+) -> Generation:
+    """Let a model answer or continue a prompt; iterate over the result to get the text in pieces, as it is written.
+
+    Args:
+        model: Artifact, dense or sparse export, checkpoint folder, .gguf file, hub id, or a transformers model.
+        prompt: Message to the model, in its chat template; without one, the beginning of the text.
+        tokenizer: Tokenizer of prompt and text; None: the one in the model's folder.
+        max_new_tokens: Most tokens to write; None: 256. The context of the model is a limit, too.
+        raw: Continue the prompt as it is, even if there is a chat template.
+        temperature: Draw tokens from the probabilities at this temperature; None or 0: take the likeliest ones.
+        seed: Decides the draws, on one device; None: 0.
+        device: Device of a model that is not in memory yet.
+        dtype: Dtype of the computation of a model that is not in memory yet; auto: float32 on a CPU.
+        threads: Threads of the CPU for each operation. None: OMP_NUM_THREADS, or the cores that the process may use.
+        progress: See `ProgressLike`.
+
+    The result has, while and after it is read, `ids`, `prompt_tokens`, `prefill_seconds`, `decode_seconds`,
+    `tokens_per_second` and `ended`. Raises InputError before weights are read for a prompt that is empty or longer than
+    the context, a model without tokenizer, and other wrong values.
+    """
+    check_options(max_new_tokens, temperature, seed)
+    check_threads(threads)
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt must be a string, not a {type(prompt).__name__}.")
+    model, shown = model.path if isinstance(model, Artifact) else model, as_progress(progress)
+    source = model if isinstance(model, PreTrainedModel) else resolve(_name_of(model))
+    asked = request(source, tokenizer, prompt, raw, max_new_tokens)
+    if isinstance(source, Path):
+        with shown.stage("Loading the model", 1) as step:
+            source = load(source, device, dtype)
+            step()
+        stored = [layer.matrix for layer in source.modules() if isinstance(layer, SparseLinear)]
+        if note := slow_note(stored, source.device.type):
+            log.info(note)
+    return Generation(source, asked, temperature or 0.0, seed or 0, threads, shown)

@@ -27,6 +27,7 @@ from mspc.cli.console import (  # fmt: skip
     reported,
 )
 from mspc.cli.export_commands import export, verify
+from mspc.cli.generate_command import generate
 from mspc.cli.report_command import report
 from mspc.progress import log
 from mspc.version import __version__
@@ -147,6 +148,7 @@ def inspect(artifact: ArtifactArgument, as_json: JsonOption = False, debug: Debu
 
 app.command()(export)
 app.command()(verify)
+app.command()(generate)
 app.command()(bench)
 app.command()(report)
 
