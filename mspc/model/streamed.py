@@ -53,6 +53,20 @@ class SourceTensors:
     patterns: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Route:
+    """How hidden states pass through a model: from each block to the next, in the order of the list."""
+
+    num_outputs: int
+    """Length of the tuple that the model expects of its blocks; 0 for hidden states alone."""
+    axis: int
+    """The axis of the sequences in hidden states; that of the tokens is the next."""
+    handed_on: frozenset[int]
+    """Lengths of tuples whose other values may reach a later block."""
+    outside: tuple[str, ...]
+    """Linear layers that run outside of the blocks, without the head."""
+
+
 class StreamedModel:
     """A causal LM whose parts are loaded while they are used.
 
@@ -78,8 +92,8 @@ class StreamedModel:
         few = f"It has {stored_blocks} blocks, but by config.json the model has {len(self.blocks)}. "
         _match_ties(self.model, self.source_tensors, few if 0 < stored_blocks < len(self.blocks) else "")
         self._check_types(types)
-        self.num_outputs = 0
-        """Length of the tuple that the model expects of its blocks; 0 for hidden states alone. Found when it runs."""
+        self.route: Route | None = None
+        """Found when the model runs (`mspc.passes.route`)."""
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
 
     def _check_types(self, types: Mapping[str, StoredType]) -> None:

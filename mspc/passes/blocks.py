@@ -6,9 +6,8 @@ Activations live in host memory, or in files of a folder for models and texts th
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
-from mspc.model.streamed import StreamedModel
+from mspc.model.streamed import Route, StreamedModel
+from mspc.passes.route import MOST_OUTPUTS, EarlyExit, as_outputs, find_route, replaced_forwards
 from mspc.threads import run_all
 
 TOKENS_PER_BATCH = 4096
@@ -24,8 +24,6 @@ BUFFERS = 6
 """Activations, each as wide as the widest matrix, that a pass through a block holds at most, estimated."""
 SCORES = 3
 """Copies of the scores that eager attention holds at most, estimated."""
-MOST_OUTPUTS = 3
-"""Values that a block may return."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,18 @@ class Batch:
     ids: Tensor
     hidden: Tensor
     calls: list[Call]
+    axis: int = 0
+    """The axis of the sequences in `hidden`: 1 where it is (K, B, T, D)."""
 
     def sequences(self) -> Iterator["Batch"]:
         """Each sequence as a batch of its own."""
-        for ids, hidden in zip(self.ids, self.hidden, strict=True):
-            yield Batch(ids[None], hidden[None], self.calls)
+        for ids, hidden in zip(self.ids.split(1), self.hidden.split(1, self.axis), strict=True):
+            yield Batch(ids, hidden, self.calls, self.axis)
 
-
-class EarlyExit(Exception):
-    """Raised to leave a forward pass as soon as the wanted values are known."""
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """The batch in parts of `size` tokens, once it has passed all blocks: each token has its own logits."""
+        for ids, hidden in zip(self.ids.split(size, 1), self.hidden.split(size, self.axis + 1), strict=True):
+            yield Batch(ids, hidden, self.calls, self.axis)
 
 
 def batches_of(
@@ -77,63 +78,43 @@ def embedded(model: StreamedModel, parts: Sequence[Tensor], spill: Path | None =
                 raise not_finite(model.model, "The embeddings", model.dtype)
             if batches:
                 calls = [_shared(call, first) for call, first in zip(calls, batches[0].calls, strict=True)]
-            batches.append(Batch(part, stored(hidden, spill), calls))
+            batches.append(Batch(part, stored(hidden, spill), calls, route_of(model).axis))
     return batches
 
 
 def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
     """The first block's input and the calls of all blocks, from a forward pass in which blocks return their input."""
-    reasons = []
-    for num_outputs in dict.fromkeys((model.num_outputs, *range(MOST_OUTPUTS + 1))):
-        try:
-            captured = _capture_with(model, ids, num_outputs)
-        except Exception as error:  # whatever a model raises that unpacks other outputs
-            if is_out_of_memory(error):
-                raise
-            reasons.append(in_brief(error))
-        else:
-            model.num_outputs = num_outputs
-            return captured
-    raise InputError(
-        f"{type(model.model).__name__} cannot be run one block at a time, as mspc does ({reasons[0]}). Give a model "
-        "whose blocks pass hidden states on from one to the next."
-    )
-
-
-def _capture_with(model: StreamedModel, ids: Tensor, num_outputs: int) -> tuple[Tensor, list[Call]]:
-    """The same where blocks return `num_outputs` values. Raises ValueError if the model does more than pass them on."""
+    route = route_of(model)
     first: list[Tensor] = []
     calls: list[Call] = []
 
     def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if index != len(calls):
-            raise ValueError(f"block {index} is run after {len(calls)} blocks")
-        if first and not _is_same(hidden, first[0]):
-            raise ValueError(f"something comes between the blocks {index - 1} and {index}")
-        if hidden.shape[:-1] != ids.shape:
-            raise ValueError(f"its blocks take hidden states {tuple(hidden.shape)} for tokens {tuple(ids.shape)}")
+            raise InputError(
+                f"{model.block_name(index)} runs after {len(calls)} blocks, but not for another text. Give a model "
+                "that runs its blocks in one order."
+            )
         first.append(hidden)
         calls.append(Call(args, kwargs))
         if len(calls) == len(model.blocks):
             raise EarlyExit
-        return _as_outputs(hidden, num_outputs)
+        return as_outputs(hidden, route.num_outputs)
 
-    with replaced_forwards(model.blocks, record):
-        try:
-            model.model(input_ids=ids.to(model.device), use_cache=False)
-        except EarlyExit:
-            return first[0], calls
-    raise ValueError(f"it runs {len(calls)} of its {len(model.blocks)} blocks")
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Tell if two tensors are the same one, or views of all of it: Gemma 4 cuts its hidden states at position 0."""
-    return (a.shape, a.stride(), a.data_ptr()) == (b.shape, b.stride(), b.data_ptr())
+    what = f"{type(model.model).__name__} cannot be run one block at a time, as mspc does"
+    with replaced_forwards(model.blocks, record), suppress(EarlyExit), _in_words(what):
+        model.model(input_ids=ids.to(model.device), use_cache=False)
+    if len(calls) < len(model.blocks):
+        raise InputError(
+            f"{model.block_name(len(calls))} is not run for every text. Give a model that runs all of its blocks."
+        )
+    return first[0], calls
 
 
-def _as_outputs(hidden: Tensor, num_outputs: int) -> Any:
-    """The outputs of a block: hidden states alone, or a tuple that begins with them."""
-    return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
+def route_of(model: StreamedModel) -> Route:
+    """The route of a model. Its outer part is loaded unless the route is known."""
+    if model.route is None:
+        model.route = find_route(model)
+    return model.route
 
 
 @contextmanager
@@ -154,13 +135,19 @@ def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) 
     call = batch.calls[index]
     with _in_words(f"{model.block_name(index)} cannot be run by itself, as mspc does"):
         output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
-    model.num_outputs = len(output) if isinstance(output, tuple) else 0  # a model with one block shows it only here
-    return hidden_of(batch, output)
+    return hidden_of(model, batch, output)
 
 
-def hidden_of(batch: Batch, output: Any) -> Tensor:
+def hidden_of(model: StreamedModel, batch: Batch, output: Any) -> Tensor:
     """The hidden states in what a block returned for a batch. Raises InputError for anything else."""
     several = isinstance(output, tuple | list) and len(output) > 0
+    if several and any(isinstance(value, Tensor) for value in output[1:]):
+        route = route_of(model)
+        if len(output) in route.handed_on or len(output) > MOST_OUTPUTS:
+            raise InputError(
+                f"A block of {type(model.model).__name__} returns {len(output)} values, and later blocks may read more "
+                "than the first, which are the hidden states. Give another model: this one is not supported."
+            )
     hidden = output[0] if several else output
     if not isinstance(hidden, Tensor) or hidden.shape != batch.hidden.shape:
         shape = f" {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else ""
@@ -236,10 +223,10 @@ def without_blocks(model: StreamedModel) -> Iterator[Logits]:
 @contextmanager
 def handed_through(model: StreamedModel) -> Iterator[Logits]:
     """The same for a model whose outer part is loaded. Its blocks cannot be run meanwhile."""
-    given = threading.local()
+    given, route = threading.local(), route_of(model)
 
     def hand_through(*args: Any, **kwargs: Any) -> Any:
-        return _as_outputs(given.hidden, model.num_outputs)
+        return as_outputs(given.hidden, route.num_outputs)
 
     def logits(batch: Batch) -> Tensor:
         given.hidden = batch.hidden.to(model.device)
@@ -260,24 +247,6 @@ def token_losses(logits_of: Logits, batch: Batch) -> Tensor:
     logits = logits_of(batch)[:, :-1].float()
     targets = batch.ids[:, 1:].to(logits.device)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
-@contextmanager
-def replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Call `forward(index, hidden, *args, **kwargs)` in place of every block, whose attributes stay."""
-
-    def called(index: int, *args: Any, **kwargs: Any) -> Any:
-        if not args:
-            args = (kwargs.pop("hidden_states"),)
-        return forward(index, *args, **kwargs)
-
-    for index, block in enumerate(blocks):
-        block.forward = partial(called, index)  # an instance attribute that hides the method of the class
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _shared(call: Call, first: Call) -> Call:

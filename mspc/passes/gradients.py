@@ -32,6 +32,7 @@ from mspc.passes.blocks import (
     token_losses,
     without_blocks,
 )
+from mspc.passes.shared import Layout, with_entries, written
 from mspc.threads import run
 from mspc.types import Matrix
 
@@ -60,7 +61,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class BlockRun:
-    """A loaded block on one batch, as a function of its input and of the `weights` of its matrices."""
+    """A loaded block on one batch, as a function of its input and of the `weights` of its matrices.
+
+    An input is the hidden states and what blocks share (`mspc.passes.shared`).
+    """
 
     block: nn.Module
     batch: Batch
@@ -68,15 +72,24 @@ class BlockRun:
     number: int
     """Number of the batch in the whole text: that of its sequence, where a batch has one sequence."""
     weights: Weights
+    model: StreamedModel
+    layouts: list[Layout]
+    """Those of the states before this block and the blocks before it, and after a run of that after it, too."""
 
-    def __call__(self, hidden: Tensor, weights: Weights) -> Tensor:
-        call = self.batch.calls[self.index]
+    def __call__(self, state: Tensor, weights: Weights) -> Tensor:
+        before, given = self.layouts[self.index], self.batch.calls[self.index]
+        hidden, values = before.unpack(state)
+        call = with_entries(given, before, values)
         output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
-        return hidden_of(self.batch, output)
+        after, values = written(call, before, given)
+        if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
+            after, values = Layout(before.shape), []
+        self.layouts[self.index + 1 :] = [after]
+        return after.pack(hidden_of(self.model, self.batch, output), values)
 
-    def gradients(self, hidden: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
+    def gradients(self, state: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
         """Gradients of the block's input and of its weights."""
-        return vjp(self, hidden, weights)[1](cotangent)
+        return vjp(self, state, weights)[1](cotangent)
 
 
 class Measure(ABC):
@@ -98,8 +111,8 @@ class Measure(ABC):
         """The state after a block."""
         return run(state, run.weights)
 
-    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-        """The cotangent of the state after the last block; `loss` is the mean over tokens."""
+    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor, predicted: int) -> Tensor:
+        """The cotangent of the state after the last block; `loss` is the mean over the `predicted` tokens."""
         return _gradient(loss, state)
 
     @abstractmethod
@@ -131,9 +144,7 @@ class OutputFisher(Measure):
     batch_size = None  # the gradients of tokens do not mix
     at_once = True
 
-    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-        predicted = state.shape[0] * (state.shape[1] - 1)  # the loss is a mean over them
-
+    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor, predicted: int) -> Tensor:
         def summed(hidden: Tensor) -> Tensor:
             return predicted * loss(hidden)  # small gradients would vanish in float16
 
@@ -182,6 +193,7 @@ def reverse_walk(
     """
     batches = batches_of(model, ids, batch_size=measure.batch_size)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
+    layouts = [[Layout(batch.hidden.shape)] for batch in batches]
 
     def each(function: Callable[[int, T], R], given: Sequence[T], bytes_each: int) -> Iterator[R]:
         pairs = list(enumerate(given))
@@ -192,7 +204,7 @@ def reverse_walk(
         weights = {name: block.get_parameter(name).data for name in names}
         blocks = [_twin(block) if len(batches) > 1 and measure.at_once else block for _ in batches]
         pairs = enumerate(zip(blocks, batches, strict=True))
-        return [BlockRun(*pair, index, first_sequence + i, weights) for i, pair in pairs]
+        return [BlockRun(*pair, index, first_sequence + i, weights, model, layouts[i]) for i, pair in pairs]
 
     def forward(number: int, one: BlockRun) -> Tensor:
         with _differentiating(model.block_name(one.index)):
@@ -213,7 +225,8 @@ def reverse_walk(
     with without_blocks(model) as logits_of:
 
         def head(number: int, state: Tensor) -> Tensor:
-            return measure.head(partial(_mean_loss, logits_of, batches[number]), state)
+            sequences, length = batches[number].ids.shape
+            return measure.head(partial(_mean_loss, logits_of, batches[number]), state, sequences * (length - 1))
 
         states = [of_batch.pop().to(model.device) for of_batch in kept]
         cotangents = list(each(head, states, logits_bytes(model, batches[0].ids)))

@@ -83,10 +83,10 @@ def score(
 
         def of_window(number: int) -> Sums:
             window = windows[number]
-            q = (_log_probabilities(logits_of, part)[0] for part in _parts(window, size))
+            q = (_log_probabilities(logits_of, part)[0] for part in window.parts(size))
             if reference is None:
                 return window_sums(window.ids[0], q, None, first)
-            p = (_log_probabilities(expected_of, part)[0] for part in _parts(expected[number], size))
+            p = (_log_probabilities(expected_of, part)[0] for part in expected[number].parts(size))
             return window_sums(window.ids[0], q, p, first)
 
         memory = min(logits_bytes(model, windows[0].ids), BUFFERS * 4 * LOGITS_AT_ONCE) * (
@@ -94,12 +94,6 @@ def score(
         )
         sums = list(run(of_window, range(len(windows)), memory))
     return means(sums, batches[0].ids.shape[1], first)
-
-
-def _parts(window: Batch, size: int) -> Iterator[Batch]:
-    """A window that has passed all blocks as parts of `size` positions: each position has its own logits."""
-    for ids, hidden in zip(window.ids.split(size, 1), window.hidden.split(size, 1), strict=True):
-        yield Batch(ids, hidden, window.calls)
 
 
 def first_scored(begin: int) -> int:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import Batch, Call, EarlyExit, run_block, stored
+from mspc.passes.blocks import Batch, Call, run_block, stored
 from mspc.passes.gradients import seed_of
+from mspc.passes.route import EarlyExit
 from mspc.types import Matrix
 
 TOKENS_PER_STEP = 1024

@@ -31,7 +31,7 @@ class HessianTrace(Measure):
         hidden, along = state
         return torch.stack(jvp(run, (hidden, run.weights), (along, self.signs(run))))
 
-    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    def head(self, loss: Callable[[Tensor], Tensor], state: Tensor, predicted: int) -> Tensor:
         hidden, along = state
         return torch.stack(jvp(grad(loss), (hidden,), (along,)))
 

@@ -16,7 +16,6 @@ from mspc.memory import free_memory
 from mspc.model.hub import choose_sequence_length
 from mspc.model.streamed import find_blocks
 from mspc.model.vocabulary import check_range, tokenizer_for
-from mspc.passes.blocks import EarlyExit, replaced_forwards
 from mspc.passes.distillation import (
     BETAS,
     LARGEST_NORM,
@@ -30,6 +29,7 @@ from mspc.passes.distillation import (
     rates,
 )
 from mspc.passes.perplexity import divergence, evaluating
+from mspc.passes.route import EarlyExit, replaced_forwards
 from mspc.progress import Event, Progress, as_progress, log
 from mspc.runtime.keep_zeros import KeepZeros, masks
 from mspc.runtime.linear import SparseLinear

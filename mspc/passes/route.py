@@ -1,0 +1,227 @@
+"""The route of hidden states through a model, found by a trial of the model's own forward on a few tokens.
+
+Passes run one block at a time, in the order of the list. That is right only if the model does the same: it calls each
+block once and in order, hands on what a block returns as it is, and reads nothing but the last output at the end. In
+the trial each block returns random numbers, so that what arrives at the next one and at the logits shows all of this.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mspc.errors import InputError, in_brief, is_out_of_memory
+from mspc.model.matrices import LINEAR
+from mspc.model.streamed import Route, StreamedModel
+
+SHAPE = (3, 7)
+"""Sequences of the trial, and tokens of each: two numbers that name the axes of whatever has them."""
+MOST_OUTPUTS = 4
+"""Values that a block may return."""
+TOLERANCE = 0.01
+"""Largest difference of logits, as a share of the largest, that other sizes of products may make."""
+
+
+class EarlyExit(Exception):
+    """Raised to leave a forward pass as soon as the wanted values are known."""
+
+
+class _Extra:
+    """Stands for what a block returns after the hidden states."""
+
+
+@dataclass
+class _Trial:
+    """One run of the model's own forward in which each block returns `num_outputs` values, random ones first."""
+
+    model: StreamedModel
+    num_outputs: int
+    called: list[int] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
+    """What the blocks returned."""
+    faults: list[str] = field(default_factory=list)
+    between: list[str] = field(default_factory=list)
+    """Linear layers that ran after the first block and before the last."""
+    outside: list[str] = field(default_factory=list)
+    """Linear layers that ran outside of the blocks."""
+    axis: int = 0
+
+    def run(self) -> Tensor:
+        """The logits. Anything that the model raises is passed on."""
+        generator = torch.Generator().manual_seed(0)
+        last: list[Tensor] = []
+        names = self.model.block_name
+
+        def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not last:
+                self.axis = _axis_of(hidden)
+            elif hidden.shape != last[0].shape or not torch.equal(hidden, last[0]):
+                self.faults.append(f"something comes between {names(self.called[-1])} and {names(index)}")
+            self.called.append(index)
+            output = torch.randn(hidden.shape, generator=generator).to(hidden)
+            last[:] = [output.clone()]  # the model may write to what it is given
+            self.made.append(last[0])
+            return as_outputs(output, self.num_outputs)
+
+        with replaced_forwards(self.model.blocks, block), self.noting():
+            logits = _logits(self.model, torch.zeros(SHAPE, dtype=torch.int64))
+        if logits.shape[:2] != SHAPE:
+            self.faults.append(f"its logits are {tuple(logits.shape)} for tokens {SHAPE}")
+        return logits
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        def note(name: str) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                self.outside.append(name)
+                if 0 < len(self.called) < len(self.model.blocks):
+                    self.between.append(name)
+
+            return hook
+
+        inside, head = self.model.blocks_name + ".", self.model.model.get_output_embeddings()
+        handles = [
+            module.register_forward_pre_hook(note(name))
+            for name, module in self.model.model.named_modules()
+            if isinstance(module, LINEAR) and module is not head and not name.startswith(inside)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def fault(self) -> str | None:
+        """What makes passes of one block at a time wrong, in words; None if nothing does."""
+        calls, blocks = Counter(self.called), self.model.blocks
+        found = []
+        if missing := [index for index in range(len(blocks)) if not calls[index]]:
+            found.append(f"it never runs {self.named(missing)}")
+        if repeated := [index for index, count in calls.items() if count > 1]:
+            most = max(calls.values())
+            found.append(f"it runs {self.named(repeated)} more than once, up to {most} times")
+        elif self.called != sorted(self.called):
+            later, earlier = next(pair for pair in zip(self.called, self.called[1:], strict=False) if pair[0] > pair[1])
+            found.append(f"it runs {self.model.block_name(later)} before {self.model.block_name(earlier)}")
+        found += self.faults[:1]
+        if self.faults and self.between:
+            found.append(f"layers outside of {self.model.blocks_name} run there, such as {self.between[0]}")
+        return "; ".join(found) or None
+
+    def named(self, indices: Sequence[int]) -> str:
+        names = [self.model.block_name(index) for index in sorted(indices)]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def find_route(model: StreamedModel) -> Route:
+    """The route of a model whose outer part is loaded. Raises InputError, naming blocks, for one that has another."""
+    reasons: list[str] = []
+    with torch.no_grad():
+        for num_outputs in range(MOST_OUTPUTS):
+            trial = _Trial(model, num_outputs)
+            try:
+                logits = trial.run()
+            except Exception as error:  # whatever a model raises that unpacks other outputs
+                if is_out_of_memory(error):
+                    raise
+                reasons.append(in_brief(error))
+                continue
+            fault = trial.fault() or _fault_of_head(model, trial, logits)
+            if fault is None:
+                handed_on = frozenset(n for n in range(2, MOST_OUTPUTS + 1) if _hands_on(model, n))
+                return Route(num_outputs, trial.axis, handed_on, tuple(dict.fromkeys(trial.outside)))
+            reasons.insert(0, fault)
+    raise InputError(
+        f"{type(model.model).__name__} cannot be run one block at a time, as mspc does ({reasons[0]}). Give a model "
+        "whose blocks pass hidden states on from one to the next."
+    )
+
+
+def _axis_of(hidden: Tensor) -> int:
+    """The axis of the sequences, before that of the tokens; others may come first, as in (4, B, T, D)."""
+    fitting = [axis for axis in range(hidden.ndim - 1) if hidden.shape[axis : axis + 2] == SHAPE]
+    if len(fitting) != 1:
+        raise ValueError(f"its blocks take hidden states {tuple(hidden.shape)} for tokens {SHAPE}")
+    return fitting[0]
+
+
+def _fault_of_head(model: StreamedModel, trial: _Trial, logits: Tensor) -> str | None:
+    """What the logits depend on beside the output of the last block for the same token; None if on nothing."""
+    ids, output = torch.zeros(SHAPE, dtype=torch.int64), trial.made[-1]
+
+    def head(ids: Tensor, hidden: Tensor) -> Tensor:
+        handed = lambda *_, **__: as_outputs(hidden.clone(), trial.num_outputs)  # noqa: E731
+        with replaced_forwards(model.blocks, handed):
+            return _logits(model, ids)
+
+    if not _is_close(head(ids, output), logits):
+        return "its logits depend on more than the output of the last block"
+    part = output.narrow(trial.axis, 1, 1).narrow(trial.axis + 1, 2, 3)
+    if not _is_close(head(ids[1:2, 2:5], part), logits[1:2, 2:5]):
+        return "the logits of a token depend on what the last block returns for others"
+    return None
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    one, other = one.float(), other.float()
+    bound = TOLERANCE * float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
+
+
+def _hands_on(model: StreamedModel, num_outputs: int) -> bool:
+    """Tell if what a block returns after the hidden states may reach a later block."""
+    found = False
+    calls = 0
+
+    def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls, found
+        calls += 1
+        found |= any(isinstance(leaf, _Extra) for leaf in tree_leaves((args, kwargs)))
+        if calls == len(model.blocks):
+            raise EarlyExit
+        return (hidden, *[_Extra() for _ in range(num_outputs - 1)])
+
+    try:
+        with replaced_forwards(model.blocks, block), suppress(EarlyExit):
+            _logits(model, torch.zeros(SHAPE, dtype=torch.int64))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return True  # it computes with them, or unpacks another number of values
+    return found
+
+
+def _logits(model: StreamedModel, ids: Tensor) -> Tensor:
+    logits: Tensor = model.model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits
+
+
+def as_outputs(hidden: Tensor, num_outputs: int) -> Any:
+    """The outputs of a block: hidden states alone, or a tuple that begins with them."""
+    return (hidden, *[None] * (num_outputs - 1)) if num_outputs else hidden
+
+
+@contextmanager
+def replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Call `forward(index, hidden, *args, **kwargs)` in place of every block, whose attributes stay."""
+
+    def called(index: int, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        return forward(index, *args, **kwargs)
+
+    for index, block in enumerate(blocks):
+        block.forward = partial(called, index)  # an instance attribute that hides the method of the class
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
