@@ -93,6 +93,10 @@ class Recipe:
     only: tuple[str, ...] = repeatable(
         "Compress only matrices whose name matches this regular expression anywhere; --skip wins over it. Repeatable."
     )
+    include: tuple[str, ...] = repeatable(
+        "Compress routers, indexers and gates of experts, too, if their name matches this regular expression anywhere; "
+        "--skip wins over it. Repeatable."
+    )
     device: str | None = common("auto", "Device to compute on: auto, cpu, cuda, cuda:1, ...")
     group_size: int | str | None = option(
         "auto",
@@ -243,7 +247,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata.get("shown", "none" if default in (None, ()) else default))
 
 
-REPEATABLE = ("skip", "only")
+REPEATABLE = ("skip", "only", "include")
 """Options that hold regular expressions."""
 AT_LEAST = {
     "num_sequences": 1, "sensitivity_sequences": 1, "sensitivity_probes": 1, "group_size": 1, "iterations": 1,

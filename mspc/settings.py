@@ -100,6 +100,7 @@ class Settings:
     skip: tuple[str, ...]
     only: tuple[str, ...]
     """Empty: every matrix, apart from those that `skip` names."""
+    include: tuple[str, ...]
     plan: str | None
     damp: float
     activation_order: bool
@@ -184,8 +185,8 @@ class Settings:
         `eval` is left out, as it changes no weight: a run may be resumed with it or without.
         """
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
-        values["only"], values["keep_zeros"] = list(self.only) or None, self.keep_zeros or None
-        values["recover"] = self.recover or None
+        values["only"], values["include"] = list(self.only) or None, list(self.include) or None
+        values["keep_zeros"], values["recover"] = self.keep_zeros or None, self.recover or None
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 

@@ -315,18 +315,3 @@ def test_configs_that_are_nested_or_differ_from_layer_to_layer(family, calibrati
         result = mspc.evaluate(measured, str(text), against=source, tokenizer=tiny.byte_tokenizer(), **options)
         assert result.perplexity == pytest.approx(found, rel=1e-5)
         assert 0 < result.divergence < 1
-
-
-def test_blocks_with_other_hidden_states_are_refused_before_any_work(calibration, tmp_path):
-    """Gemma 3n passes several hidden states at once from block to block."""
-    changes = {"laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]}
-    config = AutoConfig.for_model("gemma3n_text", **SMALL | PER_LAYER | changes | {"vocab_size_per_layer_input": 256})
-    source = tiny.save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
-    before = sorted(tmp_path.iterdir())
-    for verb in (
-        lambda: tiny.compress(source, tmp_path / "out", calibration),
-        lambda: mspc.evaluate(source, str(calibration), sequence_length=16, device="cpu", progress=False),
-    ):
-        with pytest.raises(InputError, match="cannot be run one block at a time, .* take hidden states"):
-            verb()
-    assert sorted(tmp_path.iterdir()) == before

@@ -1,9 +1,12 @@
 """Sorting of the weights of a block: matrices to compress, and others, which no matrix product of their own reads."""
 
+import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +18,8 @@ from mspc.types import Matrix
 LINEAR = (nn.Linear, Conv1D)
 SMALL_SHARE = 0.25
 """Share of a block that may stay dense. With more, a user would wonder why the model stays large."""
+SELECTORS = ("router", "indexer", "selector", "expert_gate", "experts_gate")
+"""Parts of the names of layers, or of their classes, that decide which experts or tokens are used."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -26,6 +31,8 @@ class BlockMatrices:
     matrices: list[Matrix] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
     """No linear layers, as many weights as matrices have: convolutions, state matrices, fused experts, routers."""
+    selectors: dict[str, int] = field(default_factory=dict)
+    """Linear layers that stay dense unless they are asked for: routers, indexers and gates of experts."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vectors: int = 0
     """Number of weights in biases, norms and the like."""
@@ -41,15 +48,22 @@ class BlockMatrices:
 
 @dataclass(frozen=True)
 class Selection:
-    """The names that a user takes: those that match `only`, if there is any, and that do not match `skip`."""
+    """The names that a user takes: those that match `only`, if there is any, and that do not match `skip`.
+
+    Selectors must match `include` as well.
+    """
 
     skip: Sequence[str] = ()
     only: Sequence[str] = ()
+    include: Sequence[str] = ()
 
     def takes(self, parameter: str) -> bool:
         name = parameter.removesuffix(".weight")
         wanted = not self.only or any(re.search(pattern, name) for pattern in self.only)
         return wanted and not any(re.search(pattern, name) for pattern in self.skip)
+
+    def includes(self, parameter: str) -> bool:
+        return any(re.search(pattern, parameter.removesuffix(".weight")) for pattern in self.include)
 
 
 def sort_block(
@@ -70,8 +84,10 @@ def sort_block(
             found.vectors += parameter.numel()
         elif not selection.takes(full):
             continue
-        elif not is_linear or full in unreached or _is_router(name, owner, parameter.shape[0], config):
+        elif not is_linear or full in unreached or not is_plain(owner):
             found.others[name], found.shapes[name] = parameter.numel(), tuple(parameter.shape)
+        elif is_selector(name, block, parameter.shape[0], config) and not selection.includes(full):
+            found.selectors[name] = parameter.numel()
         else:
             transposed = isinstance(owner, Conv1D)
             num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
@@ -79,12 +95,45 @@ def sort_block(
     return found
 
 
-def _is_router(name: str, owner: nn.Module, num_out: int, config: PreTrainedConfig) -> bool:
-    """Tell if a layer sends tokens to experts; it is small and sensitive."""
-    leaf = name.split(".")[-2]
-    if "router" in type(owner).__name__.lower() or "router" in leaf:
+def is_selector(name: str, block: nn.Module, num_out: int, config: PreTrainedConfig) -> bool:
+    """Tell if a layer decides which experts or tokens are used; it is small and sensitive."""
+    path = name.split(".")[:-1]
+    owners = [block.get_submodule(".".join(path[:end])) for end in range(1, len(path) + 1)]
+    words = [*path, *(type(owner).__name__ for owner in owners)]
+    if any(part in word.lower() for word in words for part in SELECTORS):
         return True
-    return leaf == "gate" and num_out in {setting_of(config, key) for key in EXPERTS}
+    return "gate" in path[-2:] and num_out in {setting_of(config, key) for key in EXPERTS}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Tell if a linear layer computes x W^T + b, by trying it on random numbers where its class has another forward.
+
+    Grouped, block-diagonal and scaled layers have the weight of a linear layer, but not its input or its output.
+    """
+    known = next(cls for cls in LINEAR if isinstance(layer, cls))
+    if type(layer).forward is known.forward:
+        return True
+    with torch.device("cpu"), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        tried = copy.copy(layer)
+        # The table of the copy is its own, so that the layer keeps its parameters.
+        tried._parameters = {
+            name: None if p is None else nn.Parameter(torch.randn(p.shape, generator=generator), requires_grad=False)
+            for name, p in layer._parameters.items()
+        }
+        weight, bias = cast(torch.Tensor, tried.weight), tried._parameters.get("bias")
+        weight = weight.T if known is Conv1D else weight
+        inputs = torch.randn(2, 3, weight.shape[1], generator=generator)
+        expected = nn.functional.linear(inputs, weight, bias)
+        try:
+            found = tried.forward(inputs)
+        except Exception:  # it takes other inputs
+            return False
+        return (
+            isinstance(found, torch.Tensor)
+            and found.shape == expected.shape
+            and torch.allclose(found.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        )
 
 
 def check_reached(blocks: Sequence[BlockMatrices]) -> None:
@@ -111,12 +160,30 @@ def skip_option(names: Iterable[str]) -> str:
 
 
 def dense_notes(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
-    """A note about small weights that stay dense, with their share."""
-    others = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for block in blocks for name in block.others)
-    if others:
+    """Notes about small weights that stay dense, with their share."""
+    numel = sum(block.numel for block in blocks)
+    if others := _names(name for block in blocks for name in block.others):
         dense = sum(block.vectors + sum(block.others.values()) for block in blocks)
-        share = dense / sum(block.numel for block in blocks)
         yield (
             f"Note: {', '.join(others)}, biases and norms are no layers that mspc compresses. They stay dense, "
-            f"{share:.1%} of the weights of the blocks."
+            f"{dense / numel:.1%} of the weights of the blocks."
         )
+    if selectors := _names(name.removesuffix(".weight") for block in blocks for name in block.selectors):
+        dense = sum(sum(block.selectors.values()) for block in blocks)
+        yield (
+            f"Note: {', '.join(selectors)} choose experts or tokens. They stay dense, {dense / numel:.2%} of the "
+            "weights of the blocks; --include compresses them."
+        )
+
+
+def outside_note(names: Sequence[str], numel: int, whole: int) -> str:
+    """A note about linear layers outside of the blocks, which have `numel` of the `whole` weights of the model."""
+    return (
+        f"Note: {', '.join(_names(names))}, outside of the blocks, are not compressed. They stay dense, "
+        f"{numel / whole:.1%} of the weights of the model."
+    )
+
+
+def _names(names: Iterable[str]) -> list[str]:
+    """Names without the numbers of layers and experts, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))

@@ -94,6 +94,7 @@ class StreamedModel:
         self._check_types(types)
         self.route: Route | None = None
         """Found when the model runs (`mspc.passes.route`)."""
+        self.shares = False  # True if blocks write what later ones read; found by `mspc.passes.trial`
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
 
     def _check_types(self, types: Mapping[str, StoredType]) -> None:
@@ -205,14 +206,18 @@ class StreamedModel:
         return list(dict.fromkeys(key for name in names for key in self.source_tensors[name].keys))
 
     def matrices(
-        self, skip: Sequence[str], irregular: Collection[str] = (), only: Sequence[str] = ()
+        self,
+        skip: Sequence[str],
+        irregular: Collection[str] = (),
+        only: Sequence[str] = (),
+        include: Sequence[str] = (),
     ) -> list[list[Matrix]]:
         """The weight matrices of every block to compress, in the order of the module tree.
 
         Raises InputError when most of a block is no linear layer and `skip` does not name it, or when a matrix has a
         dtype that artifacts do not hold.
         """
-        blocks = self.sorted_blocks(skip, irregular, only)
+        blocks = self.sorted_blocks(skip, irregular, only, include)
         check_reached(blocks)
         found = [block.matrices for block in blocks]
         if not any(found):
@@ -241,14 +246,24 @@ class StreamedModel:
                     "Save the model in float32 first: from_pretrained(..., dtype=torch.float32), save_pretrained."
                 )
 
-    def check_selection(self, skip: Sequence[str], only: Sequence[str], irregular: Collection[str]) -> None:
+    def check_selection(
+        self, skip: Sequence[str], only: Sequence[str], irregular: Collection[str], include: Sequence[str] = ()
+    ) -> None:
         """Raises InputError for a pattern that names nothing: no parameter of a block, or no matrix to compress."""
         parameters = [
             f"{self.block_name(index)}.{name}".removesuffix(".weight")
             for index, block in enumerate(self.blocks)
             for name, _ in block.named_parameters()
         ]
-        matrices = [matrix.name for block in self.sorted_blocks((), irregular) for matrix in block.matrices]
+        blocks = self.sorted_blocks((), irregular, (), include)
+        matrices = [matrix.name for block in blocks for matrix in block.matrices]
+        for pattern in include:
+            usual = {matrix.name for block in self.sorted_blocks((), irregular) for matrix in block.matrices}
+            if not any(re.search(pattern, name) for name in matrices if name not in usual):
+                raise InputError(
+                    f"--include {pattern} matches no router, indexer or gate of experts that would stay dense "
+                    "otherwise. Correct it, or leave it out: all other matrices are compressed anyway."
+                )
         for option, patterns, names in (("--skip", skip, parameters), ("--only", only, matrices)):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in names):
@@ -259,13 +274,17 @@ class StreamedModel:
                     )
 
     def sorted_blocks(
-        self, skip: Sequence[str], irregular: Collection[str] = (), only: Sequence[str] = ()
+        self,
+        skip: Sequence[str],
+        irregular: Collection[str] = (),
+        only: Sequence[str] = (),
+        include: Sequence[str] = (),
     ) -> list[BlockMatrices]:
         """The parameters of every block by what can be done with them.
 
         `irregular` are weights of layers that their block does not call exactly once.
         """
-        selection = Selection(skip, only)
+        selection = Selection(skip, only, include)
         converted = {name for name, origin in self.source_tensors.items() if origin.converter is not None}
         return [
             sort_block(index, self.block_name(index) + ".", block, self.config, selection, converted.union(irregular))

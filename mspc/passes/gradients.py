@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from mspc.errors import ActivationError, InputError
+from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
 from mspc.passes.blocks import (
@@ -165,8 +166,19 @@ class OutputFisher(Measure):
             with torch.enable_grad():
                 hidden = state.detach().requires_grad_()
                 result = run(hidden, run.weights)
+                if missed := [f"{run.model.block_name(run.index)}.{name}" for name in modules if name not in outputs]:
+                    raise InputError(
+                        f"{', '.join(missed)}: never called in a forward pass, so there is no gradient. Leave such "
+                        f"matrices dense with {skip_option(name for name in modules if name not in outputs)}."
+                    )
                 wanted = [outputs[name] for name in modules]
-                gradient, *of_outputs = torch.autograd.grad(result, [hidden, *wanted], cotangent)
+                # Some outputs have no gradient: those of an indexer only select.
+                differentiable = [output for output in wanted if output.requires_grad]
+                gradient, *found = torch.autograd.grad(
+                    result, [hidden, *differentiable], cotangent, allow_unused=True, materialize_grads=True
+                )
+                left = iter(found)
+                of_outputs = [next(left) if output.requires_grad else torch.zeros_like(output) for output in wanted]
         finally:
             for handle in handles:
                 handle.remove()

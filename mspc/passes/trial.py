@@ -1,15 +1,17 @@
 """A trial of a model on a few tokens, before any long work: it runs block by block, and calls its linear layers."""
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import nn
 
 from mspc.errors import InputError
-from mspc.model.matrices import LINEAR
+from mspc.model.matrices import LINEAR, outside_note
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of, run_block, without_blocks
+from mspc.passes.shared import mappings
 
 TOKENS = 8
 
@@ -27,6 +29,13 @@ def irregular_layers(model: StreamedModel) -> set[str]:
         return _tried(model, all_blocks=True)
 
 
+def outside_notes(model: StreamedModel) -> Iterator[str]:
+    """A note about the linear layers outside of the blocks that a model runs, without its head."""
+    if model.route is not None and model.route.outside:
+        numel = sum(model.model.get_submodule(name).weight.numel() for name in model.route.outside)
+        yield outside_note(model.route.outside, numel, sum(p.numel() for p in model.model.parameters()))
+
+
 def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
     (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
     known: dict[object, set[str]] = {}
@@ -37,6 +46,7 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
         found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}
+    model.shares = any(mapping for call in batch.calls for _, mapping in mappings(call))
     with without_blocks(model) as logits_of, torch.no_grad():
         logits_of(batch)
     return found

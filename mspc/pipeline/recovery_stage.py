@@ -92,7 +92,12 @@ def recover_all(
 
 
 def check_memory(model: StreamedModel, plan: Sequence[PlannedMatrix], settings: Settings) -> None:
-    """Raises InputError if the model and its training do not fit in memory."""
+    """Raises InputError if training does not fit in memory, or if blocks share more than one hidden state."""
+    if model.shares or (model.route and model.route.axis):
+        raise InputError(
+            f"recover: blocks of {type(model.model).__name__} share keys and values or pass several hidden states on, "
+            "which training does not know. Leave recover out."
+        )
     widened = {torch.float16: torch.float32.itemsize}  # small gradients would vanish in float16
     parameters = list(model.model.parameters())
     whole = sum(parameter.numel() * widened.get(parameter.dtype, parameter.itemsize) for parameter in parameters)

@@ -21,7 +21,7 @@ from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
-from mspc.passes.trial import irregular_layers
+from mspc.passes.trial import irregular_layers, outside_notes
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
 from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, peak_memory, warn_if_guessing
 from mspc.pipeline.own_text import Author
@@ -110,8 +110,9 @@ class Run:
             log.info(note)
         self.unused = model.unused()
         irregular = irregular_layers(model)
-        model.check_selection(settings.skip, settings.only, irregular)
-        matrices = model.matrices(settings.skip, irregular, settings.only)
+        model.check_selection(settings.skip, settings.only, irregular, settings.include)
+        selection = settings.skip, irregular, settings.only, settings.include
+        matrices = model.matrices(*selection)
         self.settings = settings = choose_group_size(settings, matrices)
         self.check_early(model, matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
@@ -126,7 +127,7 @@ class Run:
         header = self.header(tokens)
         planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
         planner.check(model)
-        for note in dense_notes(model.sorted_blocks(settings.skip, irregular, settings.only)):
+        for note in (*dense_notes(model.sorted_blocks(*selection)), *outside_notes(model)):
             log.info(note)
         if self.unused:
             log.warning(unused_note(self.unused))
@@ -222,7 +223,7 @@ class Run:
         chosen = PlanChoice(self.given) if self.given else planner.plan(model, fisher)
         plan = chosen.plan
         write_plan(file, self.checked(plan))
-        how = {"chosen": chosen.name, "tried": chosen.divergences, **chosen.search}
+        how = {"chosen": chosen.name, "tried": chosen.divergences, **chosen.search, **planner.not_measured()}
         journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:

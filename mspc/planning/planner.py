@@ -23,6 +23,7 @@ from mspc.planning.curve import Curve
 from mspc.planning.measurements import Measurements
 from mspc.planning.search import check_memory, search
 from mspc.planning.validation import validate_plans
+from mspc.planning.without_gradient import with_layer_errors, with_medians, without_gradient_note
 from mspc.progress import Progress, log
 from mspc.settings import CURVES, SEARCH, Settings
 from mspc.storage.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ class Planner:
     identity: dict[str, Any]
     folder: Path
     progress: Progress
+    without_gradient: set[str] = field(default_factory=set)
+    """Names of matrices that were to be measured by gradients, and have none."""
 
     def measurements(self, model: StreamedModel) -> Measurements:
         return Measurements(
@@ -67,7 +70,16 @@ class Planner:
     def fisher(self, model: StreamedModel) -> dict[str, Tensor]:
         """The Fisher factors by matrix name; empty if neither the solver nor the allocator needs them."""
         needed = self.settings.needs_fisher or self.settings.needs_curves
-        return self.measurements(model).fisher_factors() if needed else {}
+        found = self.measurements(model).fisher_factors() if needed else {}
+        self.without_gradient.update(name for name, factor in found.items() if not factor.any())
+        return with_layer_errors(found, self.without_gradient)
+
+    def not_measured(self) -> dict[str, list[str]]:
+        """The entry of the manifest about matrices without a gradient, if there are any. They are logged."""
+        names = sorted(self.without_gradient)
+        if names:
+            log.warning(without_gradient_note(names))
+        return {"without_gradient": names} if names else {}
 
     def plan(self, model: StreamedModel, fisher: dict[str, Tensor]) -> PlanChoice:
         settings = self.settings
@@ -75,7 +87,9 @@ class Planner:
         if settings.needs_sensitivity:
             # Fused attention has no second derivative.
             differentiable = self.open_model(eager=True) if settings.measure == "hutchinson" else model
-            sensitivities = self.measurements(differentiable).sensitivities()
+            measured = self.measurements(differentiable)
+            sensitivities, unknown = with_medians(measured.sensitivities(), settings.measure)
+            self.without_gradient.update(unknown)
         if not settings.needs_curves:
             return PlanChoice(allocate(settings, self.matrices, sensitivities))
         dense = DenseWalk(model, self.ids[: settings.sensitivity_sequences], self.matrices)

@@ -102,7 +102,7 @@ def _of_module(model: nn.Module) -> dict[str, Tensor]:
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     model = open_model(folder, device=torch.device("cpu"))
-    for block in model.sorted_blocks(()):
+    for block in model.sorted_blocks((), include=("",)):
         for matrix in block.matrices:
             if _has_zeros(mask := model.read_parameter(matrix.parameter) != 0):
                 yield matrix.parameter, mask
