@@ -180,13 +180,10 @@ class Settings:
         return self.needs_curves and not self.has_budget and self.allocator in (AUTO, SEARCH)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the option names; what is None is left out, and a group size of None is `row`.
-
-        `eval` is left out, as it changes no weight: a run may be resumed with it or without.
-        """
+        """Plain values by option, without None and `eval`, which changes no weight. No group size is `row`."""
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
-        values["only"], values["include"] = list(self.only) or None, list(self.include) or None
-        values["keep_zeros"], values["recover"] = self.keep_zeros or None, self.recover or None
+        values |= {"only": list(self.only) or None, "include": list(self.include) or None}
+        values |= {"keep_zeros": self.keep_zeros or None, "recover": self.recover or None}
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 

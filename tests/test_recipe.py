@@ -25,7 +25,7 @@ OTHER = (
         "sensitivity": "hutchinson", "sensitivity_sequences": 7, "sensitivity_probes": 2, "damp": 0.1,
         "calibration": 'a "quoted" path\\with\nlines', "num_sequences": 9, "sequence_length": 33, "seed": 5,
         "text_column": "body", "text_encoding": "cp1252", "bos": "no", "eval": False,
-        "skip": ("lm_head", r"layers\.[0-3]\."), "only": ("q_proj", "mlp"),
+        "skip": ("lm_head", r"layers\.[0-3]\."), "only": ("q_proj", "mlp"), "include": ("gate",),
         "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
     },
     {"sparsity": 0.5, "allocator": "search", "search_minutes": 2.5, "reconstruct": 100, "iterations": 12},
@@ -48,7 +48,7 @@ def test_toml_holds_what_was_asked_and_comes_back(values, tmp_path):
     recipe, path = Recipe(**values), tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_toml(path) == recipe
-    written = {name: list(value) if name in ("skip", "only") else value for name, value in values.items()}
+    written = {name: list(value) if name in ("skip", "only", "include") else value for name, value in values.items()}
     assert tomllib.loads(recipe.to_toml()) == written
 
 
@@ -197,8 +197,8 @@ def test_the_table_of_effects_is_whole():
     """Every option is in it, but those that always count."""
     always = {
         "bits_per_weight", "target_size", "effort", "keep_zeros", "calibration", "num_sequences",
-        "sequence_length", "seed", "skip", "only", "plan", "device", "dtype", "text_column", "text_encoding", "bos",
-        "eval",
+        "sequence_length", "seed", "skip", "only", "include", "plan", "device", "dtype", "text_column", "text_encoding",
+        "bos", "eval",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 

@@ -201,7 +201,7 @@ def test_the_usual_route_is_not_refused(llama, monkeypatch):
 
 @pytest.mark.parametrize("handed_on", [False, True])
 def test_blocks_that_return_more(handed_on, llama, monkeypatch):
-    """What the next block reads is refused when a block is run; what nothing reads does no harm."""
+    """Values that the next block reads are refused when a block is run; those that nothing reads do no harm."""
     ids, whole = tiny.ids(2), LlamaDecoderLayer.forward
     expected = list(perplexity.measure(open_model(llama, device=CPU), ids))[-1]
 

@@ -55,7 +55,7 @@ class SourceTensors:
 
 @dataclass(frozen=True)
 class Route:
-    """How hidden states pass through a model: from each block to the next, in the order of the list."""
+    """The way of hidden states through a model: from each block to the next, in the order of the list."""
 
     num_outputs: int
     """Length of the tuple that the model expects of its blocks; 0 for hidden states alone."""

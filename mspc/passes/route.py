@@ -44,7 +44,7 @@ class _Trial:
     num_outputs: int
     called: list[int] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
-    """What the blocks returned."""
+    """The outputs of the blocks."""
     faults: list[str] = field(default_factory=list)
     between: list[str] = field(default_factory=list)
     """Linear layers that ran after the first block and before the last."""
@@ -98,7 +98,7 @@ class _Trial:
                 handle.remove()
 
     def fault(self) -> str | None:
-        """What makes passes of one block at a time wrong, in words; None if nothing does."""
+        """The reason why passes of one block at a time would be wrong; None if they are right."""
         calls, blocks = Counter(self.called), self.model.blocks
         found = []
         if missing := [index for index in range(len(blocks)) if not calls[index]]:
@@ -152,7 +152,7 @@ def _axis_of(hidden: Tensor) -> int:
 
 
 def _fault_of_head(model: StreamedModel, trial: _Trial, logits: Tensor) -> str | None:
-    """What the logits depend on beside the output of the last block for the same token; None if on nothing."""
+    """A fault of logits that depend on more than the last block's output for the same token; None if they do not."""
     ids, output = torch.zeros(SHAPE, dtype=torch.int64), trial.made[-1]
 
     def head(ids: Tensor, hidden: Tensor) -> Tensor:

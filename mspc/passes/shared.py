@@ -1,4 +1,4 @@
-"""What blocks write to mappings that they all are given, such as the keys and values that later blocks read again.
+"""Tensors that blocks write to a mapping which they are all given, such as keys and values that later blocks read.
 
 Gradients reach such tensors through the mapping only. In the reverse walk they travel with the hidden states: a state
 is one flat tensor, the hidden states and then all that blocks before have written. Where nothing is written, it is the

@@ -111,8 +111,7 @@ class Run:
         self.unused = model.unused()
         irregular = irregular_layers(model)
         model.check_selection(settings.skip, settings.only, irregular, settings.include)
-        selection = settings.skip, irregular, settings.only, settings.include
-        matrices = model.matrices(*selection)
+        matrices = model.matrices(*(selection := (settings.skip, irregular, settings.only, settings.include)))
         self.settings = settings = choose_group_size(settings, matrices)
         self.check_early(model, matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:

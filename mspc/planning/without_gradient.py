@@ -23,7 +23,7 @@ def with_layer_errors(fisher: Mapping[str, Tensor], without: Collection[str]) ->
 
 
 def with_medians(sensitivities: Mapping[str, float], measure: str) -> tuple[dict[str, float], list[str]]:
-    """Sensitivities in which those by gradients that are 0 are the median of the others; and the names of these."""
+    """Sensitivities in which those by gradients that are 0 are the median of the others; and their names."""
     without = [name for name, value in sensitivities.items() if value == 0 and measure in BY_GRADIENT]
     size = _middle([value for name, value in sensitivities.items() if name not in without])
     return {name: size if name in without else value for name, value in sensitivities.items()}, without
