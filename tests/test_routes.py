@@ -46,6 +46,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_decoder_attention_heads": 4, "is_decoder": True, "is_encoder_decoder": False, "bos_token_id": 0,
         "add_cross_attention": False, "eos_token_id": 0,
     },
+    "blt": {"patch_in_forward": False, "encoder_hash_byte_group_vocab": 50, "vocab_size": 260} | {
+        f"{part}_config": {**GATED, "head_dim": 8, "num_hidden_layers": 2, "hidden_size_global": 64, **changes}
+        for part, changes in (("encoder", {}), ("decoder", {}), ("patcher", {}), ("global", {"hidden_size": 64}))
+    },
     "qwen2_moe": GATED | EXPERTS | {"shared_expert_intermediate_size": 32, "num_hidden_layers": 2},
     "deepseek_v4": GATED | {
         "num_hidden_layers": 2, "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
@@ -126,11 +130,15 @@ def test_gradients_pass_what_blocks_share(family, source_of):
     [
         ("dory", "it runs model.layers.1, model.layers.2 more than once"),
         ("xlm", "layers outside of transformer.ffns run there, such as transformer.attentions.1.q_lin"),
-        ("prophetnet", "its blocks take hidden states (3, 21, 32) for tokens (3, 7)"),
+        ("prophetnet", "prophetnet.decoder.layers take hidden states (3, 21, 32) for tokens (3, 7)"),
+        (
+            "blt",
+            "model.global_transformer.layers take hidden states (3, 8, 64) for tokens (3, 7), after other layers such",
+        ),
     ],
 )
 def test_other_routes_are_refused_by_name(family, named, source_of, calibration, tmp_path):
-    """The blocks of Dory run in a loop, XLM has two lists, and the hidden states of ProphetNet hold n-grams."""
+    """Dory runs blocks in a loop, XLM has two lists, ProphetNet has n-grams in hidden states, BLT has towers."""
     source = source_of(family)
     for verb in (
         lambda: batches_of(opened(source), tiny.ids(2)),

@@ -60,7 +60,7 @@ class _Trial:
 
         def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not last:
-                self.axis = _axis_of(hidden)
+                self.axis = self.axis_of(hidden)
             elif hidden.shape != last[0].shape or not torch.equal(hidden, last[0]):
                 self.faults.append(f"something comes between {names(self.called[-1])} and {names(index)}")
             self.called.append(index)
@@ -74,6 +74,16 @@ class _Trial:
         if logits.shape[:2] != SHAPE:
             self.faults.append(f"its logits are {tuple(logits.shape)} for tokens {SHAPE}")
         return logits
+
+    def axis_of(self, hidden: Tensor) -> int:
+        """The axis of the sequences, before that of the tokens; others may come first, as in (4, B, T, D)."""
+        fitting = [axis for axis in range(hidden.ndim - 1) if hidden.shape[axis : axis + 2] == SHAPE]
+        if len(fitting) != 1:
+            before = f", after other layers such as {self.outside[0]}" if self.outside else ""
+            raise ValueError(
+                f"{self.model.blocks_name} take hidden states {tuple(hidden.shape)} for tokens {SHAPE}{before}"
+            )
+        return fitting[0]
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -141,14 +151,6 @@ def find_route(model: StreamedModel) -> Route:
         f"{type(model.model).__name__} cannot be run one block at a time, as mspc does ({reasons[0]}). Give a model "
         "whose blocks pass hidden states on from one to the next."
     )
-
-
-def _axis_of(hidden: Tensor) -> int:
-    """The axis of the sequences, before that of the tokens; others may come first, as in (4, B, T, D)."""
-    fitting = [axis for axis in range(hidden.ndim - 1) if hidden.shape[axis : axis + 2] == SHAPE]
-    if len(fitting) != 1:
-        raise ValueError(f"its blocks take hidden states {tuple(hidden.shape)} for tokens {SHAPE}")
-    return fitting[0]
 
 
 def _fault_of_head(model: StreamedModel, trial: _Trial, logits: Tensor) -> str | None:
