@@ -34,7 +34,7 @@ RUN_FLAGS = {
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--only", "--effort", "--solver"),
-    *("--keep-zeros", "--bits-per-weight", "--target-size"),
+    *("--include", "--keep-zeros", "--bits-per-weight", "--target-size"),
     *("--iterations", "--propagation", "--criterion", "--allocator", "--alpha", "--sensitivity"),
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
