@@ -24,8 +24,10 @@ from mspc.model.matrices import LINEAR, is_plain
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.passes import perplexity
+from mspc.passes.blocks import Call as BlockCall
 from mspc.passes.blocks import batches_of
 from mspc.passes.gradients import OutputFisher, SquaredGradient, reverse_walk
+from mspc.passes.shared import Layout, Piece, with_entries, written
 from mspc.passes.trial import irregular_layers
 from mspc.passes.walk import walk
 from mspc.planning.without_gradient import with_layer_errors, with_medians
@@ -172,6 +174,9 @@ ROUTES: dict[str, Callable[[nn.ModuleList, Call, Tensor], Tensor]] = {
     "something comes between model.layers.0 and model.layers.1": lambda blocks, call, hidden: call(
         blocks[1], call(blocks[0], hidden).mul_(2)
     ),
+    "model.layers.1 is given more than the last output of the blocks before it": lambda blocks, call, hidden: call(
+        partial(blocks[1], more=2 * (first := call(blocks[0], hidden))), first
+    ),
     "its logits depend on more than the output of the last block": with_the_first,
     "the logits of a token depend on what the last block returns for others": lambda blocks, call, hidden: in_a_row(
         blocks, call, hidden
@@ -205,6 +210,53 @@ def test_the_usual_route_is_not_refused(llama, monkeypatch):
     expected = list(perplexity.measure(open_model(llama, device=CPU), tiny.ids(2)))[-1]
     reroute(monkeypatch, in_a_row)
     assert list(perplexity.measure(open_model(llama, device=CPU), tiny.ids(2)))[-1] == expected
+
+
+def test_a_route_that_depends_on_the_text_is_refused(llama, monkeypatch):
+    """Texts of more than 8 tokens, which the trial does not have, go another way."""
+
+    def run(blocks: nn.ModuleList, call: Call, hidden: Tensor) -> Tensor:
+        first = call(blocks[0], hidden)
+        return call(blocks[1], first if hidden.shape[1] <= 8 else 2 * first)
+
+    reroute(monkeypatch, run)
+    with pytest.raises(InputError, match=r"model\.layers\.1 is not given what the block before it returns"):
+        batches_of(open_model(llama, device=CPU), tiny.ids(2))
+
+
+@pytest.mark.parametrize("shared", [[], {"seen": []}])
+def test_blocks_that_write_to_lists_are_refused(shared, llama, monkeypatch):
+    """A pass may be run again, and gradients pass dicts alone."""
+    whole = LlamaDecoderLayer.forward
+
+    def forward(self, hidden, *, shared, **kwargs):
+        (shared if isinstance(shared, list) else shared["seen"]).append(hidden)
+        return whole(self, hidden, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    reroute(
+        monkeypatch, lambda blocks, call, hidden: in_a_row([partial(b, shared=shared) for b in blocks], call, hidden)
+    )
+    with pytest.raises(InputError, match="LlamaForCausalLM: blocks write to a list that they share, shared"):
+        irregular_layers(open_model(llama, device=CPU))
+
+
+def test_states_hold_what_blocks_write():
+    """Each value comes back in its place with its dtype, and the call that it was made of stays as it was."""
+    hidden, call = torch.rand(1, 2, 3), BlockCall((), {"kv": {"old": 1}})
+    layout = Layout(Piece.of(hidden))
+    own = with_entries(call, layout, [])
+    wanted = (torch.rand(2, 2).half(), 3, torch.arange(2))
+    own.kwargs["kv"]["new"] = wanted
+    after, values = written(own, layout, call)
+    assert len(values) == 1
+    found, values = after.unpack(after.pack(hidden, values))
+    new = with_entries(call, after, values).kwargs["kv"]["new"]
+    assert torch.equal(found, hidden)
+    assert (new[0].dtype, new[1]) == (torch.float16, 3)
+    assert torch.equal(new[0], wanted[0])
+    assert torch.equal(new[2], wanted[2])
+    assert call.kwargs == {"kv": {"old": 1}}
 
 
 @pytest.mark.parametrize("handed_on", [False, True])
@@ -318,8 +370,19 @@ def test_selectors_are_compressed_if_they_are_asked_for(source_of, calibration, 
         assert artifact.manifest["settings"].get("include", []) == list(include)
         for folder in ("out", "dense"):
             shutil.rmtree(tmp_path / folder)
-    with pytest.raises(InputError, match=r"--include q_proj matches no router"):
-        tiny.compress(source, tmp_path / "out", calibration, **options | {"include": ("q_proj",)})
+    for changes, message in (
+        (
+            {"include": ("q_proj",)},
+            r"--include q_proj matches no router.*, such as model\.layers\.0\.mlp\.shared_expert_g",
+        ),
+        (
+            {"include": ("expert_gate",), "only": ("q_proj",)},
+            r"--include expert_gate matches no router.*--only win over",
+        ),
+        ({"only": ("expert_gate",)}, r"--only expert_gate matches no matrix .* only with --include"),
+    ):
+        with pytest.raises(InputError, match=message):
+            tiny.compress(source, tmp_path / "out", calibration, **options | changes)
 
 
 def test_matrices_without_a_gradient_are_said_and_get_the_error_of_their_layer(

@@ -20,7 +20,7 @@ SMALL_SHARE = 0.25
 """Share of a block that may stay dense. With more, a user would wonder why the model stays large."""
 SELECTORS = ("router", "indexer", "selector", "expert_gate", "experts_gate")
 """Parts of the names of layers, or of their classes, that decide which experts or tokens are used."""
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass
@@ -108,11 +108,25 @@ def is_selector(name: str, block: nn.Module, num_out: int, config: PreTrainedCon
 def is_plain(layer: nn.Module) -> bool:
     """Tell if a linear layer computes x W^T + b, by trying it on random numbers where its class has another forward.
 
-    Grouped, block-diagonal and scaled layers have the weight of a linear layer, but not its input or its output.
+    Grouped, block-diagonal and scaled layers have the weight of a linear layer, but not its input or its output. Of
+    layers of one class, with the same shapes and settings, one is tried.
     """
     known = next(cls for cls in LINEAR if isinstance(layer, cls))
     if type(layer).forward is known.forward:
         return True
+    settings = {name: value for name, value in vars(layer).items() if isinstance(value, int | float | str | None)}
+    shapes = [(name, parameter.shape) for name, parameter in layer.named_parameters()]
+    kind = (type(layer), repr((settings, shapes)))
+    if kind not in _tried:
+        _tried[kind] = _computes_linear(layer, known)
+    return _tried[kind]
+
+
+_tried: dict[tuple[type, str], bool] = {}
+
+
+def _computes_linear(layer: nn.Module, known: type[nn.Module]) -> bool:
+    """The trial of a layer, which may be on meta, with weights and inputs that are random float32 on the CPU."""
     with torch.device("cpu"), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         tried = copy.copy(layer)
@@ -149,6 +163,21 @@ def check_reached(blocks: Sequence[BlockMatrices]) -> None:
         f"Block {first.index} has weights that mspc cannot compress yet, {share:.0%} of it: {shown}. Leave them dense "
         f"with {skip_option(to_skip)}."
     )
+
+
+def check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raises InputError for a pattern of `--skip`, `--only` or `--include` that matches none of its names."""
+    kind = "matrix"
+    why = "Embeddings and the output head are never compressed, routers and the like only with --include"
+    if option == "--include":
+        kind = "router, indexer or gate of experts"
+        why = "It compresses what would stay dense otherwise, and --skip and --only win over it"
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            example = f", such as {names[0]}" if names else ""
+            raise InputError(
+                f"{option} {pattern} matches no {kind} of a block{example}. {why}: correct it, or leave it out."
+            )
 
 
 def skip_option(names: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from mspc.errors import InputError, in_brief
 from mspc.model.config_checks import STORABLE, check_sizes, check_tensor, count_blocks, setting_of
-from mspc.model.matrices import BlockMatrices, Selection, check_reached, skip_option, sort_block
+from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_reached, skip_option, sort_block
 from mspc.storage.checkpoint import UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
 
@@ -255,23 +255,17 @@ class StreamedModel:
             for index, block in enumerate(self.blocks)
             for name, _ in block.named_parameters()
         ]
-        blocks = self.sorted_blocks((), irregular, (), include)
-        matrices = [matrix.name for block in blocks for matrix in block.matrices]
-        for pattern in include:
-            usual = {matrix.name for block in self.sorted_blocks((), irregular) for matrix in block.matrices}
-            if not any(re.search(pattern, name) for name in matrices if name not in usual):
-                raise InputError(
-                    f"--include {pattern} matches no router, indexer or gate of experts that would stay dense "
-                    "otherwise. Correct it, or leave it out: all other matrices are compressed anyway."
-                )
-        for option, patterns, names in (("--skip", skip, parameters), ("--only", only, matrices)):
-            for pattern in patterns:
-                if not any(re.search(pattern, name) for name in names):
-                    example = f", such as {names[0]}" if names else ""
-                    raise InputError(
-                        f"{option} {pattern} matches no matrix of a block{example}. Embeddings and the output head "
-                        "are never compressed: correct it, or leave it out."
-                    )
+        matrices = [
+            matrix.name for block in self.sorted_blocks((), irregular, (), include) for matrix in block.matrices
+        ]
+        selectors = [
+            f"{self.block_name(block.index)}.{name}".removesuffix(".weight")
+            for block in self.sorted_blocks(skip, irregular, only)
+            for name in block.selectors
+        ]
+        check_patterns("--skip", skip, parameters)
+        check_patterns("--only", only, matrices)
+        check_patterns("--include", include, selectors)
 
     def sorted_blocks(
         self,

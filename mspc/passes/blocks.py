@@ -94,6 +94,11 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
                 f"{model.block_name(index)} runs after {len(calls)} blocks, but not for another text. Give a model "
                 "that runs its blocks in one order."
             )
+        if first and not _is_same(hidden, first[0]):
+            raise InputError(
+                f"{model.block_name(index)} is not given what the block before it returns, but is for another text. "
+                "Give a model whose blocks pass hidden states on from one to the next."
+            )
         first.append(hidden)
         calls.append(Call(args, kwargs))
         if len(calls) == len(model.blocks):
@@ -108,6 +113,11 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
             f"{model.block_name(len(calls))} is not run for every text. Give a model that runs all of its blocks."
         )
     return first[0], calls
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Tell if two tensors are the same one, views of all of it, or equal: Gemma 4 cuts its hidden states at 0."""
+    return a.shape == b.shape and ((a.stride(), a.data_ptr()) == (b.stride(), b.data_ptr()) or torch.equal(a, b))
 
 
 def route_of(model: StreamedModel) -> Route:
@@ -141,7 +151,7 @@ def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) 
 def hidden_of(model: StreamedModel, batch: Batch, output: Any) -> Tensor:
     """The hidden states in what a block returned for a batch. Raises InputError for anything else."""
     several = isinstance(output, tuple | list) and len(output) > 0
-    if several and any(isinstance(value, Tensor) for value in output[1:]):
+    if several and any(value is not None for value in output[1:]):
         route = route_of(model)
         if len(output) in route.handed_on or len(output) > MOST_OUTPUTS:
             raise InputError(

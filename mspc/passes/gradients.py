@@ -33,7 +33,7 @@ from mspc.passes.blocks import (
     token_losses,
     without_blocks,
 )
-from mspc.passes.shared import Layout, with_entries, written
+from mspc.passes.shared import Layout, Piece, with_entries, written
 from mspc.threads import run
 from mspc.types import Matrix
 
@@ -84,7 +84,7 @@ class BlockRun:
         output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
         after, values = written(call, before, given)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
-            after, values = Layout(before.shape), []
+            after, values = Layout(before.hidden), []
         self.layouts[self.index + 1 :] = [after]
         return after.pack(hidden_of(self.model, self.batch, output), values)
 
@@ -205,7 +205,7 @@ def reverse_walk(
     """
     batches = batches_of(model, ids, batch_size=measure.batch_size)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
-    layouts = [[Layout(batch.hidden.shape)] for batch in batches]
+    layouts = [[Layout(Piece.of(batch.hidden))] for batch in batches]
 
     def each(function: Callable[[int, T], R], given: Sequence[T], bytes_each: int) -> Iterator[R]:
         pairs = list(enumerate(given))

@@ -1,8 +1,9 @@
 """The route of hidden states through a model, found by a trial of the model's own forward on a few tokens.
 
 Passes run one block at a time, in the order of the list. That is right only if the model does the same: it calls each
-block once and in order, hands on what a block returns as it is, and reads nothing but the last output at the end. In
-the trial each block returns random numbers, so that what arrives at the next one and at the logits shows all of this.
+block once and in order, hands on what a block returns as it is and to the next block alone, and reads nothing but the
+last output at the end. In the trial each block returns random numbers, so that what arrives at blocks and at the logits
+shows all of this.
 """
 
 from collections import Counter
@@ -45,6 +46,8 @@ class _Trial:
     called: list[int] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     """The outputs of the blocks."""
+    given: list[list[Tensor]] = field(default_factory=list)
+    """The tensors that each block is given after the hidden states."""
     faults: list[str] = field(default_factory=list)
     between: list[str] = field(default_factory=list)
     """Linear layers that ran after the first block and before the last."""
@@ -64,6 +67,7 @@ class _Trial:
             elif hidden.shape != last[0].shape or not torch.equal(hidden, last[0]):
                 self.faults.append(f"something comes between {names(self.called[-1])} and {names(index)}")
             self.called.append(index)
+            self.given.append(_tensors(args, kwargs))
             output = torch.randn(hidden.shape, generator=generator).to(hidden)
             last[:] = [output.clone()]  # the model may write to what it is given
             self.made.append(last[0])
@@ -133,7 +137,7 @@ def find_route(model: StreamedModel) -> Route:
     """The route of a model whose outer part is loaded. Raises InputError, naming blocks, for one that has another."""
     reasons: list[str] = []
     with torch.no_grad():
-        for num_outputs in range(MOST_OUTPUTS):
+        for num_outputs in range(MOST_OUTPUTS + 1):
             trial = _Trial(model, num_outputs)
             try:
                 logits = trial.run()
@@ -142,7 +146,7 @@ def find_route(model: StreamedModel) -> Route:
                     raise
                 reasons.append(in_brief(error))
                 continue
-            fault = trial.fault() or _fault_of_head(model, trial, logits)
+            fault = trial.fault() or _fault_of_values(model, trial, logits)
             if fault is None:
                 handed_on = frozenset(n for n in range(2, MOST_OUTPUTS + 1) if _hands_on(model, n))
                 return Route(num_outputs, trial.axis, handed_on, tuple(dict.fromkeys(trial.outside)))
@@ -153,21 +157,38 @@ def find_route(model: StreamedModel) -> Route:
     )
 
 
-def _fault_of_head(model: StreamedModel, trial: _Trial, logits: Tensor) -> str | None:
-    """A fault of logits that depend on more than the last block's output for the same token; None if they do not."""
+def _fault_of_values(model: StreamedModel, trial: _Trial, logits: Tensor) -> str | None:
+    """A fault that shows in values where all blocks return what the last one returned in the trial; None without one.
+
+    Other arguments of a block must not depend on the outputs of blocks, and logits on that of the last block alone, for
+    the same token.
+    """
     ids, output = torch.zeros(SHAPE, dtype=torch.int64), trial.made[-1]
 
-    def head(ids: Tensor, hidden: Tensor) -> Tensor:
-        handed = lambda *_, **__: as_outputs(hidden.clone(), trial.num_outputs)  # noqa: E731
-        with replaced_forwards(model.blocks, handed):
-            return _logits(model, ids)
+    def head(ids: Tensor, hidden: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        given = []
 
-    if not _is_close(head(ids, output), logits):
+        def block(index: int, _: Any, *args: Any, **kwargs: Any) -> Any:
+            given.append(_tensors(args, kwargs))
+            return as_outputs(hidden.clone(), trial.num_outputs)
+
+        with replaced_forwards(model.blocks, block):
+            return _logits(model, ids), given
+
+    found, given = head(ids, output)
+    for index, (one, other) in enumerate(zip(given, trial.given, strict=True)):
+        if len(one) != len(other) or not all(map(torch.equal, one, other)):
+            return f"{model.block_name(index)} is given more than the last output of the blocks before it"
+    if not _is_close(found, logits):
         return "its logits depend on more than the output of the last block"
     part = output.narrow(trial.axis, 1, 1).narrow(trial.axis + 1, 2, 3)
-    if not _is_close(head(ids[1:2, 2:5], part), logits[1:2, 2:5]):
+    if not _is_close(head(ids[1:2, 2:5], part)[0], logits[1:2, 2:5]):
         return "the logits of a token depend on what the last block returns for others"
     return None
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [leaf.clone() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
@@ -183,10 +204,10 @@ def _hands_on(model: StreamedModel, num_outputs: int) -> bool:
     found = False
     calls = 0
 
-    def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def block(index: int, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls, found
         calls += 1
-        found |= any(isinstance(leaf, _Extra) for leaf in tree_leaves((args, kwargs)))
+        found |= any(isinstance(leaf, _Extra) for leaf in tree_leaves((hidden, args, kwargs)))
         if calls == len(model.blocks):
             raise EarlyExit
         return (hidden, *[_Extra() for _ in range(num_outputs - 1)])

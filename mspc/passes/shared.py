@@ -6,44 +6,61 @@ hidden states themselves.
 """
 
 import copy
-import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from mspc.errors import InputError
 from mspc.passes.blocks import Call
+
+Place = tuple[int | str, Any]
+"""The position or name of an argument, and the key in it; None for an argument that is no mapping."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor that is part of a state."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Piece":
+        return Piece(tensor.shape, tensor.dtype)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The value of a key of a mapping: tensors in a structure. `argument` is the position or name of the mapping."""
+    """A value of a mapping: `leaves` of a structure, a `Piece` for each tensor that may have a gradient."""
 
-    argument: int | str
-    key: Any
-    shapes: tuple[torch.Size, ...]
+    place: Place
+    leaves: tuple[Any, ...]
     spec: TreeSpec
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a state: hidden states of a shape, and entries."""
+    """The parts of a state."""
 
-    shape: torch.Size
+    hidden: Piece
     entries: tuple[Entry, ...] = ()
 
     def pack(self, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
         return torch.cat([hidden.flatten(), *(value.flatten() for value in values)]) if values else hidden
 
     def unpack(self, state: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if not self.entries:
+        leaves = (leaf for entry in self.entries for leaf in entry.leaves)
+        pieces = [self.hidden, *(leaf for leaf in leaves if isinstance(leaf, Piece))]
+        if len(pieces) == 1:
             return state, []
-        shapes = [self.shape, *(shape for entry in self.entries for shape in entry.shapes)]
-        parts = state.split([math.prod(shape) for shape in shapes])
-        hidden, *values = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        parts = state.split([piece.shape.numel() for piece in pieces])
+        hidden, *values = (
+            part.view(piece.shape).to(piece.dtype) for part, piece in zip(parts, pieces, strict=True)
+        )  # fmt: skip
         return hidden, values
 
 
@@ -51,10 +68,12 @@ def with_entries(call: Call, layout: Layout, values: Sequence[Tensor]) -> Call:
     """The call with mappings of its own, which hold these values of a layout."""
     args = [_own(value) for value in call.args]
     kwargs = {name: _own(value) for name, value in call.kwargs.items()}
-    left = list(values)
+    left = iter(values)
     for entry in layout.entries:
-        mapping = args[entry.argument] if isinstance(entry.argument, int) else kwargs[entry.argument]
-        mapping[entry.key] = tree_unflatten([left.pop(0) for _ in entry.shapes], entry.spec)
+        argument, key = entry.place
+        mapping = args[argument] if isinstance(argument, int) else kwargs[argument]
+        leaves = [next(left) if isinstance(leaf, Piece) else leaf for leaf in entry.leaves]
+        mapping[key] = tree_unflatten(leaves, entry.spec)
     return Call(tuple(args), kwargs)
 
 
@@ -63,23 +82,49 @@ def written(call: Call, layout: Layout, before: Call) -> tuple[Layout, list[Tens
 
     `call` is that of `with_entries` after its block has run, and `before` the one that it was made of.
     """
-    entries, values = [], []
-    for argument, mapping in mappings(call):
-        old = before.args[argument] if isinstance(argument, int) else before.kwargs[argument]
-        for key, value in mapping.items():
-            if key in old and old[key] is value:
-                continue
-            leaves, spec = tree_flatten(value)
-            if all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-                entries.append(Entry(argument, key, tuple(leaf.shape for leaf in leaves), spec))
-                values += leaves
-    return Layout(layout.shape, tuple(entries)), values
+    entries, values, old = [], [], dict(places(before))
+    for place, value in places(call):
+        if place in old and old[place] is value:
+            continue
+        leaves, spec = tree_flatten(value)
+        moving = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]
+        values += [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+        kept = (Piece.of(leaf) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True))
+        entries.append(Entry(place, tuple(kept), spec))
+    return Layout(layout.hidden, tuple(entries)), values
 
 
-def mappings(call: Call) -> list[tuple[int | str, Mapping[Any, Any]]]:
-    """The mappings among the arguments of a call, by position or name."""
-    named: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
-    return [(argument, value) for argument, value in named if isinstance(value, MutableMapping)]
+class Sharing:
+    """What blocks write to their arguments, between its creation and `found`."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.calls = calls
+        self.before = [{place: (value, tree_leaves(value)) for place, value in places(call)} for call in calls]
+
+    def found(self, where: str) -> bool:
+        """Tell if they wrote to a mapping. Raises InputError if they wrote to another container, such as a list."""
+        found = False
+        for call, before in zip(self.calls, self.before, strict=True):
+            for place, value in places(call):
+                old, leaves = before.get(place, (None, []))
+                if old is not value:
+                    found = True
+                elif list(map(id, leaves)) != list(map(id, tree_leaves(value))):
+                    raise InputError(
+                        f"{where}: blocks write to a {type(value).__name__} that they share, {place[0]}, where mspc "
+                        "knows only new values in a dict. Give another model: this one is not supported."
+                    )
+        return found
+
+
+def places(call: Call) -> Iterator[tuple[Place, Any]]:
+    """The values of the mappings among the arguments of a call, and the other arguments, with their places."""
+    arguments: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    for argument, value in arguments:
+        if isinstance(value, MutableMapping):
+            yield from (((argument, key), of_key) for key, of_key in value.items())
+        else:
+            yield (argument, None), value
 
 
 def _own(value: Any) -> Any:

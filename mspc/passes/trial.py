@@ -11,7 +11,7 @@ from mspc.errors import InputError
 from mspc.model.matrices import LINEAR, outside_note
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of, run_block, without_blocks
-from mspc.passes.shared import mappings
+from mspc.passes.shared import Sharing
 
 TOKENS = 8
 
@@ -40,13 +40,14 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
     (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
     known: dict[object, set[str]] = {}
     found: set[str] = set()
+    sharing = Sharing(batch.calls)
     for index, block in enumerate(model.blocks):
         kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
         if all_blocks or kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
         found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}
-    model.shares = any(mapping for call in batch.calls for _, mapping in mappings(call))
+    model.shares = sharing.found(type(model.model).__name__)
     with without_blocks(model) as logits_of, torch.no_grad():
         logits_of(batch)
     return found

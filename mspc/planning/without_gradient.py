@@ -15,6 +15,8 @@ BY_GRADIENT = ("hutchinson", "fisher")
 
 def with_layer_errors(fisher: Mapping[str, Tensor], without: Collection[str]) -> dict[str, Tensor]:
     """Output Fisher factors (K, B, B) by name, in which those named `without` are multiples of the identity."""
+    if not without:
+        return dict(fisher)
     size = _middle([float(_diagonal(factor).mean()) for name, factor in fisher.items() if name not in without])
     return {
         name: torch.diag_embed(torch.full_like(_diagonal(factor), size)) if name in without else factor
