@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
+import mspc
 from mspc.errors import InputError
 from mspc.model.matrices import LINEAR, is_plain
 from mspc.model.open import open_model
@@ -365,7 +366,7 @@ def test_selectors_are_compressed_if_they_are_asked_for(source_of, calibration, 
         after = tiny.tensors(artifact.export("dense", tmp_path / "dense", progress=False, verify=False))
         changed = {key for key in gates if not torch.equal(before[key], after[key])}
         assert changed == ({key for key in gates if ".1." in key or not skip} if include else set())
-        noted = any("shared_expert_gate choose experts or tokens. They stay dense" in line for line in caplog.messages)
+        noted = "of the weights of the blocks: mlp.shared_expert_gate. --include compresses them." in caplog.text
         assert noted == (not include)
         assert artifact.manifest["settings"].get("include", []) == list(include)
         for folder in ("out", "dense"):
@@ -373,11 +374,11 @@ def test_selectors_are_compressed_if_they_are_asked_for(source_of, calibration, 
     for changes, message in (
         (
             {"include": ("q_proj",)},
-            r"--include q_proj matches no router.*, such as model\.layers\.0\.mlp\.shared_expert_g",
+            r"--include q_proj matches no linear layer of a router.*, such as model\.layers\.0\.mlp\.shared_expert_g",
         ),
         (
             {"include": ("expert_gate",), "only": ("q_proj",)},
-            r"--include expert_gate matches no router.*--only win over",
+            r"--include expert_gate matches no linear layer of a router.*--only win over",
         ),
         ({"only": ("expert_gate",)}, r"--only expert_gate matches no matrix .* only with --include"),
     ):
@@ -413,6 +414,13 @@ def test_recovery_of_blocks_that_share_is_refused_before_any_work(family, source
     with pytest.raises(InputError, match="recover: blocks of Gemma.* share keys and values or pass several hidden"):
         tiny.compress(source_of(family), tmp_path / "out", calibration, effort="fast", recover=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_recovery_in_memory_of_several_hidden_states_is_refused(source_of, calibration):
+    model, dense = (tiny.reference(source_of("gemma3n_text")) for _ in range(2))
+    model.get_parameter("model.layers.0.mlp.up_proj.weight")[:, ::2] = 0
+    with pytest.raises(InputError, match=r"recover: blocks of Gemma3nForCausalLM pass hidden states \(4, 4, 16, 32\)"):
+        mspc.recover(model, dense, str(calibration), tokenizer=tiny.byte_tokenizer(), sequence_length=16, steps=1)
 
 
 @pytest.mark.parametrize("family", SHARING)

@@ -167,17 +167,15 @@ def check_reached(blocks: Sequence[BlockMatrices]) -> None:
 
 def check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     """Raises InputError for a pattern of `--skip`, `--only` or `--include` that matches none of its names."""
-    kind = "matrix"
+    kind = "matrix of a block"
     why = "Embeddings and the output head are never compressed, routers and the like only with --include"
     if option == "--include":
-        kind = "router, indexer or gate of experts"
+        kind = "linear layer of a router, indexer or gate of experts"
         why = "It compresses what would stay dense otherwise, and --skip and --only win over it"
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             example = f", such as {names[0]}" if names else ""
-            raise InputError(
-                f"{option} {pattern} matches no {kind} of a block{example}. {why}: correct it, or leave it out."
-            )
+            raise InputError(f"{option} {pattern} matches no {kind}{example}. {why}: correct it, or leave it out.")
 
 
 def skip_option(names: Iterable[str]) -> str:
@@ -200,16 +198,16 @@ def dense_notes(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
     if selectors := _names(name.removesuffix(".weight") for block in blocks for name in block.selectors):
         dense = sum(sum(block.selectors.values()) for block in blocks)
         yield (
-            f"Note: {', '.join(selectors)} choose experts or tokens. They stay dense, {dense / numel:.2%} of the "
-            "weights of the blocks; --include compresses them."
+            f"Note: layers that choose experts or tokens stay dense, {dense / numel:.2%} of the weights of the blocks: "
+            f"{', '.join(selectors)}. --include compresses them."
         )
 
 
 def outside_note(names: Sequence[str], numel: int, whole: int) -> str:
     """A note about linear layers outside of the blocks, which have `numel` of the `whole` weights of the model."""
     return (
-        f"Note: {', '.join(_names(names))}, outside of the blocks, are not compressed. They stay dense, "
-        f"{numel / whole:.1%} of the weights of the model."
+        f"Note: linear layers outside of the blocks stay dense, {numel / whole:.1%} of the weights of the model: "
+        f"{', '.join(_names(names))}."
     )
 
 

@@ -165,6 +165,11 @@ class _Halves:
             handle.remove()
         self.others = seen[0][1:] if isinstance(seen[0], tuple) else None
         hidden: Tensor = seen[0] if self.others is None else seen[0][0]
+        if hidden.shape[:2] != ids.shape:
+            raise InputError(
+                f"recover: blocks of {type(self.model).__name__} pass hidden states {tuple(hidden.shape)} on for "
+                f"tokens {tuple(ids.shape)}, and training knows one for each token. Leave recovery out."
+            )
         return hidden
 
     @contextmanager
