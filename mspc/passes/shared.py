@@ -95,7 +95,7 @@ def written(call: Call, layout: Layout, before: Call) -> tuple[Layout, list[Tens
 
 
 class Sharing:
-    """What blocks write to their arguments, between its creation and `found`."""
+    """A look at the arguments of blocks, for changes that blocks make between its creation and `found`."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = calls
