@@ -21,13 +21,14 @@ SOLVERS = ("kfac", "admm", "obs", "mask")
 CRITERIA = ("isc", "obs", "wanda", "ria", "magnitude")
 PUBLISHED_CRITERIA = ("wanda", "ria", "magnitude")
 """Criteria that need no inverse of the Gram matrix."""
-CURVES, AUTO, SEARCH = "curves", "auto", "search"
+CURVES, AUTO, SEARCH, ESTIMATE = "curves", "auto", "search", "estimate"
 """Allocators that need loss curves: the plan with the lowest predicted loss, the better of two plans on validation
-text (as `curves` under a size budget), and the best plan that an evolutionary search finds there."""
+text (as `curves` under a size budget), the best plan that an evolutionary search finds there, and the plan with the
+lowest loss by curves that are estimated."""
 SPREADS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
 """Default alpha of each allocator that has one. `owl` and `alpha` have their authors' values for SparseGPT on
 LLaMA-7B; for larger models the authors of `alpha` use 0.3."""
-ALLOCATORS = (AUTO, CURVES, SEARCH, "uniform", *sorted(SPREADS))
+ALLOCATORS = (AUTO, CURVES, SEARCH, ESTIMATE, "uniform", *sorted(SPREADS))
 SENSITIVITIES = ("hutchinson", "fisher", "gram")
 RANKING = ("trace-rank", "layer-trace-rank")
 """Allocators that rank matrices by `sensitivity`."""
@@ -167,7 +168,7 @@ class Settings:
 
     @property
     def needs_curves(self) -> bool:
-        return self.has_budget or (self.allocates and self.allocator in (CURVES, AUTO, SEARCH))
+        return self.has_budget or (self.allocates and self.allocator in (CURVES, AUTO, SEARCH, ESTIMATE))
 
     @property
     def needs_fisher(self) -> bool:

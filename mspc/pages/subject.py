@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mspc.pipeline.summary import number
-from mspc.settings import AUTO, CURVES, SEARCH
+from mspc.settings import AUTO, CURVES, ESTIMATE, SEARCH
 from mspc.storage.manifest import read_manifest
 
 Mean = Mapping[str, Any]
@@ -50,7 +50,7 @@ class Subject:
     def predicted(self) -> float | None:
         """The loss in nats per token that the curves predict for the plan; None if no curves made it."""
         settings, values = self.manifest["settings"], [row["sensitivity"] for row in self.rows]
-        by_curves = settings.get("plan") is None and settings.get("allocator") in (AUTO, CURVES, SEARCH)
+        by_curves = settings.get("plan") is None and settings.get("allocator") in (AUTO, CURVES, SEARCH, ESTIMATE)
         return sum(values) if by_curves and None not in values else None
 
     @property

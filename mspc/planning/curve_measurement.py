@@ -10,8 +10,9 @@ from mspc import threads
 from mspc.numerics.linalg import precise_matmul
 from mspc.passes.walk import DenseWalk, Visit, by_few
 from mspc.planning.curve import Curve
+from mspc.planning.curve_estimate import estimated_curve
 from mspc.progress import Progress
-from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
+from mspc.settings import ESTIMATE, MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import sweep_all
@@ -49,6 +50,8 @@ def measure_curves(
     def measure(visit: Visit) -> Curve:
         name, weight = visit.matrix.name, visit.weight.float()
         stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
+        if settings.allocator == ESTIMATE:
+            return estimated_curve(weight, stats, patterns_of(settings), settings.damp, name)
         return curve_of(weight, stats, settings, options, name)
 
     with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step, precise_matmul():

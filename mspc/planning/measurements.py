@@ -25,7 +25,7 @@ from mspc.planning.sensitivity import RunningMean, by_exponents, by_gradients, b
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
-from mspc.settings import Settings
+from mspc.settings import ESTIMATE, Settings
 from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.storage.files import write_json, write_tensors
 from mspc.threads import fitting
@@ -86,6 +86,7 @@ class Measurements:
             sequences=settings.sensitivity_sequences,
             outputs=[TYPICAL, OUTPUT_DAMP],
             quantization=[settings.group_size, settings.asymmetric] if settings.has_budget else None,
+            **({"estimated": True} if settings.allocator == ESTIMATE else {}),
         )
         return self._cached(
             "Loss curves", "curves-{}.json", key,
