@@ -144,7 +144,8 @@ class Recipe:
     allocator: str | None = option(
         None,
         "How sparsity is divided among matrices: auto (as curves; without a size budget, the better of two plans on "
-        "validation text), curves (lowest predicted loss), search (evolutionary search from there), uniform; "
+        "validation text), curves (lowest predicted loss), estimate (the same, by curves in closed form), search "
+        "(evolutionary search from curves), uniform; "
         "published: trace-rank, layer-trace-rank, owl, alpha (AlphaPruning).",
     )
     alpha: float | None = option(

@@ -22,9 +22,8 @@ CRITERIA = ("isc", "obs", "wanda", "ria", "magnitude")
 PUBLISHED_CRITERIA = ("wanda", "ria", "magnitude")
 """Criteria that need no inverse of the Gram matrix."""
 CURVES, AUTO, SEARCH, ESTIMATE = "curves", "auto", "search", "estimate"
-"""Allocators that need loss curves: the plan with the lowest predicted loss, the better of two plans on validation
-text (as `curves` under a size budget), the best plan that an evolutionary search finds there, and the plan with the
-lowest loss by curves that are estimated."""
+"""Allocators that need loss curves: the plan with the lowest predicted loss, the better of two on validation text (under
+a size budget `curves`), the best that a search finds there, and the lowest loss by curves in closed form."""
 SPREADS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
 """Default alpha of each allocator that has one. `owl` and `alpha` have their authors' values for SparseGPT on
 LLaMA-7B; for larger models the authors of `alpha` use 0.3."""
@@ -47,7 +46,7 @@ small and near the dense model, and 4 bits everywhere is one of the plans."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
-        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": "uniform", "sensitivity_sequences": 24,
+        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": ESTIMATE, "sensitivity_sequences": 8,
     },
     "default": {
         "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 24,
@@ -203,7 +202,8 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     if values["keep_zeros"]:
         _check_kept(asked)
     if values["bits_per_weight"] is not None or values["target_size"] is not None:
-        values["allocator"] = asked.get("allocator", AUTO)
+        measured = {"allocator": AUTO, "sensitivity_sequences": max(24, values["sensitivity_sequences"])}
+        values |= {name: asked.get(name, value) for name, value in measured.items()}
         _check_budget(asked, values)
         values["sparsity"] = None
     elif values["keep_zeros"] and fixed_pattern(values["pattern"]) is None:

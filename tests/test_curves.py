@@ -12,7 +12,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import few, problem
+from oracles import damped, few, problem
 
 import mspc
 from mspc.errors import InputError
@@ -24,17 +24,20 @@ from mspc.passes.blocks import batches_of
 from mspc.passes.walk import DenseWalk, walk
 from mspc.planning.allocation import allocate, allocate_bytes, check_bytes
 from mspc.planning.curve import Curve, read_curves, write_curves
-from mspc.planning.curve_measurement import SPARSITIES, curve_of
+from mspc.planning.curve_estimate import estimated_curve
+from mspc.planning.curve_measurement import SPARSITIES, curve_of, patterns_of
 from mspc.planning.knapsack import cheapest, cheapest_sparsities
 from mspc.planning.measurements import Measurements
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Silent
 from mspc.recipe import Recipe
 from mspc.solvers.admm import error_path
-from mspc.solvers.quadratic import damped_outputs
+from mspc.solvers.quadratic import OUTPUT_DAMP, damped_outputs
 from mspc.types import NM, GramStats, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
 NAMES = {"0.q": (8, 16), "0.up": (24, 16), "1.q": (8, 16), "1.up": (24, 16)}
+SPARSITY_LEVELS = [Unstructured(s) for s in (0.1, 0.5, 0.9)]
+N_OF_16 = [NM(keep, 16) for keep in (14, 8, 2)]
 MODEL = [[Matrix(f"{name}.weight", shape) for name, shape in NAMES.items()]]
 
 
@@ -284,3 +287,39 @@ def test_where_the_sampled_outputs_do_not_matter_all_are_measured():
     options = solver_options(recipe)
     found = curve_of(weight, replace(case.stats, output_fisher=fisher), recipe, options, "q")
     assert found.losses[-1] > 0
+
+
+@pytest.mark.parametrize("patterns", [SPARSITY_LEVELS, N_OF_16], ids=["unstructured", "N:16"])
+def test_estimated_curves_cost_the_cheapest_weights(patterns):
+    """Oracle: in float64, w^2 S_oo H_ii / sqrt(inverse of the scaled H)_ii of every weight, and the cheapest by sorting."""
+    case = problem(0, 8, 32, dead=[3])
+    outputs = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).double()
+    outputs = outputs @ outputs.T
+    found = estimated_curve(case.weight, replace(case.stats, output_fisher=outputs.float()[None]), patterns, 0.01, "q")
+    gram = damped(case.stats.gram, 0.01)
+    scale = gram.diagonal().sqrt()
+    inverse = torch.linalg.inv(gram / scale / scale[:, None])
+    importance = outputs.diagonal() + OUTPUT_DAMP * outputs.diagonal().mean()
+    costs = case.weight.double() ** 2 * importance[:, None] * gram.diagonal() / inverse.diagonal().sqrt()
+    costs[:, 3] = 0
+    for pattern, loss in zip(patterns, found.losses, strict=True):
+        of_groups = costs.view(-1, pattern.of if isinstance(pattern, NM) else costs.numel())
+        count = of_groups.shape[1] - pattern.keep if isinstance(pattern, NM) else num_pruned(costs.numel(), pattern.sparsity)
+        cheapest_first = of_groups.sort(1).values[:, :count]
+        assert loss == pytest.approx(float(cheapest_first.sum()) / (2 * case.stats.num_tokens), rel=1e-4)
+
+
+def test_estimates_rank_matrices_as_their_measured_curves_do():
+    """Oracle: measured curves of matrices whose outputs matter 1, 4 and 16 times as much."""
+    recipe = Recipe(sparsity=0.5).settings()
+    cases = [replace(problem(i, 16, 32).stats, output_fisher=4.0**i * torch.eye(16)[None]) for i in range(3)]
+    for sparsity in (0.3, 0.5, 0.7):
+        measured = [
+            curve_of(problem(i, 16, 32).weight, stats, recipe, solver_options(recipe), "q").at(sparsity)
+            for i, stats in enumerate(cases)
+        ]
+        estimated = [
+            estimated_curve(problem(i, 16, 32).weight, stats, patterns_of(recipe), 0.01, "q").at(sparsity)
+            for i, stats in enumerate(cases)
+        ]
+        assert all(0.3 < a / b < 3 for a, b in zip(estimated, measured, strict=True)), (estimated, measured)

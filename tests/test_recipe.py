@@ -180,7 +180,7 @@ EFFECTS = {
         {}, HALF, HALF | {"allocator": "trace-rank", "sensitivity": "gram"}, HALF | {"allocator": "alpha"},
     ]),
     "sensitivity_sequences": (9, HALF | {"effort": "fast", "allocator": "curves"}, [
-        HALF | {"effort": "fast"}, {"sparsity": 0.0}, HALF | {"solver": "obs", "allocator": "owl"},
+        HALF | {"effort": "fast", "allocator": "uniform"}, {"sparsity": 0.0}, HALF | {"solver": "obs", "allocator": "owl"},
         {"solver": "obs", "pattern": "2:4"},
     ]),
     "damp": (0.1, HALF | {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
@@ -249,7 +249,7 @@ def test_settings_know_the_names_of_the_tables(table, names):
 
 
 def test_settings_know_the_names_of_the_allocators():
-    assert set(ALLOCATORS) | {"auto", "curves", "search"} == set(NAMES.ALLOCATORS)
+    assert set(ALLOCATORS) | {"auto", "curves", "estimate", "search"} == set(NAMES.ALLOCATORS)
     assert set(NAMES.SPREADS) == set(ALLOCATORS) - {"uniform"}
 
 
