@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import tomli_w
 
+from mspc.encoding import check_encoding
 from mspc.errors import InputError, unknown
 from mspc.settings import (
     DEFAULT_BITS_PER_WEIGHT,
@@ -20,7 +21,6 @@ from mspc.settings import (
     ROW,
     SPREADS,
     Settings,
-    check_encoding,
     fixed_pattern,
     has_goal,
     resolve,
@@ -123,10 +123,10 @@ class Recipe:
     )
     solver: str | None = option(
         None,
-        "kfac (ADMM on the model's loss), admm (ADMM on the layer's error), obs (one OBS sweep) or mask (zeros only, "
-        "no update of kept weights).",
+        "kfac (ADMM on the model's loss), fisher (the same with errors at outputs apart), admm (ADMM on the layer's "
+        "error), obs (one OBS sweep) or mask (zeros only, no update of kept weights).",
     )
-    iterations: int | None = option(None, "Number of ADMM iterations (solvers kfac and admm).")
+    iterations: int | None = option(None, "Number of ADMM iterations (solvers kfac, fisher and admm).")
     propagation: float | None = option(
         None, "Strength of error compensation for earlier layers, from 0 (off) to 1 (full)."
     )

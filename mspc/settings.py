@@ -17,13 +17,14 @@ ROW = "row"
 AUTO_GROUP_SIZES = (128, 64, 32)
 """Group sizes that `auto` chooses from: the largest that divides the inputs of every matrix."""
 
-SOLVERS = ("kfac", "admm", "obs", "mask")
+SOLVERS = ("kfac", "fisher", "admm", "obs", "mask")
+BY_ADMM = ("kfac", "fisher", "admm")
 CRITERIA = ("isc", "obs", "wanda", "ria", "magnitude")
 PUBLISHED_CRITERIA = ("wanda", "ria", "magnitude")
 """Criteria that need no inverse of the Gram matrix."""
 CURVES, AUTO, SEARCH, ESTIMATE = "curves", "auto", "search", "estimate"
-"""Allocators that need loss curves: the plan with the lowest predicted loss, the better of two on validation text (under
-a size budget `curves`), the best that a search finds there, and the lowest loss by curves in closed form."""
+"""Allocators that need loss curves: the plan with the lowest predicted loss, the better of two on validation text
+(under a size budget `curves`), the best that a search finds there, and the lowest loss by curves in closed form."""
 SPREADS = {"alpha": 0.2, "layer-trace-rank": 0.1, "owl": 0.08, "trace-rank": 0.1}
 """Default alpha of each allocator that has one. `owl` and `alpha` have their authors' values for SparseGPT on
 LLaMA-7B; for larger models the authors of `alpha` use 0.3."""
@@ -46,7 +47,7 @@ small and near the dense model, and 4 bits everywhere is one of the plans."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
-        "solver": "admm", "iterations": 10, "propagation": 0.0, "allocator": ESTIMATE, "sensitivity_sequences": 8,
+        "solver": "fisher", "iterations": 10, "propagation": 0.0, "allocator": ESTIMATE, "sensitivity_sequences": 8,
     },
     "default": {
         "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 24,
@@ -171,8 +172,9 @@ class Settings:
 
     @property
     def needs_fisher(self) -> bool:
-        """True if the solver weighs the errors at outputs by the gradients there."""
-        return self.solver == "kfac" and (self.prunes or self.quantizes)
+        """True if the solver weighs the errors at outputs by the gradients there: `fisher` where it chooses masks."""
+        chooses = self.solver == "fisher" and self.prunes and self.fixed_pattern is None
+        return chooses or (self.solver == "kfac" and (self.prunes or self.quantizes))
 
     @property
     def validates_plans(self) -> bool:
@@ -315,7 +317,7 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
     "reconstruct": _as_it_is,
     "recover": lambda s: _as_it_is(s) or _unless(s.prunes or s.quantizes, "sparsity 0 and bits 16, which keep all"),
     "recover_lr": lambda s: _unless(s.recover > 0, f"recover {s.recover}"),
-    "iterations": lambda s: _solver(s, "kfac", "admm"),
+    "iterations": lambda s: _solver(s, *BY_ADMM),
     "propagation": lambda s: _as_it_is(s) or _unless(s.solver != "mask", "solver mask, which updates no weight"),
     "criterion": lambda s: _solver(s, "obs", "mask"),
     "allocator": lambda s: _plan(s) or _nothing_to_allocate(s),
@@ -386,13 +388,3 @@ def check_reconstruct(settings: Settings) -> None:
 def fixed_pattern(pattern: str) -> NM | None:
     """`"2:4"` -> NM(2, 4); None for a pattern that is not the same in every matrix."""
     return None if pattern in ("unstructured", MIXED_PATTERN) else parse_nm(pattern)
-
-
-def check_encoding(name: str) -> None:
-    """Raises InputError for a name that is no encoding of text."""
-    try:
-        "".encode(name)
-    except (LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"text_encoding {name!r} is no encoding that Python knows. Name one such as cp1252 or utf-16."
-        ) from error

@@ -1,5 +1,6 @@
 """ADMM against exact float64 least squares on its own support, the OBS sweep, and all supports of a small problem."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -10,6 +11,7 @@ from mspc.errors import ActivationError, InputError, SingularGramError
 from mspc.numerics.saliency import OBS
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import admm
+from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.types import NM, GramStats, Grid, Target, Unstructured
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(5, 16)]
@@ -107,3 +109,44 @@ def test_a_gram_that_is_none_is_an_error_that_names_the_matrix():
     gram = torch.eye(16) - 0.5 * (1 - torch.eye(16))  # least eigenvalue 1.5 - 8
     with pytest.raises(SingularGramError, match=r"q_proj: .* not positive definite .* raise --damp"):
         admm(torch.ones(8, 16), GramStats(gram, 64), Target(Unstructured(0.5)), SolverOptions(), "q_proj")
+
+
+def with_fisher(case):
+    """The statistics with a Fisher factor of blocks of 8 outputs, and the damped diagonal of the factor."""
+    factor = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(1))
+    factor = factor @ factor.mT * torch.tensor([0.01, 1.0, 30.0])[:, None, None]
+    diagonal = factor.diagonal(dim1=-2, dim2=-1).flatten()
+    return replace(case.stats, output_fisher=factor), diagonal + OUTPUT_DAMP * diagonal.mean()
+
+
+def test_fisher_weighs_each_output_by_its_gradient():
+    """Oracle: admm on rows times the square roots of the weights, divided by them."""
+    case = problem(0, 24, 64)
+    stats, importance = with_fisher(case)
+    scale, target = importance.sqrt()[:, None], Target(Unstructured(0.5))
+    found = SOLVERS["fisher"](case.weight, stats, target, SolverOptions(), "q_proj")
+    expected = admm(scale * case.weight, case.stats, target, SolverOptions(), "q_proj")
+    assert torch.equal(found.mask, expected.mask)
+    torch.testing.assert_close(found.weight, expected.weight / scale, rtol=1e-3, atol=1e-4)
+    gram = damped(case.stats.gram, 0.01)
+    plain = solve(case, target)
+    assert not torch.equal(plain.mask, found.mask)
+    loss_of, loss_of_plain = (
+        row_losses(case.weight - one.weight, gram) @ importance.double() for one in (found, plain)
+    )
+    assert loss_of < 0.9 * loss_of_plain
+
+
+@pytest.mark.parametrize(
+    "target", [Target(NM(2, 4)), Target(Unstructured(0.0), Grid(4, 16)), Target(NM(2, 4), Grid(4, 16))]
+)
+def test_fisher_solves_rows_that_do_not_compete_as_admm(target):
+    """Oracle: admm, whose masks and codes are the same for rows of any size."""
+    case = problem(0, 24, 64)
+    found = SOLVERS["fisher"](case.weight, with_fisher(case)[0], target, SolverOptions(), "q_proj")
+    expected = solve(case, target)
+    assert float((found.mask == expected.mask).float().mean()) > 0.98  # products are rounded differently
+    gram = damped(case.stats.gram, 0.01)
+    assert loss(case.weight - found.weight, gram) == pytest.approx(loss(case.weight - expected.weight, gram), rel=0.02)
+    without = SOLVERS["fisher"](case.weight, case.stats, target, SolverOptions(), "q_proj")
+    assert torch.equal(without.weight, expected.weight)

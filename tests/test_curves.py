@@ -291,7 +291,7 @@ def test_where_the_sampled_outputs_do_not_matter_all_are_measured():
 
 @pytest.mark.parametrize("patterns", [SPARSITY_LEVELS, N_OF_16], ids=["unstructured", "N:16"])
 def test_estimated_curves_cost_the_cheapest_weights(patterns):
-    """Oracle: in float64, w^2 S_oo H_ii / sqrt(inverse of the scaled H)_ii of every weight, and the cheapest by sorting."""
+    """Oracle: in float64, w^2 S_oo H_ii / sqrt(inverse of the scaled H)_ii of every weight, sorted."""
     case = problem(0, 8, 32, dead=[3])
     outputs = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).double()
     outputs = outputs @ outputs.T
@@ -304,7 +304,11 @@ def test_estimated_curves_cost_the_cheapest_weights(patterns):
     costs[:, 3] = 0
     for pattern, loss in zip(patterns, found.losses, strict=True):
         of_groups = costs.view(-1, pattern.of if isinstance(pattern, NM) else costs.numel())
-        count = of_groups.shape[1] - pattern.keep if isinstance(pattern, NM) else num_pruned(costs.numel(), pattern.sparsity)
+        count = (
+            of_groups.shape[1] - pattern.keep
+            if isinstance(pattern, NM)
+            else num_pruned(costs.numel(), pattern.sparsity)
+        )
         cheapest_first = of_groups.sort(1).values[:, :count]
         assert loss == pytest.approx(float(cheapest_first.sum()) / (2 * case.stats.num_tokens), rel=1e-4)
 

@@ -180,7 +180,8 @@ EFFECTS = {
         {}, HALF, HALF | {"allocator": "trace-rank", "sensitivity": "gram"}, HALF | {"allocator": "alpha"},
     ]),
     "sensitivity_sequences": (9, HALF | {"effort": "fast", "allocator": "curves"}, [
-        HALF | {"effort": "fast", "allocator": "uniform"}, {"sparsity": 0.0}, HALF | {"solver": "obs", "allocator": "owl"},
+        {"effort": "fast", "pattern": "2:4"}, {"effort": "fast", "sparsity": 0.0, "bits": 4}, {"sparsity": 0.0},
+        HALF | {"solver": "obs", "allocator": "owl"},
         {"solver": "obs", "pattern": "2:4"},
     ]),
     "damp": (0.1, HALF | {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [

@@ -273,7 +273,7 @@ class Run:
                     f"{matrix.name}: the plan quantizes it to {matrix.target.grid.bits} bits, but reconstruct tunes "
                     f"weights that are not quantized. Set its bits to {UNQUANTIZED_BITS}, or leave reconstruct out."
                 )
-            if self.settings.solver == "obs" or (self.settings.solver in ("admm", "kfac") and matrix.target.grid):
+            if self.settings.solver == "obs" or (self.settings.solver != "mask" and matrix.target.grid):
                 check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
 
     def check_early(self, model: StreamedModel, matrices: MatricesByBlock) -> None:

@@ -12,7 +12,7 @@ from mspc.passes.walk import DenseWalk, Visit, by_few
 from mspc.planning.curve import Curve
 from mspc.planning.curve_estimate import estimated_curve
 from mspc.progress import Progress
-from mspc.settings import ESTIMATE, MIXED_OF, MIXED_PATTERN, Settings
+from mspc.settings import BY_ADMM, ESTIMATE, MIXED_OF, MIXED_PATTERN, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.admm import error_path
 from mspc.solvers.obs import sweep_all
@@ -76,7 +76,7 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
         if (removed := sample_form.loss(torch.zeros_like(sample))) > 0:
             half_tokens *= form.loss(torch.zeros_like(weight)) / removed
             weight, stats, form = sample, sample_stats, sample_form
-    if settings.solver in ("kfac", "admm"):
+    if settings.solver in BY_ADMM:
         path = error_path(form, patterns)
     else:
         solve = SOLVERS[str(settings.solver)]

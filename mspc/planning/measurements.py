@@ -25,7 +25,7 @@ from mspc.planning.sensitivity import RunningMean, by_exponents, by_gradients, b
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
-from mspc.settings import ESTIMATE, Settings
+from mspc.settings import BY_ADMM, ESTIMATE, Settings
 from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.storage.files import write_json, write_tensors
 from mspc.threads import fitting
@@ -80,7 +80,7 @@ class Measurements:
         settings = self.settings
         key = self._key(
             patterns=[str(pattern) + str(pattern.sparsity) for pattern in patterns_of(settings)],
-            solver=settings.solver if settings.solver in ("admm", "kfac") else [settings.solver, settings.criterion],
+            solver=settings.solver if settings.solver in BY_ADMM else [settings.solver, settings.criterion],
             damp=settings.damp,
             activation_order=settings.activation_order,
             sequences=settings.sensitivity_sequences,

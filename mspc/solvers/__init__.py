@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mspc.solvers.admm import admm, kfac
+from mspc.solvers.admm import admm, fisher, kfac
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
@@ -30,4 +30,4 @@ class Solver(Protocol):
     ) -> CompressedLinear: ...
 
 
-SOLVERS: dict[str, Solver] = {"admm": admm, "kfac": kfac, "mask": mask_only, "obs": obs}
+SOLVERS: dict[str, Solver] = {"admm": admm, "fisher": fisher, "kfac": kfac, "mask": mask_only, "obs": obs}

@@ -7,7 +7,8 @@ the multiplier and Z the sparse copy of B, one iteration is
 
 and rho grows until the support does not change. One eigendecomposition of each factor serves every rho. `admm` is
 ALPS, which minimizes the squared error of the layer. `kfac` minimizes the loss of the model, where errors at outputs of
-little influence cost little. If the target has a grid, the OBS sweep quantizes the weights on the support found here.
+little influence cost little; `fisher` does so with the diagonal of S, and takes no longer than `admm`. If the target
+has a grid, the OBS sweep quantizes the weights on the support found here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ def admm(
     if target.grid is None:
         return CompressedLinear(kept, mask, target, None, options.damp)
     # `kept` is the best on the support, so the total loss is its own plus that of its distance to the codes.
-    if output_fisher is not None:
+    if form.outputs is not None:
         return two_sided(kept, mask, stats, target, options, name)
     return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
 
@@ -80,6 +81,18 @@ def kfac(
             f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
         )
     return admm(weight, stats, target, options, name, mask, stats.output_fisher)
+
+
+def fisher(
+    weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
+) -> CompressedLinear:
+    """`admm` with the error at each output times its mean squared gradient, if `stats` has an output Fisher factor.
+
+    Rows then compete for the weights to keep. A row alone is solved as by `admm`, and so are N:M patterns and codes.
+    """
+    factor = stats.output_fisher
+    diagonal = None if factor is None else factor.diagonal(dim1=-2, dim2=-1).reshape(-1, 1, 1)
+    return admm(weight, stats, target, options, name, mask, diagonal)
 
 
 def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[Tensor, float]]:

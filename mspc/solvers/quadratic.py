@@ -8,7 +8,7 @@ matrix (Martens and Grosse, arXiv:1503.05671), and the loss is that of the model
 O = K B.
 
 With D and T the square roots of the diagonals of H and S, the scaled factors are D^-1 H D^-1 and T^-1 S T^-1, and the
-target is B = T W D.
+target is B = T W D. Where S is diagonal, T^-1 S T^-1 is 1.
 """
 
 from contextlib import AbstractContextManager
@@ -50,7 +50,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """`target` (O, I) and the factors `inputs.gram` (I, I) and `outputs` (K, B, B), or None for S = 1."""
+    """`target` (O, I) and the scaled factors `inputs.gram` (I, I) and `outputs` (K, B, B), or None where that is 1."""
 
     name: str
     target: Tensor
@@ -59,7 +59,7 @@ class Quadratic:
     scale: Tensor
     """A tensor that broadcasts to (O, I): scaled weights = weights * scale."""
     inverses: dict[float, Tensor] = field(default_factory=dict)
-    """(G + rho)^-1 by rho, for the latest rho only. Used if S = 1."""
+    """(G + rho)^-1 by rho, for the latest rho only. Used if `outputs` is None."""
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def spectra(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,7 +124,7 @@ def quadratic(weight: Tensor, stats: GramStats, outputs: Tensor | None, damp: fl
     if outputs is not None:
         outputs = damped_outputs(outputs)
         output_scale = outputs.diagonal(dim1=-2, dim2=-1).sqrt()
-        outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :]
+        outputs = outputs / output_scale[:, :, None] / output_scale[:, None, :] if outputs.shape[-1] > 1 else None
         scales = output_scale.flatten()[:, None] * scales
     # Weights of dead inputs cost nothing. `contiguous`, as a weight that is stored transposed is a view.
     target = torch.where(inputs.dead, 0.0, weight * scales).contiguous()

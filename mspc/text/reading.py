@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mspc.encoding import check_encoding
 from mspc.errors import InputError, unknown
-from mspc.settings import BOS, check_encoding
+from mspc.settings import BOS
 
 
 @dataclass(frozen=True, slots=True)
