@@ -330,6 +330,7 @@ def test_a_text_that_is_not_read_to_its_end_leaves_nothing_behind(llama):
         assert torch.is_grad_enabled()
         assert torch.get_num_threads() == threads
         break
+    assert torch.is_grad_enabled()
     assert model.training
     assert model.generation_config is config
     with pytest.raises(InputError, match="written already"):

@@ -195,7 +195,8 @@ class Generation:
                 token, seconds = self._next(running)
                 self.decode_seconds += seconds if token is not None else 0.0
         finally:
-            with suppress(OtherThreadError):  # the thread has ended, and what was suspended with it
+            # As it unwinds, `generate` sets the mode that it found when it began, and this sets the caller's again.
+            with torch.no_grad(), suppress(OtherThreadError):  # the thread has ended, and what was suspended with it
                 if running:
                     running.throw()
 
