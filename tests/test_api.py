@@ -199,7 +199,8 @@ def test_events_count_the_steps_of_each_stage(llama, calibration, tmp_path):
     made = mspc.compress(llama, recipe(calibration), out=tmp_path / "out", progress=events.append)
     stages = {event.stage: [e for e in events if e.stage == event.stage] for event in events}
     assert list(stages) == [
-        "Checking weights", "Trying the dense model", "Copying other weights", "Compressing", "Evaluating",
+        "Checking weights", "Trying the dense model", "Gradients", "Loss curves", "Copying other weights",
+        "Compressing", "Evaluating",
     ]  # fmt: skip
     for of_stage in stages.values():
         assert [event.done for event in of_stage] == list(range(of_stage[0].total + 1))
