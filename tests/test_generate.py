@@ -517,10 +517,13 @@ def started() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
 
 def test_ctrl_c_ends_a_process(started):
-    process = started()
-    first = process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    for _ in range(3):  # on a busy machine a text may end before the signal
+        process = started()
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+        if process.returncode:
+            break
     assert process.returncode == 130
     whole = "".join(mspc.generate(BUNDLED, "def add(", **QUIET))
     assert whole.startswith((first + out).decode())
