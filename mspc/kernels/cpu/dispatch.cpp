@@ -1,0 +1,203 @@
+// Choice of the instruction set, threads, and the product as Python calls it.
+#include <pthread.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "interface.h"
+
+extern const Kernels portable_kernels;
+#ifdef MSPC_X86
+extern const Kernels avx2_kernels, avx512_kernels;
+#endif
+void expand_block(const mspc_matrix &m, int64_t block, float *out);
+
+namespace {
+
+constexpr int64_t kPortable = 0, kAvx2 = 1, kAvx512 = 2;
+
+// Threads that sleep until there is work. Which of them does a piece has no influence on its result.
+class Pool {
+ public:
+  // Call work(context, piece) for every piece, on `threads` threads with the calling one.
+  void run(int64_t threads, int64_t pieces, void (*work)(void *, int64_t), void *context) {
+    if (threads < 2 || pieces < 2 || !in_use_.try_lock()) {  // another product has the threads
+      for (int64_t piece = 0; piece < pieces; piece++) work(context, piece);
+      return;
+    }
+    std::lock_guard<std::mutex> in_use(in_use_, std::adopt_lock);
+    int64_t helpers = smaller(threads, pieces) - 1;
+    while (started_ < helpers) {
+      int64_t number = started_++;
+      std::thread([this, number] { help(number); }).detach();
+    }
+    {
+      std::lock_guard<std::mutex> lock(state_);
+      work_ = work, context_ = context, pieces_ = pieces, wanted_ = helpers, busy_ = helpers;
+      next_.store(0);
+      turn_++;
+    }
+    wake_.notify_all();
+    take();
+    std::unique_lock<std::mutex> lock(state_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void take() {
+    for (int64_t piece; (piece = next_.fetch_add(1)) < pieces_;) work_(context_, piece);
+  }
+
+  void help(int64_t number) {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(state_);
+        wake_.wait(lock, [&] { return turn_ != seen && number < wanted_; });
+        seen = turn_;
+      }
+      take();
+      std::lock_guard<std::mutex> lock(state_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex in_use_, state_;
+  std::condition_variable wake_, done_;
+  std::atomic<int64_t> next_{0};
+  int64_t started_ = 0, pieces_ = 0, wanted_ = 0, busy_ = 0;
+  uint64_t turn_ = 0;
+  void (*work_)(void *, int64_t) = nullptr;
+  void *context_ = nullptr;
+};
+
+// It is never destroyed, because its threads never end. A process that was forked has none of them, and gets a new one.
+std::atomic<Pool *> the_pool{nullptr};
+
+Pool &pool() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+  (void)registered;
+  Pool *found = the_pool.load();
+  if (found) return *found;
+  Pool *fresh = new Pool;
+  if (the_pool.compare_exchange_strong(found, fresh)) return *fresh;
+  delete fresh;
+  return *found;
+}
+
+const Kernels &kernels_of(int64_t isa) {
+#ifdef MSPC_X86
+  if (isa == kAvx512) return avx512_kernels;
+  if (isa == kAvx2) return avx2_kernels;
+#endif
+  (void)isa;
+  return portable_kernels;
+}
+
+// Memory of a thread for prepared inputs, which grows. All of it is zero when it is handed out.
+struct Scratch {
+  char *memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(memory); }
+
+  char *zeroed(size_t bytes) {
+    if (bytes > size) {
+      free(memory);
+      size = (bytes + 4095) / 4096 * 4096;
+      memory = static_cast<char *>(aligned_alloc(64, size));
+      if (!memory) abort();
+    }
+    memset(memory, 0, bytes);
+    return memory;
+  }
+};
+
+size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+Inputs inputs_in(Scratch &scratch, const mspc_matrix &m, int64_t tokens, int64_t planes) {
+  Inputs in{};
+  in.tokens = tokens, in.planes = planes, in.stride = num_positions(m) + 64;
+  size_t count = size_t(tokens * in.stride), chunks = size_t(tokens * num_chunks(m));
+  if (!has_codes(m)) {
+    in.x = reinterpret_cast<float *>(scratch.zeroed(4 * count));
+    return in;
+  }
+  char *memory = scratch.zeroed(2 * rounded(count) + 2 * rounded(4 * chunks));
+  in.high = reinterpret_cast<int8_t *>(memory);
+  in.low = in.high + rounded(count);
+  in.scales = reinterpret_cast<const float *>(in.low + rounded(count));
+  in.sums = reinterpret_cast<const int32_t *>(reinterpret_cast<const char *>(in.scales) + rounded(4 * chunks));
+  return in;
+}
+
+struct Job {
+  const mspc_matrix &m;
+  const Kernels &kernels;
+  const Inputs &in;
+  const Outputs &out;
+  int64_t blocks_of_piece;
+
+  static void work(void *context, int64_t piece) {
+    const Job &job = *static_cast<Job *>(context);
+    int64_t first = piece * job.blocks_of_piece, last = smaller(first + job.blocks_of_piece, num_blocks(job.m));
+    job.kernels.product(job.m, job.in, first, last, job.out);
+  }
+};
+
+struct Expansion {
+  const mspc_matrix &m;
+  int64_t first_block;
+  float *out;
+
+  static void work(void *context, int64_t piece) {
+    const Expansion &job = *static_cast<Expansion *>(context);
+    expand_block(job.m, job.first_block + piece, job.out + piece * kRows * job.m.columns);
+  }
+};
+
+constexpr int64_t kWeightsOfPiece = 1 << 17;  // about 10 microseconds; waking a thread takes as long
+
+}  // namespace
+
+extern "C" {
+
+// 1 if this processor and system run an instruction set (0 portable, 1 AVX2, 2 AVX-512).
+EXPORTED int64_t mspc_has(int64_t isa) {
+  if (isa == kPortable) return 1;
+#ifdef MSPC_X86
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+              __builtin_cpu_supports("f16c");
+  if (isa == kAvx2) return avx2;
+  if (isa == kAvx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+#endif
+  return 0;
+}
+
+// x (tokens, columns) -> y (tokens, rows), float32 or bfloat16. `planes` of inputs of codes: 2 are int16, 1 is int8.
+EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int64_t x_is_bfloat16, int64_t tokens,
+                  const float *bias, void *y, int64_t y_is_bfloat16, int64_t planes, int64_t threads) {
+  static thread_local Scratch scratch;
+  const Kernels &kernels = kernels_of(isa);
+  Inputs in = inputs_in(scratch, *m, tokens, planes);
+  for (int64_t token = 0; token < tokens; token++) kernels.prepare(*m, x, x_is_bfloat16, token, planes, &in);
+  Outputs out{y, y_is_bfloat16, bias};
+  int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(*m));
+  Job job{*m, kernels, in, out, per_piece};
+  pool().run(threads, ceil_div(num_blocks(*m), per_piece), Job::work, &job);
+}
+
+// The weight of some rows, first of them a whole block: float32 (rows, columns), codes times scales rounded once.
+EXPORTED void mspc_expand(const mspc_matrix *m, int64_t first_row, int64_t num_rows, float *out, int64_t threads) {
+  Expansion job{*m, first_row / kRows, out};
+  pool().run(threads, ceil_div(num_rows, kRows), Expansion::work, &job);
+}
+}

@@ -1,0 +1,109 @@
+// What the files of the library share: products with repacked matrices (docs/cpu-kernels.md). Callers check sizes first.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+// A repacked matrix. Its pointers are those of tensors that outlive every call.
+struct mspc_matrix {
+  int64_t rows, columns;
+  int64_t group;      // inputs that share a scale, a divisor of columns; `columns` where there are no codes
+  int64_t structure;  // kDense, kTwoFour, kBitmap
+  int64_t content;    // bits of a code (8, 4, 3, 2), or kBfloat16, kFloat16, kFloat32
+  uint8_t *kept;      // lines of kept weights
+  uint8_t *marks;     // bitmap, or places of 2:4; null if dense
+  int64_t *starts;    // with a bitmap: for each block of 16 rows the first byte of its stream and of its high bits
+  uint16_t *scales;   // float16 (blocks, groups, 16); null without codes
+  uint8_t *zeros;     // (blocks, groups, 16); null if symmetric or without codes
+};
+}
+
+// The inputs of a product in the order of positions, where padding is 0.
+struct Inputs {
+  int64_t tokens;
+  int64_t stride;          // from token to token in planes and x
+  int64_t planes;          // of codes: 1 (int8), or 2 (int16 = 256 high + low)
+  const int8_t *high;      // with two planes the high one, else the only one
+  const int8_t *low;
+  const float *scales;     // (tokens, chunks)
+  const int32_t *sums;     // (tokens, chunks): sum of the integers of a chunk
+  const float *x;          // of values: float32
+};
+
+struct Outputs {
+  void *y;               // (tokens, rows)
+  int64_t is_bfloat16;   // else float32
+  const float *bias;     // (rows,) or null
+};
+
+// What each instruction set has.
+struct Kernels {
+  void (*prepare)(const mspc_matrix &, const void *x, int64_t is_bfloat16, int64_t token, int64_t planes, Inputs *);
+  void (*product)(const mspc_matrix &, const Inputs &, int64_t first_block, int64_t last_block, const Outputs &);
+};
+
+// In each file on its own: the linker must never merge code that was compiled for different instruction sets.
+// For the same reason these files use no inline functions of the standard library.
+namespace {
+
+constexpr int64_t kDense = 0, kTwoFour = 1, kBitmap = 2;
+constexpr int64_t kBfloat16 = 16, kFloat16 = 17, kFloat32 = 32;
+constexpr int64_t kRows = 16;    // rows of a block, one for each lane of 32 bits
+constexpr int64_t kUnit = 32;    // groups are padded to whole units of positions
+constexpr int64_t kChunk = 128;  // most positions whose products are summed as integers
+constexpr int64_t kMostTokens = 4;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool has_codes(const mspc_matrix &m) { return m.content <= 8; }
+inline int64_t num_groups(const mspc_matrix &m) { return m.columns / m.group; }
+inline int64_t padded_group(const mspc_matrix &m) { return ceil_div(m.group, kUnit) * kUnit; }
+inline int64_t num_positions(const mspc_matrix &m) { return num_groups(m) * padded_group(m); }
+inline int64_t num_blocks(const mspc_matrix &m) { return ceil_div(m.rows, kRows); }
+inline int64_t num_chunks(const mspc_matrix &m) { return num_groups(m) * ceil_div(padded_group(m), kChunk); }
+
+inline float float_of(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float from_bfloat16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
+
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits = bits_of(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_float16(uint16_t half) {
+  uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest >= 0x400) return float_of(sign | ((rest << 13) + (112u << 23)));
+  float value = float(rest) * 5.9604644775390625e-8f;  // 2^-24
+  return sign ? -value : value;
+}
+
+// The sums of a block, one for each of its rows, rounded once.
+inline void store(const mspc_matrix &m, const Outputs &out, int64_t token, int64_t block, const float *sums) {
+  int64_t first = block * kRows, count = smaller(kRows, m.rows - first);
+  for (int64_t row = 0; row < count; row++) {
+    float value = out.bias ? sums[row] + out.bias[first + row] : sums[row];
+    int64_t at = token * m.rows + first + row;
+    if (out.is_bfloat16)
+      static_cast<uint16_t *>(out.y)[at] = to_bfloat16(value);
+    else
+      static_cast<float *>(out.y)[at] = value;
+  }
+}
+
+}  // namespace
