@@ -13,13 +13,13 @@
 
 extern const Kernels portable_kernels;
 #ifdef MSPC_X86
-extern const Kernels avx2_kernels, avx512_kernels;
+extern const Kernels avx512_kernels;
 #endif
 void expand_block(const mspc_matrix &m, int64_t block, float *out);
 
 namespace {
 
-constexpr int64_t kPortable = 0, kAvx2 = 1, kAvx512 = 2;
+constexpr int64_t kPortable = 0, kAvx512 = 1;
 
 // Threads that sleep until there is work. Which of them does a piece has no influence on its result.
 class Pool {
@@ -93,7 +93,6 @@ Pool &pool() {
 const Kernels &kernels_of(int64_t isa) {
 #ifdef MSPC_X86
   if (isa == kAvx512) return avx512_kernels;
-  if (isa == kAvx2) return avx2_kernels;
 #endif
   (void)isa;
   return portable_kernels;
@@ -166,16 +165,13 @@ constexpr int64_t kWeightsOfPiece = 1 << 17;  // about 10 microseconds; waking a
 
 extern "C" {
 
-// 1 if this processor and system run an instruction set (0 portable, 1 AVX2, 2 AVX-512).
+// 1 if this processor and system run an instruction set (0 portable, 1 AVX-512).
 EXPORTED int64_t mspc_has(int64_t isa) {
   if (isa == kPortable) return 1;
 #ifdef MSPC_X86
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-              __builtin_cpu_supports("f16c");
-  if (isa == kAvx2) return avx2;
   if (isa == kAvx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
 #endif
@@ -183,13 +179,13 @@ EXPORTED int64_t mspc_has(int64_t isa) {
 }
 
 // x (tokens, columns) -> y (tokens, rows), float32 or bfloat16. `planes` of inputs of codes: 2 are int16, 1 is int8.
-EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int64_t x_is_bfloat16, int64_t tokens,
-                  const float *bias, void *y, int64_t y_is_bfloat16, int64_t planes, int64_t threads) {
+EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens,
+                  void *y, int64_t planes, int64_t threads) {
   static thread_local Scratch scratch;
   const Kernels &kernels = kernels_of(isa);
   Inputs in = inputs_in(scratch, *m, tokens, planes);
-  for (int64_t token = 0; token < tokens; token++) kernels.prepare(*m, x, x_is_bfloat16, token, planes, &in);
-  Outputs out{y, y_is_bfloat16, bias};
+  for (int64_t token = 0; token < tokens; token++) kernels.prepare(*m, x, is_bfloat16, token, planes, &in);
+  Outputs out{y, is_bfloat16};
   int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(*m));
   Job job{*m, kernels, in, out, per_piece};
   pool().run(threads, ceil_div(num_blocks(*m), per_piece), Job::work, &job);

@@ -34,9 +34,8 @@ struct Inputs {
 };
 
 struct Outputs {
-  void *y;               // (tokens, rows)
-  int64_t is_bfloat16;   // else float32
-  const float *bias;     // (rows,) or null
+  void *y;              // (tokens, rows)
+  int64_t is_bfloat16;  // else float32
 };
 
 // What each instruction set has.
@@ -97,12 +96,11 @@ inline float from_float16(uint16_t half) {
 inline void store(const mspc_matrix &m, const Outputs &out, int64_t token, int64_t block, const float *sums) {
   int64_t first = block * kRows, count = smaller(kRows, m.rows - first);
   for (int64_t row = 0; row < count; row++) {
-    float value = out.bias ? sums[row] + out.bias[first + row] : sums[row];
     int64_t at = token * m.rows + first + row;
     if (out.is_bfloat16)
-      static_cast<uint16_t *>(out.y)[at] = to_bfloat16(value);
+      static_cast<uint16_t *>(out.y)[at] = to_bfloat16(sums[row]);
     else
-      static_cast<float *>(out.y)[at] = value;
+      static_cast<float *>(out.y)[at] = sums[row];
   }
 }
 
