@@ -1,7 +1,8 @@
 """Products with matrices that stay compressed. Every format has a module with the functions of `Kernel`.
 
 The tensors of docs/sparse-format.md are repacked once for the device, with the bytes of the file and a little padding,
-and unrepacked to be saved. `dispatch` calls the kernels on a GPU, and `reference`, which is slow, elsewhere.
+and unrepacked to be saved. `dispatch` calls the kernels of a GPU there, and `reference`, which is slow, elsewhere. On a
+CPU `cpu` takes all formats, where its library can be built.
 """
 
 from typing import Protocol
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import bitmap, codes, nm, sparse24
+from mspc.kernels.cpu import kernel as cpu
 
-__all__ = ["KERNELS", "Kernel", "kernel_for"]
+__all__ = ["KERNELS", "ON_CPU", "Kernel", "kernel_for"]
 
 
 class Kernel(Protocol):
@@ -38,9 +40,11 @@ class Kernel(Protocol):
 
 
 KERNELS: dict[str, Kernel] = {"sparse24": sparse24, "nm": nm, "codes": codes, "bitmap": bitmap}
-"""Kernels by name, the fastest first where several support a matrix."""
+"""Kernels of GPUs by name, the fastest first where several support a matrix."""
+ON_CPU: dict[str, Kernel] = {"cpu": cpu}
 
 
-def kernel_for(matrix: StoredMatrix, dtype: torch.dtype) -> str | None:
-    """The name of the fastest kernel for inputs of this dtype, or None if no kernel supports them."""
-    return next((name for name, kernel in KERNELS.items() if kernel.supports(matrix, dtype)), None)
+def kernel_for(matrix: StoredMatrix, dtype: torch.dtype, device: str = "cuda") -> str | None:
+    """The name of the fastest kernel for inputs of this dtype on a type of device, or None if no kernel supports them."""
+    kernels = ON_CPU if device == "cpu" else KERNELS
+    return next((name for name, kernel in kernels.items() if kernel.supports(matrix, dtype)), None)

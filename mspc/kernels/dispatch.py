@@ -2,14 +2,15 @@
 
     fused        the kernel of the format, which reads the compressed weight once; for up to its MAX_TOKENS
     expanded     the dense weight is written to a temporary buffer, and torch multiplies; for any number of tokens. It
-                 moves the dense weight twice more than a dense model does, so it is slower at tens of tokens
+                 moves the dense weight twice more than a dense model does, so it is slower at tens of tokens. On a CPU
+                 the buffer is a strip of rows that stays in the cache
     cusparselt   sparse tensor cores, for bfloat16 matrices of 2:4 and many tokens, if their copy of the weight is held
 
 A schedule holds these choices. `guessed` needs no measurement; `measure` times all methods on the device and writes the
 fastest to the user's cache (`timings`). A schedule is made before the product, which can therefore be traced.
 
-Here, and only here, a product runs in Triton or in torch: in Triton where the tensors are on a GPU (or its interpreter
-is on), else by `reference`.
+Here, and only here, a product runs in Triton, in C++ or in torch: in Triton where the tensors are on a GPU (or its
+interpreter is on), in C++ where they were repacked for the CPU, else by `reference`.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch.nn.functional import linear
 
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import Kernel, cusparselt, reference, timings
+from mspc.kernels.cpu import kernel as cpu
 from mspc.kernels.launch import launches
 from mspc.kernels.timings import Choice
 
@@ -45,9 +47,11 @@ def multiply(choice: Choice, x: Tensor, kernel: Kernel, repacked: dict[str, Tens
     if choice.method == "cusparselt":
         return cusparselt.matmul(x, repacked[COPY], choice.algorithm)
     if choice.method == "expanded":
+        if kernel is cpu:
+            return cpu.multiply_expanded(x, repacked, matrix)
         return linear(x, expand(kernel, repacked, matrix, x.dtype))
     assert choice.method == "fused"
-    if launches(x):
+    if kernel is cpu or launches(x):
         return kernel.matmul(x, repacked, matrix)
     return reference.matmul(x, kernel.unrepack(repacked, matrix), matrix)
 
@@ -55,7 +59,7 @@ def multiply(choice: Choice, x: Tensor, kernel: Kernel, repacked: dict[str, Tens
 def expand(kernel: Kernel, repacked: dict[str, Tensor], matrix: StoredMatrix, dtype: torch.dtype) -> Tensor:
     """The dense weight (O, I) on the device of the repacked tensors, rounded to `dtype`."""
     weight = torch.empty(matrix.shape, dtype=dtype, device=device_of(repacked))
-    if launches(weight):
+    if kernel is cpu or launches(weight):
         kernel.expand(repacked, matrix, weight)
     else:
         weight.copy_(reference.weight(kernel.unrepack(repacked, matrix), matrix))

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from mspc.formats.decoding import STRIP, check_indices, decode_rows, strips
 from mspc.formats.description import StoredMatrix, check_types, types_of
-from mspc.kernels import KERNELS, Kernel, dispatch, kernel_for
+from mspc.kernels import KERNELS, ON_CPU, Kernel, dispatch, kernel_for
 from mspc.kernels.launch import compiles_for
 from mspc.kernels.timings import Choice
 
@@ -21,7 +21,7 @@ class SparseLinear(nn.Module):
     """y = x Wᵀ + bias, with W (O, I) as `matrix` describes it.
 
     Its buffers are the stored tensors under their stored names, on meta until it is loaded. `prepare`, or moving the
-    layer to a GPU, replaces them by the tensors that a kernel repacks them to. A state dict holds what the export
+    layer, replaces them by the tensors that a kernel of its device repacks them to. A state dict holds what the export
     holds, either way. Buffers move with the module, and are never cast.
     """
 
@@ -64,22 +64,23 @@ class SparseLinear(nn.Module):
     def kernel(self) -> Kernel:
         """The kernel of a prepared layer. The layer holds its name, because a module cannot be copied or pickled."""
         assert self.kernel_name is not None
-        return KERNELS[self.kernel_name]
+        return (KERNELS | ON_CPU)[self.kernel_name]
 
     def repacked(self) -> dict[str, Tensor]:
         """The tensors of a prepared layer, as its kernel reads them."""
         return dict(self.named_buffers(recurse=False))
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Repack the tensors, where they are, for a kernel for inputs of this dtype, if there is one."""
-        kernel_name = kernel_for(self.matrix, dtype)
-        if kernel_name is None or self.prepared_for == dtype:
+    def prepare(self, dtype: torch.dtype, device: str = "cuda") -> None:
+        """Repack the tensors, where they are, for a kernel of a type of device and inputs of this dtype, if any."""
+        kernel_name = kernel_for(self.matrix, dtype, device)
+        for_other_device = self.kernel_name is not None and (self.kernel_name in ON_CPU) != (device == "cpu")
+        if kernel_name is None or self.prepared_for == dtype or for_other_device:
             return
         if self.prepared_for is None:  # codes are repacked alike for every dtype, and values have kernels for one only
             stored = self.stored()
-            repacked = KERNELS[kernel_name].repack({part: t.cpu() for part, t in stored.items()}, self.matrix)
-            device = next(iter(stored.values())).device
-            self._hold({name: tensor.to(device) for name, tensor in repacked.items()})
+            repacked = (KERNELS | ON_CPU)[kernel_name].repack({part: t.cpu() for part, t in stored.items()}, self.matrix)
+            where = next(iter(stored.values())).device
+            self._hold({name: tensor.to(where) for name, tensor in repacked.items()})
         self.prepared_for, self.kernel_name = dtype, kernel_name
         self._add_copy_and_schedule(measured=False)
 
@@ -159,13 +160,17 @@ class SparseLinear(nn.Module):
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        dtype = self.prepared_for
-        if dtype is not None:
-            self._hold(self.stored())
-            self.prepared_for, self.kernel_name = None, None
+        dtype, device = self.prepared_for, "cpu" if self.kernel_name in ON_CPU else "cuda"
+        self._unprepare()
         super()._load_from_state_dict(*args)
         if dtype is not None:
-            self.prepare(dtype)
+            self.prepare(dtype, device)
+
+    def _unprepare(self) -> None:
+        """Hold the tensors as they are stored."""
+        if self.prepared_for is not None:
+            self._hold(self.stored())
+            self.prepared_for, self.kernel_name = None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
@@ -176,16 +181,22 @@ class SparseLinear(nn.Module):
             return tensor.to(moved.device) if cast_too else moved
 
         inputs = next(self.buffers(recurse=False)).new_empty(0, dtype=self.prepared_for or self.matrix.dtype)
+        moved = fn(inputs)
+        if moved.device.type != inputs.device.type and "cpu" in (moved.device.type, inputs.device.type):
+            self._unprepare()
+            buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
         super()._apply(move, recurse)
-        prepare(self, fn(inputs).dtype)
+        prepare(self, moved.dtype)
         return self
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Prepare every layer of a model that is on a GPU which runs the kernels (see `SparseLinear.prepare`)."""
+    """Prepare every layer of a model that is on a CPU, or on a GPU which runs the kernels (`SparseLinear.prepare`)."""
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and compiles_for(next(layer.buffers(recurse=False)).device):
-            layer.prepare(dtype)
+        if isinstance(layer, SparseLinear):
+            device = next(layer.buffers(recurse=False)).device
+            if device.type == "cpu" or compiles_for(device):
+                layer.prepare(dtype, device.type)
 
 
 def multiply_in_strips(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:

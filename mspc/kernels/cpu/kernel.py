@@ -239,7 +239,9 @@ def product(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix, planes
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O)."""
+    """x (T, I) -> x Wᵀ (T, O). Gradients go through the expanded weight."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return multiply_expanded(x, repacked, matrix)
     return product(x, repacked, matrix)
 
 
