@@ -149,6 +149,13 @@ def test_what_is_made_on_the_way_is_no_larger_than_a_strip(pattern, grid, monkey
 
 # Whole models: every matrix has another pattern or grid.
 
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded matrices stay as they are stored; `test_cpu_kernels` has those that are repacked."""
+    monkeypatch.setenv("MSPC_CPU_ISA", "torch")
+
+
 CHOICES = [
     *(Target(pattern, grid) for pattern in (Unstructured(0.5), NM(2, 4), NM(8, 16), Unstructured(0.0))
       for grid in (None, Grid(8, 32), Grid(4, 16, False), Grid(3, None), Grid(2, 16), Grid(4, None, False))),
@@ -286,14 +293,14 @@ def test_logits_in_half_precision_are_near(case):
     assert (got - expected).norm() < 0.02 * expected.norm()
 
 
-def test_generation_is_that_of_the_dense_export(case):
+def test_generation_is_that_of_the_dense_export(case, in_torch):
     dense = AutoModelForCausalLM.from_pretrained(case.dense, dtype=torch.float32)
     prompt = {"input_ids": case.ids[:, :5], "attention_mask": torch.ones(3, 5, dtype=torch.int64)}
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     assert torch.equal(mspc.load(case.sparse).generate(**prompt, **settings), dense.generate(**prompt, **settings))
 
 
-def test_a_model_holds_the_bytes_of_the_file_and_no_more(case):
+def test_a_model_holds_the_bytes_of_the_file_and_no_more(case, in_torch):
     """No overhead at all: the tensors of the layers are those of the files."""
     stored = tiny.tensors(case.sparse)
     described = json.loads((case.sparse / "config.json").read_text())["quantization_config"]["matrices"]
@@ -319,7 +326,7 @@ def pruned(calibration, tmp_path_factory) -> list[tuple[Path, Path]]:
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_loading_makes_no_dense_matrix(loader, number, pruned, monkeypatch):
+def test_loading_makes_no_dense_matrix(loader, number, pruned, monkeypatch, in_torch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads would not be watched
     with Watch() as watch:
         model = LOADERS[loader](*pruned[number])

@@ -21,7 +21,7 @@ class SparseLinear(nn.Module):
     """y = x Wᵀ + bias, with W (O, I) as `matrix` describes it.
 
     Its buffers are the stored tensors under their stored names, on meta until it is loaded. `prepare`, or moving the
-    layer, replaces them by the tensors that a kernel of its device repacks them to. A state dict holds what the export
+    layer to a GPU, replaces them by the tensors that a kernel repacks them to. A state dict holds what the export
     holds, either way. Buffers move with the module, and are never cast.
     """
 
@@ -186,7 +186,8 @@ class SparseLinear(nn.Module):
             self._unprepare()
             buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
         super()._apply(move, recurse)
-        prepare(self, moved.dtype)
+        if self.kernel_name in ON_CPU or moved.device.type != "cpu" or compiles_for(moved.device):
+            prepare(self, moved.dtype)
         return self
 
 
@@ -195,8 +196,10 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
             device = next(layer.buffers(recurse=False)).device
-            if device.type == "cpu" or compiles_for(device):
-                layer.prepare(dtype, device.type)
+            if compiles_for(device):
+                layer.prepare(dtype)
+            elif device.type == "cpu":
+                layer.prepare(dtype, "cpu")
 
 
 def multiply_in_strips(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:
