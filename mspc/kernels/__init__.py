@@ -45,6 +45,6 @@ ON_CPU: dict[str, Kernel] = {"cpu": cpu}
 
 
 def kernel_for(matrix: StoredMatrix, dtype: torch.dtype, device: str = "cuda") -> str | None:
-    """The name of the fastest kernel for inputs of this dtype on a type of device, or None if no kernel supports them."""
+    """The name of the fastest kernel for inputs of this dtype on a type of device, or None if none supports them."""
     kernels = ON_CPU if device == "cpu" else KERNELS
     return next((name for name, kernel in kernels.items() if kernel.supports(matrix, dtype)), None)

@@ -122,7 +122,8 @@ def build(compiler: str, sources: dict[str, tuple[str, ...]], flags: tuple[str, 
             )
             for name, of_isa in sources.items()
         ]
-        if any([job.wait() for job in jobs]):
+        failed = [job.wait() for job in jobs]
+        if any(failed):
             raise OSError(f"{compiler} cannot compile {FOLDER}")
         objects = [f"{folder}/{name}.o" for name in sources]
         shared = ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc"]
