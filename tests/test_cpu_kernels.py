@@ -223,7 +223,7 @@ def test_a_layer_is_copied_cast_and_gives_gradients_to_its_inputs(built):
 @pytest.mark.parametrize("recipe", [{"pattern": "2:4", "bits": 4}, {"sparsity": 0.6, "bits": 3}], ids=str)
 def test_a_loaded_model_runs_in_it(recipe, built, artifact_of, tmp_path):
     """Oracle: the same model in plain torch, whose weights are rounded to the same dtype, float32."""
-    artifact = artifact_of("llama", **recipe)
+    artifact = artifact_of("llama", solver="mask", **recipe)
     model = mspc.load(artifact.path, "cpu")
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
     assert layers
@@ -258,8 +258,8 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, tmp_path,
         prepare(layer, FP32)
         assert layer.prepared_for is None
         assert [record.message for record in caplog.records] == [
-            "Compressed layers run in plain torch on this CPU, many times slower than in C++: there is no C++ compiler. "
-            "Install g++ 11 or newer, or a wheel of mspc that holds nothing.so."
+            "Compressed layers run in plain torch on this CPU, many times slower than in C++: there is no C++ "
+            "compiler. Install g++ 11 or newer, or a wheel of mspc that holds nothing.so."
         ]
     finally:
         library._loaded.cache_clear()

@@ -78,9 +78,8 @@ class SparseLinear(nn.Module):
             return
         if self.prepared_for is None:  # codes are repacked alike for every dtype, and values have kernels for one only
             stored = self.stored()
-            repacked = (KERNELS | ON_CPU)[kernel_name].repack(
-                {part: t.cpu() for part, t in stored.items()}, self.matrix
-            )
+            kernel = (KERNELS | ON_CPU)[kernel_name]
+            repacked = kernel.repack({part: t.cpu() for part, t in stored.items()}, self.matrix)
             where = next(iter(stored.values())).device
             self._hold({name: tensor.to(where) for name, tensor in repacked.items()})
         self.prepared_for, self.kernel_name = dtype, kernel_name

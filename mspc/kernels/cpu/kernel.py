@@ -227,6 +227,7 @@ def _call(name: str, matrix: Matrix, *arguments: int) -> None:
     getattr(loaded, f"mspc_{name}")(ctypes.byref(matrix), *arguments)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph ends here
 def product(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix, planes: int = 2) -> Tensor:
     """x (T, I), float32 or bfloat16 -> x Wᵀ (T, O), on as many threads as torch has, which change no bit of it."""
     if x.shape[1:] != matrix.shape[1:] or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
@@ -245,6 +246,7 @@ def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tens
     return product(x, repacked, matrix)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def expand_rows(repacked: dict[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
     """The weight of some rows, the first of a block: (R, I) in float32, codes times scales rounded once."""
     out = torch.empty(last - first, matrix.shape[1])
