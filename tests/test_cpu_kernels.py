@@ -79,7 +79,7 @@ def inputs(num_tokens: int, num_columns: int, dtype: torch.dtype = FP32) -> Tens
 
 
 def bound(x: Tensor, weight: Tensor, matrix: StoredMatrix, planes: int) -> Tensor:
-    """Of the error of x Wᵀ."""
+    """The largest possible error of x Wᵀ."""
     sizes, found = x.double().abs() @ weight.double().abs().T, 0
     if matrix.grid is not None:
         for of_x, of_w in zip(chunks(x, matrix), chunks(weight, matrix), strict=True):

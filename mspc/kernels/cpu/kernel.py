@@ -3,7 +3,7 @@
     kept      uint8 (n,): lines of kept weights, and 128 bytes more, which may be read ahead
     marks     uint8 (blocks, steps, lanes / 8): the bitmap; 2:4 (blocks, units, 64): two bits a kept weight
     starts    int64 (2 blocks + 1,), with a bitmap: where in `kept` each block and its high bits begin, and the end
-    scales    float16 (blocks, groups, 16 rows), zeros uint8 likewise if asymmetric
+    scales    float16 (blocks, groups, 16 rows), zeros uint8 of the same shape if asymmetric
 
 N:M patterns other than 2:4 become a bitmap. Codes are multiplied as integers. Inputs are rounded to 16 bits in each
 group (chunks of 128 at most) as two planes of 8; `planes=1` rounds them to 8. Values are multiplied in float32.
@@ -204,7 +204,7 @@ def _streams_fit(repacked: dict[str, Tensor], matrix: StoredMatrix) -> bool:
 
 
 def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
-    """What the library needs to know; checked once for the same tensors."""
+    """The description that the library reads; checked once for the same tensors."""
     key = matrix, tuple((part, tensor.data_ptr(), tensor.shape) for part, tensor in repacked.items())
     known = _descriptions.get(repacked["kept"]) if "kept" in repacked else None
     if known is None or known[0] != key:

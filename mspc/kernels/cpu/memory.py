@@ -12,7 +12,7 @@ _MADV_HUGEPAGE = 14
 
 _lock = Lock()
 _block = torch.empty(0, dtype=torch.uint8)
-"""What is left of the last block. Matrices share blocks, because most are no whole pages."""
+"""The rest of the last block. Matrices share blocks, because most are no whole pages."""
 
 
 def zeros(num_bytes: int) -> Tensor:
@@ -27,7 +27,7 @@ def zeros(num_bytes: int) -> Tensor:
 
 
 def _huge(num_bytes: int) -> Tensor:
-    """uint8 (num_bytes,) of whole pages, none of which was touched. Linux gives them at the first touch, if it can."""
+    """uint8 (num_bytes,) of whole pages that nothing has touched. Linux gives them at the first touch, if it can."""
     memory = torch.empty(num_bytes + PAGE, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][:num_bytes]
     if sys.platform == "linux":
