@@ -121,7 +121,7 @@ def test_a_layer_multiplies_any_number_of_tokens(matrix, dtype, isa):
     """Above 8 tokens inputs are not rounded, and the weight is that of the checkpoint's dtype."""
     tensors = stored(matrix)
     layer = SparseLinear.of(tensors, matrix, nn.Parameter(torch.arange(matrix.shape[0]).to(dtype)))
-    prepare(layer, dtype)
+    prepare(layer, dtype, on_cpu=True)
     assert layer.kernel is kernel
     assert torch.equal(layer.weight, weight_of(tensors, matrix).to(matrix.dtype))
     eps = float(torch.finfo(dtype).eps)
@@ -208,7 +208,7 @@ def test_a_layer_is_copied_cast_and_gives_gradients_to_its_inputs(built):
     """Oracle: the layer before it was prepared."""
     matrix = StoredMatrix((20, 128), HALF, Grid(4, 64), BF16)
     plain, layer = (SparseLinear.of(stored(matrix), matrix) for _ in range(2))
-    prepare(layer, FP32)
+    prepare(layer, FP32, on_cpu=True)
     x = inputs(2, 128).requires_grad_()
     y = layer(x)
     torch.testing.assert_close(y, plain(x))
@@ -255,7 +255,7 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, tmp_path,
         matrix = StoredMatrix((16, 128), HALF, Grid(4), BF16)
         assert not kernel.supports(matrix, FP32)
         layer = SparseLinear.of(stored(matrix), matrix)
-        prepare(layer, FP32)
+        prepare(layer, FP32, on_cpu=True)
         assert layer.prepared_for is None
         assert [record.message for record in caplog.records] == [
             "Compressed layers run in plain torch on this CPU, many times slower than in C++: there is no C++ "

@@ -204,6 +204,9 @@ def model_decoder(folder: Path, length: int, device: torch.device, operations: O
         model = load(folder, "cpu", dtype)
         layers = model.model.layers
         for index, layer in enumerate(layers):
+            for module in layer.modules():
+                if isinstance(module, SparseLinear):
+                    module.unprepare()
             blocks.append(_block_of(layer).to(device))
             tune(blocks[-1], dtype)
             layers[index] = nn.Identity()

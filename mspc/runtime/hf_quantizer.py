@@ -69,7 +69,7 @@ class SparseQuantizer(HfQuantizer):
             if not any(tensor.is_meta for tensor in layer.stored().values()):  # offloaded to disk
                 layer.check(name)
                 check_finite(layer.stored(), name)
-        prepare(model, model.dtype)
+        prepare(model, model.dtype, on_cpu=True)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

@@ -162,12 +162,12 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         dtype, device = self.prepared_for, "cpu" if self.kernel_name in ON_CPU else "cuda"
-        self._unprepare()
+        self.unprepare()
         super()._load_from_state_dict(*args)
         if dtype is not None:
             self.prepare(dtype, device)
 
-    def _unprepare(self) -> None:
+    def unprepare(self) -> None:
         """Hold the tensors as they are stored."""
         if self.prepared_for is not None:
             self._hold(self.stored())
@@ -184,22 +184,21 @@ class SparseLinear(nn.Module):
         inputs = next(self.buffers(recurse=False)).new_empty(0, dtype=self.prepared_for or self.matrix.dtype)
         moved = fn(inputs)
         if moved.device.type != inputs.device.type and "cpu" in (moved.device.type, inputs.device.type):
-            self._unprepare()
+            self.unprepare()
             buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
         super()._apply(move, recurse)
-        if self.kernel_name in ON_CPU or moved.device.type != "cpu" or compiles_for(moved.device):
-            prepare(self, moved.dtype)
+        prepare(self, moved.dtype, on_cpu=self.kernel_name in ON_CPU)
         return self
 
 
-def prepare(model: nn.Module, dtype: torch.dtype) -> None:
-    """Prepare every layer of a model that is on a CPU, or on a GPU which runs the kernels (`SparseLinear.prepare`)."""
+def prepare(model: nn.Module, dtype: torch.dtype, on_cpu: bool = False) -> None:
+    """Prepare every layer of a model on a GPU that runs the kernels, or on a CPU if asked (`SparseLinear.prepare`)."""
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
             device = next(layer.buffers(recurse=False)).device
             if compiles_for(device):
                 layer.prepare(dtype)
-            elif device.type == "cpu":
+            elif on_cpu and device.type == "cpu":
                 layer.prepare(dtype, "cpu")
 
 

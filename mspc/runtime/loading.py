@@ -85,7 +85,7 @@ def load(
     model.requires_grad_(False)
     if device_map is None:
         model = model.to(main_device)
-    prepare(model, model.dtype)
+    prepare(model, model.dtype, on_cpu=True)
     if prefill == "cusparselt":
         _use_cusparselt(model, folder)
     return model
