@@ -5,9 +5,9 @@
 
 namespace {
 
-constexpr int64_t kNear = 4096, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
+constexpr int64_t kNear = 2048, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
 
-inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_T1); }
+inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_NTA); }
 
 // Bits of the fields of a byte, and fields.
 template <int64_t kBits>
@@ -34,16 +34,26 @@ inline __m512i codes_of(const uint8_t *lines) {
 }
 
 // Sums of one token: integers of the high plane, or the only one, and of the low plane; and of kept inputs at 2:4.
-template <int64_t kPlanes, bool kOfKept>
+// Successive steps add to different sums in turn, as one sum would wait for itself.
+template <int64_t kPlanes, bool kOfKept, int64_t kTurns>
 struct Sums {
-  __m512i of[kPlanes], kept[kOfKept ? kPlanes : 1];
+  __m512i of[kTurns][kPlanes], kept[kOfKept ? kTurns : 1][kPlanes];
+
+  static constexpr int64_t kOfTurns = kTurns;
 
   inline void clear() {
-    for (int64_t p = 0; p < kPlanes; p++) of[p] = _mm512_setzero_si512();
-    for (int64_t p = 0; p < (kOfKept ? kPlanes : 1); p++) kept[p] = _mm512_setzero_si512();
+    for (int64_t p = 0; p < kPlanes; p++) {
+      for (int64_t i = 0; i < kTurns; i++) of[i][p] = _mm512_setzero_si512();
+      for (int64_t i = 0; i < (kOfKept ? kTurns : 1); i++) kept[i][p] = _mm512_setzero_si512();
+    }
   }
-  static inline __m512i together(const __m512i *planes) {
-    return kPlanes == 1 ? planes[0] : _mm512_add_epi32(_mm512_slli_epi32(planes[0], 8), planes[kPlanes - 1]);
+  static inline __m512i together(const __m512i (*turns)[kPlanes]) {
+    __m512i high = turns[0][0], low = turns[0][kPlanes - 1];
+    for (int64_t i = 1; i < kTurns; i++) {
+      high = _mm512_add_epi32(high, turns[i][0]);
+      low = _mm512_add_epi32(low, turns[i][kPlanes - 1]);
+    }
+    return kPlanes == 1 ? high : _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
   }
   // The sum of (code - zero) x.
   inline __m512i total(__m512i zeros, int32_t sum_of_inputs) const {
@@ -87,9 +97,12 @@ struct DenseLines {
   template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
   inline void step(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
     __m512i codes = codes_of<kBits, kStep % 4>(lines + kStep / 4 * 32 * kBits);
-    for (int64_t t = 0; t < kTokens; t++)
-      for (int64_t p = 0; p < kPlanes; p++)
-        sums[t].of[p] = _mm512_dpbusd_epi32(sums[t].of[p], codes, four_inputs(x.of[p][t] + position + 4 * kStep));
+    for (int64_t t = 0; t < kTokens; t++) {
+      for (int64_t p = 0; p < kPlanes; p++) {
+        __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
+        of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
+      }
+    }
   }
 
   template <int64_t kTokens, int64_t kPlanes, class Sums>
@@ -120,8 +133,9 @@ struct TwoFourLines {
     for (int64_t t = 0; t < kTokens; t++) {
       for (int64_t p = 0; p < kPlanes; p++) {
         __m512i chosen = _mm512_shuffle_epi8(sixteen_inputs(x.of[p][t] + position + kStep / 2 * 16), from);
-        sums[t].of[p] = _mm512_dpbusd_epi32(sums[t].of[p], codes, chosen);
-        sums[t].kept[p] = _mm512_dpbusd_epi32(sums[t].kept[p], _mm512_set1_epi8(1), chosen);
+        __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p], &kept = sums[t].kept[kStep % Sums::kOfTurns][p];
+        of = _mm512_dpbusd_epi32(of, codes, chosen);
+        kept = _mm512_dpbusd_epi32(kept, _mm512_set1_epi8(1), chosen);
       }
     }
   }
@@ -172,9 +186,12 @@ struct Expanded {
     __m512i codes = _mm512_mask_expand_epi8(zeros, mask, field<kBits, kStep>(_mm512_loadu_si512(from)));
     from += count;
     if (kBits == 3) codes = _mm512_or_si512(codes, _mm512_maskz_mov_epi8(spread(mask, count), _mm512_set1_epi8(4)));
-    for (int64_t t = 0; t < kTokens; t++)
-      for (int64_t p = 0; p < kPlanes; p++)
-        sums[t].of[p] = _mm512_dpbusd_epi32(sums[t].of[p], codes, four_inputs(x.of[p][t] + position + 4 * kStep));
+    for (int64_t t = 0; t < kTokens; t++) {
+      for (int64_t p = 0; p < kPlanes; p++) {
+        __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
+        of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
+      }
+    }
   }
 
   template <int64_t kTokens, int64_t kPlanes, class Sums>
@@ -200,7 +217,7 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
     if (m.zeros) zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(m.zeros + grid)));
     lines.set_zeros(zeros);
     for (int64_t first = 0; first < padded; first += kChunk, chunk++) {
-      Sums<kPlanes, Lines::kOfKept> sums[kTokens];
+      Sums<kPlanes, Lines::kOfKept, kTokens == 1 ? 2 : 1> sums[kTokens];
       for (int64_t t = 0; t < kTokens; t++) sums[t].clear();
       for (int64_t last = position + smaller(kChunk, padded - first); position < last; position += kUnit)
         lines.unit(x, position, sums);
