@@ -6,6 +6,7 @@ import torch
 
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import kernel_for
+from mspc.kernels.cpu.library import may_be_had
 
 
 def slow_note(matrices: Sequence[StoredMatrix], device: str) -> str | None:
@@ -13,8 +14,13 @@ def slow_note(matrices: Sequence[StoredMatrix], device: str) -> str | None:
     compressed = [matrix for matrix in matrices if matrix.grid or matrix.has_mask or matrix.has_indices]
     if not compressed:
         return None
+    if device == "cpu" and may_be_had():
+        return None
     if device != "cuda":
-        return "Speed: on a CPU compressed layers are slower than dense ones. --export dense avoids that, at full size."
+        return (
+            "Speed: in plain torch compressed layers are slower than dense ones. --export dense avoids that, at full "
+            "size."
+        )
     kernels = [(matrix, kernel_for(matrix, _dtype_on_gpu(matrix))) for matrix in compressed]
     masked = sum(name == "bitmap" and matrix.grid is not None for matrix, name in kernels)
     without = sum(name is None for _, name in kernels)

@@ -39,6 +39,12 @@ class Matrix(ctypes.Structure):
     ]
 
 
+def may_be_had() -> bool:
+    """Tell if `library` should find the library, or a compiler to build it with."""
+    shipped = (FOLDER / NAME).is_file()
+    return os.environ.get("MSPC_CPU_ISA") != "torch" and (shipped or _compiler() is not None)
+
+
 def library() -> ctypes.CDLL | None:
     """The library, or None if MSPC_CPU_ISA is torch, or it is not there and cannot be built."""
     return None if os.environ.get("MSPC_CPU_ISA") == "torch" else _loaded()
@@ -93,9 +99,13 @@ def _loaded() -> ctypes.CDLL | None:
     return loaded
 
 
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
 def _built() -> Path:
     """The library in the cache, built if it is not there. Raises OSError or SubprocessError."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = _compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler")
     said = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
