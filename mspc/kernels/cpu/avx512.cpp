@@ -85,6 +85,17 @@ inline __m512i sixteen_inputs(const int8_t *x) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)));
 }
 
+// Add the products of the codes of a step, one for every position, with the inputs of all tokens.
+template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
+inline void add_products(__m512i codes, const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
+  for (int64_t t = 0; t < kTokens; t++) {
+    for (int64_t p = 0; p < kPlanes; p++) {
+      __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
+      of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
+    }
+  }
+}
+
 // A stream of dense lines, four steps at a time.
 template <int64_t kBits>
 struct DenseLines {
@@ -97,12 +108,7 @@ struct DenseLines {
   template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
   inline void step(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
     __m512i codes = codes_of<kBits, kStep % 4>(lines + kStep / 4 * 32 * kBits);
-    for (int64_t t = 0; t < kTokens; t++) {
-      for (int64_t p = 0; p < kPlanes; p++) {
-        __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
-        of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
-      }
-    }
+    add_products<kStep>(codes, x, position, sums);
   }
 
   template <int64_t kTokens, int64_t kPlanes, class Sums>
@@ -186,12 +192,7 @@ struct Expanded {
     __m512i codes = _mm512_mask_expand_epi8(zeros, mask, field<kBits, kStep>(_mm512_loadu_si512(from)));
     from += count;
     if (kBits == 3) codes = _mm512_or_si512(codes, _mm512_maskz_mov_epi8(spread(mask, count), _mm512_set1_epi8(4)));
-    for (int64_t t = 0; t < kTokens; t++) {
-      for (int64_t p = 0; p < kPlanes; p++) {
-        __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
-        of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
-      }
-    }
+    add_products<kStep>(codes, x, position, sums);
   }
 
   template <int64_t kTokens, int64_t kPlanes, class Sums>
