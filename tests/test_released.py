@@ -158,16 +158,12 @@ def to_fp8(folder: Path, out: Path) -> Path:
     tensors, dense = {}, {}
     for key, weight in load_file(folder / "model.safetensors").items():
         if not key.endswith(PROJECTIONS):
-            tensors[key] = dense[key] = weight.bfloat16()
+            tensors[key] = dense[key] = weight
             continue
         scales = torch.full((-(-weight.shape[0] // 16), -(-weight.shape[1] // 16)), float(weight.abs().max()) / 448)
         codes = (weight / scales[0, 0]).to(FLOAT8)
-        tensors |= {
-            key: codes,
-            f"{key}_scale_inv": scales,
-            key.replace("weight", "activation_scale"): scales[:1, :1].clone(),
-        }
-        dense[key] = (codes.float() * scales[0, 0]).bfloat16()
+        tensors |= {key: codes, f"{key}_scale_inv": scales, key.replace("weight", "activation_scale"): torch.ones(1)}
+        dense[key] = codes.float() * scales[0, 0]
     quantization = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
     return written(folder, out, tensors, dense, quantization)
 
@@ -177,7 +173,7 @@ def written(folder: Path, out: Path, tensors: dict, dense: dict, quantization: d
         shutil.copytree(folder, out / name)
         (out / name / "model.safetensors").unlink()
         save_file({key: value.contiguous() for key, value in found.items()}, out / name / "model.safetensors")
-        config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+        config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
         (out / name / "config.json").write_text(json.dumps(config | entries))
     return out / "quantized"
 
