@@ -1,7 +1,7 @@
 """Weights of checkpoints that other tools quantized, from the tensors that hold them.
 
-Each layout is recognised by the ending of one of its tensors. What the layouts share: codes, minus their zero points,
-times their scales, in float32. `tests/test_released.py` compares each with a loader of the people who made it.
+Each layout is recognised by the ending of one of its tensors. All mean codes, minus their zero points, times their
+scales, computed in float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ StoredType = tuple[str, Shape]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Values of the 16 codes of a float of 4 bits (OCP Microscaling Formats, version 1.0)."""
 AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where column i of eight stands in a word of AWQ, from the low bits on."""
+"""The field of column i of eight in a word of AWQ, from the low bits on."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What config.json says of the quantization, as far as the tensors do not."""
+    """The quantization by config.json, as far as the tensors do not say it."""
 
     name: str
     """The method, for messages and notes."""
@@ -31,7 +31,7 @@ class Scheme:
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale; None where the shapes tell."""
     zero_offset: int = 0
-    """What zero points are stored less of."""
+    """The number that zero points are stored without."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ class Dequantized(Checkpoint):
         dtype = _dtype_of(config)
         self._dtype = getattr(torch, dtype)
         self._quantized = self._find(LAYOUTS[scheme.name])
+        if not self._quantized:
+            marks = " or ".join(layout.mark for layout in LAYOUTS[scheme.name])
+            raise InputError(
+                f"{folder} is quantized already by its config.json (quant_method {scheme.name!r}), but holds no tensor "
+                f"whose name ends in {marks}. Give the config.json that belongs to the weights, or a checkpoint that "
+                "is not quantized."
+            )
         self._types = self._types | {name: (dtype, self._shape(name)) for name in self._quantized}
         hidden = {key for found in self._quantized.values() for key in found.tensors.values()} - self._quantized.keys()
         codes = {found.tensors[found.layout.needed[0]]: name for name, found in self._quantized.items()}
