@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t kNear = 2048, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
+constexpr bool kPlanesApart = true;
 
 inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_NTA); }
 

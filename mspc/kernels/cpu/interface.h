@@ -28,6 +28,7 @@ struct Inputs {
   int64_t planes;          // of codes: 1 (int8), or 2 (int16 = 256 high + low)
   const int8_t *high;      // with two planes the high one, else the only one
   const int8_t *low;
+  const int16_t *integers;  // where a set takes no planes: whole, in their memory
   const float *scales;     // (tokens, chunks)
   const int32_t *sums;     // (tokens, chunks): sum of the integers of a chunk
   const float *x;          // of values: float32
