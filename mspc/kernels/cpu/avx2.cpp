@@ -1,6 +1,6 @@
 // Products with AVX2. A lane of 32 bits is a row; the halves of a line are rows 0 to 7 and 8 to 15.
 //
-// Codes and inputs meet as integers of 16 bits, two products at a time: `even` are slots 0 and 2 of a row, `odd` 1 and 3.
+// Codes and inputs meet as integers of 16 bits, two at a time: `even` are slots 0 and 2 of a row, `odd` 1 and 3.
 #include <immintrin.h>
 
 #include "inputs.h"
@@ -370,7 +370,8 @@ struct Values {
         for (int64_t half = 0; half < 2; half++) {
           __m256 weight = value<kContent>(both[half], which);
           __m256i choice = _mm256_setzero_si256();  // the two low bits of each lane choose one of four inputs
-          if (kStructure == kTwoFour) choice = _mm256_srli_epi32(load(marks + 32 * half), int32_t(8 * (k % 4) + 2 * (k / 4)));
+          if (kStructure == kTwoFour)
+            choice = _mm256_srli_epi32(load(marks + 32 * half), int32_t(8 * (k % 4) + 2 * (k / 4)));
           for (int64_t t = 0; t < kTokens; t++) {
             __m256 inputs;
             if (kStructure == kTwoFour)

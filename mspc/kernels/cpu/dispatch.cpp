@@ -1,6 +1,6 @@
 // Choice of the instruction set, threads, and the product as Python calls it.
 //
-// Threads are those of POSIX, and nothing is thrown: so no library of C++ is needed, and any glibc from 2.34 on will do.
+// Threads are those of POSIX and nothing is thrown, so no library of C++ is needed, and any glibc from 2.34 on will do.
 #include <pthread.h>
 
 #include <atomic>

@@ -64,6 +64,13 @@ def _isa(asked: str | None) -> int:
     return ISAS.index(str(asked))
 
 
+def fits(matrix: Matrix, num_bytes: list[int]) -> bool:
+    """Tell if every read stays within these bytes of kept, marks, starts, scales and zeros (0: not there)."""
+    loaded = library()
+    assert loaded is not None
+    return bool(loaded.mspc_fits(ctypes.byref(matrix), (ctypes.c_int64 * 5)(*num_bytes)))
+
+
 @cache
 def _loaded() -> ctypes.CDLL | None:
     shipped = building.FOLDER / building.NAME
@@ -93,6 +100,7 @@ def _opened(path: Path) -> ctypes.CDLL:
         raise OSError("it was built from other sources")
     loaded.mspc_has.argtypes, loaded.mspc_has.restype = [number], number
     matrix = ctypes.POINTER(Matrix)
+    loaded.mspc_fits.argtypes, loaded.mspc_fits.restype = [matrix, ctypes.POINTER(number)], number
     for name, arguments in {
         "lengths": [matrix, pointer, number, number, pointer],
         "pack": [matrix, pointer, pointer, number, number],
