@@ -11,15 +11,12 @@ namespace {
 constexpr int64_t kNear = 2048, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
 constexpr bool kPlanesApart = false;           // `integers` holds both planes
 
+// Sums stay in registers only if no loop over tokens or halves is left.
+#define UNROLLED _Pragma("GCC unroll 8")
+
 inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_NTA); }
 inline __m256i load(const void *from) { return _mm256_loadu_si256(static_cast<const __m256i *>(from)); }
 inline __m128i load_half(const void *from) { return _mm_loadu_si128(static_cast<const __m128i *>(from)); }
-
-inline uint64_t load_word(const void *from) {
-  uint64_t word;
-  __builtin_memcpy(&word, from, 8);
-  return word;
-}
 
 // As `prepare`, but codes get whole integers: slots 0, 2, 1, 3 of every four positions; at 2:4 in their order.
 void prepare_integers(const mspc_matrix &m, const void *x, int64_t is_bfloat16, int64_t token, int64_t planes,
@@ -46,12 +43,6 @@ void prepare_integers(const mspc_matrix &m, const void *x, int64_t is_bfloat16, 
     }
   }
 }
-
-// Bits of the fields of a byte, and fields.
-template <int64_t kBits>
-constexpr int64_t kField = kBits == 3 ? 2 : kBits;
-template <int64_t kBits>
-constexpr int64_t kFields = 8 / kField<kBits>;
 
 // Codes of a step of eight rows, in lanes of 16 bits.
 struct Pairs {
@@ -97,9 +88,7 @@ inline Pairs codes_of(const uint8_t *lines, int64_t half) {
   return pairs_of(with_high_bits(field<kBits, kStep>(line), high));
 }
 
-struct Sums {
-  __m256i of[2];
-};
+using Sums = __m256i[2];  // of one token
 
 template <int64_t kTokens>
 struct Integers {
@@ -117,17 +106,19 @@ inline __m256i two_inputs(const int16_t *x) {
 }
 
 inline void add_products(__m256i &sum, const Pairs &codes, __m256i even, __m256i odd) {
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes.even, even));
-  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes.odd, odd));
+  __m256i products = _mm256_add_epi32(_mm256_madd_epi16(codes.even, even), _mm256_madd_epi16(codes.odd, odd));
+  sum = _mm256_add_epi32(sum, products);
+  __asm__("" : "+x"(sum));  // or compilers compute all products first, for which they have no registers
 }
 
 // Add the products of the codes of a step, one for every position, with the inputs of all tokens.
 template <int64_t kTokens>
 inline void add_step(const Pairs &upper, const Pairs &lower, const Integers<kTokens> &x, int64_t position, Sums *sums) {
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) {
     __m256i even = two_inputs(x.of[t] + position), odd = two_inputs(x.of[t] + position + 2);
-    add_products(sums[t].of[0], upper, even, odd);
-    add_products(sums[t].of[1], lower, even, odd);
+    add_products(sums[t][0], upper, even, odd);
+    add_products(sums[t][1], lower, even, odd);
   }
 }
 
@@ -173,6 +164,7 @@ struct TwoFourLines {
   inline void step(const Integers<kTokens> &x, int64_t position, Sums *sums) {
     const __m256i even = _mm256_set1_epi64x(0x0606040402020000), odd = _mm256_set1_epi64x(0x0707050503030101);
     const __m256i upper = _mm256_setr_epi64x(0, 0x0808080808080808, 0, 0x0808080808080808);  // of a lane
+    UNROLLED
     for (int64_t half = 0; half < 2; half++) {
       __m256i of_unit = load(places + 32 * half);
       // The first byte of each input within the 16 bytes of a step.
@@ -185,9 +177,10 @@ struct TwoFourLines {
       from_odd = _mm256_or_si256(from_odd, _mm256_set1_epi16(0x0100));
       Pairs codes = codes_of<kBits, kStep>(lines, half);
       codes = {_mm256_sub_epi16(codes.even, zeros[half]), _mm256_sub_epi16(codes.odd, zeros[half])};
+      UNROLLED
       for (int64_t t = 0; t < kTokens; t++) {
         __m256i inputs = _mm256_broadcastsi128_si256(load_half(x.of[t] + position + 8 * kStep));
-        add_products(sums[t].of[half], codes, _mm256_shuffle_epi8(inputs, from_even),
+        add_products(sums[t][half], codes, _mm256_shuffle_epi8(inputs, from_even),
                      _mm256_shuffle_epi8(inputs, from_odd));
       }
     }
@@ -236,7 +229,8 @@ struct Expanded {
 
   // The next bits of the high plane, at the places of a mask.
   inline uint64_t high_bits(uint64_t mask) {
-    uint64_t bits = load_word(high + high_bit / 8);
+    uint64_t bits;
+    __builtin_memcpy(&bits, high + high_bit / 8, 8);
     int64_t skipped = high_bit % 8;
     if (skipped) bits = bits >> skipped | uint64_t(high[high_bit / 8 + 8]) << (64 - skipped);
     high_bit += __builtin_popcountll(mask);
@@ -253,7 +247,9 @@ struct Expanded {
 
   template <int64_t kStep, int64_t kTokens>
   inline void step(const Integers<kTokens> &x, int64_t position, Sums *sums) {
-    uint64_t mask = load_word(masks + 8 * kStep), of_high = kBits == 3 ? high_bits(mask) : 0;
+    uint64_t mask;
+    __builtin_memcpy(&mask, masks + 8 * kStep, 8);
+    uint64_t of_high = kBits == 3 ? high_bits(mask) : 0;
     const uint8_t *&from = stream[kStep % kFields<kBits>];
     if (kStep % 2 == 0) fetch(from + kFar);
     Pairs upper = codes<kStep>(from, uint32_t(mask), uint32_t(of_high), 0);
@@ -272,8 +268,7 @@ struct Expanded {
 
 inline void store_halves(const mspc_matrix &m, const Outputs &out, int64_t token, int64_t block, const __m256 *y) {
   alignas(32) float rows[kRows];
-  _mm256_store_ps(rows, y[0]);
-  _mm256_store_ps(rows + 8, y[1]);
+  _mm256_store_ps(rows, y[0]), _mm256_store_ps(rows + 8, y[1]);
   store(m, out, token, block, rows);
 }
 
@@ -282,12 +277,14 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
   Lines lines(m, block);
   Integers<kTokens> x(in, token);
   __m256 y[kTokens][2];
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) y[t][0] = y[t][1] = _mm256_setzero_ps();
   int64_t groups = num_groups(m), padded = padded_group(m), chunks = num_chunks(m), chunk = token * chunks;
   __m256i zeros[2] = {_mm256_set1_epi32(1 << (m.content - 1)), _mm256_set1_epi32(1 << (m.content - 1))};
   for (int64_t group = 0, position = 0; group < groups; group++) {
     int64_t grid = (block * groups + group) * kRows;
     __m256 scales[2];
+    UNROLLED
     for (int64_t half = 0; half < 2; half++) {
       scales[half] = _mm256_cvtph_ps(load_half(m.scales + grid + 8 * half));
       if (m.zeros) zeros[half] = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(m.zeros + grid + 8 * half)));
@@ -295,128 +292,27 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
     lines.set_zeros(zeros);
     for (int64_t first = 0; first < padded; first += kChunk, chunk++) {
       Sums sums[kTokens];
-      for (int64_t t = 0; t < kTokens; t++) sums[t].of[0] = sums[t].of[1] = _mm256_setzero_si256();
+      UNROLLED
+      for (int64_t t = 0; t < kTokens; t++) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
       for (int64_t last = position + smaller(kChunk, padded - first); position < last; position += kUnit)
         lines.unit(x, position, sums);
-      for (int64_t t = 0; t < kTokens; t++) {
-        int64_t at = chunk + t * chunks;
-        for (int64_t half = 0; half < 2; half++) {
-          __m256i total = sums[t].of[half];
-          if (!Lines::kCentred)
-            total = _mm256_sub_epi32(total, _mm256_mullo_epi32(zeros[half], _mm256_set1_epi32(in.sums[at])));
-          __m256 scaled = _mm256_mul_ps(_mm256_set1_ps(in.scales[at]), _mm256_cvtepi32_ps(total));
-          y[t][half] = _mm256_fmadd_ps(scales[half], scaled, y[t][half]);
-        }
+      UNROLLED
+      for (int64_t i = 0; i < 2 * kTokens; i++) {
+        int64_t t = i / 2, half = i % 2, at = chunk + t * chunks;
+        __m256i total = sums[t][half], of_inputs = _mm256_set1_epi32(in.sums[at]);
+        if (!Lines::kCentred) total = _mm256_sub_epi32(total, _mm256_mullo_epi32(zeros[half], of_inputs));
+        __m256 scaled = _mm256_mul_ps(_mm256_set1_ps(in.scales[at]), _mm256_cvtepi32_ps(total));
+        y[t][half] = _mm256_fmadd_ps(scales[half], scaled, y[t][half]);
       }
     }
   }
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) store_halves(m, out, token + t, block, y[t]);
-}
-
-// The two float32 of each lane of 16-bit values; float32 values are one.
-template <int64_t kContent>
-inline __m256 value(__m256i line, int64_t which) {
-  if (kContent == kFloat32) return _mm256_castsi256_ps(line);
-  if (kContent == kBfloat16)
-    return _mm256_castsi256_ps(which ? _mm256_and_si256(line, _mm256_set1_epi32(int32_t(0xffff0000)))
-                                     : _mm256_slli_epi32(line, 16));
-  __m256i half = which ? _mm256_srli_epi32(line, 16) : _mm256_and_si256(line, _mm256_set1_epi32(0xffff));
-  half = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
-  return _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-}
-
-// The lines of a unit of 32 positions, of which `kTurns` sums of each half take turns.
-template <int64_t kStructure, int64_t kContent>
-struct Values {
-  static constexpr int64_t kOfLine = kContent == kFloat32 ? 1 : 2;  // values of a row
-  static constexpr int64_t kLines = kUnit / (kStructure == kTwoFour ? 2 : 1) / kOfLine;
-  const uint8_t *lines, *marks;
-
-  Values(const mspc_matrix &m, int64_t block) : marks(m.marks) {
-    int64_t of_block = num_positions(m) / kUnit;
-    lines = m.kept + (kStructure == kBitmap ? m.starts[2 * block] : block * of_block * kLines * 64);
-    if (kStructure != kDense) marks += block * of_block * 64;  // a bit a position, or two bits a kept weight
-  }
-
-  inline __m128i next_halfwords(uint32_t mask) {
-    __m128i found = _mm_shuffle_epi8(load_half(lines), load_half(kPlaces.halfwords[mask]));
-    lines += 2 * __builtin_popcount(mask);
-    return found;
-  }
-
-  inline __m256i next_words(uint32_t mask) {
-    __m256i places = _mm256_cvtepi8_epi32(load_half(kPlaces.first[mask]));  // below 0 where there is none
-    __m256i found = _mm256_permutevar8x32_epi32(load(lines), places);
-    lines += 4 * __builtin_popcount(mask);
-    return _mm256_andnot_si256(_mm256_srai_epi32(places, 31), found);
-  }
-
-  template <int64_t kLine>
-  inline __m256i half_line(int64_t half) {
-    if (kStructure != kBitmap) return load(lines + 64 * kLine + 32 * half);
-    if (kContent == kFloat32) return next_words(marks[2 * kLine + half]);
-    const uint8_t *mask = marks + 4 * kLine + 2 * half;
-    __m128i lower = next_halfwords(mask[0]);
-    return _mm256_set_m128i(next_halfwords(mask[1]), lower);
-  }
-
-  template <int64_t kLine, int64_t kTokens, int64_t kTurns>
-  inline void step(const float *const *x, int64_t position, __m256 (*sums)[kTurns][2]) {
-    if constexpr (kLine < kLines) {
-      if (kStructure != kBitmap || kLine % 2 == 0) fetch(lines + kNear + 64 * (kStructure == kBitmap ? 0 : kLine));
-      __m256i both[2] = {half_line<kLine>(0), half_line<kLine>(1)};
-      for (int64_t which = 0; which < kOfLine; which++) {
-        const int64_t k = kLine * kOfLine + which;
-        for (int64_t half = 0; half < 2; half++) {
-          __m256 weight = value<kContent>(both[half], which);
-          __m256i choice = _mm256_setzero_si256();  // the two low bits of each lane choose one of four inputs
-          if (kStructure == kTwoFour)
-            choice = _mm256_srli_epi32(load(marks + 32 * half), int32_t(8 * (k % 4) + 2 * (k / 4)));
-          for (int64_t t = 0; t < kTokens; t++) {
-            __m256 inputs;
-            if (kStructure == kTwoFour)
-              inputs = _mm256_permutevar_ps(
-                  _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(x[t] + position + k / 2 * 4)), choice);
-            else
-              inputs = _mm256_set1_ps(x[t][position + k]);
-            __m256 &sum = sums[t][k % kTurns][half];
-            sum = _mm256_fmadd_ps(weight, inputs, sum);
-          }
-        }
-      }
-      step<kLine + 1, kTokens, kTurns>(x, position, sums);
-    }
-  }
-
-  template <int64_t kTokens, int64_t kTurns>
-  inline void unit(const float *const *x, int64_t position, __m256 (*sums)[kTurns][2]) {
-    step<0, kTokens, kTurns>(x, position, sums);
-    if (kStructure != kBitmap) lines += 64 * kLines;
-    if (kStructure != kDense) fetch(marks + kNear), marks += 64;
-  }
-};
-
-template <int64_t kStructure, int64_t kContent, int64_t kTokens>
-void multiply_values(const mspc_matrix &m, const Inputs &in, int64_t token, int64_t block, const Outputs &out) {
-  constexpr int64_t kTurns = kTokens == 1 ? 2 : 1;
-  Values<kStructure, kContent> values(m, block);
-  const float *x[kTokens];
-  __m256 sums[kTokens][kTurns][2];
-  for (int64_t t = 0; t < kTokens; t++) {
-    x[t] = in.x + (token + t) * in.stride;
-    for (int64_t i = 0; i < kTurns; i++) sums[t][i][0] = sums[t][i][1] = _mm256_setzero_ps();
-  }
-  for (int64_t position = 0; position < num_positions(m); position += kUnit)
-    values.template unit<kTokens, kTurns>(x, position, sums);
-  for (int64_t t = 0; t < kTokens; t++) {
-    __m256 *y = sums[t][0];
-    for (int64_t half = 0; half < 2 && kTurns == 2; half++) y[half] = _mm256_add_ps(y[half], sums[t][kTurns - 1][half]);
-    store_halves(m, out, token + t, block, y);
-  }
 }
 
 }  // namespace
 
+#include "avx2_values.h"
 #include "choose.h"
 
 extern const Kernels avx2_kernels;

@@ -56,6 +56,12 @@ constexpr int64_t kUnit = 32;    // groups are padded to whole units of position
 constexpr int64_t kChunk = 128;  // most positions whose products are summed as integers
 constexpr int64_t kMostTokens = 4;
 
+// Bits of the fields of a byte of kept codes, and fields; int3 has its third bits apart.
+template <int64_t kBits>
+constexpr int64_t kField = kBits == 3 ? 2 : kBits;
+template <int64_t kBits>
+constexpr int64_t kFields = 8 / kField<kBits>;
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline bool has_codes(const mspc_matrix &m) { return m.content <= 8; }
