@@ -50,8 +50,12 @@ def repacked_copies(pattern: NM | Unstructured, grid: Grid | None, number: int) 
     from kernel_cases import stored
 
     matrix = StoredMatrix(SHAPE, pattern, grid, torch.bfloat16)
-    tensors = stored(matrix)
-    return matrix, [kernel.repack(tensors, matrix) for _ in range(number)]
+    first = kernel.repack(stored(matrix), matrix)
+    return matrix, [first, *({part: copied(tensor) for part, tensor in first.items()} for _ in range(number - 1))]
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    return memory.zeros(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def multiply(isa: str, x: torch.Tensor, matrix: StoredMatrix, copies: Copies) -> None:
