@@ -3,8 +3,8 @@
     python benchmarks/cpu_kernels.py [--seconds 60] [--matrices 24] [--tokens 1] [--isas avx512] [--all]
 
 `--isas avx2,portable` measures both with every format; the default is the best set. `--all` adds formats, and torch's
-own products with the dense weight. CPU seconds of the process, so that a busy machine disturbs little; memory and caches that
-others use disturb it still.
+own products with the dense weight. CPU seconds of the process, so that a busy machine disturbs little; memory and
+caches that others use disturb it still.
 """
 
 import argparse
