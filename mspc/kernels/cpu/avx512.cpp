@@ -6,14 +6,9 @@
 namespace {
 
 constexpr int64_t kNear = 2048, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
+constexpr bool kPlanesApart = true;
 
 inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_NTA); }
-
-// Bits of the fields of a byte, and fields.
-template <int64_t kBits>
-constexpr int64_t kField = kBits == 3 ? 2 : kBits;
-template <int64_t kBits>
-constexpr int64_t kFields = 8 / kField<kBits>;
 
 template <int64_t kBits, int64_t kStep>
 inline __m512i field(__m512i line) {

@@ -12,13 +12,18 @@ Multiply codes_for(int64_t tokens) {
   return table[tokens - 1];
 }
 
+template <class Lines>
+Multiply codes_in(int64_t planes, int64_t tokens) {
+  if constexpr (kPlanesApart)
+    if (planes == 1) return codes_for<Lines, 1>(tokens);
+  return codes_for<Lines, 2>(tokens);
+}
+
 template <int64_t kBits>
 Multiply codes_of_bits(const mspc_matrix &m, int64_t planes, int64_t tokens) {
-  if (m.structure == kDense)
-    return planes == 2 ? codes_for<DenseLines<kBits>, 2>(tokens) : codes_for<DenseLines<kBits>, 1>(tokens);
-  if (m.structure == kTwoFour)
-    return planes == 2 ? codes_for<TwoFourLines<kBits>, 2>(tokens) : codes_for<TwoFourLines<kBits>, 1>(tokens);
-  return planes == 2 ? codes_for<Expanded<kBits>, 2>(tokens) : codes_for<Expanded<kBits>, 1>(tokens);
+  if (m.structure == kDense) return codes_in<DenseLines<kBits>>(planes, tokens);
+  if (m.structure == kTwoFour) return codes_in<TwoFourLines<kBits>>(planes, tokens);
+  return codes_in<Expanded<kBits>>(planes, tokens);
 }
 
 template <int64_t kStructure, int64_t kContent>

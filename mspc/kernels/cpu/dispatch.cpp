@@ -1,75 +1,94 @@
 // Choice of the instruction set, threads, and the product as Python calls it.
+//
+// Threads are those of POSIX and nothing is thrown, so no library of C++ is needed, and any glibc from 2.34 on will do.
 #include <pthread.h>
-#include <unistd.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <thread>
+#include <new>
 
 #include "interface.h"
 
 extern const Kernels portable_kernels;
 #ifdef MSPC_X86
-extern const Kernels avx512_kernels;
+extern const Kernels avx2_kernels, avx512_kernels;
 #endif
 void expand_block(const mspc_matrix &m, int64_t block, float *out);
 
 namespace {
 
-constexpr int64_t kPortable = 0, kAvx512 = 1;
+constexpr int64_t kPortable = 0, kAvx2 = 1, kAvx512 = 2;
+
+// Holds a mutex while it lives.
+class Held {
+ public:
+  explicit Held(pthread_mutex_t &mutex) : mutex_(mutex) { pthread_mutex_lock(&mutex_); }
+  ~Held() { pthread_mutex_unlock(&mutex_); }
+  Held(const Held &) = delete;
+  Held &operator=(const Held &) = delete;
+
+ private:
+  pthread_mutex_t &mutex_;
+};
 
 // Threads that sleep until there is work. Which of them does a piece has no influence on its result.
 class Pool {
  public:
   // Call work(context, piece) for every piece, on `threads` threads with the calling one.
   void run(int64_t threads, int64_t pieces, void (*work)(void *, int64_t), void *context) {
-    if (threads < 2 || pieces < 2 || !in_use_.try_lock()) {  // another product has the threads
+    if (threads < 2 || pieces < 2 || pthread_mutex_trylock(&in_use_)) {  // another product has the threads
       for (int64_t piece = 0; piece < pieces; piece++) work(context, piece);
       return;
     }
-    std::lock_guard<std::mutex> in_use(in_use_, std::adopt_lock);
     int64_t helpers = smaller(threads, pieces) - 1;
-    while (started_ < helpers) {
-      int64_t number = started_++;
-      std::thread([this, number] { help(number); }).detach();
-    }
+    while (started_ < helpers && start()) started_++;
     {
-      std::lock_guard<std::mutex> lock(state_);
-      work_ = work, context_ = context, pieces_ = pieces, wanted_ = helpers, busy_ = helpers;
+      Held state(state_);
+      wanted_ = busy_ = smaller(helpers, started_);
+      work_ = work, context_ = context, pieces_ = pieces;
       next_.store(0);
       turn_++;
     }
-    wake_.notify_all();
+    pthread_cond_broadcast(&wake_);
     take();
-    std::unique_lock<std::mutex> lock(state_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    {
+      Held state(state_);
+      while (busy_) pthread_cond_wait(&done_, &state_);
+    }
+    pthread_mutex_unlock(&in_use_);
   }
 
  private:
+  bool start() {
+    pthread_t thread;
+    if (pthread_create(&thread, nullptr, help, this)) return false;  // the system gives no more
+    pthread_detach(thread);
+    return true;
+  }
+
   void take() {
     for (int64_t piece; (piece = next_.fetch_add(1)) < pieces_;) work_(context_, piece);
   }
 
-  void help(int64_t number) {
-    uint64_t seen = 0;
-    for (;;) {
+  static void *help(void *pool) {
+    Pool &self = *static_cast<Pool *>(pool);
+    int64_t number = self.named_.fetch_add(1);
+    for (uint64_t seen = 0;;) {
       {
-        std::unique_lock<std::mutex> lock(state_);
-        wake_.wait(lock, [&] { return turn_ != seen && number < wanted_; });
-        seen = turn_;
+        Held state(self.state_);
+        while (self.turn_ == seen || number >= self.wanted_) pthread_cond_wait(&self.wake_, &self.state_);
+        seen = self.turn_;
       }
-      take();
-      std::lock_guard<std::mutex> lock(state_);
-      if (--busy_ == 0) done_.notify_one();
+      self.take();
+      Held state(self.state_);
+      if (--self.busy_ == 0) pthread_cond_signal(&self.done_);
     }
   }
 
-  std::mutex in_use_, state_;
-  std::condition_variable wake_, done_;
-  std::atomic<int64_t> next_{0};
+  pthread_mutex_t in_use_ = PTHREAD_MUTEX_INITIALIZER, state_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER, done_ = PTHREAD_COND_INITIALIZER;
+  std::atomic<int64_t> next_{0}, named_{0};
   int64_t started_ = 0, pieces_ = 0, wanted_ = 0, busy_ = 0;
   uint64_t turn_ = 0;
   void (*work_)(void *, int64_t) = nullptr;
@@ -78,20 +97,23 @@ class Pool {
 
 // It is never destroyed, because its threads never end. A process that was forked has none of them, and gets a new one.
 std::atomic<Pool *> the_pool{nullptr};
+pthread_once_t at_fork = PTHREAD_ONCE_INIT;
 
 Pool &pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-  (void)registered;
+  pthread_once(&at_fork, [] { pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); }); });
   Pool *found = the_pool.load();
   if (found) return *found;
-  Pool *fresh = new Pool;
+  void *memory = malloc(sizeof(Pool));
+  if (!memory) abort();
+  Pool *fresh = new (memory) Pool;
   if (the_pool.compare_exchange_strong(found, fresh)) return *fresh;
-  delete fresh;
+  free(memory);
   return *found;
 }
 
 const Kernels &kernels_of(int64_t isa) {
 #ifdef MSPC_X86
+  if (isa == kAvx2) return avx2_kernels;
   if (isa == kAvx512) return avx512_kernels;
 #endif
   (void)isa;
@@ -102,7 +124,6 @@ const Kernels &kernels_of(int64_t isa) {
 struct Scratch {
   char *memory = nullptr;
   size_t size = 0;
-  ~Scratch() { free(memory); }
 
   char *zeroed(size_t bytes) {
     if (bytes > size) {
@@ -115,6 +136,27 @@ struct Scratch {
     return memory;
   }
 };
+
+pthread_once_t at_first_product = PTHREAD_ONCE_INIT;
+pthread_key_t scratch_key;
+
+void free_scratch(void *scratch) {
+  free(static_cast<Scratch *>(scratch)->memory);
+  free(scratch);
+}
+
+Scratch &scratch_of_thread() {
+  pthread_once(&at_first_product, [] {
+    if (pthread_key_create(&scratch_key, free_scratch)) abort();
+  });
+  void *found = pthread_getspecific(scratch_key);
+  if (!found) {
+    found = malloc(sizeof(Scratch));
+    if (!found) abort();
+    pthread_setspecific(scratch_key, new (found) Scratch);
+  }
+  return *static_cast<Scratch *>(found);
+}
 
 size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -129,6 +171,7 @@ Inputs inputs_in(Scratch &scratch, const mspc_matrix &m, int64_t tokens, int64_t
   char *memory = scratch.zeroed(2 * rounded(count) + 2 * rounded(4 * chunks));
   in.high = reinterpret_cast<int8_t *>(memory);
   in.low = in.high + rounded(count);
+  in.integers = reinterpret_cast<const int16_t *>(memory);
   in.scales = reinterpret_cast<const float *>(in.low + rounded(count));
   in.sums = reinterpret_cast<const int32_t *>(reinterpret_cast<const char *>(in.scales) + rounded(4 * chunks));
   return in;
@@ -165,11 +208,17 @@ constexpr int64_t kWeightsOfPiece = 1 << 17;  // about 10 microseconds; waking a
 
 extern "C" {
 
-// 1 if this processor and system run an instruction set (0 portable, 1 AVX-512).
+// What the library was built from (building.py).
+EXPORTED int64_t mspc_fingerprint() { return MSPC_FINGERPRINT; }
+
+// 1 if this processor and system run an instruction set (0 portable, 1 AVX2, 2 AVX-512).
 EXPORTED int64_t mspc_has(int64_t isa) {
   if (isa == kPortable) return 1;
 #ifdef MSPC_X86
   __builtin_cpu_init();
+  if (isa == kAvx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   if (isa == kAvx512)
     return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -181,9 +230,8 @@ EXPORTED int64_t mspc_has(int64_t isa) {
 // x (tokens, columns) -> y (tokens, rows), float32 or bfloat16. `planes` of inputs of codes: 2 are int16, 1 is int8.
 EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens,
                   void *y, int64_t planes, int64_t threads) {
-  static thread_local Scratch scratch;
   const Kernels &kernels = kernels_of(isa);
-  Inputs in = inputs_in(scratch, *m, tokens, planes);
+  Inputs in = inputs_in(scratch_of_thread(), *m, tokens, planes);
   for (int64_t token = 0; token < tokens; token++) kernels.prepare(*m, x, is_bfloat16, token, planes, &in);
   Outputs out{y, is_bfloat16};
   int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(*m));

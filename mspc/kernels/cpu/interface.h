@@ -28,6 +28,7 @@ struct Inputs {
   int64_t planes;          // of codes: 1 (int8), or 2 (int16 = 256 high + low)
   const int8_t *high;      // with two planes the high one, else the only one
   const int8_t *low;
+  const int16_t *integers;  // where a set takes no planes: whole, in their memory
   const float *scales;     // (tokens, chunks)
   const int32_t *sums;     // (tokens, chunks): sum of the integers of a chunk
   const float *x;          // of values: float32
@@ -54,6 +55,12 @@ constexpr int64_t kRows = 16;    // rows of a block, one for each lane of 32 bit
 constexpr int64_t kUnit = 32;    // groups are padded to whole units of positions
 constexpr int64_t kChunk = 128;  // most positions whose products are summed as integers
 constexpr int64_t kMostTokens = 4;
+
+// Bits of the fields of a byte of kept codes, and fields; int3 has its third bits apart.
+template <int64_t kBits>
+constexpr int64_t kField = kBits == 3 ? 2 : kBits;
+template <int64_t kBits>
+constexpr int64_t kFields = 8 / kField<kBits>;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

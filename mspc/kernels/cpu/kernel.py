@@ -22,12 +22,13 @@ from mspc.formats.bits import pack_bits, pack_rows, unpack_rows
 from mspc.formats.decoding import decode_codes, decode_mask, decode_rows
 from mspc.formats.description import StoredMatrix, TensorType, index_bits, types_of
 from mspc.kernels.cpu import memory
-from mspc.kernels.cpu.library import Matrix, isa, library
+from mspc.kernels.cpu.library import Matrix, fits, isa, library
 from mspc.types import NM
 
 MAX_TOKENS = 8
 ROWS, UNIT, PADDING = 16, 32, 128
 DENSE, TWO_FOUR, BITMAP = 0, 1, 2
+PARTS = "kept", "marks", "starts", "scales", "zeros"
 VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 """Numbers of dtypes in the library, where codes have their bits."""
 STRIP = 2**18
@@ -182,25 +183,16 @@ def check(repacked: dict[str, Tensor], matrix: StoredMatrix) -> None:
     types = types_in(matrix, kept_bytes if is_bitmap else bytes_of_lines(matrix))
     found = types_of({part: repacked[part] for part in types if part in repacked})
     plain = all(repacked[part].is_contiguous() and repacked[part].device.type == "cpu" for part in found)
-    if found != types or not plain or (is_bitmap and not _streams_fit(repacked, matrix)):
+    if found != types or not plain or not _fits(repacked, matrix):
         raise MspcError(
             f"The repacked tensors of a matrix of {matrix.shape} do not fit it: {found}, and it needs {types}. "
             "Load the model again."
         )
 
 
-def _streams_fit(repacked: dict[str, Tensor], matrix: StoredMatrix) -> bool:
-    """Tell if the bits of each block's bitmap count the bytes of its streams."""
-    content, (blocks, _, _, steps) = content_of(matrix), sizes_of(matrix)
-    num_bits = torch.tensor([byte.bit_count() for byte in range(256)])
-    counts = num_bits[repacked["marks"].int()].sum(-1)
-    fields = {8: 1, 4: 2, 3: 4, 2: 4}.get(content, 1)
-    longest = counts.view(blocks, steps // fields, fields).sum(1).amax(1)
-    if content > 8:
-        longest = longest * (4 if content == 32 else 2)
-    high = (counts.sum(1) + 7) // 8 if content == 3 else torch.zeros_like(longest)
-    starts = pad(torch.stack([longest, high], 1).flatten().cumsum(0), (1, 0))
-    return torch.equal(starts, repacked["starts"])
+def _fits(repacked: dict[str, Tensor], matrix: StoredMatrix) -> bool:
+    """Tell if sizes, and the lengths of streams that bitmaps count, agree."""
+    return fits(_pointers(repacked, matrix), [repacked[part].nbytes if part in repacked else 0 for part in PARTS])
 
 
 def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
@@ -217,8 +209,7 @@ def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
 
 def _pointers(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
     numbers = *matrix.shape, group_of(matrix), structure_of(matrix), content_of(matrix)
-    parts = ("kept", "marks", "starts", "scales", "zeros")
-    return Matrix(*numbers, *(repacked[part].data_ptr() if part in repacked else None for part in parts))
+    return Matrix(*numbers, *(repacked[part].data_ptr() if part in repacked else None for part in PARTS))
 
 
 def _call(name: str, matrix: Matrix, *arguments: int) -> None:

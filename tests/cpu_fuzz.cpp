@@ -1,0 +1,201 @@
+// Spoiled matrices for the C++ library, built with sanitizers: what `mspc_fits` takes is never read out of bounds.
+//
+//     cpu_fuzz ROUNDS SEED
+//
+// Every part of a matrix has memory of its own, of exactly its size. A sanitizer ends the process at the first fault.
+// The last number is a digest of all portable products, which is the same on every processor.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "interface.h"
+
+extern "C" {
+int64_t mspc_has(int64_t isa);
+int64_t mspc_fits(const mspc_matrix *, const int64_t *bytes);
+void mspc_lengths(const mspc_matrix *, const uint8_t *keep, int64_t first_row, int64_t num_rows, int64_t *lengths);
+void mspc_pack(const mspc_matrix *, const uint8_t *entries, const uint8_t *keep, int64_t first, int64_t rows);
+void mspc_unpack(const mspc_matrix *, int64_t first_row, int64_t num_rows, uint8_t *entries, uint8_t *keep);
+void mspc_expand(const mspc_matrix *, int64_t first_row, int64_t num_rows, float *out, int64_t threads);
+void mspc_product(const mspc_matrix *, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens, void *y,
+                  int64_t planes, int64_t threads);
+}
+
+namespace {
+
+std::mt19937_64 engine;
+uint64_t digest = 14695981039346656037u;  // FNV-1a
+
+void add_to_digest(const uint8_t *y, int64_t count, int64_t is_bfloat16) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits = 0;
+    memcpy(&bits, y + i * (is_bfloat16 ? 2 : 4), is_bfloat16 ? 2 : 4);
+    if (is_bfloat16) bits <<= 16;
+    if ((bits & 0x7fffffff) > 0x7f800000) bits = 0x7fc00000;  // processors differ in which NaN they give
+    digest = (digest ^ bits) * 1099511628211u;
+  }
+}
+
+int64_t below(int64_t most) { return int64_t(engine() % uint64_t(most)); }
+
+template <size_t kCount>
+int64_t one_of(const int64_t (&values)[kCount]) {
+  return values[below(kCount)];
+}
+
+// Memory of exactly `bytes`, aligned as tensors are, so that the first byte behind it is poisoned.
+struct Memory {
+  uint8_t *start = nullptr;
+  int64_t bytes = 0;
+
+  void take(int64_t count) {
+    release();
+    bytes = count;
+    if (posix_memalign(reinterpret_cast<void **>(&start), 64, size_t(count))) abort();
+    memset(start, 0, size_t(count));
+  }
+  void release() { free(start), start = nullptr, bytes = 0; }
+  void shorten(int64_t count) {
+    uint8_t *old = start;
+    start = nullptr;
+    take(count);
+    memcpy(start, old, size_t(count));
+    free(old);
+  }
+  void fill() {
+    for (int64_t i = 0; i < bytes; i++) start[i] = uint8_t(engine());
+  }
+};
+
+constexpr int64_t kParts = 5;  // kept, marks, starts, scales, zeros
+
+struct Case {
+  mspc_matrix m{};
+  Memory parts[kParts];
+
+  ~Case() {
+    for (Memory &part : parts) part.release();
+  }
+  void point() {
+    m.kept = parts[0].start, m.marks = parts[1].start, m.starts = reinterpret_cast<int64_t *>(parts[2].start);
+    m.scales = reinterpret_cast<uint16_t *>(parts[3].start), m.zeros = parts[4].start;
+  }
+  bool fits() const {
+    int64_t bytes[kParts];
+    for (int64_t i = 0; i < kParts; i++) bytes[i] = parts[i].bytes;
+    return mspc_fits(&m, bytes);
+  }
+};
+
+void describe(mspc_matrix &m) {
+  const int64_t contents[] = {8, 4, 3, 2, kBfloat16, kFloat16, kFloat32}, groups[] = {4, 8, 24, 32, 64, 100, 128, 160};
+  m.rows = 1 + below(40), m.structure = below(3), m.content = one_of(contents);
+  m.group = m.structure == kTwoFour || below(2) ? one_of(groups) : 1 + below(140);
+  m.columns = m.group * (1 + below(m.group < 32 ? 9 : 3));
+  if (!has_codes(m)) m.group = m.columns;
+}
+
+// Some of the weights; at 2:4 any two of each four.
+void choose_kept(const mspc_matrix &m, uint8_t *keep) {
+  int64_t share = below(101);
+  for (int64_t i = 0; i < m.rows * m.columns; i++) keep[i] = m.structure == kDense || below(100) < share;
+  for (int64_t i = 0; m.structure == kTwoFour && i < m.rows * m.columns; i += 4) {
+    int64_t first = below(4), second = (first + 1 + below(3)) % 4;
+    for (int64_t j = 0; j < 4; j++) keep[i + j] = j == first || j == second;
+  }
+}
+
+void make(Case &made) {
+  mspc_matrix &m = made.m;
+  describe(m);
+  int64_t blocks = num_blocks(m), count = m.rows * m.columns, bytes = has_codes(m) ? 1 : m.content == kFloat32 ? 4 : 2;
+  Memory keep, entries, starts;
+  keep.take(count), entries.take(count * bytes), starts.take(8 * (2 * blocks + 1));
+  choose_kept(m, keep.start);
+  entries.fill();
+  for (int64_t i = 0; has_codes(m) && i < count; i++) entries.start[i] &= uint8_t((1 << m.content) - 1);
+  if (m.structure == kBitmap) {
+    int64_t *from = reinterpret_cast<int64_t *>(starts.start);
+    mspc_lengths(&m, keep.start, 0, m.rows, from + 1);
+    for (int64_t i = 1; i <= 2 * blocks; i++) from[i] += from[i - 1];
+    made.parts[0].take(from[2 * blocks] + 128);
+    made.parts[2].take(starts.bytes);
+    memcpy(made.parts[2].start, starts.start, size_t(starts.bytes));
+  } else {
+    int64_t kept = num_positions(m) / (m.structure == kTwoFour ? 2 : 1) * kRows;  // entries of a block
+    made.parts[0].take(blocks * (has_codes(m) ? kept * m.content / 8 : kept * bytes) + 128);
+  }
+  if (m.structure != kDense) made.parts[1].take(blocks * num_positions(m) * 2);
+  if (has_codes(m)) made.parts[3].take(blocks * num_groups(m) * kRows * 2), made.parts[3].fill();
+  if (has_codes(m) && below(2)) made.parts[4].take(blocks * num_groups(m) * kRows), made.parts[4].fill();
+  made.point();
+  mspc_pack(&m, entries.start, keep.start, 0, m.rows);
+  keep.release(), entries.release(), starts.release();
+}
+
+void spoil(Case &made) {
+  const int64_t extremes[] = {0, -1, 1, 3, 5, 7, 9, 15, 31, 33, 64, 128, 1 << 20, INT32_MAX, INT64_MAX, INT64_MIN};
+  Memory &part = made.parts[below(kParts)];
+  int64_t *fields[] = {&made.m.rows, &made.m.columns, &made.m.group, &made.m.structure, &made.m.content};
+  int64_t &field = *fields[below(5)];
+  switch (below(6)) {
+    case 0: field = one_of(extremes); break;
+    case 1: field += below(9) - 4; break;
+    case 2:
+      if (part.bytes) part.shorten(below(part.bytes));
+      break;
+    case 3:
+      for (int64_t i = 0; part.bytes && i < 1 + below(4); i++) part.start[below(part.bytes)] ^= uint8_t(1 << below(8));
+      break;
+    case 4: part.fill(); break;
+    case 5: part.release(); break;
+  }
+  made.point();
+}
+
+void use(const mspc_matrix &m) {
+  int64_t bytes = has_codes(m) ? 1 : m.content == kFloat32 ? 4 : 2, count = m.rows * m.columns;
+  Memory out, entries, keep;
+  out.take(4 * count), entries.take(bytes * count), keep.take(count);
+  mspc_expand(&m, 0, m.rows, reinterpret_cast<float *>(out.start), 1 + below(2));
+  mspc_unpack(&m, 0, m.rows, entries.start, keep.start);
+  for (int64_t isa = 0; isa < 3; isa++) {
+    if (!mspc_has(isa)) continue;
+    int64_t tokens = 1 + below(9), is_bfloat16 = below(2), planes = 1 + below(2), threads = 1 + below(2);
+    int64_t size = is_bfloat16 ? 2 : 4;
+    Memory x, y;
+    x.take(tokens * m.columns * size), y.take(tokens * m.rows * size);
+    x.fill();
+    mspc_product(&m, isa, x.start, is_bfloat16, tokens, y.start, planes, threads);
+    if (isa == 0) add_to_digest(y.start, tokens * m.rows, is_bfloat16);
+    x.release(), y.release();
+  }
+  out.release(), entries.release(), keep.release();
+}
+
+}  // namespace
+
+int main(int count, char **given) {
+  int64_t rounds = count > 1 ? atoll(given[1]) : 1000, taken = 0;
+  int64_t seed = count > 2 ? atoll(given[2]) : 0;
+  for (int64_t round = 0; round < rounds; round++) {
+    Case made;
+    engine.seed(uint64_t(2 * (seed * rounds + round)));
+    make(made);
+    if (!made.fits()) {
+      printf("round %ld: a matrix that is whole was refused\n", long(round));
+      return 1;
+    }
+    use(made.m);
+    engine.seed(uint64_t(2 * (seed * rounds + round) + 1));
+    for (int64_t i = 1 + below(2); i; i--) spoil(made);
+    if (!made.fits()) continue;
+    taken++;
+    use(made.m);
+  }
+  printf("%ld whole, %ld spoiled and taken, %ld refused, %016lx\n", long(rounds), long(taken), long(rounds - taken),
+         (unsigned long)digest);
+  return 0;
+}
