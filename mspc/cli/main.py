@@ -123,7 +123,7 @@ def eval_(
     on_text = {"text": text, "sequence_length": sequence_length, "max_windows": max_windows, "bos": bos,
                "text_column": text_column, "text_encoding": text_encoding}  # fmt: skip
     on_tasks = {"limit": limit, "num_fewshot": num_fewshot, "include_path": include_path, "batch_size": batch_size}
-    shared = {"device": device or "auto", "dtype": dtype or "auto", "threads": threads}
+    shared: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "threads": threads}
     if tasks is not None:
         ask(paths, tasks, against, on_text, on_tasks | shared, as_json, debug)
         return
@@ -135,7 +135,7 @@ def eval_(
 
         try:
             for path in paths:
-                given = {**on_text, "text": text or "builtin", "bos": bos or "auto"}
+                given: dict[str, Any] = {**on_text, "text": text or "builtin", "bos": bos or "auto"}
                 found = evaluate(path, against=against, **given, **shared)
                 row = {name: value for name, value in asdict(found).items() if value is not None}
                 results.append((path, row | ({"recovered": True} if was_recovered(Path(path)) else {})))

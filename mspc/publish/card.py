@@ -103,8 +103,9 @@ def _metadata(subject: Subject) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Tell if a field of a card is a text, or a list of texts."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+    """Tell if a field of a card is a text in one line, or a list of such texts: one of several could end the block."""
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text.isprintable() for text in texts)
 
 
 def _lead(subject: Subject) -> str:

@@ -157,7 +157,7 @@ def _card(
     base_card: Mapping[str, Any] = {}
     if there is not None and (text := there.read_text(encoding="utf-8", errors="replace")) != README_TEXT:
         base_card = _metadata_of(there)
-        if TAG in (base_card.get("tags") or ()):
+        if isinstance(tags := base_card.get("tags"), list) and TAG in tags:
             log.info(f"{there} is kept as the card, as its metadata has the tag {TAG}.")
             return text, True
         files[README_OF_BASE] = there
@@ -222,7 +222,8 @@ def _upload(
     except Exception as error:  # network, proxies, answers that are none, large files in storage of their own
         if isinstance(error, MspcError) or is_out_of_memory(error):
             raise
-        raise StorageError(f"{repo}: the upload failed ({in_brief(error)}). Run the same command again.") from error
+        why = in_brief(error) + (f": {in_brief(error.__cause__)}" if error.__cause__ else "")
+        raise StorageError(f"{repo}: the upload failed ({why}). Run the same command again.") from error
     names = {addition.path_in_repo for addition in additions}
     if missing := sorted(names - there):
         raise StorageError(
