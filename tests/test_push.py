@@ -243,12 +243,12 @@ def test_other_files_stay_and_are_said(folder, hub, caplog):
     (folder / ".secret").write_text("mine")
     (folder / "exports").mkdir()
     (folder / "exports" / "x.json").write_text("{}")
-    edited(folder, lambda manifest: manifest["recipe"].update(calibration="/home/me/text.txt"))
+    edited(folder, lambda manifest: manifest["recipe"].update(calibration="/mine/text.txt"))
     caplog.set_level("INFO", "mspc")
     found = push(folder)
     assert not {"notes.safetensors", ".secret", "exports/x.json"} & found.files.keys()
     assert "Not uploaded, as no part of the model: .secret, exports/x.json, notes.safetensors." in caplog.text
     assert hub.files[f"{REPO}/model-00002-of-00002.safetensors"] == b"older"
     assert "also has other files, such as model-00002-of-00002.safetensors" in caplog.text
-    assert "paths of this machine, which readers will see: /home/me/text.txt" in caplog.text
+    assert "paths of this machine, which readers will see: /mine/text.txt" in caplog.text
     assert "names no base model on the hub, as " in caplog.text

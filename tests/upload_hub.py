@@ -20,7 +20,7 @@ COMMIT = "89abcdef" * 5
 
 @dataclass
 class Hub:
-    """What the hub has, and what it was asked."""
+    """Files, requests and commits of a hub."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)

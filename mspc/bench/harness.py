@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from mspc.errors import InputError
 from mspc.progress import Progress
 
 
@@ -22,7 +23,10 @@ class Asked(HFLM):
     """A model in memory that answers requests; each answer is a step of a stage."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: Progress) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False,
+            prefix_token_id=_first_token(model, tokenizer),
+        )  # fmt: skip
         self.progress = progress
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
@@ -45,6 +49,23 @@ class Asked(HFLM):
         with self.progress.stage(title, len(requests)) as step:
             self.set_cache_hook(_Steps(step))
             yield
+
+
+def _first_token(model: Any, tokenizer: Any) -> int | None:
+    """The token that an empty prompt becomes, of the config if the tokenizer has no BOS and no end of text.
+
+    None leaves it to the harness, which takes those of the tokenizer. Raises InputError if nobody names one.
+    """
+    if tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None:
+        return None
+    config = model.config.get_text_config()
+    for found in (config.bos_token_id, config.eos_token_id):
+        if found is not None and found != []:
+            return int(found[0] if isinstance(found, list) else found)
+    raise InputError(
+        "Neither the tokenizer nor config.json names a token that begins or ends a text, which stands for an empty "
+        "prompt. Set bos_token or eos_token in tokenizer_config.json."
+    )
 
 
 class _Steps:

@@ -189,7 +189,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _in_words(evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of the harness. Its errors, of which it has no types of its own, become InputErrors."""
+    """The result of the harness. Its errors, which have no types of their own, become InputErrors."""
     try:
         return evaluate(*arguments, **options)
     except Exception as error:
@@ -235,7 +235,7 @@ def _known(request: Request) -> tuple[Any, list[str]]:
 
 
 def matches(name: str, known: Sequence[str]) -> list[str]:
-    """The tasks that a name or pattern stands for. Raises InputError, with the closest name, if there is none."""
+    """The tasks that a name or pattern stands for. Raises InputError, with the closest name, for an unknown one."""
     if name in known or Path(name).is_file():
         return [name]
     is_pattern = any(sign in name for sign in "*?[")

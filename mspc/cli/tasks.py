@@ -11,7 +11,7 @@ TASKS = "With --tasks"
 
 
 def refuse(options: Mapping[str, object], when: str) -> None:
-    """Raises InputError for the first of these options that was given, as it has no effect."""
+    """Raises InputError for the first option that was given, as it has no effect."""
     for name, value in options.items():
         if value is not None:
             raise InputError(f"--{name.replace('_', '-')} has no effect {when}. Leave it out.")

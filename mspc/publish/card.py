@@ -66,7 +66,7 @@ class Subject:
     kind: str
     """ARTIFACT, or the format of an export."""
     manifest: Mapping[str, Any]
-    """That of the artifact, or the export manifest, which lacks some of its parts if an older mspc wrote it."""
+    """The manifest of the artifact, or that of the export, which lacks some parts if an older mspc wrote it."""
     base: str | None
     """Hub id of the model before compression, if it is known."""
     base_card: Mapping[str, Any]

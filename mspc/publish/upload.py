@@ -219,7 +219,7 @@ def _upload(
         raise InputError("You are not logged in to the hub. Run `hf auth login`, or set HF_TOKEN.") from error
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from error
-    except Exception as error:  # network, proxies, answers that are none, large files in storage of their own
+    except Exception as error:  # network, proxies, wrong answers, storage of large files
         if isinstance(error, MspcError) or is_out_of_memory(error):
             raise
         why = in_brief(error) + (f": {in_brief(error.__cause__)}" if error.__cause__ else "")
