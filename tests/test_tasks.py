@@ -134,8 +134,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
     class Manager:
         def __init__(self, include_path: str | None = None, include_defaults: bool = True) -> None:
-            self.all_tasks = ["cloze", "far", "broken", *(["group"] if include_defaults else [])]
-            self.all_subtasks = ["cloze", "far", "broken"]
+            self.all_tasks = ["cloze", "far", "broken", "needy", *(["group"] if include_defaults else [])]
+            self.all_subtasks = ["cloze", "far", "broken", "needy"]
             calls.append({"include_path": include_path, "include_defaults": include_defaults})
 
         def load(self, names: list[str]) -> dict[str, object]:
@@ -143,6 +143,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
                 raise ConnectionError("Couldn't reach 'x/far' on the Hub (OfflineModeIsEnabled)")
             if names == ["broken"]:
                 raise KeyError("test_split")
+            if names == ["needy"]:
+                raise ModuleNotFoundError("No module named 'langdetect'")
             task = SimpleNamespace(get_config=lambda key: 0)
             return {"tasks": {"cloze": task}, "groups": {"group": "the group"} if names == ["group"] else {}}
 
@@ -186,6 +188,7 @@ def test_a_model_and_its_reference_are_asked_the_same(fake, artifact_of, llama, 
 def test_errors_of_tasks_are_said(fake, llama, tmp_path):
     assert "Task 'far': its data set cannot be reached (Couldn't reach 'x/far'" in refused(llama, "--tasks", "far")
     assert "Task 'broken' cannot be read (KeyError: 'test_split')" in refused(llama, "--tasks", "broken")
+    assert "Task 'needy' needs a package that is not installed" in refused(llama, "--tasks", "needy")
     assert "Unknown task 'clooze': did you mean 'cloze'?" in refused(llama, "--tasks", "clooze")
     message = refused(llama, "--tasks", "cloze", "--num-fewshot", 2)
     assert "Task 'cloze' has no examples (its file says num_fewshot: 0)" in message
@@ -293,6 +296,8 @@ def test_the_harness_on_the_command_line(folder, llama, artifact_of):
     assert "Task 'far': its data set cannot be reached" in message
 
 
-def test_the_request_is_checked():
+def test_the_request_is_checked(fake):
+    with pytest.raises(InputError, match="A model in memory needs tokenizer="):
+        mspc.evaluate_tasks(tiny.make("llama"), "cloze", progress=False)
     with pytest.raises(InputError, match="batch_size must be"):
         tasks.Request(("a",), None, None, None, 0)

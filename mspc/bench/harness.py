@@ -4,6 +4,7 @@ The harness knows models of transformers that are in memory. All that reads from
 before, and every kind of folder is asked in the same way.
 """
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,14 @@ from mspc.progress import Progress
 
 
 class Asked(HFLM):
-    """A model in memory that answers requests; each answer is a step of a stage."""
+    """A model in memory that answers requests; each answer is a step of a stage.
+
+    The tokenizer is copied, as the harness gives it a token for padding.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, progress: Progress) -> None:
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False,
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, trust_remote_code=False,
             prefix_token_id=_first_token(model, tokenizer),
         )  # fmt: skip
         self.progress = progress

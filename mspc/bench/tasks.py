@@ -152,11 +152,12 @@ def _answer(
     model = getattr(model, "path", model)  # of an Artifact
     folder = resolve(str(model)) if isinstance(model, str | Path) else None
     with _quiet():
-        harness = importlib.import_module("mspc.bench.harness")
-        lm_eval = importlib.import_module("lm_eval")
+        lm_eval, harness = _installed()
         with harness.alone():
             chosen = _tasks(request, progress)
-            if folder is not None:
+            if folder is None:
+                tokenizer = tokenizer or _tokenizer_of(model)
+            else:
                 with progress.stage("Loading the model", 1) as step:
                     tokenizer = tokenizer or load_tokenizer(folder)
                     model = load(folder, device, dtype)
@@ -171,19 +172,33 @@ def _answer(
     return result_of(raw, lm_eval.__version__)
 
 
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer in the folder of a model in memory. Raises InputError if it has none."""
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    if not name or not Path(name).is_dir():
+        raise InputError("A model in memory needs tokenizer=.")
+    return load_tokenizer(Path(name))
+
+
+def _installed() -> tuple[Any, Any]:
+    """The harness, and the module that knows it. Raises InputError, naming the extra, if it is not installed."""
+    try:
+        return importlib.import_module("lm_eval"), importlib.import_module("mspc.bench.harness")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(("mspc", "exporters")):
+            raise
+        raise InputError(MISSING.format(name=error.name)) from error
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the remarks of the harness inside, and keep it from stdout. Raises InputError if a package is missing."""
+    """Hide the remarks of the harness inside, and keep it from stdout."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith(("mspc", "exporters")):
-            raise
-        raise InputError(MISSING.format(name=error.name)) from error
     finally:
         logger.setLevel(level)
 
@@ -193,27 +208,25 @@ def _in_words(evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> 
     try:
         return evaluate(*arguments, **options)
     except Exception as error:
-        if isinstance(error, MspcError | ModuleNotFoundError) or is_out_of_memory(error):
+        if isinstance(error, MspcError) or is_out_of_memory(error):
             raise
         raise InputError(f"lm-evaluation-harness cannot ask this ({in_brief(error)}). Choose another task.") from error
 
 
 def _tasks(request: Request, progress: Progress) -> list[Any]:
     """The tasks and groups of a request, with their data."""
-    with progress.stage("Reading tasks", len(request.tasks)) as step:
+    with progress.stage("Reading tasks", 1) as step:
         manager, names = _known(request)
         chosen: list[Any] = []
         for name in names:
             try:
                 loaded = manager.load([name])
-            except ModuleNotFoundError:
-                raise
             except Exception as error:
                 raise InputError(_why(name, error)) from error
             tasks, groups = loaded["tasks"], loaded.get("groups") or {}
             _check_shots(request, tasks)
             chosen += [groups[name]] if name in groups else list(tasks.values())
-            step(name)
+        step()
     return chosen
 
 
@@ -256,6 +269,8 @@ def _why(name: str, error: Exception) -> str:
             f"Task {name!r}: its data set cannot be reached ({in_brief(error)}). Check the network and HF_HUB_OFFLINE, "
             "or write a task file with data of your own, and give its folder with --include-path."
         )
+    if isinstance(error, ImportError):
+        return f"Task {name!r} needs a package that is not installed ({in_brief(error)}). Install it."
     return f"Task {name!r} cannot be read ({in_brief(error)}). Correct its task file, or choose another task."
 
 

@@ -44,9 +44,9 @@ def ask(
 def _show(results: list[tuple[str, Any]], against: str | None, as_json: bool, several: bool) -> None:
     if not results:
         return
-    if as_json:
-        from mspc.storage.manifest import was_recovered
+    from mspc.storage.manifest import was_recovered
 
+    if as_json:
         rows = [
             {"path": path, **result.to_dict()} | ({"recovered": True} if was_recovered(Path(path)) else {})
             for path, result in results
@@ -55,4 +55,5 @@ def _show(results: list[tuple[str, Any]], against: str | None, as_json: bool, se
         return
     from mspc.cli.tables import task_table
 
-    print_table(task_table(results, against))
+    named = [(path + " (recovered)" * was_recovered(Path(path)), result) for path, result in results]
+    print_table(task_table(named, against))
