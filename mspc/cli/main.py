@@ -12,7 +12,6 @@ from mspc.cli.bench_command import bench
 from mspc.cli.compress_command import compress
 from mspc.cli.console import (  # fmt: skip
     ArtifactArgument,
-    BosOption,
     ColumnOption,
     DebugOption,
     DeviceOption,
@@ -21,6 +20,7 @@ from mspc.cli.console import (  # fmt: skip
     JsonOption,
     LengthOption,
     ThreadsOption,
+    option,
     print_json,
     print_table,
     report_bug,
@@ -28,7 +28,9 @@ from mspc.cli.console import (  # fmt: skip
 )
 from mspc.cli.export_commands import export, verify
 from mspc.cli.generate_command import generate
+from mspc.cli.push_command import push
 from mspc.cli.report_command import report
+from mspc.cli.tasks import TASKS, ask, refuse
 from mspc.progress import log
 from mspc.version import __version__
 
@@ -56,12 +58,13 @@ def eval_(
         ),
     ],
     text: Annotated[
-        str,
-        typer.Option(
-            help="Test text: the test split of builtin (Python's own documentation), c4, wikitext2 or a dataset id; "
-            "or a .txt, .jsonl, .json or .parquet file, or a folder of them."
+        str | None,
+        option(
+            "Test text: the test split of builtin (Python's own documentation), c4, wikitext2 or a dataset id; "
+            "or a .txt, .jsonl, .json or .parquet file, or a folder of them.",
+            "builtin",
         ),
-    ] = "builtin",
+    ] = None,
     sequence_length: LengthOption = None,
     max_windows: Annotated[
         int | None, typer.Option(help="Number of windows to measure, from the first. (default: all)")
@@ -70,19 +73,40 @@ def eval_(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Also measure the perplexity of this model, and the KL divergence from its predictions.",
+            help="Also measure the perplexity of this model, and the KL divergence from its predictions; with --tasks "
+            "its answers, and the difference.",
         ),
     ] = None,
-    bos: BosOption = "auto",
+    bos: Annotated[str | None, option("Whether windows begin with a BOS token.", "auto", metavar="auto|yes|no")] = None,
     text_column: ColumnOption = None,
     text_encoding: EncodingOption = None,
+    tasks: Annotated[
+        str | None,
+        option(
+            "Tasks of lm-evaluation-harness in place of a text, such as arc_easy,hellaswag.",
+            "none",
+            metavar="NAMES",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, option("Questions of each task, from the first.", "all", metavar="N", rich_help_panel=TASKS)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, option("Examples in each prompt.", "as the task says", metavar="N", rich_help_panel=TASKS)
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        option("Folder with task files (.yaml) of your own.", "none", metavar="FOLDER", rich_help_panel=TASKS),
+    ] = None,
+    batch_size: Annotated[int | None, option("Prompts at a time.", 1, metavar="N", rich_help_panel=TASKS)] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure the perplexity of models on test text; lower is better.
+    """Measure the perplexity of models on test text (lower is better), or their answers to tasks.
 
     \b
     mspc eval MODEL                          the original
@@ -90,23 +114,29 @@ def eval_(
     mspc eval out/small --against MODEL      and its distance from MODEL
     mspc eval out/a out/b --against MODEL    a table
     mspc eval out/small --text t.txt --max-windows 100
+    mspc eval out/small --tasks arc_easy,hellaswag --against MODEL --limit 200
 
     The text is one stream of tokens, cut into windows that do not overlap.
     Compare only perplexities of the same text, window length, number of windows
     and --bos. Intervals are 95% t-intervals over the windows.
     """
+    on_text = {"text": text, "sequence_length": sequence_length, "max_windows": max_windows, "bos": bos,
+               "text_column": text_column, "text_encoding": text_encoding}  # fmt: skip
+    on_tasks = {"limit": limit, "num_fewshot": num_fewshot, "include_path": include_path, "batch_size": batch_size}
+    shared: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "threads": threads}
+    if tasks is not None:
+        ask(paths, tasks, against, on_text, on_tasks | shared, as_json, debug)
+        return
     results: list[tuple[str, dict[str, Any]]] = []
     with reported(debug):
+        refuse(on_tasks, "without --tasks")
         from mspc.api import evaluate
         from mspc.storage.manifest import was_recovered
 
         try:
             for path in paths:
-                found = evaluate(
-                    path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
-                    dtype=dtype or "auto", against=against, bos=bos, text_column=text_column,
-                    text_encoding=text_encoding, threads=threads,
-                )  # fmt: skip
+                given: dict[str, Any] = {**on_text, "text": text or "builtin", "bos": bos or "auto"}
+                found = evaluate(path, against=against, **given, **shared)
                 row = {name: value for name, value in asdict(found).items() if value is not None}
                 results.append((path, row | ({"recovered": True} if was_recovered(Path(path)) else {})))
         finally:  # what was measured is shown when a later path fails
@@ -151,6 +181,7 @@ app.command()(verify)
 app.command()(generate)
 app.command()(bench)
 app.command()(report)
+app.command()(push)
 
 
 @app.callback(invoke_without_command=True)

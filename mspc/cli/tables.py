@@ -50,6 +50,37 @@ def evaluation_table(results: Sequence[tuple[str, Mapping[str, Any]]], against: 
     return table
 
 
+def task_table(results: Sequence[tuple[str, Any]], against: str | None) -> Table:
+    """One row per task, metric and model, for `mspc eval --tasks`; `results` are `TaskResult`s by path.
+
+    The reference is the first row of each task and metric.
+    """
+    table = Table(title="with standard errors over questions", box=None, pad_edge=False)
+    head = ("task", "metric", "model", "value", *(["difference"] if against else []), "questions", "examples")
+    for heading in head:
+        table.add_column(heading, justify="left" if heading in ("task", "metric", "model") else "right")
+    of_path = [(path, {score.key: score for score in result.scores}) for path, result in results]
+    for key, first in of_path[0][1].items():
+        arrow = {True: " (higher is better)", False: " (lower is better)", None: ""}[first.higher_is_better]
+        name = first.metric + (f", {first.filter}" if first.filter != "none" else "") + arrow
+        asked = ["" if count is None else f"{count:,}" for count in (first.questions, first.num_fewshot)]
+        if against is not None:
+            reference = [f"{against} (reference)", _with_error(first.reference, first.reference_stderr), ""]
+            table.add_row(*map(escape, [first.task, name, *reference, *asked]))
+        for path, scores in of_path:
+            score = scores[key]
+            shown = [path, _with_error(score.value, score.stderr)]
+            difference = [_with_error(score.difference, score.difference_stderr, "+")] if against else []
+            table.add_row(*map(escape, [first.task, name, *shown, *difference, *asked]))
+    return table
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
 def _windows(result: Mapping[str, Any]) -> str:
     return f"{result['windows']} windows of {result['sequence_length']} of {result['text']}"
 

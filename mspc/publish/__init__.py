@@ -1,0 +1,1 @@
+"""Artifacts and exports on the hub: a model card, and the upload."""
