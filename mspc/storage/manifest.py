@@ -53,6 +53,10 @@ class MatrixEntry:
     num_tokens: int
     file: str = ""
     """Path in the artifact; empty until the block is written."""
+    role: str = ""
+    """`head` or `embeddings` for a matrix outside of the blocks."""
+    tied: str | None = None
+    """Parameter of the head, where the embeddings are the head as well."""
 
     @property
     def name(self) -> str:
@@ -65,7 +69,7 @@ class MatrixEntry:
     @property
     def planned(self) -> PlannedMatrix:
         """The matrix as a plan has it."""
-        return PlannedMatrix(self.name, self.shape, self.target, self.sensitivity)
+        return PlannedMatrix(self.name, self.shape, self.target, self.sensitivity, self.role)
 
     @property
     def stored(self) -> StoredMatrix:
@@ -96,6 +100,8 @@ class MatrixEntry:
             "precision": self.precision,
             "num_tokens": self.num_tokens,
             "file": self.file,
+            **({"role": self.role} if self.role else {}),
+            **({"tied": self.tied} if self.tied else {}),
         }
 
     @classmethod
@@ -117,6 +123,8 @@ class MatrixEntry:
                 num_bytes=row["bytes"],
                 digest=row["sha256"],
                 file=row["file"],
+                role=row.get("role", ""),
+                tied=row.get("tied"),
                 **{key: row[key] for key in COPIED},
             )
         except KeyError as error:
@@ -178,8 +186,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_entries(manifest: Mapping[str, Any], path: Path) -> list[MatrixEntry]:
-    """The entries of a manifest. Raises InputError, naming `path`, for a damaged one and for one that comes twice."""
-    entries = [MatrixEntry.from_row(row, path) for row in manifest.get("matrices", [])]
+    """The entries of a manifest, those of matrices outside of the blocks last.
+
+    Raises InputError, naming `path`, for a damaged one and for one that comes twice.
+    """
+    rows = [*manifest.get("matrices", []), *manifest.get("outer", [])]
+    entries = [MatrixEntry.from_row(row, path) for row in rows]
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
         raise InputError(f"{path} is damaged: it has more than one entry for {twice[0]}.")

@@ -24,7 +24,7 @@ from mspc.types import CompressedLinear
 QUANT_METHOD = "mspc"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
-KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric")
+KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric", "tied")
 
 
 def base_of(tensor: str) -> str:
