@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from exporters.folder import read_config, write_shards
-from exporters.packed import check_packed, grids_of, model_names, packed_tensors
+from exporters.packed import BLOCKS, check_packed, grids_of, model_names, outer_notes, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_quantized
 from mspc.progress import Step
@@ -20,10 +20,13 @@ from mspc.storage.artifact import ArtifactSource
 from mspc.storage.carrying import carry
 from mspc.storage.files import write_json
 from mspc.storage.manifest import MatrixEntry
-from mspc.types import Codes, Grid, PlannedMatrix
+from mspc.types import HEAD, Codes, Grid, PlannedMatrix
 
 LAYOUT = "0.20.0"
 """The release of compressed-tensors whose layout this is."""
+
+PACKED = (*BLOCKS, HEAD)
+"""Roles of the matrices that are packed. Loaders know no packed embeddings."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +35,36 @@ class Options:
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
-    check_packed(matrices, "compressed-tensors", 32)
+    check_packed(matrices, "compressed-tensors", 32, PACKED)
     if config.get("model_type") == "gpt2":
         raise InputError("compressed-tensors packs nn.Linear, and GPT-2's matrices are Conv1D; export gptq or sparse.")
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
-    if all(grid.symmetric for grid in grids_of(entries).values()):
-        return []
-    return ["transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
+    dense = outer_notes(entries, "compressed-tensors", PACKED)
+    if all(grid.symmetric for grid in grids_of(entries, PACKED).values()):
+        return dense
+    return [*dense, "transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     dense: list[str] = []
+    has_head = any(entry.role == HEAD for entry in artifact.entries)
     name_of = model_names(artifact)
 
     def pack(codes: Codes, grid: Grid) -> dict[str, Tensor]:
         return pack_quantized(codes, grid.bits, symmetric=grid.symmetric)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in packed_tensors(artifact, key, pack, None):
+        for name, tensor in packed_tensors(artifact, key, pack, None, PACKED):
             if name == name_of(key) and name.endswith(".weight") and tensor.ndim == 2:  # some may be nn.Linear
                 dense.append(name.removesuffix(".weight"))
             yield name, tensor
 
     carry(artifact.folder, out)
     write_shards(artifact, out, tensors_of, step)
+    if not has_head:
+        dense.append("lm_head")
     quantization = quantization_config(artifact.entries, dense)
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
 
@@ -65,7 +72,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
 def quantization_config(entries: Sequence[MatrixEntry], dense: Sequence[str]) -> dict[str, Any]:
     """One config group for every grid: `Linear` when there is one, else the names of its matrices."""
     names_of: dict[Grid, list[str]] = defaultdict(list)
-    for name, grid in grids_of(entries).items():
+    for name, grid in grids_of(entries, PACKED).items():
         names_of[grid].append(name)
     groups = {}
     for number, (grid, names) in enumerate(names_of.items()):
@@ -92,6 +99,6 @@ def quantization_config(entries: Sequence[MatrixEntry], dense: Sequence[str]) ->
         "kv_cache_scheme": None,
         "sparsity_config": {},
         "transform_config": {},
-        "ignore": sorted({"lm_head", *dense}),
+        "ignore": sorted(set(dense)),
         "config_groups": groups,
     }

@@ -143,6 +143,8 @@ def _description(row: Any, where: str) -> StoredMatrix:
         raise InputError(f"{where}: shape must be two whole numbers above 0, not {shape!r}.")
     if dtype not in DTYPES:
         raise InputError(f"{where}: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if not isinstance(row.get("tied", ""), str):
+        raise InputError(f"{where}: tied must be the name of a parameter, not {row['tied']!r}.")
     if type(transposed) is not bool:
         raise InputError(f"{where}: transposed must be true or false, not {transposed!r}.")
     try:
