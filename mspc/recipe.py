@@ -68,8 +68,8 @@ class Recipe:
         shown=f"{UNQUANTIZED_BITS} with --sparsity or --pattern",
     )
     head_bits: int | None = common(
-        UNQUANTIZED_BITS, "Bits of the output head: 8 or 4, or 16 for the checkpoint's dtype. No size but "
-        "--target-size counts it.",
+        UNQUANTIZED_BITS,
+        "Bits of the output head: 8 or 4, or 16 for the checkpoint's dtype. No size but --target-size counts it.",
     )
     embedding_bits: int | None = common(
         UNQUANTIZED_BITS,

@@ -67,7 +67,9 @@ def _embeddings(name: str, entry: MatrixEntry, size: int, array: Any, transposed
     bits, (num_rows, num_columns) = entry.target.grid.bits, entry.shape
     codes, scales = array(f"{name}.codes"), array(f"{name}.scales")
     if transposed:
-        codes, scales, zeros = (np.ascontiguousarray(array(f"{name}.{part}").T) for part in ("codes", "scales", "zeros"))
+        codes, scales, zeros = (
+            np.ascontiguousarray(array(f"{name}.{part}").T) for part in ("codes", "scales", "zeros")
+        )
     else:
         codes = little_endian_fields(codes.reshape(num_rows, -1), bits, num_columns)
         zeros = np.full(scales.shape, 2 ** (bits - 1), np.uint8)

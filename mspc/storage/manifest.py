@@ -14,7 +14,7 @@ from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.storage.journal import NAME as JOURNAL
-from mspc.types import Matrix, PlannedMatrix, Target
+from mspc.types import EMBEDDINGS, HEAD, Matrix, PlannedMatrix, Target
 
 FORMAT_VERSION = 1
 MANIFEST = "mspc.json"
@@ -114,6 +114,9 @@ class MatrixEntry:
             dtype = getattr(torch, row["dtype"])
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"dtype {row['dtype']!r}")
+            role, tied = row.get("role", ""), row.get("tied")
+            if role not in ("", HEAD, EMBEDDINGS) or not isinstance(tied, str | None):
+                raise TypeError(f"role {role!r}, tied {tied!r}")
             return cls(
                 address=Matrix(row["parameter"], (num_out, num_in), row["index"], row["transposed"]),
                 source_key=row["tensor"],
@@ -123,8 +126,8 @@ class MatrixEntry:
                 num_bytes=row["bytes"],
                 digest=row["sha256"],
                 file=row["file"],
-                role=row.get("role", ""),
-                tied=row.get("tied"),
+                role=role,
+                tied=tied,
                 **{key: row[key] for key in COPIED},
             )
         except KeyError as error:
