@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mspc
+from exporters.formats import FORMATS
 from mspc.errors import InputError
 from mspc.model.open import open_model
 from mspc.model.outer import is_lookup, outer_matrices
@@ -121,7 +122,7 @@ def test_the_sparse_export_is_loaded_and_saved_by_transformers(family, made, tmp
         assert torch.equal(first(input_ids=ids).logits, again(input_ids=ids).logits)
     kept = {key: value for key, value in tiny.tensors(exported).items() if "embed" in key or "head" in key}
     assert kept.keys() == {key for key in tiny.tensors(tmp_path / "saved") if "embed" in key or "head" in key}
-    dense = {name: weight for name, weight in open_model(exported, device=CPU).source.read(source_keys(artifact))}
+    dense = dict(open_model(exported, device=CPU).source.read(source_keys(artifact)))
     for name, weight in ArtifactSource(artifact.path).read(source_keys(artifact)):
         assert torch.equal(weight, dense[name])
 
@@ -141,8 +142,9 @@ def source_keys(artifact: mspc.Artifact) -> list[str]:
         ("gemma2", "compressed-tensors"), ("llama", "gguf"), ("gemma2", "gguf"),
     ],
 )  # fmt: skip
-def test_exports_are_verified_in_the_loader_of_transformers(family, format_name, made, tmp_path):
+def test_exports_are_verified_in_the_loader_of_transformers(family, format_name, made, tmp_path, monkeypatch):
     """Oracle: transformers. The export fails if a weight or a logit differs."""
+    monkeypatch.setitem(FORMATS, format_name, replace(FORMATS[format_name], runtimes=("transformers",)))
     out = made(family).export(format_name, tmp_path / "out", progress=False)
     report = json.loads((out / "verification.json").read_text())
     assert report["runtimes"]["transformers"]["status"] == "verified"
@@ -162,7 +164,7 @@ def test_the_cost_is_that_of_each_step(folder_of, calibration, test_text, tmp_pa
     plain = tiny.compress(model, tmp_path / "plain", calibration, **common)
     made = tiny.compress(model, tmp_path / "made", calibration, head_bits=4, embedding_bits=8, **common)
     found = made.manifest["evaluation"]
-    none, head, both = found["outer"]
+    none, _, both = found["outer"]
     assert [step["quantized"] for step in found["outer"]] == [[], [HEAD], [HEAD, EMBEDDINGS]]
     for name in ("perplexity", "divergence"):
         assert none[name] == plain.manifest["evaluation"][name]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mspc.bench.decoder import Block, Decoder, Operations, OuterLayers, Shape
 from mspc.bench.formats import DENSE, Source, describe, parse_format, random_stored
