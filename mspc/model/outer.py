@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from mspc.errors import InputError
 from mspc.model.matrices import is_plain
@@ -56,7 +55,7 @@ def is_lookup(layer: nn.Embedding) -> bool:
     return type(layer).forward is nn.Embedding.forward or isinstance(getattr(layer, SCALE, None), int | float)
 
 
-def _own_name(model: PreTrainedModel, layer: nn.Module, names: list[str]) -> str:
+def _own_name(model: nn.Module, layer: nn.Module, names: list[str]) -> str:
     return next(name for name in names if model.get_submodule(name.rpartition(".")[0]) is layer)
 
 

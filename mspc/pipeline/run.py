@@ -25,7 +25,7 @@ from mspc.passes.trial import irregular_layers, outside_notes
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
 from mspc.pipeline.copying import copy_rest
 from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
-from mspc.pipeline.outer import planned_outer, quantize_outer, with_outer
+from mspc.pipeline.outer import inputs_of_head, planned_outer, quantize_outer, with_outer
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import check_memory, recover_all
@@ -150,7 +150,9 @@ class Run:
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
         if settings.recover:
             recover_all(self.open_for_training, text, settings, self.folder, journal, spill, progress)
-        quantize_outer(model, self.outer, self.folder, journal, progress)
+        last = self.recovered(journal) or model
+        inputs = partial(inputs_of_head, last, tokens.ids, matrices, solved_weights(self.folder, journal))
+        quantize_outer(last, self.outer, settings, self.folder, journal, progress, inputs)
         evaluation = self.evaluate(model, text, matrices, journal, spill)
         manifest = self.write_manifest(header | {"evaluation": evaluation}, plan, checkpoint, model, journal)
         publish(self.folder, self.out)
@@ -342,11 +344,15 @@ class Run:
         if text.test is None:
             return None
         begin, solved = len(text.calibration.begin), solved_weights(self.folder, journal)
-        is_recovered = journal.recovery is not None and journal.recovery["best_step"] > 0
-        recovered = self.open_model(replaced=self.folder / UNCHANGED) if is_recovered else None
+        recovered = self.recovered(journal)
         outer = with_outer(recovered or model, self.folder, journal) if self.outer else None
         found = compare(model, text.test, begin, matrices, solved, spill, self.progress, recovered, outer)
         return evaluation_to_dict(found, text.calibration.source, text.test) if found else None
+
+    def recovered(self, journal: Journal) -> StreamedModel | None:
+        """The model with the norms and biases of a recovery; None if none made it better."""
+        is_recovered = journal.recovery is not None and journal.recovery["best_step"] > 0
+        return self.open_model(replaced=self.folder / UNCHANGED) if is_recovered else None
 
     def write_manifest(
         self,
