@@ -4,7 +4,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from exporters.folder import read_config, write_shards
-from exporters.packed import check_packed, grids_of, model_names, packed_tensors
+from exporters.packed import BLOCKS, GROUP_SIZES, check_packed, grids_of, model_names, outer_notes, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_quantized
 from mspc.progress import Step
@@ -20,10 +20,22 @@ from mspc.storage.artifact import ArtifactSource
 from mspc.storage.carrying import carry
 from mspc.storage.files import write_json
 from mspc.storage.manifest import MatrixEntry
-from mspc.types import Codes, Grid, PlannedMatrix
+from mspc.types import HEAD, Codes, Grid, PlannedMatrix
 
 LAYOUT = "0.20.0"
 """The release of compressed-tensors whose layout this is."""
+
+MULTIPLE = 32
+"""Features of a packed matrix are a multiple of it."""
+
+
+def packed_roles(matrices: Sequence[PlannedMatrix]) -> tuple[str, ...]:
+    """Roles of the matrices that are packed: blocks, and a head whose sizes allow it. Loaders know no embeddings."""
+    heads = [matrix for matrix in matrices if matrix.role == HEAD and matrix.target.grid]
+    fits = all(size % MULTIPLE == 0 for matrix in heads for size in matrix.shape) and all(
+        matrix.target.grid and matrix.target.grid.group_size in GROUP_SIZES for matrix in heads
+    )
+    return (*BLOCKS, HEAD) if heads and fits else BLOCKS
 
 
 @dataclass(frozen=True)
@@ -32,40 +44,46 @@ class Options:
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
-    check_packed(matrices, "compressed-tensors", 32)
+    check_packed(matrices, "compressed-tensors", MULTIPLE)
     if config.get("model_type") == "gpt2":
         raise InputError("compressed-tensors packs nn.Linear, and GPT-2's matrices are Conv1D; export gptq or sparse.")
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
-    if all(grid.symmetric for grid in grids_of(entries).values()):
-        return []
-    return ["transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
+    roles = packed_roles([entry.planned for entry in entries])
+    dense = outer_notes(entries, "compressed-tensors", roles)
+    if all(grid.symmetric for grid in grids_of(entries, roles).values()):
+        return dense
+    return [*dense, "transformers 5.23 loads asymmetric grids only with CompressedTensorsConfig(dequantize=True)."]
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
     dense: list[str] = []
+    roles = packed_roles([entry.planned for entry in artifact.entries])
     name_of = model_names(artifact)
 
     def pack(codes: Codes, grid: Grid) -> dict[str, Tensor]:
         return pack_quantized(codes, grid.bits, symmetric=grid.symmetric)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in packed_tensors(artifact, key, pack, None):
+        for name, tensor in packed_tensors(artifact, key, pack, None, roles):
             if name == name_of(key) and name.endswith(".weight") and tensor.ndim == 2:  # some may be nn.Linear
                 dense.append(name.removesuffix(".weight"))
             yield name, tensor
 
     carry(artifact.folder, out)
     write_shards(artifact, out, tensors_of, step)
-    quantization = quantization_config(artifact.entries, dense)
+    if HEAD not in roles:
+        dense.append("lm_head")
+    grids = grids_of(artifact.entries, roles)
+    quantization = quantization_config(grids, dense)
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
 
 
-def quantization_config(entries: Sequence[MatrixEntry], dense: Sequence[str]) -> dict[str, Any]:
+def quantization_config(grids: Mapping[str, Grid], dense: Sequence[str]) -> dict[str, Any]:
     """One config group for every grid: `Linear` when there is one, else the names of its matrices."""
     names_of: dict[Grid, list[str]] = defaultdict(list)
-    for name, grid in grids_of(entries).items():
+    for name, grid in grids.items():
         names_of[grid].append(name)
     groups = {}
     for number, (grid, names) in enumerate(names_of.items()):
@@ -92,6 +110,6 @@ def quantization_config(entries: Sequence[MatrixEntry], dense: Sequence[str]) ->
         "kv_cache_scheme": None,
         "sparsity_config": {},
         "transform_config": {},
-        "ignore": sorted({"lm_head", *dense}),
+        "ignore": sorted(set(dense)),
         "config_groups": groups,
     }

@@ -24,7 +24,7 @@ from exporters.folder import read_config
 from exporters.gguf_families import Family, add_model, family_notes, family_of
 from exporters.gguf_rope import rope_factors
 from exporters.gguf_tokenizer import add_tokenizer, read_vocabulary
-from exporters.packed import grids_of, model_names
+from exporters.packed import model_names
 from mspc.errors import InputError
 from mspc.formats.gguf import BLOCK, pack_blocks
 from mspc.model.gguf_config import FACTORS
@@ -95,7 +95,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     writer = GGUFWriter(out / FILE, family.architecture)
     add_model(writer, settings)
     add_tokenizer(writer, found)
-    if grids_of(artifact.entries):
+    if any(entry.target.grid for entry in artifact.entries):
         writer.add_quantization_version(QUANTIZATION_VERSION)
     if factors is not None:
         _add_info(writer, FACTORS, GGMLQuantizationType.F32, factors.shape)

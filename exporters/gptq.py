@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from exporters.folder import read_config, write_shards
-from exporters.packed import block_prefix, check_packed, commonest, grids_of, model_names, packed_tensors
+from exporters.packed import block_prefix, check_packed, commonest, grids_of, model_names, outer_notes, packed_tensors
 from mspc.errors import InputError
 from mspc.formats.gptq import V1, V2, pack_gptq
 from mspc.progress import Step
@@ -35,16 +35,18 @@ class Options:
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     check_packed(matrices, "gptq", 32)
-    if len({matrix.target.grid.symmetric for matrix in matrices if matrix.target.grid}) > 1:
+    if len({matrix.target.grid.symmetric for matrix in matrices if matrix.target.grid and not matrix.role}) > 1:
         raise InputError("gptq cannot mix symmetric and asymmetric matrices; use one kind in the plan.")
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
+    dense = outer_notes(entries, "gptq")
     if version_of(entries) == V1:
-        return []
+        return dense
     return [
+        *dense,
         "Written as gptq_v2, since its grids are asymmetric. GPTQModel and transformers read it; ONNX Runtime "
-        "GenAI, auto-gptq and vLLM are known not to. Symmetric grids avoid this."
+        "GenAI, auto-gptq and vLLM are known not to. Symmetric grids avoid this.",
     ]
 
 

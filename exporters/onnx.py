@@ -5,7 +5,7 @@ standard's DequantizeLinear (QDQ). Groups are those of the column order, so a `g
 silently misreads one that comes with packed zero points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from exporters.folder import read_config
 from exporters.genai import genai_config
 from exporters.limits import DYNAMIC, LONGROPE
 from exporters.onnx_graph import decoder_graph
-from exporters.packed import grids_of
+from exporters.onnx_outer import INTEGERS, STORED, initializer, rename_shared, replace, store_in_16_bits, use_codes
+from exporters.packed import BLOCKS, grids_of
 from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
@@ -30,13 +31,14 @@ from mspc.storage.carrying import carry
 from mspc.storage.config_json import with_dtype
 from mspc.storage.files import write_atomically, write_json
 from mspc.storage.manifest import MatrixEntry
-from mspc.types import Grid, PlannedMatrix
+from mspc.types import EMBEDDINGS, HEAD, Grid, PlannedMatrix
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOAT32, FLOAT16, MATMUL_NBITS, QDQ = "float32", "float16", "matmulnbits", "qdq"
 WEIGHTS = (FLOAT32, FLOAT16, MATMUL_NBITS, QDQ)
 FLOATS = (FLOAT32, FLOAT16)
 CODE_BITS = (2, 4, 8)
+ROLES = (*BLOCKS, HEAD, EMBEDDINGS)
 LARGEST_FILE = 2_000_000_000
 """Bytes of weights; a protobuf message ends at 2 GiB, so more weights go to a file of their own."""
 EXACT_QDQ = {"session.qdq_matmulnbits_accuracy_level": "1"}
@@ -101,19 +103,26 @@ def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
-    grids = {} if options.weights in FLOATS else grids_of(artifact.entries)
+    grids = {} if options.weights in FLOATS else grids_of(artifact.entries, ROLES)
     opset = 18
     if options.weights == QDQ:
         opset = 25 if any(grid.bits == 2 for grid in grids.values()) else 21
     dtype = torch.float16 if options.weights == FLOAT16 else torch.float32
-    with exact_model(artifact.folder, dtype).whole() as model:
+    streamed = exact_model(artifact.folder, dtype)
+    with streamed.whole() as model:
         _check_finite(model, dtype)
-        graph = decoder_graph(model, artifact.entries, opset)
+        outer = _outer(model, streamed.source_dtypes)
+        graph = decoder_graph(model, [entry for entry in artifact.entries if entry.role != EMBEDDINGS], opset)
+        for names in outer:
+            rename_shared(graph, names)
         for key in artifact.keys():  # noqa: SIM118  not a dict
             step(key)
             entry = artifact.whole.get(key)
             if entry and entry.name in grids:
                 _pack(graph, artifact, entry, grids[entry.name], options)
+        for names, stored in outer.items():
+            if options.weights not in FLOATS and stored in STORED:
+                store_in_16_bits(graph, names[0], stored)
         if grids and options.weights == MATMUL_NBITS:
             graph.opset_imports["com.microsoft"] = 1
         write_atomically(out / MODEL, partial(write, graph))
@@ -131,6 +140,18 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     write_json(out / "genai_config.json", genai_config(text, ids, _cache(graph), session))
 
 
+def _outer(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[tuple[str, ...], torch.dtype]:
+    """The dtypes in the checkpoint of embeddings and head, by all names of each, the one that it is stored as first."""
+    found: dict[tuple[str, ...], torch.dtype] = {}
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = getattr(layer, "weight", None)
+        names = [name for name, own in model.named_parameters(remove_duplicate=False) if own is weight]
+        own_dtype = next((dtypes[name] for name in names if name in dtypes), None)
+        if own_dtype is not None:
+            found[tuple(names)] = own_dtype
+    return found
+
+
 def _check_finite(model: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -140,7 +161,9 @@ def _check_finite(model: nn.Module, dtype: torch.dtype) -> None:
 def _pack(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry, grid: Grid, options: Options) -> None:
     codes = artifact.matrix(entry).codes
     assert codes is not None
-    if options.weights == QDQ:
+    if entry.role == EMBEDDINGS:
+        use_codes(graph, entry, codes, qdq=options.weights == QDQ, accuracy_level=options.accuracy_level)
+    elif options.weights == QDQ:
         _use_dequantize_linear(graph, entry, grid.bits, pack_dequantize_linear(codes, grid.bits))
     else:
         parts = pack_matmul_nbits(codes, grid.bits, symmetric=grid.symmetric)
@@ -154,23 +177,12 @@ def _matmul_of(graph: ir.Model, parameter: str) -> ir.Node:
     return users[0]
 
 
-def _initializer(graph: ir.Model, name: str, tensor: Tensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-    array = tensor.numpy()
-    if dtype in (ir.DataType.UINT4, ir.DataType.UINT2):
-        constant: ir.TensorProtocol = ir.PackedTensor(array, dtype, shape=shape, name=name)
-    else:
-        constant = ir.Tensor(array.reshape(shape), name=name)
-    value = ir.val(name, dtype, shape, const_value=constant)
-    graph.graph.register_initializer(value)
-    return value
-
-
 def _use_matmul_nbits(
     graph: ir.Model, entry: MatrixEntry, bits: int, parts: dict[str, Tensor], accuracy_level: int
 ) -> None:
     name, (num_out, num_in) = entry.address.parameter, entry.shape
     types = {"codes": ir.DataType.UINT8, "scales": ir.DataType.FLOAT, "zeros": ir.DataType.UINT8}
-    operands = [_initializer(graph, f"{name}.{part}", parts[part], types[part], parts[part].shape) for part in parts]
+    operands = [initializer(graph, f"{name}.{part}", parts[part], types[part], parts[part].shape) for part in parts]
     attributes = {
         "K": num_in,
         "N": num_out,
@@ -180,34 +192,26 @@ def _use_matmul_nbits(
     }
     old = _matmul_of(graph, name)
     new = ir.node("MatMulNBits", [old.inputs[0], *operands], attributes, domain="com.microsoft", name=entry.name)
-    _replace(graph, old, [new])
+    replace(graph, old, [new])
     del graph.graph.initializers[name]
 
 
 def _use_dequantize_linear(graph: ir.Model, entry: MatrixEntry, bits: int, parts: dict[str, Tensor]) -> None:
     name, (num_out, num_in) = entry.address.parameter, entry.shape
-    integer = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
+    integer = INTEGERS[bits]
     num_blocks = len(parts["scales"])
     operands = [
-        _initializer(graph, f"{name}.codes", parts["codes"], integer, [num_in, num_out]),
-        _initializer(graph, f"{name}.scales", parts["scales"], ir.DataType.FLOAT, [num_blocks, num_out]),
-        _initializer(graph, f"{name}.zeros", parts["zeros"], integer, [num_blocks, num_out]),
+        initializer(graph, f"{name}.codes", parts["codes"], integer, [num_in, num_out]),
+        initializer(graph, f"{name}.scales", parts["scales"], ir.DataType.FLOAT, [num_blocks, num_out]),
+        initializer(graph, f"{name}.zeros", parts["zeros"], integer, [num_blocks, num_out]),
     ]
     attributes = {"axis": 0, "block_size": num_in // num_blocks}
     dequantize = ir.node("DequantizeLinear", operands, attributes, name=f"{entry.name}.dequantize")
     dequantize.outputs[0].name = f"{name}.dequantized"
     old = _matmul_of(graph, name)
     new = ir.node("MatMul", [old.inputs[0], dequantize.outputs[0]], name=entry.name)
-    _replace(graph, old, [dequantize, new])
+    replace(graph, old, [dequantize, new])
     del graph.graph.initializers[name]
-
-
-def _replace(graph: ir.Model, old: ir.Node, new: list[ir.Node]) -> None:
-    product, result = old.outputs[0], new[-1].outputs[0]
-    result.name, result.type, result.shape = product.name, product.type, product.shape
-    graph.graph.insert_before(old, new)
-    product.replace_all_uses_with(result)
-    graph.graph.remove(old, safe=True)
 
 
 def _cache(graph: ir.Model) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Packed integers: the matrices that such a format holds, and names and dtype of all other tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,18 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.types import Codes, Grid, PlannedMatrix
 
 GROUP_SIZES = (32, 64, 128, None)
+BLOCKS = ("",)
+"""Roles of the matrices of blocks, which have none."""
 
 
-def check_packed(matrices: Sequence[PlannedMatrix], format_name: str, multiple_of: int) -> None:
-    """Raises InputError, naming the matrix, for a grid or shape that the loaders of packed integers do not take."""
+def check_packed(
+    matrices: Sequence[PlannedMatrix], format_name: str, multiple_of: int, roles: Collection[str] = BLOCKS
+) -> None:
+    """Raises InputError, naming the matrix, for a grid or shape that the loaders of packed integers do not take.
+
+    `roles` are those of the matrices that are packed. Others are dense, whatever their grid.
+    """
+    matrices = [matrix for matrix in matrices if matrix.role in roles]
     if not any(matrix.target.grid for matrix in matrices):
         raise InputError(
             f"{format_name} holds quantized weights, and no matrix has a grid: compress with --bits 4 (or 2, 3, 8), or "
@@ -39,9 +47,20 @@ def check_packed(matrices: Sequence[PlannedMatrix], format_name: str, multiple_o
             )
 
 
-def grids_of(entries: Sequence[MatrixEntry]) -> dict[str, Grid]:
-    """The grid of every quantized matrix, by its name."""
-    return {entry.name: entry.target.grid for entry in entries if entry.target.grid}
+def grids_of(entries: Sequence[MatrixEntry], roles: Collection[str] = BLOCKS) -> dict[str, Grid]:
+    """The grid of every quantized matrix with one of these roles, by its name."""
+    return {entry.name: entry.target.grid for entry in entries if entry.target.grid and entry.role in roles}
+
+
+def outer_notes(entries: Sequence[MatrixEntry], format_name: str, roles: Collection[str] = BLOCKS) -> list[str]:
+    """A note about quantized matrices outside of the blocks that such a format holds dense."""
+    names = [entry.name for entry in entries if entry.role not in roles]
+    if not names:
+        return []
+    return [
+        f"{' and '.join(names)}: {format_name} holds no such codes that its loaders read. Written as the weights that "
+        "the codes stand for, with the bytes of a matrix that is not quantized."
+    ]
 
 
 def commonest(values: Sequence[Any]) -> Any:
@@ -61,10 +80,11 @@ def packed_tensors(
     key: str,
     pack: Callable[[Codes, Grid], dict[str, Tensor]],
     dtype: torch.dtype | None,
+    roles: Collection[str] = BLOCKS,
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors that one of the source becomes: the packed parts of a quantized matrix, else itself in `dtype`."""
     name, entry = model_names(artifact)(key), artifact.whole.get(key)
-    if entry and entry.target.grid:
+    if entry and entry.target.grid and entry.role in roles:
         codes = artifact.matrix(entry).codes
         assert codes is not None
         for part, tensor in pack(codes, entry.target.grid).items():

@@ -121,7 +121,8 @@ def compress(
     if isinstance(model, PreTrainedModel) and tokenizer is None and not isinstance(calibration, Tensor):
         raise InputError("A model in memory needs tokenizer=, or calibration= as token ids (N, T).")
     if "gguf" in exports and recipe.group_size in (None, "auto"):  # it knows groups of 32 only
-        recipe = replace(recipe, group_size=32) if recipe.settings().quantizes else recipe
+        settings = recipe.settings()
+        recipe = replace(recipe, group_size=32) if settings.quantizes or settings.quantizes_outer else recipe
     start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
     try:

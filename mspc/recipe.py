@@ -17,6 +17,8 @@ from mspc.errors import InputError, unknown
 from mspc.settings import (
     DEFAULT_BITS_PER_WEIGHT,
     EFFORTS,
+    EMBEDDING_BITS,
+    HEAD_BITS,
     RECOVER_LR,
     ROW,
     SPREADS,
@@ -64,6 +66,15 @@ class Recipe:
         UNQUANTIZED_BITS,
         "Bits of each kept weight: 8, 4, 3 or 2, or 16 for the checkpoint's dtype.",
         shown=f"{UNQUANTIZED_BITS} with --sparsity or --pattern",
+    )
+    head_bits: int | None = common(
+        UNQUANTIZED_BITS,
+        "Bits of the output head: 8 or 4, or 16 for the checkpoint's dtype. No size but --target-size counts it.",
+    )
+    embedding_bits: int | None = common(
+        UNQUANTIZED_BITS,
+        "Bits of the embeddings: 8, or 16 for the checkpoint's dtype. Where head and embeddings are one matrix, one of "
+        "both options is enough.",
     )
     keep_zeros: bool | None = common(
         False,
@@ -269,6 +280,10 @@ def _check_value(name: str, value: Any) -> None:
         fixed_pattern(value)
     elif name == "bits" and value not in (UNQUANTIZED_BITS, *BITS):
         raise InputError(f"bits must be {UNQUANTIZED_BITS} (not quantized), 8, 4, 3 or 2, not {value}.")
+    elif name == "head_bits" and value not in (UNQUANTIZED_BITS, *HEAD_BITS):
+        raise InputError(f"head_bits must be {UNQUANTIZED_BITS} (not quantized), 8 or 4, not {value}.")
+    elif name == "embedding_bits" and value not in (UNQUANTIZED_BITS, *EMBEDDING_BITS):
+        raise InputError(f"embedding_bits must be {UNQUANTIZED_BITS} (not quantized) or 8, not {value}.")
     elif name == "bits_per_weight" and not 0 < value <= 32:
         raise InputError(f"bits_per_weight must lie in (0, 32], not {value}.")
     elif name == "target_size":

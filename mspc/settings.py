@@ -36,6 +36,7 @@ OWN_MEASURES = {"alpha": "exponents", "owl": "outliers"}
 """Measure of each allocator that ignores `sensitivity`."""
 RECOVER_LR = 1e-4
 """Highest learning rate of a recovery, unless another is given."""
+HEAD_BITS, EMBEDDING_BITS = (8, 4), (8,)
 BOS = ("auto", "yes", "no")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -67,6 +68,8 @@ class Settings:
     """None under a size budget, and with the zeros of the checkpoint if it was not asked for."""
     pattern: str
     bits: int
+    head_bits: int
+    embedding_bits: int
     keep_zeros: bool
     bits_per_weight: float | None
     target_size: str | None
@@ -133,6 +136,11 @@ class Settings:
         """True if every matrix gets codes; under a size budget and with a plan, some may."""
         return self.bits != UNQUANTIZED_BITS
 
+    @property
+    def quantizes_outer(self) -> bool:
+        """True if the head or the embeddings get codes."""
+        return min(self.head_bits, self.embedding_bits) < UNQUANTIZED_BITS
+
     def grid_for(self, num_inputs: int, bits: int | None = None) -> Grid | None:
         """The grid of a matrix with so wide an input; None if it is not quantized."""
         bits = bits or self.bits
@@ -186,6 +194,8 @@ class Settings:
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
         values |= {"only": list(self.only) or None, "include": list(self.include) or None}
         values |= {"keep_zeros": self.keep_zeros or None, "recover": self.recover or None}
+        outer = ("head_bits", "embedding_bits")
+        values |= {name: None for name in outer if values[name] == UNQUANTIZED_BITS}
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 
@@ -311,8 +321,8 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
     "sparsity": _plan,
     "pattern": _plan,
     "bits": _plan,
-    "group_size": lambda s: _plan(s) or _unquantized(s),
-    "asymmetric": lambda s: _plan(s) or _unquantized(s),
+    "group_size": lambda s: None if s.quantizes_outer else _plan(s) or _unquantized(s),
+    "asymmetric": lambda s: None if s.quantizes_outer else _plan(s) or _unquantized(s),
     "solver": _as_it_is,
     "reconstruct": _as_it_is,
     "recover": lambda s: _as_it_is(s) or _unless(s.prunes or s.quantizes, "sparsity 0 and bits 16, which keep all"),

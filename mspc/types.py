@@ -14,6 +14,8 @@ from mspc.errors import InputError
 
 BITS = (8, 4, 3, 2)
 """The bits that a grid may have."""
+HEAD, EMBEDDINGS = "head", "embeddings"
+"""Roles of matrices outside of the blocks. One that is both has the second."""
 UNQUANTIZED_BITS = 16
 """Bits in recipes, plans and manifests of weights that are not quantized. In memory their grid is None."""
 
@@ -187,6 +189,8 @@ class PlannedMatrix:
     shape: tuple[int, int]
     target: Target
     sensitivity: float | None = None
+    role: str = ""
+    """HEAD or EMBEDDINGS for a matrix outside of the blocks, which is in no plan."""
 
     @property
     def numel(self) -> int:

@@ -92,7 +92,7 @@ def compressed(
 
 def greatest_difference(decoder: Decoder, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> float:
     """From those of transformers (B, T, V): after a prompt, and after each token that is then given one by one."""
-    cache = Cache(decoder.shape, len(ids), ids.shape[1], decoder.outer.head)
+    cache = Cache(decoder.shape, len(ids), ids.shape[1], decoder.outer.norm)
     with torch.no_grad():
         found = [decoder(ids[:, :prompt], cache, 0)]
         found += [decoder(ids[:, i : i + 1], cache, i) for i in range(prompt, ids.shape[1])]
@@ -189,7 +189,7 @@ def test_a_graph_repeats_the_step(name):
     """Oracle: the step run by itself."""
     device = torch.device("cuda")
     decoder = random_decoder(SMALL, name, random_outer(SMALL, 16, device), Operations())
-    cache, ids = Cache(SMALL, 2, 16, decoder.outer.head), torch.randint(260, (2, 1), device=device)
+    cache, ids = Cache(SMALL, 2, 16, decoder.outer.norm), torch.randint(260, (2, 1), device=device)
     with torch.no_grad():
         replay = timing.captured(lambda: decoder(ids, cache, 9), device)
         ids.copy_(torch.randint(260, (2, 1), device=device))

@@ -39,7 +39,7 @@ RECIPE_FLAGS = {
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct", "--recover"),
-    "--recover-lr",
+    *("--recover-lr", "--head-bits", "--embedding-bits"),
     *("--text-column", "--text-encoding", "--bos", "--eval"),
 }
 

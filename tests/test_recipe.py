@@ -199,7 +199,7 @@ def test_the_table_of_effects_is_whole():
     always = {
         "bits_per_weight", "target_size", "effort", "keep_zeros", "calibration", "num_sequences",
         "sequence_length", "seed", "skip", "only", "include", "plan", "device", "dtype", "text_column", "text_encoding",
-        "bos", "eval",
+        "bos", "eval", "head_bits", "embedding_bits",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 

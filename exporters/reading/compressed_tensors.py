@@ -15,7 +15,7 @@ def reader(folder: Path) -> Reader:
 
     def read(entry: MatrixEntry) -> Decoded:
         name, (num_out, num_in), grid = entry.name, entry.shape, entry.target.grid
-        if grid is None:
+        if grid is None or (entry.role and f"{name}.weight_packed" not in files):  # it may be dense
             weight, dtype = files.read(entry.address.parameter)
             return Decoded(weight.astype(np.float32), dtype)
         shape, _ = files.read(f"{name}.weight_shape")

@@ -48,6 +48,7 @@ SIZES = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """Keys of the metadata, after the name of the architecture, by those of config.json."""
+OUTER = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
 MATRIX = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.weight$")
 
 
@@ -104,6 +105,8 @@ def reader(folder: Path) -> Reader:
     paired = metadata["general.architecture"] == PAIRED
 
     def read(entry: MatrixEntry) -> Decoded:
+        if entry.address.parameter in OUTER:
+            return decode(data, tensors[OUTER[entry.address.parameter]], slice(None))
         found = MATRIX.search(entry.address.parameter)
         if found is None:
             raise InputError(f"{entry.name} has no place in a GGUF file")

@@ -18,7 +18,7 @@ def reader(folder: Path) -> Reader:
 
     def read(entry: MatrixEntry) -> Decoded:
         name, (num_out, num_in), grid = entry.name, entry.shape, entry.target.grid
-        if grid is None:
+        if grid is None or entry.role:  # head and embeddings are never packed
             weight, dtype = files.read(entry.address.parameter)
             return Decoded((weight.T if entry.address.transposed else weight).astype(np.float32), dtype)
         scales, _ = files.read(f"{name}.scales")

@@ -33,7 +33,7 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
     quantized = [entry for entry in manifest.entries if entry.target.grid]
     grids = {entry.target.grid for entry in quantized if entry.target.grid}
     if manifest.format == "gptq":
-        _check_gptq(quantized)
+        _check_gptq([entry for entry in quantized if not entry.role])
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its kernels are compiled when they load
         settings["dtype"] = torch.float16
     elif manifest.format == "sparse":

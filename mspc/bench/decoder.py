@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.linear import SparseLinear
 
 
@@ -103,11 +104,11 @@ class Operations:
 class OuterLayers:
     """Embeddings, last norm and head, and the rotations of all positions."""
 
-    embedding: Tensor
+    embedding: Tensor | SparseEmbedding
     """(V, hidden)."""
     norm: Tensor
-    head: Tensor
-    """(V, hidden): the embeddings themselves where they are tied."""
+    head: Tensor | SparseLinear
+    """(V, hidden): the embeddings themselves where they are tied, unless they are quantized."""
     cos: Tensor
     """(L, D), as `sin`."""
     sin: Tensor
@@ -166,7 +167,7 @@ class Decoder:
         outer, operations, shape = self.outer, self.operations, self.shape
         last = first + ids.shape[1]
         cos, sin = outer.cos[first:last], outer.sin[first:last]
-        x = outer.embedding[ids]
+        x = outer.embedding[ids] if isinstance(outer.embedding, Tensor) else outer.embedding(ids)
         y = torch.zeros_like(x)
         for block, cached in zip(self.blocks, cache.blocks, strict=True):
             x, normed = operations.add_norm(x, y, block.attention_norm, outer.eps)
@@ -182,14 +183,14 @@ class Decoder:
             x, normed = operations.add_norm(x, y, block.mlp_norm, outer.eps)
             y = block.down(operations.gated(block.gate_up(normed)))
         _, normed = operations.add_norm(x[:, -1], y[:, -1], outer.norm, outer.eps)
-        return linear(normed, outer.head)
+        return linear(normed, outer.head) if isinstance(outer.head, Tensor) else outer.head(normed)
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted."""
         held = sum(tensor.nbytes for block in self.blocks for tensor in (*block.buffers(), *block.parameters()))
         norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
         linears = held - norms - self.copied_bytes()
-        return {"linears": linears, "norms": norms + self.outer.norm.nbytes, "head": self.outer.head.nbytes}
+        return {"linears": linears, "norms": norms + self.outer.norm.nbytes, "head": bytes_of(self.outer.head)}
 
     def copied_bytes(self) -> int:
         """Bytes of the copies of weights that only prefill reads."""
@@ -198,6 +199,12 @@ class Decoder:
 
     def stored_bytes(self) -> int:
         """Bytes of all weights: those that a step reads, copies, and embeddings that are not the head."""
-        tied = self.outer.head.data_ptr() == self.outer.embedding.data_ptr()
+        tied = self.outer.head is self.outer.embedding
         read = sum(self.weight_bytes().values()) + self.copied_bytes()
-        return read + (0 if tied else self.outer.embedding.nbytes)
+        return read + (0 if tied else bytes_of(self.outer.embedding))
+
+
+def bytes_of(part: Tensor | nn.Module) -> int:
+    """Bytes of a tensor, or of all buffers and parameters of a layer."""
+    tensors = [part] if isinstance(part, Tensor) else [*part.buffers(), *part.parameters()]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -14,20 +14,20 @@ SEED = 0
 def _random_ids(decoder: Decoder, batch: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(decoder.shape.vocabulary, (batch, tokens), generator=generator)
-    return ids.to(decoder.outer.head.device)
+    return ids.to(decoder.outer.norm.device)
 
 
 def step_bytes(decoder: Decoder, batch: int, context: int) -> dict[str, int]:
     """Bytes that a decoding step must move: all weights, the keys and values before it, and its own."""
-    cached = decoder.shape.cache_bytes(batch * (context + 1), decoder.outer.head.itemsize)
+    cached = decoder.shape.cache_bytes(batch * (context + 1), decoder.outer.norm.itemsize)
     return {**decoder.weight_bytes(), "cache": cached}
 
 
 @torch.no_grad()
 def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
     """Time a step of `batch` sequences after `context` tokens. Its tokens (argmax) are the input of the next step."""
-    device = decoder.outer.head.device
-    cache = Cache(decoder.shape, batch, context + 1, decoder.outer.head)
+    device = decoder.outer.norm.device
+    cache = Cache(decoder.shape, batch, context + 1, decoder.outer.norm)
     ids = _random_ids(decoder, batch, 1)
 
     def step() -> Tensor:
@@ -53,13 +53,13 @@ def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, cei
 @torch.no_grad()
 def measure_prefill(decoder: Decoder, tokens: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
     """Time one prompt, from its tokens on the device to the first new token on the host."""
-    device = decoder.outer.head.device
-    cache = Cache(decoder.shape, 1, tokens, decoder.outer.head)
+    device = decoder.outer.norm.device
+    cache = Cache(decoder.shape, 1, tokens, decoder.outer.norm)
     ids = _random_ids(decoder, 1, tokens)
     step = captured(lambda: decoder(ids, cache, 0).argmax(-1), device)
     samples = host_seconds(lambda: int(step()), device, repeats)
     seconds = spread(samples)
-    total = sum(decoder.weight_bytes().values()) + decoder.shape.cache_bytes(tokens, decoder.outer.head.itemsize)
+    total = sum(decoder.weight_bytes().values()) + decoder.shape.cache_bytes(tokens, decoder.outer.norm.itemsize)
     return {
         "tokens": tokens,
         "samples": len(samples),

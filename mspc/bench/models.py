@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mspc.bench.decoder import Block, Decoder, Operations, OuterLayers, Shape
 from mspc.bench.formats import DENSE, Source, describe, parse_format, random_stored
@@ -16,6 +16,7 @@ from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import log
+from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
@@ -44,7 +45,7 @@ SEED = 0
 def engine_of(decoder: Decoder) -> str:
     """The code that multiplies by the linear layers, in words."""
     modules = [layer for block in decoder.blocks for layer in block.modules()]
-    layers, on_gpu = {type(layer) for layer in modules}, decoder.outer.head.is_cuda
+    layers, on_gpu = {type(layer) for layer in modules}, decoder.outer.norm.is_cuda
     if SparseLinear in layers:
         prepared = {layer.prepared_for is not None for layer in modules if isinstance(layer, SparseLinear)}
         words = " and ".join({True: "mspc kernels", False: "plain torch"}[is_one] for is_one in sorted(prepared))
@@ -115,7 +116,7 @@ def random_decoder(shape: Shape, name: str, outer: OuterLayers, operations: Oper
     They are drawn once. All blocks hold the same values, each at its own addresses, so that as much is read as from a
     real model.
     """
-    device, dtype = outer.head.device, outer.head.dtype
+    device, dtype = outer.norm.device, outer.norm.dtype
     source = Source.seeded(SEED, device)
     layers = {
         layer: random_linear(size, name, source, dtype, f"{name}: {layer}") for layer, size in shape.linears().items()
@@ -220,11 +221,17 @@ def model_decoder(folder: Path, length: int, device: torch.device, operations: O
 
 
 def _outer_of(model: Any, length: int) -> OuterLayers:
-    embedding, head = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
-    positions = torch.arange(length, device=embedding.device)[None]
-    cos, sin = model.model.rotary_emb(embedding[:1], positions)
+    embedding, head = model.model.embed_tokens, model.lm_head
     norm = model.model.norm.weight.detach()
-    return OuterLayers(embedding, norm, head, cos[0], sin[0], model.config.rms_norm_eps)
+    positions = torch.arange(length, device=norm.device)[None]
+    cos, sin = model.model.rotary_emb(norm[None], positions)
+    rotations = cos[0], sin[0], model.config.rms_norm_eps
+    rows: Tensor | SparseEmbedding = embedding if isinstance(embedding, SparseEmbedding) else embedding.weight.detach()
+    if isinstance(head, SparseLinear):
+        return OuterLayers(rows, norm, head, *rotations)
+    if isinstance(rows, Tensor) and head.weight is embedding.weight:
+        return OuterLayers(rows, norm, rows, *rotations)
+    return OuterLayers(rows, norm, head.weight.detach(), *rotations)
 
 
 def _block_of(layer: Any) -> Block:

@@ -168,7 +168,7 @@ def check_reached(blocks: Sequence[BlockMatrices]) -> None:
 def check_patterns(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
     """Raises InputError for a pattern of `--skip`, `--only` or `--include` that matches none of its names."""
     kind = "matrix of a block"
-    why = "Embeddings and the output head are never compressed, routers and the like only with --include"
+    why = "Embeddings and head have --embedding-bits and --head-bits, and routers and the like need --include"
     if option == "--include":
         kind = "linear layer of a router, indexer or gate of experts"
         why = "It compresses what would stay dense otherwise, and --skip and --only win over it"

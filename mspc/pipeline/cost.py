@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import MANIFEST, MatrixEntry
 from mspc.storage.sizes import bytes_in, sparse_export_bytes, tensor_bytes
 from mspc.text.tokens import Tokens
-from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix
+from mspc.types import EMBEDDINGS, HEAD, UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix
 
 CHECKED_TOKENS = 4096
 """Tokens on which the dense model is tried before the work."""
@@ -69,6 +70,15 @@ def unigram_loss(ids: Tensor, part: Tensor, begin: int = 0) -> float:
     return float(loss + (torch.count_nonzero(counts) - 1) / (2 * total))
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The cost of a compression: the model at the end, and the same before its head and embeddings were quantized."""
+
+    final: Perplexity
+    steps: tuple[tuple[tuple[str, ...], Perplexity], ...] = ()
+    """What outside of the blocks was quantized, none at first, and the model with it."""
+
+
 def compare(
     model: StreamedModel,
     ids: Tensor,
@@ -78,14 +88,18 @@ def compare(
     spill: Path | None,
     progress: Progress,
     recovered: StreamedModel | None = None,
-) -> Perplexity | None:
+    outer: tuple[StreamedModel, Sequence[MatrixEntry]] | None = None,
+) -> Compared | None:
     """The compressed model on windows (N, T), with the dense one as its reference. `solved` gives weights by block.
 
-    `recovered` is the model with other norms and biases, if it has others. None, and a note, if the activations of the
-    compressed model overflow.
+    `recovered` is the model with other norms and biases, if it has others. `outer` is the one with a quantized head or
+    embeddings. None, and a note, if the activations of the compressed model overflow.
     """
     changed = recovered or model
     dense, compressed = (batches_of(one, ids, spill) for one in (model, changed))
+    entries = outer[1] if outer else ()
+    embedded = any(entry.role == EMBEDDINGS for entry in entries)
+    with_embeddings = batches_of(outer[0], ids, spill) if outer and embedded else []
     try:
         with progress.stage("Evaluating", len(matrices)) as step:
             for index, of_block in enumerate(matrices):
@@ -93,9 +107,18 @@ def compare(
                     advance(model, index, block, dense)
                     with nullcontext(block) if recovered is None else recovered.loaded(index) as own:
                         _install(changed, own, index, of_block, solved(index))
-                        advance(changed, index, own, compressed)
+                        advance(changed, index, own, [*compressed, *with_embeddings])
                 step()
-            return score(changed, compressed, begin, model, dense)
+            first = score(changed, compressed, begin, model, dense)
+            if outer is None:
+                return Compared(first)
+            steps: list[tuple[tuple[str, ...], Perplexity]] = [((), first)]
+            if any(entry.role == HEAD or entry.tied for entry in entries):
+                steps.append(((HEAD,), score(outer[0], compressed, begin, model, dense)))
+            if embedded:
+                done = (*steps[-1][0], EMBEDDINGS)
+                steps.append((done, score(outer[0], with_embeddings, begin, model, dense)))
+            return Compared(steps[-1][1], tuple(steps))
     except ActivationError as error:
         log.error(f"the cost could not be measured on the test text: {error}")
         return None
@@ -109,25 +132,37 @@ def _install(
         install(matrix_of(model, block, index, matrix), weights[matrix.name])
 
 
-def evaluation_to_dict(found: Perplexity, text: str, ids: Tensor) -> dict[str, Any]:
-    """The part `evaluation` of the manifest. JSON knows no infinity: None."""
-
-    def finite(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
-    def both(mean: float | None, interval: tuple[float, float] | None) -> dict[str, Any]:
-        return {"mean": finite(mean), "interval": None if interval is None else [finite(end) for end in interval]}
-
-    return {
+def evaluation_to_dict(compared: Compared, text: str, ids: Tensor) -> dict[str, Any]:
+    """The part `evaluation` of the manifest."""
+    found = compared.final
+    values = {
         "text": text,
         "windows": found.windows,
         "sequence_length": found.sequence_length,
         "tokens": found.tokens,
         "sha256": Tokens(ids, text).sha256,
-        "dense_perplexity": both(found.reference_perplexity, found.reference_perplexity_interval),
-        "perplexity": both(found.perplexity, found.perplexity_interval),
-        "divergence": both(found.divergence, found.divergence_interval),
+        "dense_perplexity": _both(found.reference_perplexity, found.reference_perplexity_interval),
+        **_costs(found),
     }
+    if compared.steps:
+        values["outer"] = [{"quantized": list(roles), **_costs(one)} for roles, one in compared.steps]
+    return values
+
+
+def _costs(found: Perplexity) -> dict[str, Any]:
+    return {
+        "perplexity": _both(found.perplexity, found.perplexity_interval),
+        "divergence": _both(found.divergence, found.divergence_interval),
+    }
+
+
+def _both(mean: float | None, interval: tuple[float, float] | None) -> dict[str, Any]:
+    """A mean and its interval. JSON knows no infinity: None."""
+    return {"mean": _finite(mean), "interval": None if interval is None else [_finite(end) for end in interval]}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def sizes(
@@ -138,12 +173,14 @@ def sizes(
     `folder` is all of the output but the manifest, whose own size depends on timings. `unused` files are removed soon.
     """
     removed = sum(bytes_in(folder / name) for name in unused)
-    types = checkpoint.types()
+    types, whole = checkpoint.types(), {entry.source_key: entry for entry in entries if entry.role}
     return {
         "dense": checkpoint.dense_bytes(),
         "artifact": sum(bytes_in(folder / name) for name in (MATRICES, UNCHANGED)) - removed,
         "sparse_export": sparse_export_bytes(checkpoint.shards(), types, entries),
-        "embeddings": sum(tensor_bytes(types[key]) for key in model.embedding_keys()),
+        "embeddings": sum(
+            whole[key].num_bytes if key in whole else tensor_bytes(types[key]) for key in model.embedding_keys()
+        ),
         "folder": sum(
             bytes_in(path) for path in folder.iterdir() if path.name not in (MEASUREMENTS, OWN_TEXT, JOURNAL, MANIFEST)
         )

@@ -25,9 +25,12 @@ def results(
     numel = sum(row["shape"][0] * row["shape"][1] for row in rows)
     files = {block["file"]: block["sha256"] for block in journal.results}
     replaced = {block["file"] for block in journal.blocks} - files.keys()
+    outer = journal.outer or {"outer": []}
+    if outer["outer"]:
+        files[outer["file"]] = outer["sha256"]
     for path in sorted((folder / UNCHANGED).glob("*.safetensors")):
         files[f"{UNCHANGED}/{path.name}"] = sha256_of(path)
-    entries = [MatrixEntry.from_row(row, MANIFEST) for row in rows]
+    entries = [MatrixEntry.from_row(row, MANIFEST) for row in (*rows, *outer["outer"])]
     return {
         "sparsity": {
             "requested": _requested_sparsity(settings, plan),
@@ -39,6 +42,7 @@ def results(
         **cost,
         "files": files,
         "matrices": rows,
+        **({"outer": outer["outer"]} if outer["outer"] else {}),
     }
 
 

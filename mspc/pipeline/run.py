@@ -22,7 +22,9 @@ from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.passes.trial import irregular_layers, outside_notes
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
-from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, peak_memory, warn_if_guessing
+from mspc.pipeline.copying import copy_rest
+from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
+from mspc.pipeline.outer import inputs_of_head, planned_outer, quantize_outer, with_outer
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import check_memory, recover_all
@@ -40,13 +42,12 @@ from mspc.progress import Progress, log
 from mspc.recipe import Recipe
 from mspc.solvers.obs import check_pattern
 from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
-from mspc.storage.carrying import carry
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.dequantized import dense_config, open_checkpoint, origin_note
-from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
+from mspc.storage.files import sha256_of, write_json, write_text
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
-from mspc.storage.output_folder import check_space, publish
+from mspc.storage.output_folder import publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
 from mspc.text.tokens import Tokens, name_of
@@ -113,6 +114,7 @@ class Run:
         model.check_selection(settings.skip, settings.only, irregular, settings.include)
         matrices = model.matrices(*(selection := (settings.skip, irregular, settings.only, settings.include)))
         self.settings = settings = choose_group_size(settings, matrices)
+        self.outer = planned_outer(model, settings, self.recipe.asked())
         self.check_early(model, matrices)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
@@ -143,10 +145,14 @@ class Run:
         self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
         fisher = planner.fisher(model) if journal.num_solved < len(flatten(matrices)) else {}
         plan = self.plan(planner, model, journal, fisher)
-        self.copy_rest(checkpoint, model, plan, matrices)
+        compressed = [*flatten(matrices), *(one.outer.matrix for one in self.outer)]
+        copy_rest(checkpoint, model, self.with_outer(plan), compressed, self.folder, progress)
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
         if settings.recover:
             recover_all(self.open_for_training, text, settings, self.folder, journal, spill, progress)
+        last = self.recovered(journal) or model
+        inputs = partial(inputs_of_head, last, tokens.ids, matrices, solved_weights(self.folder, journal))
+        quantize_outer(last, self.outer, settings, self.folder, journal, progress, inputs)
         evaluation = self.evaluate(model, text, matrices, journal, spill)
         manifest = self.write_manifest(header | {"evaluation": evaluation}, plan, checkpoint, model, journal)
         publish(self.folder, self.out)
@@ -168,7 +174,8 @@ class Run:
         }
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
-            self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress
+            self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress,
+            saved_bytes=sum(one.saved_bytes for one in self.outer),
         )  # fmt: skip
 
     @cached_property
@@ -256,8 +263,12 @@ class Run:
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
         """The plan, checked. Raises InputError, naming the matrix, for a target that it or an export cannot have."""
         self.check_targets(plan)
-        self.check_exports(plan, self.raw_config(), self.source)
+        self.check_exports(self.with_outer(plan), self.raw_config(), self.source)
         return plan
+
+    def with_outer(self, plan: Sequence[PlannedMatrix]) -> list[PlannedMatrix]:
+        """The matrices of a plan, and those outside of the blocks."""
+        return [*plan, *(one.planned for one in self.outer)]
 
     def raw_config(self) -> dict[str, Any]:
         """The content of config.json, as it is with dense weights."""
@@ -286,27 +297,10 @@ class Run:
             return
         self.check_targets(plan)
         try:
-            self.check_exports(possible_targets(self.settings, matrices), self.raw_config(), self.source)
+            targets = self.with_outer(possible_targets(self.settings, matrices))
+            self.check_exports(targets, self.raw_config(), self.source)
         except InputError as error:
             raise InputError(f"A size budget may choose 16, 8, 4, 3 or 2 bits. {error}") from error
-
-    def copy_rest(
-        self,
-        checkpoint: Checkpoint,
-        model: StreamedModel,
-        plan: Sequence[PlannedMatrix],
-        matrices: MatricesByBlock,
-    ) -> None:
-        """Copy all that belongs to the model and, shard by shard, the weights that are not compressed."""
-        check_space(self.folder, estimated_bytes(checkpoint, plan))
-        carry(self.source, self.folder, read=checkpoint.shards())
-        compressed = {model.tensor_key(matrix) for matrix in flatten(matrices) if matrix.index is None}
-        with self.progress.stage("Copying other weights", len(checkpoint.shards())) as step:
-            for shard, keys in checkpoint.shards().items():
-                rest = [key for key in keys if key not in compressed]
-                if rest and not (self.folder / UNCHANGED / shard).is_file():
-                    write_tensors(self.folder / UNCHANGED / shard, dict(checkpoint.read(rest)))
-                step(shard)
 
     def solve(
         self,
@@ -349,10 +343,15 @@ class Run:
         if text.test is None:
             return None
         begin, solved = len(text.calibration.begin), solved_weights(self.folder, journal)
+        recovered = self.recovered(journal)
+        outer = with_outer(recovered or model, self.folder, journal) if self.outer else None
+        found = compare(model, text.test, begin, matrices, solved, spill, self.progress, recovered, outer)
+        return evaluation_to_dict(found, text.calibration.source, text.test) if found else None
+
+    def recovered(self, journal: Journal) -> StreamedModel | None:
+        """The model with the norms and biases of a recovery; None if none made it better."""
         is_recovered = journal.recovery is not None and journal.recovery["best_step"] > 0
-        recovered = self.open_model(replaced=self.folder / UNCHANGED) if is_recovered else None
-        found = compare(model, text.test, begin, matrices, solved, spill, self.progress, recovered)
-        return None if found is None else evaluation_to_dict(found, text.calibration.source, text.test)
+        return self.open_model(replaced=self.folder / UNCHANGED) if is_recovered else None
 
     def write_manifest(
         self,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from mspc.progress import log
@@ -77,12 +78,13 @@ def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
             f"({found['windows']} windows of {found['sequence_length']} tokens of {found['text']} that neither "
             "calibrated nor chose the plan; 95% intervals over windows)."
         )
+        lines += outer_lines(found.get("outer", ()), manifest.get("outer", ()))
     if sizes := manifest.get("bytes"):
         dense, sparse, embeddings = sizes["dense"], sizes["sparse_export"], sizes["embeddings"]
         factor = f"{dense / sparse:.1f} times smaller" if sparse < dense else "not smaller"
         lines.append(
             f"Size: weights of {in_words(dense)} before and {in_words(sparse)} as the sparse export, "
-            f"{factor}. Embeddings and head, which are not compressed, are "
+            f"{factor}. Embeddings and head, {_outer_in_words(manifest.get('outer', ()))}, are "
             f"{in_words(embeddings)} of it ({embeddings / sparse:.0%}). This folder has "
             f"{in_words(sizes['artifact'])} of weights, {in_words(sizes['folder'])} in all, exports aside."
         )
@@ -91,6 +93,30 @@ def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
         each = ", ".join(f"{name.lower()} {seconds:.1f}" for name, seconds in (stages | {"the rest": rest}).items())
         lines.append(f"Seconds: {each}; {manifest['seconds']:.1f} in all.")
     return lines
+
+
+def outer_lines(steps: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cost of quantizing the head and the embeddings, a line each; `steps` is the part of the evaluation."""
+    lines = []
+    for before, after in pairwise(steps):
+        role = after["quantized"][-1]
+        bits = next(row["bits"] for row in rows if row["role"] == role or "tied" in row)
+        costs = [[number(one[what]["mean"]) for one in (before, after)] for what in ("perplexity", "divergence")]
+        (perplexity, after_it), (kl, kl_after) = costs
+        lines.append(
+            f"{role.capitalize()} in {bits} bits, on the same windows: perplexity {perplexity} before, {after_it} "
+            f"after; KL from the dense model {kl} before, {kl_after} after."
+        )
+    return lines
+
+
+def _outer_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "which are not compressed"
+    if any("tied" in row for row in rows):
+        return f"one matrix in {rows[0]['bits']} bits"
+    bits = {row["role"]: str(row["bits"]) for row in rows}
+    return f"in {bits.get('embeddings', UNQUANTIZED_BITS)} and {bits.get('head', UNQUANTIZED_BITS)} bits"
 
 
 def mean_in_words(found: Mapping[str, Any]) -> str:

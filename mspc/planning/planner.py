@@ -59,6 +59,8 @@ class Planner:
     identity: dict[str, Any]
     folder: Path
     progress: Progress
+    saved_bytes: int = 0
+    """Bytes that quantized matrices outside of the blocks save."""
     without_gradient: set[str] = field(default_factory=set)
     """Names of matrices that were to be measured by gradients, and have none."""
 
@@ -138,8 +140,8 @@ class Planner:
         numel = sum(matrix.numel for matrix in flat)
         if self.settings.bits_per_weight is not None:
             return int(self.settings.bits_per_weight * numel / 8)
-        whole = sum((self.checkpoint.folder / shard).stat().st_size for shard in self.checkpoint.shards())
-        rest = whole - numel * self.dtype().itemsize + HEADER_BYTES * len(flat)
+        whole = self.checkpoint.dense_bytes()
+        rest = whole - self.saved_bytes - numel * self.dtype().itemsize + HEADER_BYTES * len(flat)
         return self.settings.target_bytes - rest
 
     def dtype(self) -> torch.dtype:

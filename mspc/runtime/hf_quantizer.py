@@ -21,6 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mspc.errors import InputError
 from mspc.formats.decoding import check_finite
 from mspc.formats.description import StoredMatrix, check_types, types_of
+from mspc.model.outer import SCALE, is_lookup
+from mspc.runtime.embedding import SparseEmbedding, TiedHead
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.storage.checkpoint import map_file
 from mspc.storage.sparse_export import QUANT_METHOD, descriptions
@@ -45,6 +47,7 @@ class SparseQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.name_of: dict[str, str] = {}  # by the module that holds the matrix
+        self.head_of: dict[str, str] = {}  # the module of a head, by that of the embeddings which it is tied to
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -54,21 +57,33 @@ class SparseQuantizer(HfQuantizer):
         if checkpoint_files:
             check_files(matrices, [Path(file) for file in checkpoint_files])
         for name, matrix in matrices.items():
-            parameter = str(config["matrices"][name].get("parameter", f"{name}.weight"))
+            row = config["matrices"][name]
+            parameter = str(row.get("parameter", f"{name}.weight"))
             module_name = _module_of(model, parameter.removesuffix(".weight"))
-            replace_linear(model, module_name, matrix, name)
+            replace_layer(model, module_name, matrix, name)
             self.name_of[module_name] = name
+            if row.get("tied"):
+                head = _module_of(model, row["tied"].removesuffix(".weight"))
+                self.head_of |= {module_name: head} if take_head(model, head, matrix, name) else {}
+        replaced = {f"{module}.weight" for module in (*self.name_of, *self.head_of.values())}
+        ties = model.all_tied_weights_keys.items()
+        model.all_tied_weights_keys = {a: b for a, b in ties if a not in replaced and b not in replaced}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for module_name, name in self.name_of.items():
             layer = model.get_submodule(module_name)
-            assert isinstance(layer, SparseLinear)
+            assert isinstance(layer, SparseLinear | SparseEmbedding)
             for part, (dtype, _) in layer.matrix.tensors().items():
                 # Some models cast some layers to float32; stored tensors keep their dtype.
                 setattr(layer, part, getattr(layer, part).to(dtype))
             if not any(tensor.is_meta for tensor in layer.stored().values()):  # offloaded to disk
                 layer.check(name)
                 check_finite(layer.stored(), name)
+        for module_name, head in self.head_of.items():
+            embedding, placeholder = model.get_submodule(module_name), model.get_submodule(head)
+            assert isinstance(embedding, SparseEmbedding)
+            own = TiedHead.of(embedding.stored(), embedding.matrix, placeholder._parameters.get("bias"))
+            model.set_submodule(head, own)
         prepare(model, model.dtype, on_cpu=True)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
@@ -110,8 +125,8 @@ def check_files(matrices: dict[str, StoredMatrix], files: list[Path]) -> None:
         check_types({part: found[key] for part, key in keys.items() if key in found}, matrix, name)
 
 
-def replace_linear(model: PreTrainedModel, module_name: str, matrix: StoredMatrix, name: str) -> None:
-    """Replace a linear layer by a SparseLinear, which keeps its bias.
+def replace_layer(model: PreTrainedModel, module_name: str, matrix: StoredMatrix, name: str) -> None:
+    """Replace a linear layer by a SparseLinear, which keeps its bias, or embeddings by a SparseEmbedding.
 
     Raises InputError, naming the matrix, if the model has no such layer.
     """
@@ -120,10 +135,13 @@ def replace_linear(model: PreTrainedModel, module_name: str, matrix: StoredMatri
         layer: nn.Module = model.get_submodule(module_name)
     except AttributeError:
         layer = nn.Identity()
+    if isinstance(layer, nn.Embedding):
+        setattr(model.get_submodule(owner), leaf, _embedding_of(layer, matrix, name))
+        return
     if not isinstance(layer, nn.Linear | Conv1D):
         raise InputError(
             f"{name}: the model has no linear layer {module_name}. This format has only "
-            "linear layers. Export the artifact dense if it has others, such as slices of fused experts."
+            "linear layers and embeddings. Export the artifact dense if it has others, such as slices of fused experts."
         )
     shape = tuple(layer.weight.shape)[:: -1 if isinstance(layer, Conv1D) else 1]
     if shape != matrix.shape or isinstance(layer, Conv1D) != matrix.transposed:
@@ -132,6 +150,31 @@ def replace_linear(model: PreTrainedModel, module_name: str, matrix: StoredMatri
             f"a {type(layer).__name__} of {shape}. Export the artifact again; config.json does not fit the weights."
         )
     setattr(model.get_submodule(owner), leaf, SparseLinear(matrix, layer.bias))
+
+
+def _embedding_of(layer: nn.Embedding, matrix: StoredMatrix, name: str) -> SparseEmbedding:
+    if tuple(layer.weight.shape) != matrix.shape or matrix.transposed or matrix.has_mask or not is_lookup(layer):
+        raise InputError(
+            f"{name}: it is described as {matrix}, but the model's embeddings are a {type(layer).__name__} of "
+            f"{tuple(layer.weight.shape)}. Export the artifact again; config.json does not fit the weights."
+        )
+    return SparseEmbedding(matrix, layer.weight.dtype, getattr(layer, SCALE, None))
+
+
+def take_head(model: PreTrainedModel, module_name: str, matrix: StoredMatrix, name: str) -> bool:
+    """Take the weight out of the head that is tied to a matrix, which gets it once that is loaded.
+
+    False for a model without a head. Raises InputError for one that does not fit the matrix.
+    """
+    layer = dict(model.named_modules()).get(module_name)
+    if layer is None:
+        return False
+    if type(layer) is not nn.Linear or tuple(layer.weight.shape) != matrix.shape:
+        raise InputError(f"{name}: the model has no head {module_name} of {matrix.shape}. Export the artifact again.")
+    placeholder = nn.Module()
+    placeholder.register_parameter("bias", layer.bias)
+    model.set_submodule(module_name, placeholder)
+    return True
 
 
 def _module_of(model: PreTrainedModel, name: str) -> str:

@@ -53,6 +53,11 @@ class Journal:
         return sum(len(entry["matrices"]) for entry in self.blocks)
 
     @property
+    def outer(self) -> dict[str, Any] | None:
+        """The commit of the matrices outside of the blocks, their rows under `outer`."""
+        return next((entry for entry in self.entries if "outer" in entry), None)
+
+    @property
     def recovery(self) -> dict[str, Any] | None:
         """The outcome of a recovery, once it is committed."""
         return next((entry["recovery"] for entry in self.entries if "recovery" in entry), None)

@@ -14,7 +14,7 @@ from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.storage.journal import NAME as JOURNAL
-from mspc.types import Matrix, PlannedMatrix, Target
+from mspc.types import EMBEDDINGS, HEAD, Matrix, PlannedMatrix, Target
 
 FORMAT_VERSION = 1
 MANIFEST = "mspc.json"
@@ -53,6 +53,10 @@ class MatrixEntry:
     num_tokens: int
     file: str = ""
     """Path in the artifact; empty until the block is written."""
+    role: str = ""
+    """`head` or `embeddings` for a matrix outside of the blocks."""
+    tied: str | None = None
+    """Parameter of the head, where the embeddings are the head as well."""
 
     @property
     def name(self) -> str:
@@ -65,7 +69,7 @@ class MatrixEntry:
     @property
     def planned(self) -> PlannedMatrix:
         """The matrix as a plan has it."""
-        return PlannedMatrix(self.name, self.shape, self.target, self.sensitivity)
+        return PlannedMatrix(self.name, self.shape, self.target, self.sensitivity, self.role)
 
     @property
     def stored(self) -> StoredMatrix:
@@ -96,6 +100,8 @@ class MatrixEntry:
             "precision": self.precision,
             "num_tokens": self.num_tokens,
             "file": self.file,
+            **({"role": self.role} if self.role else {}),
+            **({"tied": self.tied} if self.tied else {}),
         }
 
     @classmethod
@@ -108,6 +114,9 @@ class MatrixEntry:
             dtype = getattr(torch, row["dtype"])
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"dtype {row['dtype']!r}")
+            role, tied = row.get("role", ""), row.get("tied")
+            if role not in ("", HEAD, EMBEDDINGS) or not isinstance(tied, str | None):
+                raise TypeError(f"role {role!r}, tied {tied!r}")
             return cls(
                 address=Matrix(row["parameter"], (num_out, num_in), row["index"], row["transposed"]),
                 source_key=row["tensor"],
@@ -117,6 +126,8 @@ class MatrixEntry:
                 num_bytes=row["bytes"],
                 digest=row["sha256"],
                 file=row["file"],
+                role=role,
+                tied=tied,
                 **{key: row[key] for key in COPIED},
             )
         except KeyError as error:
@@ -178,8 +189,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_entries(manifest: Mapping[str, Any], path: Path) -> list[MatrixEntry]:
-    """The entries of a manifest. Raises InputError, naming `path`, for a damaged one and for one that comes twice."""
-    entries = [MatrixEntry.from_row(row, path) for row in manifest.get("matrices", [])]
+    """The entries of a manifest, those of matrices outside of the blocks last.
+
+    Raises InputError, naming `path`, for a damaged one and for one that comes twice.
+    """
+    rows = [*manifest.get("matrices", []), *manifest.get("outer", [])]
+    entries = [MatrixEntry.from_row(row, path) for row in rows]
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
     if twice:
         raise InputError(f"{path} is damaged: it has more than one entry for {twice[0]}.")

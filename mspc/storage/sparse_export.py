@@ -24,7 +24,7 @@ from mspc.types import CompressedLinear
 QUANT_METHOD = "mspc"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
-KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric")
+KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric", "tied")
 
 
 def base_of(tensor: str) -> str:
@@ -143,6 +143,8 @@ def _description(row: Any, where: str) -> StoredMatrix:
         raise InputError(f"{where}: shape must be two whole numbers above 0, not {shape!r}.")
     if dtype not in DTYPES:
         raise InputError(f"{where}: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if not isinstance(row.get("tied", ""), str):
+        raise InputError(f"{where}: tied must be the name of a parameter, not {row['tied']!r}.")
     if type(transposed) is not bool:
         raise InputError(f"{where}: transposed must be true or false, not {transposed!r}.")
     try:

@@ -1,0 +1,33 @@
+"""All of a checkpoint that a run does not compress, copied to the artifact."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mspc.model.streamed import StreamedModel
+from mspc.pipeline.cost import estimated_bytes
+from mspc.progress import Progress
+from mspc.storage.artifact import UNCHANGED
+from mspc.storage.carrying import carry
+from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.files import write_tensors
+from mspc.storage.output_folder import check_space
+from mspc.types import Matrix, PlannedMatrix
+
+
+def copy_rest(
+    checkpoint: Checkpoint, model: StreamedModel, plan: Sequence[PlannedMatrix], matrices: Iterable[Matrix],
+    folder: Path, progress: Progress,
+) -> None:  # fmt: skip
+    """Copy all that belongs to the model and, shard by shard, the weights that are not compressed.
+
+    `plan` and `matrices` are all that is compressed, embeddings and head too.
+    """
+    check_space(folder, estimated_bytes(checkpoint, plan))
+    carry(checkpoint.folder, folder, read=checkpoint.shards())
+    compressed = {model.tensor_key(matrix) for matrix in matrices if matrix.index is None}
+    with progress.stage("Copying other weights", len(checkpoint.shards())) as step:
+        for shard, keys in checkpoint.shards().items():
+            rest = [key for key in keys if key not in compressed]
+            if rest and not (folder / UNCHANGED / shard).is_file():
+                write_tensors(folder / UNCHANGED / shard, dict(checkpoint.read(rest)))
+            step(shard)
