@@ -301,7 +301,7 @@ class Run:
         """Copy all that belongs to the model and, shard by shard, the weights that are not compressed."""
         check_space(self.folder, estimated_bytes(checkpoint, plan))
         carry(self.source, self.folder, read=checkpoint.shards())
-        compressed = {model.tensor_key(matrix) for matrix in flatten(matrices) if matrix.index is None}
+        compressed = model.compressed_keys(flatten(matrices))
         with self.progress.stage("Copying other weights", len(checkpoint.shards())) as step:
             for shard, keys in checkpoint.shards().items():
                 rest = [key for key in keys if key not in compressed]

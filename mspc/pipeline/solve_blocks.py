@@ -43,6 +43,7 @@ class SolvedMatrix:
     output_error: float
     propagation_damp: float
     num_tokens: int
+    borrowed_tokens: int = 0
 
     def row(self) -> dict[str, Any]:
         """The values that are known before the matrix is packed, under their names in the manifest."""
@@ -180,7 +181,9 @@ def solve_one(
         raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
     install(visit.weight, stored.weight)
     error = output_error(weight, stored.weight.float(), stats.gram)
-    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens)
+    return SolvedMatrix(
+        visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens, stats.borrowed_tokens
+    )
 
 
 def solve_with_zeros(
@@ -248,4 +251,7 @@ def entry_of(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, Tenso
         precision=str(stored.precision).removeprefix("torch."),
         num_tokens=solved.num_tokens,
         file=file,
+        borrowed_tokens=solved.borrowed_tokens,
+        rows=model.rows_of(solved.matrix),
+        num_slices=model.num_slices(solved.matrix),
     )

@@ -53,6 +53,12 @@ class MatrixEntry:
     num_tokens: int
     file: str = ""
     """Path in the artifact; empty until the block is written."""
+    borrowed_tokens: int = 0
+    """Tokens of its layer in the Gram of an expert that sees few."""
+    rows: tuple[tuple[str, int], ...] = ()
+    """Tensors of the source, one below the other, that are this slice, and their numbers of rows; empty for one."""
+    num_slices: int = 0
+    """Number of slices of the parameter, if all are compressed, so that the artifact holds them in its place."""
 
     @property
     def name(self) -> str:
@@ -96,6 +102,7 @@ class MatrixEntry:
             "precision": self.precision,
             "num_tokens": self.num_tokens,
             "file": self.file,
+            **{key: value for key in OPTIONAL if (value := getattr(self, key))},
         }
 
     @classmethod
@@ -118,6 +125,9 @@ class MatrixEntry:
                 digest=row["sha256"],
                 file=row["file"],
                 **{key: row[key] for key in COPIED},
+                borrowed_tokens=row.get("borrowed_tokens", 0),
+                rows=tuple((str(key), int(count)) for key, count in row.get("rows", ())),
+                num_slices=int(row.get("num_slices", 0)),
             )
         except KeyError as error:
             raise InputError(f"{where} is damaged: the entry of {row.get('name')} lacks {error.args[0]}.") from error
@@ -126,6 +136,8 @@ class MatrixEntry:
 
 
 COPIED = ("pruned", "zeros", "sensitivity", "output_error", "damp", "propagation_damp", "precision", "num_tokens")
+OPTIONAL = ("borrowed_tokens", "rows", "num_slices")
+"""Values of an expert's matrix, in a row that has them."""
 
 
 def is_recovered(manifest: Mapping[str, Any]) -> bool:
