@@ -108,6 +108,13 @@ class ArtifactSource:
         """Tell if all of a tensor of the source is in compressed matrices."""
         return key in self.whole or key in self.rows or any(entry.num_slices for entry in self.slices.get(key, ()))
 
+    def first_in(self, key: str) -> list[MatrixEntry]:
+        """The compressed matrices of which a tensor of the source has the first rows; each has one such tensor."""
+        if key in self.rows:
+            entry, first, _ = self.rows[key]
+            return [] if first else [entry]
+        return [self.whole[key]] if key in self.whole else self.slices.get(key, [])
+
     def _type(self, key: str) -> StoredType:
         """The dtype and shape that a compressed tensor has in the source."""
         sliced = self.slices.get(key, [])
