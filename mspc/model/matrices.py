@@ -100,7 +100,10 @@ def sort_block(
 
 
 def taken_experts(parameter: str, experts: Sequence[Matrix], selection: Selection) -> list[Matrix]:
-    """The matrices of a parameter that are in the selection. Raises InputError for some, as a parameter is stored whole."""
+    """The matrices of a parameter that are in the selection: all or none.
+
+    Raises InputError for some of them, as a parameter is stored whole.
+    """
     taken = [matrix for matrix in experts if selection.takes(parameter, matrix.name)]
     if taken and len(taken) < len(experts):
         left = next(matrix for matrix in experts if matrix not in taken)

@@ -325,21 +325,21 @@ def fisher_block_size(num_outputs: int) -> int:
 def _fisher_factor(gradients: Tensor, tokens: Tensor | None, num_sequences: int, length: int) -> Tensor:
     """The factor (K, B, B) of a matrix from its gradients (T, O).
 
-    That of an expert is a sum over its tokens, divided by the number of all tokens: an expert that is used half as often
-    matters half as much.
+    That of an expert is a sum over its tokens, divided by the number of all tokens. An expert that is used half as
+    often matters half as much.
     """
     if tokens is None:
-        typical = _typical(gradients, num_sequences, length)
-        return _second_moment(typical, len(typical))
+        return _second_moment(_typical(gradients, num_sequences, length))
     counted = num_sequences * length
     if length > 2:
         gradients, counted = gradients[tokens % length > 0], num_sequences * (length - 1)
     return _second_moment(_shortened(gradients.float()), counted)
 
 
-def _second_moment(gradients: Tensor, count: int) -> Tensor:
-    """(T, O) -> the blocks (K, B, B) of the sum of g g^T, divided by a count."""
+def _second_moment(gradients: Tensor, count: int | None = None) -> Tensor:
+    """(T, O) -> the blocks (K, B, B) of the sum of g g^T, divided by a count (None: T)."""
     num_tokens, num_outputs = gradients.shape
+    count = num_tokens if count is None else count
     size = fisher_block_size(num_outputs)
     blocks = gradients.view(num_tokens, num_outputs // size, size).transpose(0, 1)
     with precise_matmul():

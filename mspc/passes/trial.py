@@ -62,7 +62,9 @@ def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
         if isinstance(layer, LINEAR) and not any(part.isdigit() for part in name.split("."))
     }
     experts = {
-        name: module for name, module in block.named_modules() if any(expert_matrices(n, n, module) for n in PROJECTIONS)
+        name: module
+        for name, module in block.named_modules()
+        if any(expert_matrices(n, n, module) for n in PROJECTIONS)
     }
     weights = {f"{name}.weight" for name in layers}
     weights |= {f"{name}.{leaf}" for name, module in experts.items() for leaf in projections(module)}
@@ -72,14 +74,14 @@ def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
         for name, layer in layers.items()
     ]
     for name, module in experts.items():
-        module.before_product = partial(_count, calls, name)  # type: ignore[assignment]
+        module.before_product = partial(_count, calls, name)
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
         for module in experts.values():
-            module.before_product = None  # type: ignore[assignment]
+            module.before_product = None
     return {name for name in weights if calls[name] != 1}
 
 

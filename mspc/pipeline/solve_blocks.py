@@ -19,8 +19,10 @@ from mspc.numerics.linalg import output_error
 from mspc.numerics.zeros import mask_of
 from mspc.passes.blocks import Batch
 from mspc.passes.walk import Visit, install, matrix_of, walk
+from mspc.pipeline.few_tokens import few_tokens_notes
 from mspc.pipeline.reconstruct import reconstruct
 from mspc.planning.solver_options import solver_options
+from mspc.progress import log
 from mspc.settings import Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.error_compensation import compensated
@@ -116,6 +118,9 @@ def solve_blocks(
             elif visit.is_last_of_block:
                 commit(visit.block)
             yield found
+        writer.wait()
+        for note in few_tokens_notes(row for entry in journal.blocks for row in entry["matrices"]):
+            log.warning(note)
 
 
 class Writer:
@@ -181,9 +186,7 @@ def solve_one(
         raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
     install(visit.weight, stored.weight)
     error = output_error(weight, stored.weight.float(), stats.gram)
-    return SolvedMatrix(
-        visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens, stats.borrowed_tokens
-    )
+    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens, stats.borrowed_tokens)
 
 
 def solve_with_zeros(

@@ -14,7 +14,6 @@ from mspc.formats.description import StoredMatrix
 from mspc.model.experts import IMPLEMENTATION, expert_matrices, layer_name
 from mspc.runtime.linear import SparseLinear
 
-
 Slices = Mapping[int, tuple[str, StoredMatrix]]
 """The name and the description of each slice of a parameter."""
 
@@ -30,8 +29,8 @@ def replace_experts(model: PreTrainedModel, parameters: Mapping[str, Slices]) ->
         owner_name, _, leaf = parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         delattr(owner, leaf)
-        owner.num_layers = len(slices)  # type: ignore[assignment]
-        owner._is_hf_initialized = True  # type: ignore[assignment]  # transformers would fill what is gone
+        owner.num_layers = len(slices)
+        owner._is_hf_initialized = True  # transformers would fill what is gone
         for index in range(len(slices)):
             owner.add_module(layer_name(leaf, index), SparseLinear(slices[index][1]))
     if parameters:
