@@ -19,7 +19,7 @@ from mspc.types import Matrix
 IMPLEMENTATION = "mspc"
 """The name of `experts_forward` among the implementations of transformers."""
 SETTINGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "is_concatenated")
-"""What transformers says of a module of experts."""
+"""The attributes by which transformers describes a module of experts."""
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 WHOLE_TRIAL = 2**22
 """Weights of a parameter that is random everywhere in a trial. In larger ones all experts are the same."""

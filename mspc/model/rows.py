@@ -1,7 +1,7 @@
 """Slices of a 3-D parameter that the files hold as tensors of their own, such as the gate and up matrices of an expert.
 
-transformers puts such a parameter together as it is loaded. Which rows of which tensor go where is found by having it
-put together tensors of one column, which hold the numbers of their rows.
+transformers puts such a parameter together as it is loaded. The place of each row is found by having it put together
+tensors of one column, which hold the numbers of their rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -109,7 +109,7 @@ class ArtifactSource:
         return key in self.whole or key in self.rows or any(entry.num_slices for entry in self.slices.get(key, ()))
 
     def first_in(self, key: str) -> list[MatrixEntry]:
-        """The compressed matrices of which a tensor of the source has the first rows; each has one such tensor."""
+        """The compressed matrices whose first rows a tensor of the source has; each has one such tensor."""
         if key in self.rows:
             entry, first, _ = self.rows[key]
             return [] if first else [entry]
