@@ -10,7 +10,7 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import starmap
 from typing import NamedTuple
@@ -177,6 +177,8 @@ class _Block:
     finish: Callable[[int, nn.Module, nn.Module], None] | None
     at_once: int
     """Passes that threads and memory allow at once."""
+    layer_means: dict[str, Tensor] = field(default_factory=dict)
+    """Results of `of_layer` by parameter."""
 
     def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
         seen: list[Matrix] = []
@@ -252,25 +254,27 @@ class _Block:
                     add_products(shift, list(starmap(_difference, zip(wanted, inputs, strict=True))))
         borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
         if borrowed:
-            self.borrow(gram, tokens, borrowed, matrix, number, forwards)
+            gram.add_(self.of_layer(matrix, number, forwards), alpha=borrowed)
+            # A sum over the own tokens, or over one if there are none. Borrowed tokens have no shift.
+            for total in (gram,) if shift is None else (gram, shift):
+                total.mul_(max(tokens, 1) / (tokens + borrowed))
         stats = GramStats(symmetrize(gram), tokens, shift, borrowed_tokens=borrowed)
         check_finite(stats, matrix.name)
         return stats
 
-    def borrow(
-        self, gram: Tensor, tokens: int, borrowed: int, matrix: Matrix, number: int, forwards: Sequence[PausedForward]
-    ) -> None:
-        """Make the Gram of an expert the mean of its own tokens and of `borrowed` tokens of all experts of its layer.
-
-        It stays a sum over its own `tokens`, or over one if it has none.
-        """
-        of_layer, count = torch.zeros_like(gram), 0
+    def of_layer(self, matrix: Matrix, number: int, forwards: Sequence[PausedForward]) -> Tensor:
+        """The mean of x x^T over the tokens of all experts of the layer of an expert's matrix."""
+        if matrix.parameter in self.layer_means:
+            return self.layer_means[matrix.parameter]
+        gram, count = torch.zeros(matrix.shape[1], matrix.shape[1], device=self.model.device), 0
         with precise_matmul():
             for some in self.rounds(forwards):
                 found = self.inputs_of(matrix, number, forwards[some.start : some.stop], of_layer=True)
-                add_gram(of_layer, *(one.inputs for one in found))
+                add_gram(gram, *(one.inputs for one in found))
                 count += sum(len(one.inputs) for one in found)
-        gram.add_(of_layer, alpha=borrowed / max(count, 1)).mul_(max(tokens, 1) / (tokens + borrowed))
+        self.layer_means.clear()  # one is needed at a time
+        self.layer_means[matrix.parameter] = gram / max(count, 1)
+        return self.layer_means[matrix.parameter]
 
     def rounds(self, passes: Sequence[PausedForward]) -> Iterator[range]:
         """The numbers of the passes, as many at a time as can run at once."""
