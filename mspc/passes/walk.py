@@ -255,7 +255,7 @@ class _Block:
         borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
         if borrowed:
             gram.add_(self.of_layer(matrix, number, forwards), alpha=borrowed)
-            # A sum over the own tokens, or over one if there are none. Borrowed tokens have no shift.
+            # Sums over the own tokens, or over one token where an expert sees none. Borrowed tokens have no shift.
             for total in (gram,) if shift is None else (gram, shift):
                 total.mul_(max(tokens, 1) / (tokens + borrowed))
         stats = GramStats(symmetrize(gram), tokens, shift, borrowed_tokens=borrowed)
