@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mspc.model.config_checks import setting_of
 from mspc.types import Matrix
 
 IMPLEMENTATION = "mspc"
@@ -23,6 +25,10 @@ SETTINGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "is
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 WHOLE_TRIAL = 2**22
 """Weights of a parameter that is random everywhere in a trial. In larger ones all experts are the same."""
+
+
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+"""Names in configs of the number of experts that a token is routed to."""
 
 
 class Product(NamedTuple):
@@ -41,6 +47,11 @@ class Product(NamedTuple):
 def projections(experts: nn.Module) -> tuple[str, str]:
     """The names of the parameters of the first and the second product."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """The most experts that a token is routed to, 1 for a model without experts."""
+    return max((value for name in CHOSEN if isinstance(value := setting_of(config, name), int)), default=1)
 
 
 def layer_name(parameter: str, expert: int) -> str:

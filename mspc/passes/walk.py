@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mspc.errors import InputError
 from mspc.memory import free_memory
+from mspc.model.experts import experts_per_token
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
@@ -152,7 +153,8 @@ def _num_kept(
     """
     if memory is None:
         memory = free_memory(model.device) // share
-    width = max((matrix.shape[1] for matrix in matrices), default=0)
+    each = experts_per_token(model.config)
+    width = max((matrix.shape[1] * (1 if matrix.index is None else each) for matrix in matrices), default=0)
     ids = batches[0].ids
     bytes_each = BUFFERS_HELD * width * ids.numel() * model.dtype.itemsize + scores_bytes(model, ids)
     return memory // max(bytes_each, 1)
