@@ -2,8 +2,9 @@
 
 transformers lets a function stand in for the forward of such a module (`ALL_EXPERTS_FUNCTIONS`). Ours knows a module by
 the attributes that transformers gives it, and runs products in one order, whichever experts the tokens choose: first
-all experts' first products, then all second ones. It tells `before_product` and `after_product` of the module, if
-they are set, about each. A projection may be a layer of its own, as it is where experts stay compressed.
+all experts' first products, then all second ones. It tells `before_product` of the module, if it is set, about all
+products of a projection before it makes the first of them, and `after_product` afterwards. A projection may be a layer
+of its own, as it is where experts stay compressed.
 """
 
 import copy
@@ -80,26 +81,27 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if before is None and after is None:
         places = {expert: found for expert, found in places.items() if len(found)}
 
-    def product(parameter: str, expert: int, inputs: Tensor, everyone: Callable[[], Tensor]) -> Tensor:
-        told = Product(parameter, expert, inputs, places[expert] // size, everyone)
-        if before is not None:
-            before(told)
-        outputs = _times(experts, parameter, expert, inputs)
-        if after is not None:
-            after(told, outputs)
+    def products(parameter: str, inputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        told = [
+            Product(parameter, expert, x, places[expert] // size, lambda: torch.cat(list(inputs.values())))
+            for expert, x in inputs.items()
+        ]
+        for one in told:
+            if before is not None:
+                before(one)
+        outputs = {one.expert: _times(experts, parameter, one.expert, one.inputs) for one in told}
+        for one in told:
+            if after is not None:
+                after(one, outputs[one.expert])
         return outputs
 
-    inner, outer = [], []
-    for expert, found in places.items():
-        up = product(
-            first, expert, hidden_states[found // size], lambda: hidden_states[torch.cat(list(places.values())) // size]
-        )
-        inner.append(experts._apply_gate(up) if experts.has_gate else experts.act_fn(up))
-    for (expert, found), inputs in zip(places.items(), inner, strict=True):
-        down = product(second, expert, inputs, lambda: torch.cat(inner))
-        if experts.has_post_expert_norm:
-            down = experts.post_expert_norm(down)
-        outer.append((down * top_k_weights.flatten()[found, None]).to(hidden_states.dtype))
+    up = products(first, {expert: hidden_states[found // size] for expert, found in places.items()})
+    inner = {expert: experts._apply_gate(x) if experts.has_gate else experts.act_fn(x) for expert, x in up.items()}
+    outer = []
+    for expert, down in products(second, inner).items():
+        normed = experts.post_expert_norm(down) if experts.has_post_expert_norm else down
+        weights = top_k_weights.flatten()[places[expert], None]
+        outer.append((normed * weights).to(hidden_states.dtype))
     if not outer:
         return torch.zeros_like(hidden_states)
     tokens = torch.cat(list(places.values())) // size

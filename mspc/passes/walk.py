@@ -96,6 +96,17 @@ def by_few(visits: Iterable[Visit]) -> Iterator[list[Visit]]:
             few = []
 
 
+def experts_together(visits: Iterable[Visit], matrices: Sequence[Sequence[Matrix]]) -> Iterator[list[Visit]]:
+    """Lists of up to `FEW` visits of the experts of one parameter, which do not read each other; all others alone."""
+    last = {matrix.parameter: matrix for of_block in matrices for matrix in of_block}
+    few: list[Visit] = []
+    for visit in visits:
+        few.append(visit)
+        if visit.matrix == last[visit.matrix.parameter] or len(few) == FEW:
+            yield few
+            few = []
+
+
 class DenseWalk:
     """The visits of a walk that changes nothing; it can be iterated several times.
 
