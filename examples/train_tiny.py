@@ -1,10 +1,13 @@
 """Train the small Llama of `examples/tiny_llama` on the documentation and source of the running Python.
 
     python examples/train_tiny.py --out examples/tiny_llama --tokens 12000000
+    python examples/train_tiny.py --moe --out tiny_moe --tokens 2500000
 
 The text is the calibration split of `mspc.text.builtin`, three times, and the tests of the interpreter once, if they
 are installed. Neither the model nor its tokenizer sees modules of the test split. Training takes about 75 minutes on
 two CPU cores. It writes config, tokenizer, bf16 safetensors, and `training.json` with the test loss and two samples.
+
+`--moe` makes a Mixtral of 5.9 million parameters instead: 4 blocks of 8 experts, and each token is routed to 2.
 """
 
 import argparse
@@ -18,7 +21,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from mspc.text import builtin as builtin_text
 
@@ -54,13 +64,36 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Te
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, ids: torch.Tensor, windows: int) -> float:
+def mean_loss(model: PreTrainedModel, ids: torch.Tensor, windows: int) -> float:
     batches = ids[: windows * CONTEXT].view(-1, CONTEXT).split(16)
-    total = sum(float(model(input_ids=b, labels=b, use_cache=False).loss) * len(b) for b in batches)
+    options = {"use_cache": False} | ({"output_router_logits": False} if is_moe(model) else {})
+    total = sum(float(model(input_ids=b, labels=b, **options).loss) * len(b) for b in batches)
     return total / sum(len(b) for b in batches)
 
 
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+def is_moe(model: PreTrainedModel) -> bool:
+    return model.config.model_type == "mixtral"
+
+
+def new_model(moe: bool, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    common = {
+        "vocab_size": 4096,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if not moe:
+        own = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "head_dim": 64}
+        return LlamaForCausalLM(LlamaConfig(**common | own))
+    own = {"hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 48}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "output_router_logits": True, "sliding_window": None}
+    return MixtralForCausalLM(MixtralConfig(**common | own | experts, router_aux_loss_coef=0.02))
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     torch.manual_seed(0)
     inputs = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
@@ -74,6 +107,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens per step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moe", action="store_true", help="a mixture of experts")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     order = random.Random(args.seed)
@@ -86,22 +120,8 @@ def main() -> None:
     test_ids = encode(tokenizer, builtin_text.documents("test"))
     print(f"{len(ids):,} training tokens, {len(test_ids):,} test tokens", flush=True)
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=4096,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    decayed = [p for p in model.parameters() if p.ndim == 2]
+    model = new_model(args.moe, tokenizer)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
@@ -120,7 +140,7 @@ def main() -> None:
         return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    compiled = torch.compile(model)
+    compiled = model if args.moe else torch.compile(model)  # the number of tokens of an expert varies
     starts: list[int] = []
     begin = time.time()
     for step in range(steps):
@@ -157,9 +177,13 @@ def save(args, model, tokenizer, step, corpus_tokens, test_ids, seconds) -> None
     (args.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     tokenizer.save_pretrained(args.out)
     weights = {name: p.detach().to(torch.bfloat16) for name, p in model.state_dict().items()}
-    saved = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    saved = type(model)(model.config).to(torch.bfloat16)
     saved.load_state_dict(weights)
+    if is_moe(saved):
+        saved.config.output_router_logits = False
     saved.save_pretrained(args.out)
+    if is_moe(saved):
+        saved.config.output_router_logits = True  # it is the config of the model that is trained, too
     print(record, flush=True)
 
 

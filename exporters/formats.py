@@ -41,6 +41,7 @@ FORMATS = {
         "every pattern and grid",
         ("transformers",),
         "smaller: 2:4 and 50% take 9/16 of dense bf16, with int4 g128 3.125 bits per weight",
+        holds_slices=True,
     ),
     "gptq": Format(
         "exporters.gptq",

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from exporters.folder import read_config, write_shards
+from mspc.errors import InputError
 from mspc.formats.decoding import row_offsets
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.carrying import carry
 from mspc.storage.files import write_json, write_text
 from mspc.storage.manifest import MatrixEntry
-from mspc.storage.sparse_export import base_of, quantization_config
+from mspc.storage.sparse_export import quantization_config, stored_name
 from mspc.types import PlannedMatrix
 
 README, README_NEXT_TO_ANOTHER = "README.md", "README.sparse.md"
@@ -53,7 +54,7 @@ class Options:
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
-    """Every artifact can be sparse."""
+    """Every artifact can be sparse whose experts are all compressed, or none of a parameter."""
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
@@ -64,18 +65,23 @@ def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
+    for entry in artifact.entries:
+        if entry.address.index is not None and not entry.num_slices:
+            raise InputError(
+                f"{entry.name}: sparse cannot hold one slice of a 3-D parameter without the others; export dense."
+            )
     carry(artifact.folder, out)
-    quantization = quantization_config(artifact.whole.values())
+    quantization = quantization_config(artifact.entries)
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
     write_text(out / (README_NEXT_TO_ANOTHER if (out / README).is_file() else README), README_TEXT)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
-        if key not in artifact.whole:
+        if not artifact.is_compressed(key):
             yield from artifact.read([key])
-            return
-        for part, tensor in artifact.stored(artifact.whole[key]).items():  # the artifact has the same layout
-            yield f"{base_of(key)}.{part}", tensor
-            if part == "mask":
-                yield f"{base_of(key)}.row_offsets", row_offsets(tensor)
+        for entry in artifact.first_in(key):
+            for part, tensor in artifact.stored(entry).items():  # the artifact has the same layout
+                yield f"{stored_name(entry)}.{part}", tensor
+                if part == "mask":
+                    yield f"{stored_name(entry)}.row_offsets", row_offsets(tensor)
 
     write_shards(artifact, out, tensors_of, step)

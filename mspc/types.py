@@ -95,13 +95,15 @@ class GramStats:
 
     `input_shift` (I, I) is the sum of (z - x) x^T, with z the input in the dense model, or None if it is not known.
     `output_fisher` (K, B, B) is the mean of g g^T over tokens, with g the gradient of a sequence's summed loss at K
-    groups of B outputs of the matrix.
+    groups of B outputs of the matrix. `borrowed_tokens` is how many of an expert's layer `gram` has, scaled to
+    `num_tokens` (to one, if it has none).
     """
 
     gram: Tensor
     num_tokens: int
     input_shift: Tensor | None = None
     output_fisher: Tensor | None = None
+    borrowed_tokens: int = 0
     scaled_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
     """The scaled Grams of `solvers.quadratic`: matrices with the same input share their eigendecomposition."""
     inverses_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -13,6 +13,9 @@ def reader(folder: Path) -> Reader:
     files = TensorFiles(folder)
 
     def read(entry: MatrixEntry) -> Decoded:
+        if entry.rows:
+            parts = [files.read(key) for key, _ in entry.rows]
+            return Decoded(np.concatenate([part for part, _ in parts]).astype(np.float32), parts[0][1])
         tensor, dtype = files.read(entry.source_key)
         weight = tensor if entry.address.index is None else tensor[entry.address.index]
         return Decoded((weight.T if entry.address.transposed else weight).astype(np.float32), dtype)

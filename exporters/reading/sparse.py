@@ -18,7 +18,7 @@ def reader(folder: Path) -> Reader:
     described = json.loads((folder / "config.json").read_text())["quantization_config"]["matrices"]
 
     def read(entry: MatrixEntry) -> Decoded:
-        base = entry.source_key.removesuffix(".weight")
+        base = entry.source_key.removesuffix(".weight") if entry.address.index is None else entry.name
         info = described[base]
         kept = _kept_mask(files, base, info)
         if info["bits"] == 16:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mspc.errors import InputError
 from mspc.model.config_checks import setting_of
+from mspc.model.experts import expert_matrices
 from mspc.types import Matrix
 
 LINEAR = (nn.Linear, Conv1D)
@@ -57,10 +58,11 @@ class Selection:
     only: Sequence[str] = ()
     include: Sequence[str] = ()
 
-    def takes(self, parameter: str) -> bool:
-        name = parameter.removesuffix(".weight")
-        wanted = not self.only or any(re.search(pattern, name) for pattern in self.only)
-        return wanted and not any(re.search(pattern, name) for pattern in self.skip)
+    def takes(self, parameter: str, matrix: str | None = None) -> bool:
+        """Tell if a parameter is taken, or one matrix of it, by the patterns for either name."""
+        names = [parameter.removesuffix(".weight"), *([] if matrix is None else [matrix])]
+        wanted = not self.only or any(re.search(pattern, name) for pattern in self.only for name in names)
+        return wanted and not any(re.search(pattern, name) for pattern in self.skip for name in names)
 
     def includes(self, parameter: str) -> bool:
         return any(re.search(pattern, parameter.removesuffix(".weight")) for pattern in self.include)
@@ -82,6 +84,8 @@ def sort_block(
         is_linear = isinstance(owner, LINEAR) and parameter.ndim == 2
         if not is_linear and sum(size != 1 for size in parameter.shape) < 2:
             found.vectors += parameter.numel()
+        elif full not in unreached and (experts := expert_matrices(full, name.rpartition(".")[2], owner)):
+            found.matrices += taken_experts(full, experts, selection)
         elif not selection.takes(full):
             continue
         elif not is_linear or full in unreached or not is_plain(owner):
@@ -93,6 +97,21 @@ def sort_block(
             num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
             found.matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
     return found
+
+
+def taken_experts(parameter: str, experts: Sequence[Matrix], selection: Selection) -> list[Matrix]:
+    """The matrices of a parameter that are in the selection: all or none.
+
+    Raises InputError for some of them, as a parameter is stored whole.
+    """
+    taken = [matrix for matrix in experts if selection.takes(parameter, matrix.name)]
+    if taken and len(taken) < len(experts):
+        left = next(matrix for matrix in experts if matrix not in taken)
+        raise InputError(
+            f"{left.name} is not selected, but {taken[0].name} is, and both are parts of one parameter. Select all of "
+            "them or none; a --plan with sparsity 0 and bits 16 leaves single experts dense."
+        )
+    return taken
 
 
 def is_selector(name: str, block: nn.Module, num_out: int, config: PreTrainedConfig) -> bool:

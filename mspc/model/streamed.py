@@ -22,26 +22,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from mspc.errors import InputError, in_brief
 from mspc.model.config_checks import STORABLE, check_sizes, check_tensor, count_blocks, setting_of
+from mspc.model.experts import IMPLEMENTATION
 from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_reached, skip_option, sort_block
+from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
+from mspc.model.rows import Rows, rows_of_slices
 from mspc.storage.checkpoint import UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Inside, new modules get parameters on meta but real buffers, because some buffers (rotary) are computed."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,9 @@ class StreamedModel:
         kernels = "eager" if eager or capped else None
         types = source.types()
         check_sizes(config, types)
-        self.model = _built(config, device, dtype=dtype, attn_implementation=kernels, experts_implementation=kernels)
+        self.model = _built(
+            config, device, dtype=dtype, attn_implementation=kernels, experts_implementation=IMPLEMENTATION
+        )
         for buffered in self.model.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
                 setattr(buffered, name, buffer.to(device))
@@ -92,6 +80,7 @@ class StreamedModel:
         few = f"It has {stored_blocks} blocks, but by config.json the model has {len(self.blocks)}. "
         _match_ties(self.model, self.source_tensors, few if 0 < stored_blocks < len(self.blocks) else "")
         self._check_types(types)
+        self._rows: dict[str, list[Rows] | None] = {}
         self.route: Route | None = None
         """Found when the model runs (`mspc.passes.route`)."""
         self.shares = False  # True if blocks write what later ones read; found by `mspc.passes.trial`
@@ -99,7 +88,7 @@ class StreamedModel:
 
     def _check_types(self, types: Mapping[str, StoredType]) -> None:
         """Raises InputError, naming the tensor, for one whose shape or dtype does not fit the model."""
-        for name, expected in _named_tensors(self.model):
+        for name, expected in named_tensors(self.model):
             origin = self.source_tensors.get(name)
             for key in origin.keys if origin else ():
                 check_tensor(key, types[key], name, expected, origin is not None and origin.converter is None)
@@ -117,21 +106,21 @@ class StreamedModel:
         block = self.blocks[index]
         prefix = self.block_name(index) + "."
         try:
-            self._load({prefix + name: name for name, _ in _named_tensors(block)}, block)
+            self._load({prefix + name: name for name, _ in named_tensors(block)}, block)
             yield block
         finally:
-            _drop(block, [name for name, _ in _named_tensors(block)])
+            drop(block, [name for name, _ in named_tensors(block)])
 
     @contextmanager
     def loaded_outer(self) -> Iterator[PreTrainedModel]:
         """The model with all weights except those of the blocks."""
         inside = self.blocks_name + "."
-        names = [name for name, _ in _named_tensors(self.model) if not name.startswith(inside)]
+        names = [name for name, _ in named_tensors(self.model) if not name.startswith(inside)]
         try:
             self._load({name: name for name in names}, self.model)
             yield self.model
         finally:
-            _drop(self.model, names)
+            drop(self.model, names)
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
@@ -146,14 +135,14 @@ class StreamedModel:
         """Fill the tensors of `module`, given as full name -> name within it. Tied ones stay one tensor."""
         by_identity: dict[int, list[str]] = defaultdict(list)
         for full in names:
-            by_identity[id(_get(self.model, full))].append(full)
+            by_identity[id(get_tensor(self.model, full))].append(full)
         for aliases in by_identity.values():
             name = aliases[0]
             if name not in self.source_tensors:
                 continue  # a buffer that older checkpoints do not store
             tensor = self.read_parameter(name)
             self.source_dtypes[name] = tensor.dtype
-            expected = _get(self.model, name)
+            expected = get_tensor(self.model, name)
             if tensor.shape != expected.shape:
                 raise InputError(
                     f"{name} has shape {tuple(tensor.shape)} in the checkpoint, but {tuple(expected.shape)} by the "
@@ -165,7 +154,7 @@ class StreamedModel:
             if isinstance(expected, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             for full in aliases:
-                _assign(module, names[full], tensor)
+                assign(module, names[full], tensor)
 
     def read_parameter(self, name: str) -> Tensor:
         """One parameter or buffer from the source, in the source's dtype."""
@@ -173,31 +162,62 @@ class StreamedModel:
         tensors = dict(self.source.read(origin.keys))
         if origin.converter is None:
             return tensors[origin.keys[0]]
-        converter = copy.deepcopy(origin.converter)
-        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
-            ready: Future[Tensor] = Future()
-            ready.set_result(tensors[key])
-            converter.add_tensor(name, key, pattern, ready)
         try:
-            tensor = converter.convert(name, model=self.model, config=self.config)[name]
+            return self._converted(name, tensors)
         except Exception as error:  # tensors of other shapes, or fewer of them
             raise InputError(
                 f"{name} cannot be put together from {origin.keys[0]} and others ({in_brief(error)}). Give the "
                 "config.json that belongs to the weights."
             ) from error
+
+    def _converted(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A parameter that transformers puts together from these tensors of the source. Raises whatever it raises."""
+        origin = self.source_tensors[name]
+        converter = copy.deepcopy(origin.converter)
+        assert converter is not None
+        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
+            ready: Future[Tensor] = Future()
+            ready.set_result(tensors[key])
+            converter.add_tensor(name, key, pattern, ready)
+        tensor = converter.convert(name, model=self.model, config=self.config)[name]
         return tensor[0] if isinstance(tensor, list) else tensor
+
+    def rows(self, parameter: str) -> list[Rows] | None:
+        """The tensors of the source whose rows make each slice of a 3-D parameter; None if it is not made so."""
+        if parameter not in self._rows:
+            origin, expected = self.source_tensors[parameter], dict(named_tensors(self.model)).get(parameter)
+            if origin.converter is None or expected is None or expected.ndim != 3:
+                self._rows[parameter] = None
+            else:
+                shapes = {key: self.source.types()[key][1] for key in origin.keys}
+                self._rows[parameter] = rows_of_slices(shapes, expected.shape, partial(self._converted, parameter))
+        return self._rows[parameter]
+
+    def rows_of(self, matrix: Matrix) -> Rows:
+        """The tensors of the source that are a slice, one below the other; empty for a matrix that is in one."""
+        rows = None if matrix.index is None else self.rows(matrix.parameter)
+        return rows[matrix.index] if rows is not None and matrix.index is not None else ()
+
+    def num_slices(self, matrix: Matrix) -> int:
+        """The number of slices of the parameter of a slice; 0 for a matrix that is a parameter."""
+        return 0 if matrix.index is None else len(self.model.get_parameter(matrix.parameter))
+
+    def compressed_keys(self, matrices: Iterable[Matrix]) -> set[str]:
+        """The tensors of the source that are in these matrices."""
+        return {key for m in matrices for key in ([key for key, _ in self.rows_of(m)] or [self.tensor_key(m)])}
 
     def unused(self) -> list[str]:
         """Keys of the source that no parameter or buffer of the model reads, and that transformers would report."""
-        names = {name for name, _ in (*_named_tensors(self.model), *self.model.named_buffers())}
+        names = {name for name, _ in (*named_tensors(self.model), *self.model.named_buffers())}
         used = {key for name, origin in self.source_tensors.items() if name in names for key in origin.keys}
         ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", rf"\{UNUSED}$"]
         left = [key for key in self.source.keys() if key not in used]  # noqa: SIM118  not a dict
         return [key for key in left if not any(re.search(pattern, key) for pattern in ignored)]
 
     def tensor_key(self, matrix: Matrix) -> str:
-        """The name under which the source stores the parameter of a matrix."""
-        return self.source_tensors[matrix.parameter].keys[0]
+        """The name under which the source stores a matrix, its first rows, or the parameter that it is a slice of."""
+        rows = self.rows_of(matrix)
+        return rows[0][0] if rows else self.source_tensors[matrix.parameter].keys[0]
 
     def embedding_keys(self) -> list[str]:
         """The tensors of the source that are matrices outside of the blocks: embeddings and head, tied ones once."""
@@ -225,9 +245,10 @@ class StreamedModel:
             why = why if skip else "no block has a linear layer. Give another model"
             raise InputError(f"Nothing is left to compress: {why}.")
         self._check_storable(matrix for of_block in found for matrix in of_block)
-        first_name: dict[int, str] = {}
+        first_name: dict[tuple[int, int | None], str] = {}
         for matrix in (matrix for of_block in found for matrix in of_block):
-            first = first_name.setdefault(id(self.model.get_parameter(matrix.parameter)), matrix.name)
+            parameter = self.model.get_parameter(matrix.parameter)
+            first = first_name.setdefault((id(parameter), matrix.index), matrix.name)
             if first != matrix.name:
                 raise InputError(
                     f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
@@ -255,16 +276,16 @@ class StreamedModel:
             for index, block in enumerate(self.blocks)
             for name, _ in block.named_parameters()
         ]
-        matrices = [
-            matrix.name for block in self.sorted_blocks((), irregular, (), include) for matrix in block.matrices
-        ]
+        found = [matrix for block in self.sorted_blocks((), irregular, (), include) for matrix in block.matrices]
+        matrices = [matrix.name for matrix in found]
+        experts = [matrix.parameter for matrix in found if matrix.index == 0]
         selectors = [
             f"{self.block_name(block.index)}.{name}".removesuffix(".weight")
             for block in self.sorted_blocks(skip, irregular, only)
             for name in block.selectors
         ]
-        check_patterns("--skip", skip, parameters)
-        check_patterns("--only", only, matrices)
+        check_patterns("--skip", skip, [*parameters, *matrices])
+        check_patterns("--only", only, [*matrices, *experts])
         check_patterns("--include", include, selectors)
 
     def sorted_blocks(
@@ -279,7 +300,7 @@ class StreamedModel:
         `irregular` are weights of layers that their block does not call exactly once.
         """
         selection = Selection(skip, only, include)
-        converted = {name for name, origin in self.source_tensors.items() if origin.converter is not None}
+        converted = {name for name, o in self.source_tensors.items() if o.converter is not None and not self.rows(name)}
         return [
             sort_block(index, self.block_name(index) + ".", block, self.config, selection, converted.union(irregular))
             for index, block in enumerate(self.blocks)
@@ -315,7 +336,7 @@ def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, SourceTe
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    names = dict(_named_tensors(model))
+    names = dict(named_tensors(model))
     rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=names)
     plain: dict[str, SourceTensors] = {}
     parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -342,11 +363,11 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], know
     Raises InputError for a parameter that the checkpoint does not hold under any of its names.
     """
     by_identity: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in _named_tensors(model):
+    for name, tensor in named_tensors(model):
         by_identity[id(tensor)].append(name)
     for aliases in by_identity.values():
         known = [name for name in aliases if name in source_tensors]
-        tensor = _get(model, aliases[0])
+        tensor = get_tensor(model, aliases[0])
         if not isinstance(tensor, nn.Parameter):
             continue
         if not known:
@@ -355,7 +376,7 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], know
                 "config.json is of another model: get it again."
             )
         for name in known[1:]:
-            _assign(model, name, nn.Parameter(tensor, requires_grad=False))
+            assign(model, name, nn.Parameter(tensor, requires_grad=False))
         for name in set(aliases) - set(known):
             source_tensors[name] = source_tensors[known[0]]
 
@@ -363,31 +384,3 @@ def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], know
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sort key that puts experts.10 after experts.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, as a checkpoint may hold them; tied ones under each of their names."""
-    yield from module.state_dict(keep_vars=True).items()
-
-
-def _get(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-    table[leaf] = tensor
-
-
-def _drop(module: nn.Module, names: Sequence[str]) -> None:
-    """Put parameters back on meta, tied ones still tied. Buffers stay, as they cannot be computed again."""
-    on_meta: dict[int, nn.Parameter] = {}
-    for name in names:
-        tensor = _get(module, name)
-        if isinstance(tensor, nn.Parameter):
-            # Keyed by identity while the real tensor is alive in the dict of another alias or in `tensor` itself.
-            fresh = on_meta.setdefault(id(tensor), nn.Parameter(tensor.to("meta"), requires_grad=False))
-            _assign(module, name, fresh)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
+from mspc.model.experts import experts_per_token
 from mspc.model.streamed import Route, StreamedModel
 from mspc.passes.route import MOST_OUTPUTS, EarlyExit, as_outputs, find_route, replaced_forwards
 from mspc.threads import run_all
@@ -183,6 +184,8 @@ def pass_bytes(model: StreamedModel, block: nn.Module, batches: Sequence[Batch])
     if not batches:
         return 0
     width = max((max(parameter.shape) for parameter in block.parameters() if parameter.ndim), default=0)
+    if any(parameter.ndim == 3 for parameter in block.parameters()):
+        width *= experts_per_token(model.config)
     ids, hidden = batches[0].ids, batches[0].hidden
     return BUFFERS * width * ids.numel() * hidden.itemsize + SCORES * scores_bytes(model, ids)
 

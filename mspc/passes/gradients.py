@@ -8,6 +8,7 @@ carry more than the hidden states and their gradients through the blocks, as `ms
 import copy
 import hashlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from mspc.errors import ActivationError, InputError
+from mspc.model.experts import Product
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
@@ -152,43 +154,78 @@ class OutputFisher(Measure):
         return _gradient(summed, state)
 
     def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
-        outputs = dict[str, Tensor]()
-
-        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                outputs[name] = output
-
-            return hook
-
         modules = {name: run.block.get_submodule(name.rpartition(".")[0]) for name in run.weights}
-        handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-        try:
-            with torch.enable_grad():
-                hidden = state.detach().requires_grad_()
-                result = run(hidden, run.weights)
-                if missed := [f"{run.model.block_name(run.index)}.{name}" for name in modules if name not in outputs]:
-                    raise InputError(
-                        f"{', '.join(missed)}: never called in a forward pass, so there is no gradient. Leave such "
-                        f"matrices dense with {skip_option(name for name in modules if name not in outputs)}."
-                    )
-                wanted = [outputs[name] for name in modules]
-                # Some outputs have no gradient: those of an indexer only select.
-                differentiable = [output for output in wanted if output.requires_grad]
-                gradient, *found = torch.autograd.grad(
-                    result, [hidden, *differentiable], cotangent, allow_unused=True, materialize_grads=True
+        with _outputs_of(modules, run.weights) as outputs, torch.enable_grad():
+            hidden = state.detach().requires_grad_()
+            result = run(hidden, run.weights)
+            called = {output.name for output in outputs}
+            if missed := [f"{run.model.block_name(run.index)}.{name}" for name in modules if name not in called]:
+                raise InputError(
+                    f"{', '.join(missed)}: never called in a forward pass, so there is no gradient. Leave such "
+                    f"matrices dense with {skip_option(name for name in modules if name not in called)}."
                 )
-                left = iter(found)
-                of_outputs = [next(left) if output.requires_grad else torch.zeros_like(output) for output in wanted]
-        finally:
-            for handle in handles:
-                handle.remove()
-        size = run.batch.ids.shape
+            # Some outputs have no gradient: those of an indexer only select.
+            wanted = [output for output in outputs if output.value.requires_grad]
+            gradient, *found = torch.autograd.grad(
+                result, [hidden, *(output.value for output in wanted)], cotangent, allow_unused=True,
+                materialize_grads=True,
+            )  # fmt: skip
+        of_outputs = {id(output): g for output, g in zip(wanted, found, strict=True)}
+        factors = defaultdict[str, list[Tensor]](list)
+        for output in outputs:
+            g = of_outputs.get(id(output), torch.zeros_like(output.value)).flatten(0, -2)
+            factors[output.name].append(_fisher_factor(g, output.tokens, *run.batch.ids.shape))
         return gradient, {
-            name: _second_moment(_typical(g.flatten(0, -2), *size)) for name, g in zip(modules, of_outputs, strict=True)
+            name: torch.stack(factors[name]) if weight.ndim == 3 else factors[name][-1]
+            for name, weight in run.weights.items()
         }
 
     def value(self, matrix: Matrix, kept: Tensor) -> Tensor:
-        return kept
+        return kept if matrix.index is None else kept[matrix.index]
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output (..., O) of the matrix of a parameter; of an expert, with the numbers of its tokens."""
+
+    name: str
+    value: Tensor
+    tokens: Tensor | None = None
+
+
+@contextmanager
+def _outputs_of(modules: dict[str, nn.Module], weights: Weights) -> Iterator[list[Output]]:
+    """The outputs of matrices while their block runs. `modules` are the owners of parameters, by name.
+
+    Those of experts come in the order of the experts.
+    """
+    found: list[Output] = []
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found.append(Output(name, output))
+
+        return hook
+
+    def keep_product(names: dict[str, str]) -> Callable[[Product, Tensor], None]:
+        def after(product: Product, output: Tensor) -> None:
+            if name := names.get(product.parameter):
+                found.append(Output(name, output, product.tokens))
+
+        return after
+
+    experts = {name: module for name, module in modules.items() if weights[name].ndim == 3}
+    handles = [m.register_forward_hook(keep(name)) for name, m in modules.items() if name not in experts]
+    for module in experts.values():
+        names = {name.rpartition(".")[2]: name for name, owner in experts.items() if owner is module}
+        module.after_product = keep_product(names)  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in experts.values():
+            module.after_product = None  # type: ignore[assignment]
 
 
 def reverse_walk(
@@ -285,13 +322,28 @@ def fisher_block_size(num_outputs: int) -> int:
     return next(size for size in range(min(num_outputs, LARGEST_FISHER_BLOCK), 0, -1) if num_outputs % size == 0)
 
 
-def _second_moment(gradients: Tensor) -> Tensor:
-    """(T, O) -> the blocks (K, B, B) of the mean of g g^T."""
+def _fisher_factor(gradients: Tensor, tokens: Tensor | None, num_sequences: int, length: int) -> Tensor:
+    """The factor (K, B, B) of a matrix from its gradients (T, O).
+
+    That of an expert is a sum over its tokens, divided by the number of all tokens. An expert that is used half as
+    often matters half as much.
+    """
+    if tokens is None:
+        return _second_moment(_typical(gradients, num_sequences, length))
+    counted = num_sequences * length
+    if length > 2:
+        gradients, counted = gradients[tokens % length > 0], num_sequences * (length - 1)
+    return _second_moment(_shortened(gradients.float()), counted)
+
+
+def _second_moment(gradients: Tensor, count: int | None = None) -> Tensor:
+    """(T, O) -> the blocks (K, B, B) of the sum of g g^T, divided by a count (None: T)."""
     num_tokens, num_outputs = gradients.shape
+    count = num_tokens if count is None else count
     size = fisher_block_size(num_outputs)
     blocks = gradients.view(num_tokens, num_outputs // size, size).transpose(0, 1)
     with precise_matmul():
-        return blocks.mT @ blocks / max(num_tokens, 1)
+        return blocks.mT @ blocks / max(count, 1)
 
 
 def _typical(gradients: Tensor, num_sequences: int, length: int) -> Tensor:
@@ -304,6 +356,11 @@ def _typical(gradients: Tensor, num_sequences: int, length: int) -> Tensor:
     # Experts see tokens in an order of their own. The last token has no gradient, so the first may be the only one.
     if len(gradients) == num_sequences * length and length > 2:
         gradients = gradients.view(num_sequences, length, -1)[:, 1:].flatten(0, 1)
+    return _shortened(gradients)
+
+
+def _shortened(gradients: Tensor) -> Tensor:
+    """Gradients of tokens (T, O) float32 with long ones shortened, and all of them scaled to the old mean square."""
     norms = torch.linalg.vector_norm(gradients, dim=1)
     some = norms[norms > 0]
     if not len(some):

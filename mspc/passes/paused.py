@@ -9,17 +9,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from greenlet import error as OtherThreadError
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from mspc.model.experts import Product
 from mspc.threads import on_lane
 from mspc.types import Matrix
 
-Pause = tuple[Matrix, Tensor]
-"""A matrix and its input."""
+
+class Pause(NamedTuple):
+    """A matrix and its input; for an expert's matrix, the rest of what is known before its product."""
+
+    matrix: Matrix
+    inputs: Tensor
+    product: Product | None = None
 
 
 class PausedForward:
@@ -75,13 +82,33 @@ def pauses_before(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
 
     def pause_at(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            getcurrent().parent.switch((matrix, args[0]))
+            getcurrent().parent.switch(Pause(matrix, args[0]))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(pause_at(matrix)) for matrix, module in modules.items()]
+    def pause_in(module: nn.Module) -> Callable[[Product], None]:
+        own = {_place(matrix): matrix for matrix, owner in modules.items() if owner is module}
+
+        def before(product: Product) -> None:
+            if matrix := own.get((product.parameter, product.expert)):
+                getcurrent().parent.switch(Pause(matrix, product.inputs, product))
+
+        return before
+
+    whole = {matrix: module for matrix, module in modules.items() if matrix.index is None}
+    experts = list(dict.fromkeys(module for matrix, module in modules.items() if matrix.index is not None))
+    handles = [module.register_forward_pre_hook(pause_at(matrix)) for matrix, module in whole.items()]
+    for module in experts:
+        module.before_product = pause_in(module)  # type: ignore[assignment]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in experts:
+            module.before_product = None  # type: ignore[assignment]
+
+
+def _place(matrix: Matrix) -> tuple[str, int | None]:
+    """The parameter of an expert's matrix, by its name in its module, and the number of the expert."""
+    return matrix.parameter.rpartition(".")[2], matrix.index

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mspc.errors import InputError
+from mspc.model.experts import PROJECTIONS, Product, expert_matrices, projections
 from mspc.model.matrices import LINEAR, outside_note
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of, run_block, without_blocks
@@ -46,7 +47,7 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
         if all_blocks or kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
-        found |= {f"{model.block_name(index)}.{name}.weight" for name in known[kind]}
+        found |= {f"{model.block_name(index)}.{name}" for name in known[kind]}
     model.shares = sharing.found(type(model.model).__name__)
     with without_blocks(model) as logits_of, torch.no_grad():
         logits_of(batch)
@@ -54,19 +55,37 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
 
 
 def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
-    """Names of the linear layers that a run of their block does not call exactly once."""
+    """Weights of the layers and experts that a run of their block does not multiply with exactly once."""
     layers = {
         name: layer
         for name, layer in block.named_modules()
         if isinstance(layer, LINEAR) and not any(part.isdigit() for part in name.split("."))
     }
+    experts = {
+        name: module
+        for name, module in block.named_modules()
+        if any(expert_matrices(n, n, module) for n in PROJECTIONS)
+    }
+    weights = {f"{name}.weight" for name in layers}
+    weights |= {f"{name}.{leaf}" for name, module in experts.items() for leaf in projections(module)}
     calls = Counter[str]()
     handles = [
-        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name])) for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda *_, name=f"{name}.weight": calls.update([name]))
+        for name, layer in layers.items()
     ]
+    for name, module in experts.items():
+        module.before_product = partial(_count, calls, name)
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name in layers if calls[name] != 1}
+        for module in experts.values():
+            module.before_product = None
+    return {name for name in weights if calls[name] != 1}
+
+
+def _count(calls: Counter[str], name: str, product: Product) -> None:
+    """Count a product for its parameter, once for all experts."""
+    if product.expert == 0:
+        calls[f"{name}.{product.parameter}"] += 1

@@ -10,14 +10,17 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import starmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mspc.errors import InputError
 from mspc.memory import free_memory
+from mspc.model.experts import experts_per_token
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
@@ -30,6 +33,8 @@ BUFFERS_HELD = 3
 """Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
 
 
+FEW_TOKENS = 2
+"""Tokens per input of an expert below which its Gram has some of its layer's."""
 FEW = 8
 """Matrices whose Grams are in memory at once where matrices are worked on together."""
 
@@ -91,6 +96,17 @@ def by_few(visits: Iterable[Visit]) -> Iterator[list[Visit]]:
             few = []
 
 
+def experts_together(visits: Iterable[Visit], matrices: Sequence[Sequence[Matrix]]) -> Iterator[list[Visit]]:
+    """Lists of up to `FEW` visits of the experts of one parameter, which do not read each other; all others alone."""
+    last = {matrix.parameter: matrix for of_block in matrices for matrix in of_block}
+    few: list[Visit] = []
+    for visit in visits:
+        few.append(visit)
+        if visit.matrix == last[visit.matrix.parameter] or len(few) == FEW:
+            yield few
+            few = []
+
+
 class DenseWalk:
     """The visits of a walk that changes nothing; it can be iterated several times.
 
@@ -148,10 +164,18 @@ def _num_kept(
     """
     if memory is None:
         memory = free_memory(model.device) // share
-    width = max((matrix.shape[1] for matrix in matrices), default=0)
+    each = experts_per_token(model.config)
+    width = max((matrix.shape[1] * (1 if matrix.index is None else each) for matrix in matrices), default=0)
     ids = batches[0].ids
     bytes_each = BUFFERS_HELD * width * ids.numel() * model.dtype.itemsize + scores_bytes(model, ids)
     return memory // max(bytes_each, 1)
+
+
+class Inputs(NamedTuple):
+    """The inputs (T, I) float32 of a matrix in one pass; of an expert, with the ascending numbers (T) of its tokens."""
+
+    inputs: Tensor
+    tokens: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +190,8 @@ class _Block:
     finish: Callable[[int, nn.Module, nn.Module], None] | None
     at_once: int
     """Passes that threads and memory allow at once."""
+    layer_means: dict[str, Tensor] = field(default_factory=dict)
+    """Results of `of_layer` by parameter."""
 
     def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
         seen: list[Matrix] = []
@@ -176,7 +202,7 @@ class _Block:
         ):
             previous, stats = torch.empty(0), GramStats(torch.empty(0), 0)
             while isinstance(pause := forwards[0].run_to(len(seen)), tuple):
-                matrix, inputs = pause
+                matrix, inputs = pause.matrix, pause.inputs
                 self.check_new(matrix, seen)
                 if not _is_same(inputs, previous):
                     stats = self.collect(matrix, len(seen), forwards, dense_forwards)
@@ -200,7 +226,7 @@ class _Block:
             outputs = [forwards[i].start_to(len(self.matrices)) for i in some]
             for i, started in zip(some, outputs, strict=True):
                 if isinstance(output := started.result(), tuple):
-                    raise self.other_order(output[0])
+                    raise self.other_order(output.matrix)
                 arrive(self.model, self.index, batches[i], output)
                 forwards[i].close()
 
@@ -223,7 +249,10 @@ class _Block:
     def collect(
         self, matrix: Matrix, number: int, forwards: Sequence[PausedForward], dense_forwards: Sequence[PausedForward]
     ) -> GramStats:
-        """The Gram of a matrix's input over all batches, in float32 with full-precision products, and its shift."""
+        """The Gram of a matrix's input over all batches, in float32 with full-precision products, and its shift.
+
+        The Gram of an expert that sees few tokens has some of its layer's.
+        """
         size = matrix.shape[1]
         gram = torch.zeros(size, size, device=self.model.device)
         shift = torch.zeros_like(gram) if dense_forwards else None
@@ -231,34 +260,61 @@ class _Block:
         with precise_matmul():
             for some in self.rounds(forwards):
                 inputs = self.inputs_of(matrix, number, forwards[some.start : some.stop])
-                add_gram(gram, *inputs)
-                tokens += sum(map(len, inputs))
+                add_gram(gram, *(found.inputs for found in inputs))
+                tokens += sum(len(found.inputs) for found in inputs)
                 if shift is not None:
                     wanted = self.inputs_of(matrix, number, dense_forwards[some.start : some.stop])
-                    add_products(shift, [(z - x, x) for z, x in zip(wanted, inputs, strict=True)])
-        stats = GramStats(symmetrize(gram), tokens, shift)
+                    add_products(shift, list(starmap(_difference, zip(wanted, inputs, strict=True))))
+        borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
+        if borrowed:
+            gram.add_(self.of_layer(matrix, number, forwards), alpha=borrowed)
+            # Sums over the own tokens, or over one token where an expert sees none. Borrowed tokens have no shift.
+            for total in (gram,) if shift is None else (gram, shift):
+                total.mul_(max(tokens, 1) / (tokens + borrowed))
+        stats = GramStats(symmetrize(gram), tokens, shift, borrowed_tokens=borrowed)
         check_finite(stats, matrix.name)
         return stats
+
+    def of_layer(self, matrix: Matrix, number: int, forwards: Sequence[PausedForward]) -> Tensor:
+        """The mean of x x^T over the tokens of all experts of the layer of an expert's matrix."""
+        if matrix.parameter in self.layer_means:
+            return self.layer_means[matrix.parameter]
+        gram, count = torch.zeros(matrix.shape[1], matrix.shape[1], device=self.model.device), 0
+        with precise_matmul():
+            for some in self.rounds(forwards):
+                found = self.inputs_of(matrix, number, forwards[some.start : some.stop], of_layer=True)
+                add_gram(gram, *(one.inputs for one in found))
+                count += sum(len(one.inputs) for one in found)
+        self.layer_means.clear()  # one is needed at a time
+        self.layer_means[matrix.parameter] = gram / max(count, 1)
+        return self.layer_means[matrix.parameter]
 
     def rounds(self, passes: Sequence[PausedForward]) -> Iterator[range]:
         """The numbers of the passes, as many at a time as can run at once."""
         ends = range(self.at_once, len(passes) + self.at_once, self.at_once)
         return (range(end - self.at_once, min(end, len(passes))) for end in ends)
 
-    def inputs_of(self, matrix: Matrix, number: int, forwards: Sequence[PausedForward]) -> list[Tensor]:
-        """The inputs of a matrix, the `number`-th of its block, in some passes; these run at the same time."""
+    def inputs_of(
+        self, matrix: Matrix, number: int, forwards: Sequence[PausedForward], *, of_layer: bool = False
+    ) -> list[Inputs]:
+        """The inputs of a matrix, the `number`-th of its block, in some passes; these run at the same time.
+
+        `of_layer`: those of all experts of the layer of an expert's matrix.
+        """
         started = [forward.start_to(number) for forward in forwards]
         inputs = []
         for pause, forward in zip(started, forwards, strict=True):
-            inputs.append(self.inputs(matrix, pause.result()))
+            inputs.append(self.inputs(matrix, pause.result(), of_layer))
             forward.discard()
         return inputs
 
-    def inputs(self, matrix: Matrix, pause: Pause | Tensor) -> Tensor:
+    def inputs(self, matrix: Matrix, pause: Pause | Tensor, of_layer: bool) -> Inputs:
         """The input of a matrix at a pause, as float32 tokens (T, I)."""
-        if isinstance(pause, Tensor) or pause[0] != matrix:
+        if isinstance(pause, Tensor) or pause.matrix != matrix:
             raise self.other_order(matrix)
-        return pause[1].detach().reshape(-1, matrix.shape[1]).float()
+        found = pause.product.everyone() if of_layer and pause.product else pause.inputs
+        tokens = None if pause.product is None else pause.product.tokens
+        return Inputs(found.detach().reshape(-1, matrix.shape[1]).float(), tokens)
 
     def other_order(self, matrix: Matrix) -> InputError:
         return InputError(
@@ -287,7 +343,16 @@ class _Block:
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
 
 
+def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:
+    """The inputs in the dense model minus the actual ones, and the latter; of an expert, for tokens in both."""
+    z, x = wanted.inputs, actual.inputs
+    if wanted.tokens is not None and actual.tokens is not None:
+        z = z[torch.isin(wanted.tokens, actual.tokens)]
+        x = x[torch.isin(actual.tokens, wanted.tokens)]
+    return z - x, x
+
+
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    return (one.data_ptr(), one.shape, one.stride(), one._version) == (
+    return bool(one.numel()) and (one.data_ptr(), one.shape, one.stride(), one._version) == (
         other.data_ptr(), other.shape, other.stride(), other._version,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def copy_rest(
     """
     check_space(folder, estimated_bytes(checkpoint, plan))
     carry(checkpoint.folder, folder, read=checkpoint.shards())
-    compressed = {model.tensor_key(matrix) for matrix in matrices if matrix.index is None}
+    compressed = model.compressed_keys(matrices)
     with progress.stage("Copying other weights", len(checkpoint.shards())) as step:
         for shard, keys in checkpoint.shards().items():
             rest = [key for key in keys if key not in compressed]

@@ -27,12 +27,13 @@ from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if
 from mspc.pipeline.outer import inputs_of_head, planned_outer, quantize_outer, with_outer
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
-from mspc.pipeline.recovery_stage import check_memory, recover_all
+from mspc.pipeline.recovery_stage import recover_all
 from mspc.pipeline.reopening import reopened
 from mspc.pipeline.results import results
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
 from mspc.pipeline.summary import DEFAULT_GOAL, report, unused_note
+from mspc.pipeline.training_checks import check_training
 from mspc.planning.allocation import allocate, check_plan, choose_group_size, possible_targets
 from mspc.planning.kept_zeros import plan_of_zeros
 from mspc.planning.plan_file import read_plan, write_plan
@@ -290,8 +291,7 @@ class Run:
         """Raises InputError, before anything is measured, for a plan or an export that could not be made."""
         self.given = self.given_plan(model, matrices)
         plan = self.given or allocate(self.settings, matrices, {})
-        if self.settings.recover:
-            check_memory(model, plan, self.settings)
+        check_training(model, flatten(matrices), plan, self.settings)
         if not self.settings.has_budget:
             self.checked(plan)
             return

@@ -18,17 +18,21 @@ from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
 from mspc.numerics.zeros import mask_of
 from mspc.passes.blocks import Batch
-from mspc.passes.walk import Visit, install, matrix_of, walk
+from mspc.passes.walk import Visit, experts_together, install, matrix_of, walk
+from mspc.pipeline.few_tokens import few_tokens_notes
 from mspc.pipeline.reconstruct import reconstruct
 from mspc.planning.solver_options import solver_options
+from mspc.progress import log
 from mspc.settings import Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.solvers.error_compensation import compensated
+from mspc.solvers.quadratic import solver_bytes
 from mspc.storage.artifact import MATRICES, read_matrix
 from mspc.storage.files import sha256_of, write_tensors
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import MatrixEntry
+from mspc.threads import run
 from mspc.types import CompressedLinear, GramStats, MatricesByBlock, Matrix, PlannedMatrix
 
 
@@ -43,6 +47,7 @@ class SolvedMatrix:
     output_error: float
     propagation_damp: float
     num_tokens: int
+    borrowed_tokens: int = 0
 
     def row(self) -> dict[str, Any]:
         """The values that are known before the matrix is packed, under their names in the manifest."""
@@ -104,17 +109,24 @@ def solve_blocks(
             parts.append(part.to_dict())
         commit(index, reconstruction=parts, seconds=time.monotonic() - begin)
 
+    def solve(visit: Visit) -> SolvedMatrix:
+        factor = fisher[visit.matrix.name].to(visit.weight.device) if fisher else None
+        return solve_one(model, visit, planned[visit.matrix.name], settings, options, factor)
+
     at_end = on_block_end if settings.reconstruct else None
     with Writer() as writer:
-        for visit in walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end):
-            matrix = visit.matrix
-            factor = fisher[matrix.name].to(visit.weight.device) if fisher else None
-            solved[matrix] = found = solve_one(model, visit, planned[matrix.name], settings, options, factor)
-            if settings.reconstruct:
-                grams[matrix] = visit.stats.gram
-            elif visit.is_last_of_block:
-                commit(visit.block)
-            yield found
+        visits = walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end)
+        for few in experts_together(visits, matrices):
+            for visit, found in zip(few, run(solve, few, solver_bytes(few[0].matrix.shape)), strict=True):
+                solved[visit.matrix] = found
+                if settings.reconstruct:
+                    grams[visit.matrix] = visit.stats.gram
+                elif visit.is_last_of_block:
+                    commit(visit.block)
+                yield found
+        writer.wait()
+        for note in few_tokens_notes(row for entry in journal.blocks for row in entry["matrices"]):
+            log.warning(note)
 
 
 class Writer:
@@ -180,7 +192,7 @@ def solve_one(
         raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
     install(visit.weight, stored.weight)
     error = output_error(weight, stored.weight.float(), stats.gram)
-    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens)
+    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens, stats.borrowed_tokens)
 
 
 def solve_with_zeros(
@@ -248,4 +260,7 @@ def entry_of(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, Tenso
         precision=str(stored.precision).removeprefix("torch."),
         num_tokens=solved.num_tokens,
         file=file,
+        borrowed_tokens=solved.borrowed_tokens,
+        rows=model.rows_of(solved.matrix),
+        num_slices=model.num_slices(solved.matrix),
     )

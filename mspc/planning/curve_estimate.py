@@ -25,7 +25,7 @@ def estimated_curve(weight: Tensor, stats: GramStats, patterns: Sequence[Pattern
         form = quadratic(weight, stats, stats.output_fisher, damp, name)
         costs = form.target.square() / form.inverse(0.0).diagonal().sqrt()
     costs[:, form.inputs.dead] = 0.0
-    half_tokens = 1 / (2 * stats.num_tokens) if bool(stats.output_fisher.any()) else 0.0
+    half_tokens = 1 / (2 * max(stats.num_tokens, 1)) if bool(stats.output_fisher.any()) else 0.0
     return Curve(
         tuple(pattern.sparsity for pattern in patterns),
         tuple(cost * half_tokens for cost in _cheapest(costs, patterns)),

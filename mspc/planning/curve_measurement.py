@@ -67,7 +67,7 @@ def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: Solv
     """The curve of one matrix (O, I). Under a size budget it has the loss of quantization too."""
     patterns = patterns_of(settings)
     form = quadratic(weight, stats, stats.output_fisher, options.damp, name)
-    half_tokens = 1 / (2 * stats.num_tokens)
+    half_tokens = 1 / (2 * max(stats.num_tokens, 1))
     if stats.output_fisher is not None and not bool(stats.output_fisher.any()):
         half_tokens = 0.0  # nothing depends on its outputs, but the form would weigh them equally
     elif stats.output_fisher is not None and len(stats.output_fisher) > SAMPLED:

@@ -70,7 +70,7 @@ def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progre
     means: dict[str, RunningMean] = {}
     with progress.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
         for visit in walk(model, batches_of(model, ids), matrices):
-            mean = float(visit.stats.gram.diagonal().mean()) / visit.stats.num_tokens
+            mean = float(visit.stats.gram.diagonal().mean()) / max(visit.stats.num_tokens, 1)
             means[visit.matrix.name] = RunningMean(mean)
             step(visit.matrix.name)
     return means

@@ -21,11 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mspc.errors import InputError
 from mspc.formats.decoding import check_finite
 from mspc.formats.description import StoredMatrix, check_types, types_of
+from mspc.model.experts import layer_name
 from mspc.model.outer import SCALE, is_lookup
 from mspc.runtime.embedding import SparseEmbedding, TiedHead
+from mspc.runtime.experts import replace_experts
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.storage.checkpoint import map_file
-from mspc.storage.sparse_export import QUANT_METHOD, descriptions
+from mspc.storage.sparse_export import QUANT_METHOD, descriptions, slices_of
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -56,7 +58,16 @@ class SparseQuantizer(HfQuantizer):
         matrices = descriptions(config, "quantization_config")
         if checkpoint_files:
             check_files(matrices, [Path(file) for file in checkpoint_files])
+        experts = {}
+        for parameter, slices in slices_of(config, "quantization_config").items():
+            owner, _, leaf = parameter.rpartition(".")
+            found = f"{_module_of(model, owner)}.{leaf}"
+            experts[found] = {index: (name, matrices[name]) for index, name in slices.items()}
+            self.name_of |= {layer_name(found, index): name for index, name in slices.items()}
+        replace_experts(model, experts)
         for name, matrix in matrices.items():
+            if name in self.name_of.values():
+                continue
             row = config["matrices"][name]
             parameter = str(row.get("parameter", f"{name}.weight"))
             module_name = _module_of(model, parameter.removesuffix(".weight"))

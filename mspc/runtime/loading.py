@@ -25,11 +25,11 @@ from mspc.storage.artifact import ArtifactSource
 from mspc.storage.dequantized import Dequantized
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import (
-    base_of,
     descriptions,
     is_sparse_export,
     quantization_config,
     read_quantization_config,
+    stored_name,
 )
 
 PREFILLS = ("auto", "cusparselt")
@@ -142,10 +142,11 @@ def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
     source = ArtifactSource(folder)
     if check:
         source.check_files()
-    quantization = quantization_config(source.whole.values())
-    tensors: dict[str, Tensor] = dict(source.read(sorted(set(source.keys()) - source.whole.keys())))
-    for key, entry in source.whole.items():
-        name = base_of(key)
+    stay_compressed = [entry for entry in source.entries if entry.address.index is None or entry.num_slices]
+    quantization = quantization_config(stay_compressed)
+    tensors: dict[str, Tensor] = dict(source.read(key for key in source.keys() if not source.is_compressed(key)))  # noqa: SIM118
+    for entry in stay_compressed:
+        name = stored_name(entry)
         stored = with_offsets(source.stored(entry), entry.stored, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
     model_class, config = _class_and_config(folder)

@@ -61,10 +61,17 @@ class ArtifactSource:
         self._shard_of = {key: shard for shard, keys in self._shards.items() for key in keys}
         self.whole = {entry.source_key: entry for entry in self.entries if entry.address.index is None}
         """Matrices that are a whole tensor of the source, by its key."""
-        self._slices: dict[str, list[MatrixEntry]] = defaultdict(list)
+        self.slices: dict[str, list[MatrixEntry]] = defaultdict(list)
+        """Matrices that are a slice of a tensor of the source, by its key."""
+        self.rows: dict[str, tuple[MatrixEntry, int, int]] = {}
+        """Tensors of the source that are rows of a matrix: the matrix, the first row and the number of rows."""
         for entry in self.entries:
-            if entry.address.index is not None:
-                self._slices[entry.source_key].append(entry)
+            first = 0
+            for key, count in entry.rows:
+                self.rows[key] = (entry, first, count)
+                first += count
+            if entry.address.index is not None and not entry.rows:
+                self.slices[entry.source_key].append(entry)
 
     def keys(self) -> list[str]:
         return list(self._shard_of)
@@ -74,13 +81,12 @@ class ArtifactSource:
 
     def types(self) -> dict[str, StoredType]:
         """By the manifest for what is compressed. Raises InputError, naming the tensor, for one that is nowhere."""
-        shards = {shard for key, shard in self._shard_of.items() if key not in self.whole}
+        shards = {shard for key, shard in self._shard_of.items() if not self.is_compressed(key)}
         found = {shard: types_in(self.folder / UNCHANGED / shard) for shard in sorted(shards)}
         types: dict[str, StoredType] = {}
         for key, shard in self._shard_of.items():
-            if entry := self.whole.get(key):
-                shape = entry.shape[::-1] if entry.address.transposed else entry.shape
-                types[key] = (str(entry.dtype).removeprefix("torch."), shape)
+            if self.is_compressed(key):
+                types[key] = self._type(key)
             elif key in found[shard]:
                 types[key] = found[shard][key]
             else:
@@ -92,11 +98,42 @@ class ArtifactSource:
             if entry := self.whole.get(key):
                 weight = self.matrix(entry).weight
                 yield key, weight.T.contiguous() if entry.address.transposed else weight
-                continue
+            elif key in self.rows:
+                entry, first, count = self.rows[key]
+                yield key, self.matrix(entry).weight[first : first + count].clone()
+            else:
+                yield key, self._sliced(key)
+
+    def is_compressed(self, key: str) -> bool:
+        """Tell if all of a tensor of the source is in compressed matrices."""
+        return key in self.whole or key in self.rows or any(entry.num_slices for entry in self.slices.get(key, ()))
+
+    def first_in(self, key: str) -> list[MatrixEntry]:
+        """The compressed matrices whose first rows a tensor of the source has; each has one such tensor."""
+        if key in self.rows:
+            entry, first, _ = self.rows[key]
+            return [] if first else [entry]
+        return [self.whole[key]] if key in self.whole else self.slices.get(key, [])
+
+    def _type(self, key: str) -> StoredType:
+        """The dtype and shape that a compressed tensor has in the source."""
+        sliced = self.slices.get(key, [])
+        entry = self.whole.get(key) or (self.rows[key][0] if key in self.rows else sliced[0])
+        shape = (self.rows[key][2], entry.shape[1]) if key in self.rows else entry.shape
+        if entry.address.transposed:
+            shape = shape[::-1]
+        return str(entry.dtype).removeprefix("torch."), (entry.num_slices, *shape) if sliced else shape
+
+    def _sliced(self, key: str) -> Tensor:
+        """A tensor that is not one matrix, with all of its slices that are."""
+        if self.is_compressed(key):
+            name, shape = self._type(key)
+            tensor = torch.empty(shape, dtype=torch.float32 if self.exact else getattr(torch, name))
+        else:
             ((_, tensor),) = read_file(self.folder / UNCHANGED / self._shard_of[key], [key])
-            for entry in self._slices.get(key, []):
-                entry.address.read(tensor).copy_(self.matrix(entry).weight)
-            yield key, tensor
+        for entry in self.slices.get(key, []):
+            entry.address.read(tensor).copy_(self.matrix(entry).weight)
+        return tensor
 
     def matrix(self, entry: MatrixEntry) -> CompressedLinear:
         return read_matrix(self.folder, entry, exact=self.exact)

@@ -57,6 +57,12 @@ class MatrixEntry:
     """`head` or `embeddings` for a matrix outside of the blocks."""
     tied: str | None = None
     """Parameter of the head, where the embeddings are the head as well."""
+    borrowed_tokens: int = 0
+    """Tokens of its layer in the Gram of an expert that sees few."""
+    rows: tuple[tuple[str, int], ...] = ()
+    """Tensors of the source, one below the other, that are this slice, and their numbers of rows; empty for one."""
+    num_slices: int = 0
+    """Number of slices of the parameter, if all are compressed, so that the artifact holds them in its place."""
 
     @property
     def name(self) -> str:
@@ -100,8 +106,7 @@ class MatrixEntry:
             "precision": self.precision,
             "num_tokens": self.num_tokens,
             "file": self.file,
-            **({"role": self.role} if self.role else {}),
-            **({"tied": self.tied} if self.tied else {}),
+            **{key: value for key in OPTIONAL if (value := getattr(self, key))},
         }
 
     @classmethod
@@ -129,6 +134,9 @@ class MatrixEntry:
                 role=role,
                 tied=tied,
                 **{key: row[key] for key in COPIED},
+                borrowed_tokens=row.get("borrowed_tokens", 0),
+                rows=tuple((str(key), int(count)) for key, count in row.get("rows", ())),
+                num_slices=int(row.get("num_slices", 0)),
             )
         except KeyError as error:
             raise InputError(f"{where} is damaged: the entry of {row.get('name')} lacks {error.args[0]}.") from error
@@ -137,6 +145,8 @@ class MatrixEntry:
 
 
 COPIED = ("pruned", "zeros", "sensitivity", "output_error", "damp", "propagation_damp", "precision", "num_tokens")
+OPTIONAL = ("role", "tied", "borrowed_tokens", "rows", "num_slices")
+"""Values of experts, head and embeddings, in a row that has them."""
 
 
 def is_recovered(manifest: Mapping[str, Any]) -> bool:

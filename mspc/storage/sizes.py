@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from mspc.storage.checkpoint import STORED_TYPES, StoredType
 from mspc.storage.manifest import MatrixEntry
-from mspc.storage.sparse_export import base_of
+from mspc.storage.sparse_export import stored_name
 
 ORDER = (
     "uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16",
@@ -48,16 +49,24 @@ def sparse_export_bytes(
     shards: Mapping[str, Iterable[str]], types: Mapping[str, StoredType], entries: Iterable[MatrixEntry]
 ) -> int:
     """The size of the weight files of the sparse export of a model with these tensors and compressed matrices."""
-    whole = {entry.source_key: entry for entry in entries if entry.address.index is None}
+    matrices: dict[str, list[MatrixEntry]] = defaultdict(list)
+    for entry in entries:
+        if entry.address.index is None or entry.num_slices:
+            matrices[entry.source_key].append(entry)
+            for key, _ in entry.rows[1:]:  # nothing takes its place
+                matrices[key] = []
     return sum(
-        file_bytes({name: kind for key in keys for name, kind in _exported(key, types[key], whole.get(key)).items()})
+        file_bytes({name: kind for key in keys for name, kind in _exported(key, types[key], matrices.get(key)).items()})
         for keys in shards.values()
     )
 
 
-def _exported(key: str, kind: StoredType, entry: MatrixEntry | None) -> dict[str, StoredType]:
-    """The tensors that one tensor of the source becomes."""
-    if entry is None:
+def _exported(key: str, kind: StoredType, entries: Sequence[MatrixEntry] | None) -> dict[str, StoredType]:
+    """The tensors that one tensor of the source becomes, which is or begins these matrices."""
+    if entries is None:
         return {key: kind}
-    tensors = entry.stored.tensors().items()
-    return {f"{base_of(key)}.{part}": (str(dtype).removeprefix("torch."), shape) for part, (dtype, shape) in tensors}
+    return {
+        f"{stored_name(entry)}.{part}": (str(dtype).removeprefix("torch."), shape)
+        for entry in entries
+        for part, (dtype, shape) in entry.stored.tensors().items()
+    }

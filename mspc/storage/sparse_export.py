@@ -5,6 +5,7 @@ allocated that the size of the files does not justify.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
 QUANT_METHOD = "mspc"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The highest that is read. Folders without slices are version 1."""
 DTYPES = ("float32", "bfloat16", "float16")
-KEYS = ("parameter", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric", "tied")
+KEYS = (
+    "parameter", "index", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric",
+    "tied",
+)  # fmt: skip
 
 
 def base_of(tensor: str) -> str:
@@ -32,11 +37,39 @@ def base_of(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
+def stored_name(entry: MatrixEntry) -> str:
+    """The common part of the names of a matrix's tensors."""
+    return base_of(entry.source_key) if entry.address.index is None else entry.name
+
+
 def quantization_config(entries: Iterable[MatrixEntry]) -> dict[str, Any]:
     """The `quantization_config` in config.json that describes these matrices."""
-    rows = {base_of(entry.source_key): entry.to_row() for entry in entries}
-    matrices = {name: {key: row[key] for key in KEYS if key in row} for name, row in rows.items()}
-    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "matrices": matrices}
+    rows = {stored_name(entry): entry.to_row() for entry in entries}
+    matrices = {name: {key: row[key] for key in KEYS if row.get(key) is not None} for name, row in rows.items()}
+    version = 2 if any("index" in row for row in matrices.values()) else 1
+    return {"quant_method": QUANT_METHOD, "format_version": version, "matrices": matrices}
+
+
+def slices_of(config: Mapping[str, Any], where: Path | str) -> dict[str, dict[int, str]]:
+    """The names of the matrices that are slices of a 3-D parameter, by parameter and index.
+
+    Raises InputError, naming a matrix, where a parameter lacks a slice.
+    """
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for name, row in config["matrices"].items():
+        if row.get("index") is None:
+            continue
+        index, parameter = row["index"], row.get("parameter")
+        if type(index) is not int or type(parameter) is not str or index in found[parameter]:
+            raise InputError(f"{where}, {name}: no or not only one matrix is slice {index!r} of {parameter!r}.")
+        found[parameter][index] = name
+    for parameter, slices in found.items():
+        if sorted(slices) != list(range(len(slices))):
+            raise InputError(
+                f"{where}, {slices[max(slices)]}: the matrices are not all slices of {parameter}. Get config.json "
+                "again, or export the artifact again."
+            )
+    return dict(found)
 
 
 def read_sparse(folder: Path) -> Iterator[tuple[str, dict[str, Any], CompressedLinear]]:
@@ -64,10 +97,18 @@ class SparseSource:
     """
 
     def __init__(self, folder: Path) -> None:
-        matrices = descriptions(read_quantization_config(folder), folder / "config.json")
+        config, where = read_quantization_config(folder), folder / "config.json"
+        matrices = descriptions(config, where)
         self._checkpoint = Checkpoint(folder)
-        self._matrices = {f"{name}.weight": (name, matrix) for name, matrix in matrices.items()}
-        self._name_of = {f"{name}.{part}": key for key, (name, m) in self._matrices.items() for part in m.tensors()}
+        self._sliced = {
+            parameter: [(slices[index], matrices[slices[index]]) for index in range(len(slices))]
+            for parameter, slices in slices_of(config, where).items()
+        }
+        sliced = {name: parameter for parameter, slices in self._sliced.items() for name, _ in slices}
+        self._matrices = {f"{name}.weight": (name, m) for name, m in matrices.items() if name not in sliced}
+        self._name_of = {
+            f"{name}.{part}": sliced.get(name, f"{name}.weight") for name, m in matrices.items() for part in m.tensors()
+        }
 
     def keys(self) -> list[str]:
         return list(dict.fromkeys(key for keys in self.shards().values() for key in keys))
@@ -84,16 +125,26 @@ class SparseSource:
         for key, (_, matrix) in self._matrices.items():
             shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
             types[key] = (str(matrix.dtype).removeprefix("torch."), shape)
+        for key, slices in self._sliced.items():
+            shapes = {matrix.shape[::-1] if matrix.transposed else matrix.shape for _, matrix in slices}
+            if len(shapes) > 1:
+                raise InputError(f"{slices[0][0]}: its shape is not that of the other slices of {key}.")
+            types[key] = (str(slices[0][1].dtype).removeprefix("torch."), (len(slices), *shapes.pop()))
         return types
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
-            if key not in self._matrices:
+            if key in self._matrices:
+                yield key, self._weight(*self._matrices[key])
+            elif key in self._sliced:
+                yield key, torch.stack([self._weight(*of_slice) for of_slice in self._sliced[key]])
+            else:
                 yield from self._checkpoint.read([key])
-                continue
-            name, matrix = self._matrices[key]
-            weight = layout.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
-            yield key, weight.T.contiguous() if matrix.transposed else weight
+
+    def _weight(self, name: str, matrix: StoredMatrix) -> Tensor:
+        """A matrix as the model's parameter, or its slice, has it."""
+        weight = layout.decode(_read_stored(self._checkpoint, name, matrix), matrix, name).weight
+        return weight.T.contiguous() if matrix.transposed else weight
 
 
 def _read_stored(checkpoint: Checkpoint, name: str, matrix: StoredMatrix) -> dict[str, Tensor]:
