@@ -18,6 +18,7 @@ from mspc.cli.console import (  # fmt: skip
     DeviceOption,
     DtypeOption,
     EncodingOption,
+    InputsOption,
     JsonOption,
     LengthOption,
     ThreadsOption,
@@ -78,6 +79,7 @@ def eval_(
     text_encoding: EncodingOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    inputs: InputsOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -105,7 +107,7 @@ def eval_(
                 found = evaluate(
                     path, text, sequence_length=sequence_length, max_windows=max_windows, device=device or "auto",
                     dtype=dtype or "auto", against=against, bos=bos, text_column=text_column,
-                    text_encoding=text_encoding, threads=threads,
+                    text_encoding=text_encoding, threads=threads, inputs=inputs or "int16",
                 )  # fmt: skip
                 row = {name: value for name, value in asdict(found).items() if value is not None}
                 results.append((path, row | ({"recovered": True} if was_recovered(Path(path)) else {})))

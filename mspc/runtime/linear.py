@@ -30,14 +30,17 @@ class SparseLinear(nn.Module):
     """The methods of its products by numbers of tokens (`dispatch`)."""
     wants_cusparselt: bool
     """Keep a copy of the weight for cuSPARSELt where it can be used."""
+    wants_int8: bool
+    """Round the inputs of codes to 8 bits on a CPU."""
     subject: str
-    """What the buffers are, as the operator reads it (`product.Subject`)."""
+    """The description of the buffers that the operator reads (`product.Subject`)."""
 
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.matrix = matrix
         self.out_features, self.in_features = matrix.shape
-        self.prepared_for, self.kernel_name, self.schedule, self.wants_cusparselt = None, None, (), False
+        self.prepared_for, self.kernel_name, self.schedule = None, None, ()
+        self.wants_cusparselt, self.wants_int8 = False, False
         for part, (dtype, shape) in matrix.tensors().items():
             self.register_buffer(part, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
@@ -93,6 +96,16 @@ class SparseLinear(nn.Module):
         if self.prepared_for is not None:
             self._add_copy_and_schedule(measured)
 
+    def use_int8_inputs(self) -> None:
+        """Round the inputs to 8 bits, for any number of tokens, where codes are multiplied in C++ on a CPU."""
+        self.wants_int8 = True
+        if self.prepared_for is not None:
+            self._add_copy_and_schedule(measured=False)
+
+    @property
+    def has_int8_inputs(self) -> bool:
+        return self.wants_int8 and self.kernel_name in ON_CPU and self.matrix.grid is not None
+
     def _add_copy_and_schedule(self, measured: bool) -> None:
         assert self.prepared_for is not None
         if self.wants_cusparselt and not self.copied_bytes():
@@ -100,17 +113,28 @@ class SparseLinear(nn.Module):
             if copy is not None:
                 self.register_buffer(dispatch.COPY, copy)
         self.schedule = dispatch.schedule(self.kernel, self.repacked(), self.matrix, self.prepared_for, measured)
+        if self.has_int8_inputs:
+            self.schedule = (Choice(dispatch.ANY_NUMBER, "fused", 0),)
         self._describe()
 
     def _describe(self) -> None:
         """Set `subject`, after a change of the buffers."""
-        prepared = (self.kernel_name, self.prepared_for, self.schedule) if self.kernel_name else (None, None, ())
-        self.subject = product.Subject(self.matrix, tuple(self._buffers), *prepared).text()
+        parts, planes = tuple(self._buffers), 1 if self.has_int8_inputs else 2
+        prepared = (self.kernel_name, self.prepared_for, self.schedule, planes) if self.kernel_name else ()
+        self.subject = product.Subject(self.matrix, parts, *prepared).text()
 
     def copied_bytes(self) -> int:
         """Bytes of the copy for cuSPARSELt, which only products of many tokens read."""
         copy = self.repacked().get(dispatch.COPY)
         return 0 if copy is None else copy.nbytes
+
+    def held_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._tensors())
+
+    def stored_bytes(self) -> int:
+        """Bytes of the matrix as it is stored, whatever it is repacked to."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.matrix.tensors().values())
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         """Replace all buffers by these tensors."""
