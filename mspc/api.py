@@ -23,7 +23,7 @@ from mspc.progress import Event, Progress, as_progress, log
 from mspc.recipe import Recipe
 from mspc.runtime.generation import Generation, check_options, request
 from mspc.runtime.linear import SparseLinear
-from mspc.runtime.loading import load
+from mspc.runtime.loading import INPUTS, load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_entries, read_manifest
 from mspc.storage.output_folder import made_and_held, sibling, working_folder
@@ -258,11 +258,7 @@ def evaluate(
     check_given(text, "text")
     text, shown = str(text) if isinstance(text, Path) else text, as_progress(progress)
     reading = Reading(bos, text_column, text_encoding)
-    if inputs != "int16":
-        if isinstance(model, PreTrainedModel):
-            raise InputError(f"inputs={inputs!r} is for a model that is not in memory yet. Give it to mspc.load.")
-        assert model is not None
-        model = load(model, device, dtype, inputs=inputs)
+    model = _with_inputs(model, inputs, device, dtype)
     if isinstance(model, PreTrainedModel) or isinstance(against, PreTrainedModel):
         if tokenizer is None and isinstance(model, str | Path) and not isinstance(text, Tensor):
             tokenizer = load_tokenizer(resolve(str(model)))
@@ -277,6 +273,15 @@ def evaluate(
         return evaluate_folder(
             model, text, reading, tokenizer, sequence_length, max_windows, device, dtype, against, shown
         )
+
+
+def _with_inputs(model: Any, inputs: str, device: str, dtype: str) -> Any:
+    """The model in memory where `inputs` are not the usual ones. Raises InputError if it is there already."""
+    if inputs == INPUTS[0]:
+        return model
+    if isinstance(model, PreTrainedModel):
+        raise InputError(f"inputs={inputs!r} is for a model that is not in memory yet. Give it to mspc.load.")
+    return load(model, device, dtype, inputs=inputs)
 
 
 def generate(
@@ -320,8 +325,8 @@ def generate(
         raise InputError(f"prompt must be a string, not a {type(prompt).__name__}.")
     model, shown = model.path if isinstance(model, Artifact) else model, as_progress(progress)
     source = model if isinstance(model, PreTrainedModel) else resolve(_name_of(model))
-    if isinstance(source, PreTrainedModel) and inputs != "int16":
-        raise InputError(f"inputs={inputs!r} is for a model that is not in memory yet. Give it to mspc.load.")
+    if isinstance(source, PreTrainedModel):
+        _with_inputs(source, inputs, device, dtype)
     asked = request(source, tokenizer, prompt, raw, max_new_tokens)
     if isinstance(source, Path):
         with shown.stage("Loading the model", 1) as step:

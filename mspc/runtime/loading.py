@@ -58,8 +58,7 @@ def load(
     `prefill="cusparselt"` multiplies many tokens by 16-bit matrices of 2:4 on the sparse tensor cores of a CUDA device,
     from a copy of 9 bits a weight. auto makes no copy, and expands the weight.
 
-    On a CPU, inputs of codes are rounded to 16 bits. `inputs="int8"` rounds them to 8, a hundred times more coarsely,
-    for any number of tokens. It is faster for several of them.
+    On a CPU, inputs of codes are rounded to 16 bits, and with `inputs="int8"` to 8, for any number of tokens.
 
     An artifact's files are compared with the digests in its manifest, at the speed of sha256. `check=False` omits that.
 
@@ -93,11 +92,16 @@ def load(
     if device_map is None:
         model = model.to(main_device)
     prepare(model, model.dtype, on_cpu=True)
+    _use(prefill, inputs, model, folder)
+    return model
+
+
+def _use(prefill: str, inputs: str, model: PreTrainedModel, folder: Path) -> None:
+    """Raises InputError if one of both fits no matrix of the model."""
     if prefill == "cusparselt":
         _use_cusparselt(model, folder)
     if inputs == "int8":
         _use_int8_inputs(model, folder)
-    return model
 
 
 def _check_prefill(prefill: str, device: torch.device) -> None:
