@@ -284,7 +284,9 @@ def test_the_int4_of_torch_multiplies_by_its_codes():
 def test_bytes_of_a_step_are_those_of_the_tensors(name):
     decoder = random_decoder(SMALL, name, random_outer(SMALL, 40, CPU), Operations())
     moved = step_bytes(decoder, batch=3, context=32)
-    states = [block.state_dict(keep_vars=True) for block in decoder.blocks]  # kept, as tensors as stored are made for it
+    states = [
+        block.state_dict(keep_vars=True) for block in decoder.blocks
+    ]  # kept, as tensors as stored are made for it
     tensors = {id(tensor): tensor.nbytes for state in states for tensor in state.values()}
     tensors[id(decoder.outer.norm)] = decoder.outer.norm.nbytes
     assert moved["linears"] + moved["norms"] == sum(tensors.values())

@@ -42,11 +42,12 @@ def matmul(
 ) -> Tensor:
     """x (T, I) -> x Wᵀ (T, O), for any T, in the dtype that kernel, tensors and schedule were made for.
 
-    `planes`: see `cpu.product`.
+    On a CPU x may be (..., I), and `planes` is that of `cpu.product`.
     """
-    num_tokens = x.shape[0]
+    num_rows, num_columns = matrix.shape
+    num_tokens = x.numel() // num_columns
     if num_tokens == 0:
-        return x.new_empty(0, matrix.shape[0])
+        return x.new_empty(*x.shape[:-1], num_rows)
     for choice in schedule:
         if num_tokens <= choice.up_to:
             break

@@ -25,8 +25,10 @@ from mspc.errors import MspcError
 from mspc.formats.description import StoredMatrix
 from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.kernels import KERNELS, ON_CPU, Kernel, dispatch, reference
+from mspc.kernels.cpu import kernel as cpu
 from mspc.kernels.timings import Choice
 
+ALL_KERNELS: dict[str, Kernel] = KERNELS | ON_CPU
 MOST_SUBJECTS = 2**14
 """Subjects that are kept parsed; models have some thousand matrices at most."""
 
@@ -49,7 +51,7 @@ class Subject:
 
     @property
     def kernel(self) -> Kernel | None:
-        return None if self.kernel_name is None else (KERNELS | ON_CPU)[self.kernel_name]
+        return None if self.kernel_name is None else ALL_KERNELS[self.kernel_name]
 
     def text(self) -> str:
         row = target_to_dict(self.matrix.target) | {
@@ -112,14 +114,16 @@ def _product(x: Tensor, tensors: Sequence[Tensor], what: str) -> Tensor:
     num_rows, num_columns = subject.matrix.shape
     if x.shape[-1] != num_columns:
         raise MspcError(f"Inputs are {tuple(x.shape)}, and a matrix of {subject.matrix.shape} cannot take them.")
-    flat, named = x.reshape(-1, num_columns), dict(zip(subject.parts, tensors, strict=True))
-    kernel = subject.kernel
+    named, kernel = dict(zip(subject.parts, tensors, strict=True)), subject.kernel
+    if kernel is not None and x.dtype != subject.dtype:  # the model was cast after it was prepared
+        return linear(x, _weight(tensors, what).to(x.dtype))
+    if kernel is cpu:  # it takes x as it is
+        return dispatch.matmul(x, kernel, named, subject.matrix, subject.schedule, subject.planes)
+    flat = x.reshape(-1, num_columns)
     if kernel is None:
         y = reference.in_strips(flat, named, subject.matrix)
-    elif x.dtype != subject.dtype:  # the model was cast after it was prepared
-        y = linear(flat, _weight(tensors, what).to(x.dtype))
     else:
-        y = dispatch.matmul(flat, kernel, named, subject.matrix, subject.schedule, subject.planes)
+        y = dispatch.matmul(flat, kernel, named, subject.matrix, subject.schedule)
     return y.view(*x.shape[:-1], num_rows)
 
 

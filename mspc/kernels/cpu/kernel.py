@@ -264,13 +264,13 @@ def _call(name: str, matrix: Matrix, *arguments: int) -> None:
 
 
 def product(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix, planes: int = 2) -> Tensor:
-    """x (T, I), float32 or bfloat16 -> x Wᵀ (T, O), on as many threads as torch has, which change no bit of it."""
-    (num_tokens, num_columns), dtype, (num_rows, columns) = x.shape, x.dtype, matrix.shape
+    """x (..., I), float32 or bfloat16 -> x Wᵀ (..., O), on as many threads as torch has, which change no bit of it."""
+    (*leading, num_columns), dtype, (num_rows, columns) = x.shape, x.dtype, matrix.shape
     is_bfloat16 = dtype == torch.bfloat16
     if num_columns != columns or not (is_bfloat16 or dtype == torch.float32) or not x.is_cpu:
         raise MspcError(f"Inputs are {dtype} {tuple(x.shape)}, and a matrix of {matrix.shape} cannot take them.")
-    x, y, checked = x.contiguous(), x.new_empty(num_tokens, num_rows), describe(repacked, matrix)
-    threads, where, out = torch.get_num_threads(), x.data_ptr(), y.data_ptr()
+    x, y, checked = x.contiguous(), x.new_empty(*leading, num_rows), describe(repacked, matrix)
+    threads, where, out, num_tokens = torch.get_num_threads(), x.data_ptr(), y.data_ptr(), x.numel() // columns
     checked.multiply(checked.pointer, checked.isa, where, is_bfloat16, num_tokens, out, planes, threads)
     return y
 
@@ -294,8 +294,8 @@ def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> No
 
 
 def multiply_expanded(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O) for many tokens: strips of the weight, rounded to its dtype, and torch's product."""
-    y = x.new_empty(len(x), matrix.shape[0])
+    """x (..., I) -> x Wᵀ (..., O) for many tokens: strips of the weight, rounded to its dtype, and torch's product."""
+    y = x.new_empty(*x.shape[:-1], matrix.shape[0])
     for first, last in _strips(matrix):
-        y[:, first:last] = linear(x, expand_rows(repacked, matrix, first, last).to(matrix.dtype).to(x.dtype))
+        y[..., first:last] = linear(x, expand_rows(repacked, matrix, first, last).to(matrix.dtype).to(x.dtype))
     return y
