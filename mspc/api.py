@@ -23,7 +23,7 @@ from mspc.progress import Event, Progress, as_progress, log
 from mspc.recipe import Recipe
 from mspc.runtime.generation import Generation, check_options, request
 from mspc.runtime.linear import SparseLinear
-from mspc.runtime.loading import load
+from mspc.runtime.loading import INPUTS, load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_entries, read_manifest
 from mspc.storage.output_folder import made_and_held, sibling, working_folder
@@ -231,6 +231,7 @@ def evaluate(
     text_column: str | None = None,
     text_encoding: str | None = None,
     threads: int | None = None,
+    inputs: str = "int16",
     progress: ProgressLike = True,
 ) -> Perplexity:
     """Perplexity on test text, cut into windows that do not overlap, with 95% intervals over the windows.
@@ -251,12 +252,14 @@ def evaluate(
         text_column: Field or column of the text; None: the first of text, messages and conversations.
         text_encoding: Encoding of .txt files; None: UTF-8.
         threads: See `compress`.
+        inputs: int8: measure `model` with inputs of codes rounded to 8 bits, as `load` can. It is loaded whole then.
         progress: See `ProgressLike`.
     """
     model, against = (part.path if isinstance(part, Artifact) else part for part in (model, against))
     check_given(text, "text")
     text, shown = str(text) if isinstance(text, Path) else text, as_progress(progress)
     reading = Reading(bos, text_column, text_encoding)
+    model = _with_inputs(model, inputs, device, dtype)
     if isinstance(model, PreTrainedModel) or isinstance(against, PreTrainedModel):
         if tokenizer is None and isinstance(model, str | Path) and not isinstance(text, Tensor):
             tokenizer = load_tokenizer(resolve(str(model)))
@@ -273,6 +276,15 @@ def evaluate(
         )
 
 
+def _with_inputs(model: Any, inputs: str, device: str, dtype: str) -> Any:
+    """The model in memory where `inputs` are not the usual ones. Raises InputError if it is there already."""
+    if inputs == INPUTS[0]:
+        return model
+    if isinstance(model, PreTrainedModel):
+        raise InputError(f"inputs={inputs!r} is for a model that is not in memory yet. Give it to mspc.load.")
+    return load(model, device, dtype, inputs=inputs)
+
+
 def generate(
     model: str | Path | Artifact | PreTrainedModel,
     prompt: str,
@@ -285,6 +297,7 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     threads: int | None = None,
+    inputs: str = "int16",
     progress: ProgressLike = True,
 ) -> Generation:
     """Let a model answer or continue a prompt; iterate over the result to get the text in pieces, as it is written.
@@ -300,6 +313,7 @@ def generate(
         device: Device of a model that is not in memory yet.
         dtype: Dtype of the computation of a model that is not in memory yet; auto: float32 on a CPU.
         threads: Threads of the CPU for each operation. None: OMP_NUM_THREADS, or the cores that the process may use.
+        inputs: See `load`; for a model that is not in memory yet.
         progress: See `ProgressLike`.
 
     The result has, while and after it is read, `ids`, `prompt_tokens`, `prefill_seconds`, `decode_seconds`,
@@ -312,10 +326,12 @@ def generate(
         raise InputError(f"prompt must be a string, not a {type(prompt).__name__}.")
     model, shown = model.path if isinstance(model, Artifact) else model, as_progress(progress)
     source = model if isinstance(model, PreTrainedModel) else resolve(_name_of(model))
+    if isinstance(source, PreTrainedModel):
+        _with_inputs(source, inputs, device, dtype)
     asked = request(source, tokenizer, prompt, raw, max_new_tokens)
     if isinstance(source, Path):
         with shown.stage("Loading the model", 1) as step:
-            source = load(source, device, dtype)
+            source = load(source, device, dtype, inputs=inputs)
             step()
         stored = [layer.matrix for layer in source.modules() if isinstance(layer, SparseLinear)]
         if note := slow_note(stored, source.device.type):

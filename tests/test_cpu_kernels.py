@@ -205,13 +205,14 @@ def test_tensors_that_do_not_fit_are_refused_before_the_call(matrix, built):
 
 
 def test_a_layer_is_copied_cast_and_gives_gradients_to_its_inputs(built):
-    """Oracle: the layer before it was prepared."""
+    """Oracle: the layer before it was prepared; the product without gradients, bit for bit."""
     matrix = StoredMatrix((20, 128), HALF, Grid(4, 64), BF16)
     plain, layer = (SparseLinear.of(stored(matrix), matrix) for _ in range(2))
     prepare(layer, FP32, on_cpu=True)
     x = inputs(2, 128).requires_grad_()
     y = layer(x)
-    torch.testing.assert_close(y, plain(x))
+    with torch.no_grad():
+        assert torch.equal(y, layer(x))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, plain.weight.float().sum(0).expand_as(x))
     with torch.no_grad():
@@ -237,6 +238,32 @@ def test_a_loaded_model_runs_in_it(recipe, built, artifact_of, tmp_path):
     with torch.no_grad():
         assert (model(ids).logits - expected).norm() < 1e-3 * expected.norm()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+def test_inputs_of_8_bits_are_asked_for(built, artifact_of, isa):
+    """Oracle: the products of each layer with one plane; for any number of tokens, and after casts and copies."""
+    artifact = artifact_of("llama", solver="mask", pattern="2:4", bits=4)
+    model = mspc.load(artifact.path, "cpu", inputs="int8")
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    assert all(layer.has_int8_inputs for layer in layers)
+    for dtype, layer in ((FP32, layers[0]), (BF16, copy.deepcopy(layers[1]).to(BF16))):
+        for num_tokens in (1, 4, 9, 33):
+            x = inputs(num_tokens, layer.in_features, dtype)
+            with torch.no_grad():
+                assert torch.equal(layer(x), kernel.product(x, layer.repacked(), layer.matrix, 1))
+    usual = mspc.load(artifact.path, "cpu")
+    ids = tiny.ids(1)
+    with torch.no_grad():
+        error = (model(ids).logits - usual(ids).logits).norm() / usual(ids).logits.norm()
+    assert 1e-4 < error < 0.1
+    with pytest.raises(InputError, match="Unknown inputs 'int4'"):
+        mspc.load(artifact.path, "cpu", inputs="int4")
+    with pytest.raises(InputError, match="inputs='int8' is for matrices with codes, but .* in float32 has none"):
+        mspc.load(artifact_of("llama", solver="mask", pattern="2:4", bits=16).path, "cpu", inputs="int8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSPC_CPU_ISA", "torch")
+        with pytest.raises(InputError, match="inputs='int8' is for products in C"):
+            mspc.load(artifact.path, "cpu", inputs="int8")
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(built, monkeypatch):

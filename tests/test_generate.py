@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mspc
 from mspc.errors import InputError
 from mspc.progress import Silent
-from mspc.runtime.generation import Generation, Handing, Request
+from mspc.runtime.generation import Choosing, Generation, Handing, Request
 from mspc.text.prompts import BROKEN, Pieces
 
 PROMPT = "the other thing"
@@ -186,8 +186,7 @@ def test_a_low_temperature_draws_the_likeliest(llama):
 def test_draws_follow_the_probabilities():
     """Oracle: softmax of the logits over the temperature, within five standard deviations of 4000 draws."""
     logits, temperature, draws = torch.tensor([[0.0, 1.0, 2.0, -1.0, -torch.inf]]), 0.7, 4000
-    request = Request(None, [0], (), 1, "limit")
-    choose = Generation(torch.nn.Identity(), request, temperature, 3, None, Silent())._chosen(torch.device("cpu"))
+    choose = Choosing(torch.nn.Identity(), torch.device("cpu"), temperature, 3)
     found = torch.bincount(torch.cat([choose(logits, logits).argmax(-1) for _ in range(draws)]), minlength=5) / draws
     expected = (logits[0] / temperature).softmax(-1)
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()

@@ -31,9 +31,9 @@ from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.formats.decoding import decode_rows
 from mspc.formats.description import StoredMatrix
+from mspc.kernels import product, reference
 from mspc.model.open import open_model
 from mspc.planning.plan_file import write_plan
-from mspc.runtime import linear
 from mspc.runtime.linear import SparseLinear
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.sparse_export import read_sparse
@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_a_layer_multiplies_by_the_weight_of_the_solver(pattern, grid, monkeypatch):
     """Strips of three rows, so that kept weights that are one stream over all rows are entered in the middle."""
-    monkeypatch.setattr(linear, "STRIP", 3 * SHAPE[1])
+    monkeypatch.setattr(reference, "STRIP", 3 * SHAPE[1])
     matrix = compressed(pattern, grid)
     layer = layer_of(matrix, bias=True)
     assert torch.equal(layer.weight, matrix.weight)
@@ -137,10 +137,10 @@ def test_the_forward_pass_is_one_graph(pattern, grid):
 @pytest.mark.parametrize("grid", [None, Grid(4, 48)], ids=repr)
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
 def test_what_is_made_on_the_way_is_no_larger_than_a_strip(pattern, grid, monkeypatch):
-    monkeypatch.setattr(linear, "STRIP", 2 * 96)
+    monkeypatch.setattr(reference, "STRIP", 2 * 96)
     layer = layer_of(compressed(pattern, grid, (64, 96)))
-    with torch.no_grad(), Watch() as watch:
-        layer(torch.randn(1, 96))
+    with torch.no_grad(), Watch() as watch:  # which would see the operator, and nothing inside it
+        product._product(torch.randn(1, 96), list(layer.buffers()), layer.subject)
     stored = {tensor.untyped_storage().data_ptr() for tensor in layer.stored().values()}
     made = [tensor for tensor in watch.made if tensor.untyped_storage().data_ptr() not in stored]
     tables = 4 * 4096  # of fields, one for every 12-bit word

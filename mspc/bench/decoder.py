@@ -186,16 +186,28 @@ class Decoder:
         return linear(normed, outer.head) if isinstance(outer.head, Tensor) else outer.head(normed)
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted."""
+        """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted.
+
+        Compressed matrices count as they are stored, whatever a device repacks them to.
+        """
+        norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
+        linears = self.repacked_bytes() + sum(
+            layer.stored_bytes() - layer.held_bytes() + layer.copied_bytes() for layer in self.sparse_layers()
+        )
+        return {"linears": linears, "norms": norms + self.outer.norm.nbytes, "head": bytes_of(self.outer.head)}
+
+    def repacked_bytes(self) -> int:
+        """Bytes of the linear layers as they are held, without copies: with padding, and without unused offsets."""
         held = sum(tensor.nbytes for block in self.blocks for tensor in (*block.buffers(), *block.parameters()))
         norms = sum(norm.nbytes for block in self.blocks for norm in block.buffers(recurse=False))
-        linears = held - norms - self.copied_bytes()
-        return {"linears": linears, "norms": norms + self.outer.norm.nbytes, "head": bytes_of(self.outer.head)}
+        return held - norms - self.copied_bytes()
+
+    def sparse_layers(self) -> list[SparseLinear]:
+        return [layer for block in self.blocks for layer in block.modules() if isinstance(layer, SparseLinear)]
 
     def copied_bytes(self) -> int:
         """Bytes of the copies of weights that only prefill reads."""
-        layers = (layer for block in self.blocks for layer in block.modules() if isinstance(layer, SparseLinear))
-        return sum(layer.copied_bytes() for layer in layers)
+        return sum(layer.copied_bytes() for layer in self.sparse_layers())
 
     def stored_bytes(self) -> int:
         """Bytes of all weights: those that a step reads, copies, and embeddings that are not the head."""
@@ -205,6 +217,8 @@ class Decoder:
 
 
 def bytes_of(part: Tensor | nn.Module) -> int:
-    """Bytes of a tensor, or of all buffers and parameters of a layer."""
+    """Bytes of a tensor, or of a compressed layer as it is stored."""
+    if isinstance(part, SparseLinear):
+        return part.stored_bytes()
     tensors = [part] if isinstance(part, Tensor) else [*part.buffers(), *part.parameters()]
     return sum(tensor.nbytes for tensor in tensors)

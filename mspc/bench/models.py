@@ -12,6 +12,8 @@ from mspc.bench.formats import DENSE, Source, describe, parse_format, random_sto
 from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
+from mspc.kernels import ON_CPU
+from mspc.kernels.cpu import library, memory
 from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
@@ -20,7 +22,7 @@ from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
-from mspc.runtime.loading import load
+from mspc.runtime.loading import INPUTS, load
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.dequantized import origin_note
@@ -44,16 +46,22 @@ SEED = 0
 
 def engine_of(decoder: Decoder) -> str:
     """The code that multiplies by the linear layers, in words."""
-    modules = [layer for block in decoder.blocks for layer in block.modules()]
-    layers, on_gpu = {type(layer) for layer in modules}, decoder.outer.norm.is_cuda
-    if SparseLinear in layers:
-        prepared = {layer.prepared_for is not None for layer in modules if isinstance(layer, SparseLinear)}
-        words = " and ".join({True: "mspc kernels", False: "plain torch"}[is_one] for is_one in sorted(prepared))
-        sparse = [layer for layer in modules if isinstance(layer, SparseLinear)]
+    layers = {type(layer) for block in decoder.blocks for layer in block.modules()}
+    on_gpu, sparse = decoder.outer.norm.is_cuda, decoder.sparse_layers()
+    if sparse:
+        words = " and ".join(sorted({_engine_of_layer(layer) for layer in sparse}))
         return f"{words}, prefill cusparselt" if any(layer.copied_bytes() for layer in sparse) else words
     if TinygemmLinear in layers:
         return "tinygemm" if on_gpu else "torch int4"
     return "cuBLAS" if on_gpu else "torch"
+
+
+def _engine_of_layer(layer: SparseLinear) -> str:
+    if layer.kernel_name is None:
+        return "plain torch"
+    if layer.kernel_name not in ON_CPU:
+        return "mspc kernels"
+    return f"C++, {library.ISAS[library.isa()]}{', int8 inputs' * layer.has_int8_inputs}"
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -102,15 +110,17 @@ def random_outer(shape: Shape, length: int, device: torch.device) -> OuterLayers
     """Embeddings, norm and head, which all formats share, and rotations for `length` tokens."""
     source, dtype = Source.seeded(SEED, device), compute_dtype(device)
     size = (shape.vocabulary, shape.hidden)
-    embedding = source.normal(size, 1.0, dtype)
-    head = embedding if shape.tied else source.normal(size, 1.0, dtype)
+    embedding = _in_huge_pages(source.normal(size, 1.0, dtype))
+    head = embedding if shape.tied else _in_huge_pages(source.normal(size, 1.0, dtype))
     frequencies = THETA ** (-torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
     angles = (torch.arange(length, device=device)[:, None] * frequencies).repeat(1, 2)
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     return OuterLayers(embedding, ones, head, angles.cos().to(dtype), angles.sin().to(dtype), EPS)
 
 
-def random_decoder(shape: Shape, name: str, outer: OuterLayers, operations: Operations) -> Decoder:
+def random_decoder(
+    shape: Shape, name: str, outer: OuterLayers, operations: Operations, inputs: str = INPUTS[0]
+) -> Decoder:
     """A decoder with random weights in a format.
 
     They are drawn once. All blocks hold the same values, each at its own addresses, so that as much is read as from a
@@ -119,31 +129,46 @@ def random_decoder(shape: Shape, name: str, outer: OuterLayers, operations: Oper
     device, dtype = outer.norm.device, outer.norm.dtype
     source = Source.seeded(SEED, device)
     layers = {
-        layer: random_linear(size, name, source, dtype, f"{name}: {layer}") for layer, size in shape.linears().items()
+        layer: random_linear(size, name, source, dtype, f"{name}: {layer}", inputs)
+        for layer, size in shape.linears().items()
     }
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     first = Block(layers, (ones, ones.clone()), None)
-    return Decoder(shape, outer, [first, *(copy.deepcopy(first) for _ in range(shape.blocks - 1))], operations)
+    return Decoder(shape, outer, [first, *(_copy_of(first) for _ in range(shape.blocks - 1))], operations)
 
 
-def random_linear(size: tuple[int, int], name: str, source: Source, dtype: torch.dtype, what: str) -> nn.Module:
-    """A layer ready to run: on a GPU, prepared for its kernel and tuned."""
+def _copy_of(block: Block) -> Block:
+    """A copy at other addresses."""
+    return copy.deepcopy(block, {id(buffer): _in_huge_pages(buffer.clone()) for buffer in block.buffers()})
+
+
+def _in_huge_pages(tensor: Tensor) -> Tensor:
+    """On a CPU a copy in huge pages, as repacked weights are, so that the weights of all formats are in the same."""
+    return memory.copied(tensor) if tensor.device.type == "cpu" else tensor
+
+
+def random_linear(
+    size: tuple[int, int], name: str, source: Source, dtype: torch.dtype, what: str, inputs: str = INPUTS[0]
+) -> nn.Module:
+    """A layer ready to run: prepared for a kernel of its device and tuned."""
     if name == DENSE:
-        return DenseLinear(source.normal(size, size[1] ** -0.5, dtype))
+        return DenseLinear(_in_huge_pages(source.normal(size, size[1] ** -0.5, dtype)))
     if name == TINYGEMM:
         return TinygemmLinear(size, source, dtype)
     matrix = describe(size, parse_format(name), what)
     layer = SparseLinear.of(random_stored(matrix, source), matrix)
-    tune(layer, dtype)
+    tune(layer, dtype, inputs)
     return layer
 
 
-def tune(module: nn.Module, dtype: torch.dtype) -> None:
-    """Make its sparse layers run as fast as their device can, whatever memory that takes."""
-    prepare(module, dtype)
+def tune(module: nn.Module, dtype: torch.dtype, inputs: str = INPUTS[0]) -> None:
+    """Make its sparse layers run as fast as their device can, whatever memory that takes. `inputs` as in `load`."""
+    prepare(module, dtype, on_cpu=True)
     for layer in module.modules():
         if isinstance(layer, SparseLinear):
             layer.use_cusparselt(measured=True)
+            if inputs == "int8":
+                layer.use_int8_inputs()
 
 
 # Weights of a model
@@ -187,15 +212,26 @@ def check_model(folder: Path) -> None:
     check_tokenizer_of(folder)
 
 
+def matrices_of(folder: Path) -> list[StoredMatrix]:
+    """The compressed matrices of a model: none of a checkpoint."""
+    if is_artifact(folder):
+        return [entry.stored for entry in ArtifactSource(folder).whole.values()]
+    if is_sparse_export(folder):
+        return list(descriptions(read_quantization_config(folder), folder / "config.json").values())
+    return []
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the weights in the files of a model. The bench may compute in another."""
     return choose_dtype("auto", open_source(folder), torch.device("meta"))  # a device that keeps it
 
 
-def model_decoder(folder: Path, length: int, device: torch.device, operations: Operations) -> Decoder:
+def model_decoder(
+    folder: Path, length: int, device: torch.device, operations: Operations, inputs: str = INPUTS[0]
+) -> Decoder:
     """The model of a checkpoint, artifact or sparse export for texts of `length` tokens.
 
-    Its compressed matrices stay as they are stored.
+    Its matrices stay compressed. `inputs` as in `load`.
     """
     shape, _ = shape_of(folder)
     dtype = compute_dtype(device)
@@ -209,8 +245,8 @@ def model_decoder(folder: Path, length: int, device: torch.device, operations: O
                 if isinstance(module, SparseLinear):
                     module.unprepare()
             blocks.append(_block_of(layer).to(device))
-            tune(blocks[-1], dtype)
             layers[index] = nn.Identity()
+            tune(blocks[-1], dtype, inputs)
         return Decoder(shape, _outer_of(model.to(device), length), blocks, operations)
     streamed = open_model(folder, device=device, dtype=str(dtype).removeprefix("torch."))
     for index in range(len(streamed.blocks)):
@@ -221,17 +257,14 @@ def model_decoder(folder: Path, length: int, device: torch.device, operations: O
 
 
 def _outer_of(model: Any, length: int) -> OuterLayers:
-    embedding, head = model.model.embed_tokens, model.lm_head
-    norm = model.model.norm.weight.detach()
+    embedding, head, norm = model.model.embed_tokens, model.lm_head, model.model.norm.weight.detach()
     positions = torch.arange(length, device=norm.device)[None]
     cos, sin = model.model.rotary_emb(norm[None], positions)
-    rotations = cos[0], sin[0], model.config.rms_norm_eps
-    rows: Tensor | SparseEmbedding = embedding if isinstance(embedding, SparseEmbedding) else embedding.weight.detach()
-    if isinstance(head, SparseLinear):
-        return OuterLayers(rows, norm, head, *rotations)
-    if isinstance(rows, Tensor) and head.weight is embedding.weight:
-        return OuterLayers(rows, norm, rows, *rotations)
-    return OuterLayers(rows, norm, head.weight.detach(), *rotations)
+    is_tied = head.weight is embedding.weight if isinstance(embedding, nn.Embedding) else False
+    rows = embedding if isinstance(embedding, SparseEmbedding) else _in_huge_pages(embedding.weight.detach())
+    if not isinstance(head, SparseLinear):
+        head = rows if is_tied else _in_huge_pages(head.weight.detach())
+    return OuterLayers(rows, norm, head, cos[0], sin[0], model.config.rms_norm_eps)
 
 
 def _block_of(layer: Any) -> Block:
@@ -245,6 +278,10 @@ def _block_of(layer: Any) -> Block:
     norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
     has_qk_norms = hasattr(attention, "q_norm")
     qk_norms = (attention.q_norm.weight.detach(), attention.k_norm.weight.detach()) if has_qk_norms else None
+    for module in linears.values():
+        for part in module.modules():
+            if isinstance(part, DenseLinear):
+                part.weight = _in_huge_pages(part.weight)
     return Block(linears, norms, qk_norms)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mspc import threads
 from mspc.bench.decoder import Shape
-from mspc.bench.formats import DENSE
+from mspc.bench.formats import DENSE, parse_format
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
@@ -16,6 +16,7 @@ from mspc.bench.models import (
     check_model,
     compute_dtype,
     copied_bytes,
+    matrices_of,
     outer_bytes,
     random_bytes,
     shape_of,
@@ -24,6 +25,7 @@ from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
+from mspc.runtime.loading import INPUTS, check_inputs
 from mspc.sizes import in_words
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import is_sparse_export
@@ -58,6 +60,7 @@ class Request:
     max_windows: int | None = None
     sequence_length: int | None = None
     threads: int | None = None
+    inputs: str = INPUTS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Plan:
     """The reasons why a baseline is not measured."""
     evaluation: Evaluation | None = None
     """None: no perplexity is measured."""
+    inputs: str = INPUTS[0]
+    """As in `load`."""
 
     @property
     def length(self) -> int:
@@ -112,6 +117,7 @@ def make_plan(request: Request) -> Plan:
     device = choose_device(request.device)
     if device.type not in BATCHES:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")
+    check_inputs(request.inputs, device)
     shapes, limit = _shapes(request, device)
     groups, left_out = [], []
     for shape, paths in shapes:
@@ -126,10 +132,20 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out), _evaluation(request),
+        repeats, device, tuple(left_out), _evaluation(request), request.inputs,
     )  # fmt: skip
+    if request.inputs != INPUTS[0] and not any(has_codes(one) for group in plan.groups for one in group):
+        raise InputError(f"--inputs {request.inputs} has no effect on matrices without codes. Leave it out.")
     check_memory(plan, free_memory(device))
     return plan
+
+
+def has_codes(candidate: Candidate) -> bool:
+    """Tell if mspc multiplies codes of this candidate."""
+    if candidate.format is not None:
+        return candidate.format != TINYGEMM and parse_format(candidate.format).grid is not None
+    assert candidate.folder is not None
+    return any(matrix.grid is not None for matrix in matrices_of(candidate.folder))
 
 
 def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, list[str]]], int | None]:

@@ -27,12 +27,13 @@ from mspc.bench.request import Candidate, Plan, Request, make_plan
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
 from mspc.errors import InputError, MspcError
 from mspc.progress import Console, Progress, log
+from mspc.runtime.loading import INPUTS
 from mspc.storage.manifest import was_recovered
 
 TEXT = "builtin"
 """The text of perplexities."""
 SCHEMA = 1
-CPU_LABEL = "CPU, plain torch: not what the kernels do"
+CPU_LABEL = "CPU, weights in huge pages"
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -160,16 +161,17 @@ def measure(
         gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
     if candidate.folder is not None and plan.evaluation is not None:
-        row["perplexity"] = perplexity_of(candidate, plan, progress)
+        inputs = plan.inputs if row["engine"].endswith("int8 inputs") else INPUTS[0]
+        row["perplexity"] = perplexity_of(candidate, plan, progress, inputs)
     return row
 
 
 def make(candidate: Candidate, plan: Plan, outer: OuterLayers | None, operations: Operations) -> Decoder:
     if candidate.folder is not None:
-        return model_decoder(candidate.folder, plan.length, plan.device, operations)
+        return model_decoder(candidate.folder, plan.length, plan.device, operations, plan.inputs)
     assert candidate.format is not None
     assert outer is not None
-    return random_decoder(candidate.shape, candidate.format, outer, operations)
+    return random_decoder(candidate.shape, candidate.format, outer, operations, plan.inputs)
 
 
 def empty_row(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
@@ -188,6 +190,7 @@ def empty_row(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "engine": engine_of(decoder),
         "weight_bytes": decoder.stored_bytes(),
         "bits_per_weight": 8 * decoder.weight_bytes()["linears"] / weights,
+        "repacked_bits_per_weight": 8 * decoder.repacked_bytes() / weights,
         "copied_bits_per_weight": 8 * decoder.copied_bytes() / weights,
         "peak_memory_bytes": None,
         "clocks": None,
@@ -201,13 +204,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress) -> float | None:
+def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress, inputs: str = INPUTS[0]) -> float | None:
     """Perplexity of the model of a folder on test text, or None if it has no tokenizer."""
     assert candidate.folder is not None
     assert plan.evaluation is not None
     try:
         measured = evaluate(
-            candidate.folder, TEXT, device=str(plan.device), progress=progress, **asdict(plan.evaluation)
+            candidate.folder, TEXT, device=str(plan.device), progress=progress, inputs=inputs,
+            **asdict(plan.evaluation),
         )  # fmt: skip
     except InputError as error:
         log.info(f"{candidate.name}: no perplexity. {error}")

@@ -164,6 +164,10 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     for stored, names in others.items():
         wider = "; dense weights take 32 bits then" if computed == "float32" else ""
         yield f"Stored in {stored} and computed in {computed}{wider}: {', '.join(names)}."
+    for row in result["rows"]:
+        repacked = row.get("repacked_bits_per_weight", 0)  # older results do not say
+        if repacked > 1.02 * row["bits_per_weight"]:
+            yield f"{label(row)} takes {repacked:.3f} bits a weight here, with the padding of its kernels."
     if any(row["perplexity"] is not None for row in result["rows"]):
         of = result["configuration"]["perplexity"]
         yield f"Perplexities are of at most {of['max_windows']} windows of the text {of['text']}, which is not much."

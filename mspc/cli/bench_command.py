@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mspc.cli.console import BosOption, DebugOption, LengthOption, ThreadsOption, option, print_table, reported
+from mspc.cli.console import (
+    BosOption,
+    DebugOption,
+    InputsOption,
+    LengthOption,
+    ThreadsOption,
+    option,
+    print_table,
+    reported,
+)
 from mspc.errors import InputError
 from mspc.progress import log
 
@@ -77,6 +86,7 @@ def bench(
     max_windows: Annotated[int | None, option("Number of windows of a perplexity, from the first.", 20)] = None,
     bos: BosOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ... or cpu.", rich_help_panel=HOW)] = "auto",
+    inputs: InputsOption = None,
     threads: ThreadsOption = None,
     json_file: Annotated[
         Path | None,
@@ -112,8 +122,8 @@ def bench(
     every step is one graph, and all formats share attention, head and fusions.
     Each time is shown with the time that its bytes need at full bandwidth.
     Formats that are not faster than the baseline are marked "no gain". Each row
-    is printed to stderr when it is known, and tables to stdout at the end. Figures
-    of a CPU say nothing about the kernels. See docs/benchmark.md.
+    is printed to stderr when it is known, and tables to stdout at the end. See
+    docs/benchmark.md.
     """
     kept = "Figures measured so far are above" if json_file is None else f"Figures measured so far are in {json_file}"
     with reported(debug, f"{kept}."):
@@ -126,7 +136,7 @@ def bench(
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
-            bos, not no_perplexity, max_windows, sequence_length, threads,
+            bos, not no_perplexity, max_windows, sequence_length, threads, inputs or "int16",
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):

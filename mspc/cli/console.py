@@ -36,6 +36,10 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(help="Dtype of the forward passes: auto, float32, bfloat16 or float16. (default: auto)"),
 ]
+InputsOption = Annotated[
+    str | None,
+    typer.Option(help="Rounding of what codes are multiplied by on a CPU: int16 or int8. (default: int16)"),
+]
 LengthOption = Annotated[
     int | None,
     typer.Option(help="Number of tokens per window. (default: 2048, or the model's maximum if that is less)"),

@@ -10,6 +10,7 @@ from mspc.cli.console import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    InputsOption,
     JsonOption,
     ThreadsOption,
     option,
@@ -44,6 +45,7 @@ def generate(
     seed: Annotated[int | None, option("Seed of the draws; another one gives another text.", 0, metavar="S")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    inputs: InputsOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -66,7 +68,7 @@ def generate(
 
         written = start(
             path, given, max_new_tokens=max_new_tokens, raw=raw, temperature=temperature, seed=seed,
-            device=device or "auto", dtype=dtype or "auto", threads=threads,
+            device=device or "auto", dtype=dtype or "auto", threads=threads, inputs=inputs or "int16",
         )  # fmt: skip
         if as_json:
             _print_whole(written)

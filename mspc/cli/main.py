@@ -17,6 +17,7 @@ from mspc.cli.console import (  # fmt: skip
     DeviceOption,
     DtypeOption,
     EncodingOption,
+    InputsOption,
     JsonOption,
     LengthOption,
     ThreadsOption,
@@ -102,6 +103,7 @@ def eval_(
     batch_size: Annotated[int | None, option("Prompts at a time.", 1, metavar="N", rich_help_panel=TASKS)] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    inputs: InputsOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -121,7 +123,7 @@ def eval_(
     and --bos. Intervals are 95% t-intervals over the windows.
     """
     on_text = {"text": text, "sequence_length": sequence_length, "max_windows": max_windows, "bos": bos,
-               "text_column": text_column, "text_encoding": text_encoding}  # fmt: skip
+               "text_column": text_column, "text_encoding": text_encoding, "inputs": inputs}  # fmt: skip
     on_tasks = {"limit": limit, "num_fewshot": num_fewshot, "include_path": include_path, "batch_size": batch_size}
     shared: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "threads": threads}
     if tasks is not None:
@@ -135,7 +137,12 @@ def eval_(
 
         try:
             for path in paths:
-                given: dict[str, Any] = {**on_text, "text": text or "builtin", "bos": bos or "auto"}
+                given: dict[str, Any] = {
+                    **on_text,
+                    "text": text or "builtin",
+                    "bos": bos or "auto",
+                    "inputs": inputs or "int16",
+                }
                 found = evaluate(path, against=against, **given, **shared)
                 row = {name: value for name, value in asdict(found).items() if value is not None}
                 results.append((path, row | ({"recovered": True} if was_recovered(Path(path)) else {})))

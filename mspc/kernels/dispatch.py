@@ -7,7 +7,7 @@
     cusparselt   sparse tensor cores, for bfloat16 matrices of 2:4 and many tokens, if their copy of the weight is held
 
 A schedule holds these choices. `guessed` needs no measurement; `measure` times all methods on the device and writes the
-fastest to the user's cache (`timings`). A schedule is made before the product, which can therefore be traced.
+fastest to the user's cache (`timings`). A schedule is made before the product, which is one operator (`product`).
 
 Here, and only here, a product runs in Triton, in C++ or in torch: in Triton where the tensors are on a GPU (or its
 interpreter is on), in C++ where they were repacked for the CPU, else by `reference`.
@@ -33,17 +33,33 @@ COPY = "cusparselt"
 
 
 def matmul(
-    x: Tensor, kernel: Kernel, repacked: dict[str, Tensor], matrix: StoredMatrix, schedule: tuple[Choice, ...]
+    x: Tensor,
+    kernel: Kernel,
+    repacked: dict[str, Tensor],
+    matrix: StoredMatrix,
+    schedule: tuple[Choice, ...],
+    planes: int = 2,
 ) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O), for any T, in the dtype that kernel, tensors and schedule were made for."""
-    if len(x) == 0:
-        return x.new_empty(0, matrix.shape[0])
-    choice = next(choice for choice in schedule if len(x) <= choice.up_to)
-    return multiply(choice, x, kernel, repacked, matrix)
+    """x (T, I) -> x Wᵀ (T, O), for any T, in the dtype that kernel, tensors and schedule were made for.
+
+    On a CPU x may be (..., I), and `planes` is that of `cpu.product`.
+    """
+    num_rows, num_columns = matrix.shape
+    num_tokens = x.numel() // num_columns
+    if num_tokens == 0:
+        return x.new_empty(*x.shape[:-1], num_rows)
+    for choice in schedule:
+        if num_tokens <= choice.up_to:
+            break
+    return multiply(choice, x, kernel, repacked, matrix, planes)
 
 
-def multiply(choice: Choice, x: Tensor, kernel: Kernel, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
+def multiply(
+    choice: Choice, x: Tensor, kernel: Kernel, repacked: dict[str, Tensor], matrix: StoredMatrix, planes: int = 2
+) -> Tensor:
     """x (T, I) -> x Wᵀ (T, O) by one method."""
+    if kernel is cpu and choice.method == "fused":
+        return cpu.product(x, repacked, matrix, planes)
     if choice.method == "cusparselt":
         return cusparselt.matmul(x, repacked[COPY], choice.algorithm)
     if choice.method == "expanded":
@@ -51,7 +67,7 @@ def multiply(choice: Choice, x: Tensor, kernel: Kernel, repacked: dict[str, Tens
             return cpu.multiply_expanded(x, repacked, matrix)
         return linear(x, expand(kernel, repacked, matrix, x.dtype))
     assert choice.method == "fused"
-    if kernel is cpu or launches(x):
+    if launches(x):
         return kernel.matmul(x, repacked, matrix)
     return reference.matmul(x, kernel.unrepack(repacked, matrix), matrix)
 

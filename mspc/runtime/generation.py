@@ -6,7 +6,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,25 +217,28 @@ class Generation:
         ids = torch.tensor([self.request.prompt_ids], device=model.device)
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.request.most, do_sample=False,
-            streamer=Handing(), logits_processor=[self._chosen(model.device)],
+            streamer=Handing(), logits_processor=[Choosing(self.model, model.device, self.temperature, self.seed)],
         )  # fmt: skip
 
-    def _chosen(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """A logits processor, which `generate` calls with ids (1, T) and logits (1, V) for scores (1, V).
 
-        Its generator is its own, so that a seed gives the same text whatever else draws random numbers.
-        """
-        generator = torch.Generator(device).manual_seed(self.seed)
+class Choosing:
+    """A logits processor, which `generate` calls with ids (1, T) and logits (1, V) for scores (1, V).
 
-        def scores(_: Tensor, logits: Tensor) -> Tensor:
-            if not bool(logits.max().isfinite()):  # which passes NaN on
-                raise not_finite(self.model, "The model", self.model.dtype)
-            if not self.temperature:
-                return logits
-            token = draw((logits / self.temperature).softmax(-1), generator)
-            return torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0.0)
+    Its generator is its own, so that a seed gives the same text whatever else draws random numbers. It is a class,
+    because `generate` reads the signature of `__call__` for every token, which of a function takes half a millisecond.
+    """
 
-        return scores
+    def __init__(self, model: Any, device: torch.device, temperature: float, seed: int) -> None:
+        self.model, self.temperature = model, temperature
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        if not bool(logits.max().isfinite()):  # which passes NaN on
+            raise not_finite(self.model, "The model", self.model.dtype)
+        if not self.temperature:
+            return logits
+        token = draw((logits / self.temperature).softmax(-1), self.generator)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 class Handing:

@@ -5,16 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from mspc.formats.decoding import STRIP, check_indices, decode_rows, strips
+from mspc.formats.decoding import check_indices
 from mspc.formats.description import StoredMatrix, check_types, types_of
-from mspc.kernels import KERNELS, ON_CPU, Kernel, dispatch, kernel_for
+from mspc.kernels import KERNELS, ON_CPU, Kernel, dispatch, kernel_for, product
 from mspc.kernels.launch import compiles_for
 from mspc.kernels.timings import Choice
-
-DEVICE_STRIP = 2**21
-"""Weights decoded at a time where launches cost more than memory; a strip then needs about 50 MB."""
 
 
 class SparseLinear(nn.Module):
@@ -22,7 +18,7 @@ class SparseLinear(nn.Module):
 
     Its buffers are the stored tensors under their stored names, on meta until it is loaded. `prepare`, or moving the
     layer to a GPU, replaces them by the tensors that a kernel repacks them to. A state dict holds what the export
-    holds, either way. Buffers move with the module, and are never cast.
+    holds, either way. Buffers move with the module, and are never cast. The product is the operator `mspc::product`.
     """
 
     bias: nn.Parameter | None
@@ -34,15 +30,21 @@ class SparseLinear(nn.Module):
     """The methods of its products by numbers of tokens (`dispatch`)."""
     wants_cusparselt: bool
     """Keep a copy of the weight for cuSPARSELt where it can be used."""
+    wants_int8: bool
+    """Round the inputs of codes to 8 bits on a CPU."""
+    subject: str
+    """The description of the buffers that the operator reads (`product.Subject`)."""
 
     def __init__(self, matrix: StoredMatrix, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.matrix = matrix
         self.out_features, self.in_features = matrix.shape
-        self.prepared_for, self.kernel_name, self.schedule, self.wants_cusparselt = None, None, (), False
+        self.prepared_for, self.kernel_name, self.schedule = None, None, ()
+        self.wants_cusparselt, self.wants_int8 = False, False
         for part, (dtype, shape) in matrix.tensors().items():
             self.register_buffer(part, torch.empty(shape, dtype=dtype, device="meta"))
         self.register_parameter("bias", bias)
+        self._describe()
 
     @classmethod
     def of(cls, stored: Mapping[str, Tensor], matrix: StoredMatrix, bias: nn.Parameter | None = None) -> "SparseLinear":
@@ -94,6 +96,16 @@ class SparseLinear(nn.Module):
         if self.prepared_for is not None:
             self._add_copy_and_schedule(measured)
 
+    def use_int8_inputs(self) -> None:
+        """Round the inputs to 8 bits, for any number of tokens, where codes are multiplied in C++ on a CPU."""
+        self.wants_int8 = True
+        if self.prepared_for is not None:
+            self._add_copy_and_schedule(measured=False)
+
+    @property
+    def has_int8_inputs(self) -> bool:
+        return self.wants_int8 and self.kernel_name in ON_CPU and self.matrix.grid is not None
+
     def _add_copy_and_schedule(self, measured: bool) -> None:
         assert self.prepared_for is not None
         if self.wants_cusparselt and not self.copied_bytes():
@@ -101,11 +113,28 @@ class SparseLinear(nn.Module):
             if copy is not None:
                 self.register_buffer(dispatch.COPY, copy)
         self.schedule = dispatch.schedule(self.kernel, self.repacked(), self.matrix, self.prepared_for, measured)
+        if self.has_int8_inputs:
+            self.schedule = (Choice(dispatch.ANY_NUMBER, "fused", 0),)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Set `subject`, after a change of the buffers."""
+        parts, planes = tuple(self._buffers), 1 if self.has_int8_inputs else 2
+        prepared = (self.kernel_name, self.prepared_for, self.schedule, planes) if self.kernel_name else ()
+        self.subject = product.Subject(self.matrix, parts, *prepared).text()
 
     def copied_bytes(self) -> int:
         """Bytes of the copy for cuSPARSELt, which only products of many tokens read."""
         copy = self.repacked().get(dispatch.COPY)
         return 0 if copy is None else copy.nbytes
+
+    def held_bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._tensors())
+
+    def stored_bytes(self) -> int:
+        """Bytes of the matrix as it is stored, whatever it is repacked to."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.matrix.tensors().values())
 
     def _hold(self, tensors: dict[str, Tensor]) -> None:
         """Replace all buffers by these tensors."""
@@ -122,27 +151,16 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, decoded at every access: (O, I), or (I, O) where the model's parameter is transposed."""
-        weight = self._dense()
+        weight = product.weight(self._tensors(), self.subject)
         return weight.T if self.matrix.transposed else weight
-
-    def _dense(self) -> Tensor:
-        """(O, I), made on the device."""
-        if self.prepared_for is None:
-            return decode_rows(self.stored(), self.matrix, 0, self.out_features)
-        return dispatch.expand(self.kernel, self.repacked(), self.matrix, self.matrix.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of `x`."""
-        flat = x.reshape(-1, self.in_features)
-        if x.dtype == self.prepared_for:
-            y = dispatch.matmul(flat, self.kernel, self.repacked(), self.matrix, self.schedule)
-        elif self.prepared_for is not None:  # the model was cast after it was prepared
-            y = linear(flat, self._dense().to(x.dtype))
-        else:
-            y = multiply_in_strips(flat, self.stored(), self.matrix)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        y = product.product(x, self._tensors(), self.subject)
+        return y if self.bias is None else y + self.bias
+
+    def _tensors(self) -> list[Tensor]:
+        return list(self._buffers.values())  # type: ignore[arg-type]  # none of them is None
 
     def extra_repr(self) -> str:
         grid = self.matrix.grid
@@ -172,6 +190,7 @@ class SparseLinear(nn.Module):
         if self.prepared_for is not None:
             self._hold(self.stored())
             self.prepared_for, self.kernel_name = None, None
+            self._describe()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         buffers = {id(buffer) for buffer in self.buffers(recurse=False)}
@@ -200,13 +219,3 @@ def prepare(model: nn.Module, dtype: torch.dtype, on_cpu: bool = False) -> None:
                 layer.prepare(dtype)
             elif on_cpu and device.type == "cpu":
                 layer.prepare(dtype, "cpu")
-
-
-def multiply_in_strips(x: Tensor, stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O), decoding a strip of rows of W at a time."""
-    num_weights = STRIP if x.device.type == "cpu" else DEVICE_STRIP
-    parts = [
-        linear(x, decode_rows(stored, matrix, first, last).to(x.dtype))
-        for first, last in strips(matrix.shape, num_weights)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -17,6 +17,7 @@ import mspc.runtime.hf_quantizer  # noqa: F401  registers the sparse export with
 from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory, unknown
 from mspc.formats.layout import with_offsets
 from mspc.kernels import cusparselt
+from mspc.kernels.cpu.library import library
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
 from mspc.model.open import check_folder, choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
@@ -33,6 +34,7 @@ from mspc.storage.sparse_export import (
 )
 
 PREFILLS = ("auto", "cusparselt")
+INPUTS = ("int16", "int8")
 
 
 def load(
@@ -44,6 +46,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     check: bool = True,
+    inputs: str = "int16",
 ) -> PreTrainedModel:
     """The model of an artifact, a sparse or dense export, or a checkpoint, in eval mode and without gradients.
 
@@ -57,16 +60,19 @@ def load(
     `prefill="cusparselt"` multiplies many tokens by 16-bit matrices of 2:4 on the sparse tensor cores of a CUDA device,
     from a copy of 9 bits a weight. auto makes no copy, and expands the weight.
 
+    On a CPU, inputs of codes are rounded to 16 bits, and with `inputs="int8"` to 8, for any number of tokens.
+
     An artifact's files are compared with the digests in its manifest, at the speed of sha256. `check=False` omits that.
 
     Raises InputError, naming the matrix, for files that are damaged or do not belong together. Raises it too for a
-    device or a model that `prefill` does not fit.
+    device or a model that `prefill` or `inputs` does not fit.
     """
     if device != "auto" and device_map is not None:
         raise InputError(f"load: device={device!r} and device_map={device_map!r} both place the model. Give only one.")
     path = getattr(path, "path", path)  # of an Artifact
     folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
     _check_prefill(prefill, main_device)
+    check_inputs(inputs, main_device)
     model_class, source = _artifact(folder, check) if is_artifact(folder) else _checkpoint(folder)
     chosen = _choose_dtype(dtype, main_device, folder)
     try:
@@ -88,9 +94,16 @@ def load(
     if device_map is None:
         model = model.to(main_device)
     prepare(model, model.dtype, on_cpu=True)
+    _use(prefill, inputs, model, folder)
+    return model
+
+
+def _use(prefill: str, inputs: str, model: PreTrainedModel, folder: Path) -> None:
+    """Raises InputError if one of both fits no matrix of the model."""
     if prefill == "cusparselt":
         _use_cusparselt(model, folder)
-    return model
+    if inputs == "int8":
+        _use_int8_inputs(model, folder)
 
 
 def _check_prefill(prefill: str, device: torch.device) -> None:
@@ -100,6 +113,17 @@ def _check_prefill(prefill: str, device: torch.device) -> None:
         raise InputError(
             f"prefill='cusparselt' needs a CUDA device with sparse tensor cores and a torch with cuSPARSELt, but "
             f"{reason}. Leave prefill out, or choose another device."
+        )
+
+
+def check_inputs(inputs: str, device: torch.device) -> None:
+    """Raises InputError for an unknown value, and for int8 where nothing rounds inputs."""
+    if inputs not in INPUTS:
+        raise unknown("inputs", inputs, INPUTS)
+    if inputs == "int8" and (device.type != "cpu" or library() is None):
+        reason = f"the device is {device}" if device.type != "cpu" else "it is not there"
+        raise InputError(
+            f"inputs='int8' is for products in C++ on a CPU, but {reason}. Leave inputs out: nothing is rounded then."
         )
 
 
@@ -120,6 +144,18 @@ def _use_cusparselt(model: PreTrainedModel, folder: Path) -> None:
         raise InputError(
             f"prefill='cusparselt' is for {cusparselt.TAKES}, but {folder} in "
             f"{str(model.dtype).removeprefix('torch.')} has none. Leave prefill out."
+        )
+
+
+def _use_int8_inputs(model: PreTrainedModel, folder: Path) -> None:
+    """Raises InputError if no matrix of the model has codes that are multiplied in C++."""
+    sparse = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    for layer in sparse:
+        layer.use_int8_inputs()
+    if not any(layer.has_int8_inputs for layer in sparse):
+        raise InputError(
+            f"inputs='int8' is for matrices with codes, but {folder} in {str(model.dtype).removeprefix('torch.')} has "
+            "none. Leave inputs out."
         )
 
 

@@ -10,12 +10,14 @@ group (chunks of 128 at most) as two planes of 8; `planes=1` rounds them to 8. V
 """
 
 import ctypes
+import weakref
+from collections.abc import Callable
 from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mspc.errors import MspcError
 from mspc.formats.bits import pack_bits, pack_rows, unpack_rows
@@ -34,7 +36,25 @@ VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 STRIP = 2**18
 """Weights that are expanded at a time: one MB in float32, which a cache of the second level holds."""
 
-_descriptions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+class Checked(NamedTuple):
+    """Tensors that were checked, as the library reads them."""
+
+    kept: Callable[[], Tensor | None]
+    """A weak reference."""
+    matrix: StoredMatrix
+    places: list[Any]
+    """Address and shape of each tensor in turn."""
+    described: Matrix
+    pointer: Any
+    """To `described`, as an argument."""
+    isa: int
+    multiply: Any
+    """`mspc_product` of the library."""
+
+
+_checked: dict[int, Checked] = {}
+"""By the id of `kept`, as long as that tensor lives."""
 
 
 def supports(matrix: StoredMatrix, dtype: torch.dtype) -> bool:
@@ -147,7 +167,7 @@ def _by_blocks(of_rows: Tensor) -> Tensor:
 
 def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
     repacked = {part: tensor.cpu() for part, tensor in repacked.items()}
-    described = describe(repacked, matrix)
+    described = describe(repacked, matrix).described
     grid, shape = matrix.grid, matrix.shape
     entries = torch.zeros(shape, dtype=matrix.dtype if grid is None else torch.uint8)
     keep = torch.zeros(shape, dtype=torch.bool)
@@ -195,16 +215,32 @@ def _fits(repacked: dict[str, Tensor], matrix: StoredMatrix) -> bool:
     return fits(_pointers(repacked, matrix), [repacked[part].nbytes if part in repacked else 0 for part in PARTS])
 
 
-def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
-    """The description that the library reads; checked once for the same tensors."""
-    key = matrix, tuple((part, tensor.data_ptr(), tensor.shape) for part, tensor in repacked.items())
-    known = _descriptions.get(repacked["kept"]) if "kept" in repacked else None
-    if known is None or known[0] != key:
-        check(repacked, matrix)
-        known = key, _pointers(repacked, matrix)
-        _descriptions[repacked["kept"]] = known
-    described: Matrix = known[1]
-    return described
+def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Checked:
+    """The description that the library reads; checked once for the same tensors, on an instruction set chosen then."""
+    known = _checked.get(id(repacked.get("kept")))
+    is_known = known is not None and known.kept() is repacked["kept"] and known.places == _places(repacked)
+    if known is not None and is_known and (known.matrix is matrix or known.matrix == matrix):
+        return known
+    check(repacked, matrix)
+    kept, described = repacked["kept"], _pointers(repacked, matrix)
+    key = id(kept)
+
+    def forget(reference: object) -> None:
+        if key in _checked and _checked[key].kept is reference:
+            del _checked[key]
+
+    loaded, reference = library(), weakref.ref(kept, forget)
+    assert loaded is not None
+    pointer, multiply = ctypes.byref(described), loaded.mspc_product
+    _checked[key] = Checked(reference, matrix, _places(repacked), described, pointer, isa(), multiply)
+    return _checked[key]
+
+
+def _places(repacked: dict[str, Tensor]) -> list[Any]:
+    places: list[Any] = []
+    for tensor in repacked.values():
+        places += tensor.data_ptr(), tensor.shape
+    return places
 
 
 def _pointers(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
@@ -218,30 +254,27 @@ def _call(name: str, matrix: Matrix, *arguments: int) -> None:
     getattr(loaded, f"mspc_{name}")(ctypes.byref(matrix), *arguments)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph ends here
 def product(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix, planes: int = 2) -> Tensor:
-    """x (T, I), float32 or bfloat16 -> x Wᵀ (T, O), on as many threads as torch has, which change no bit of it."""
-    if x.shape[1:] != matrix.shape[1:] or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
-        raise MspcError(f"Inputs are {x.dtype} {tuple(x.shape)}, and a matrix of {matrix.shape} cannot take them.")
-    x, y = x.contiguous(), x.new_empty(len(x), matrix.shape[0])
-    described, is_bfloat16 = describe(repacked, matrix), int(x.dtype == torch.bfloat16)
-    threads = torch.get_num_threads()
-    _call("product", described, isa(), x.data_ptr(), is_bfloat16, len(x), y.data_ptr(), planes, threads)
+    """x (..., I), float32 or bfloat16 -> x Wᵀ (..., O), on as many threads as torch has, which change no bit of it."""
+    (*leading, num_columns), dtype, (num_rows, columns) = x.shape, x.dtype, matrix.shape
+    is_bfloat16 = dtype == torch.bfloat16
+    if num_columns != columns or not (is_bfloat16 or dtype == torch.float32) or not x.is_cpu:
+        raise MspcError(f"Inputs are {dtype} {tuple(x.shape)}, and a matrix of {matrix.shape} cannot take them.")
+    x, y, checked = x.contiguous(), x.new_empty(*leading, num_rows), describe(repacked, matrix)
+    threads, where, out, num_tokens = torch.get_num_threads(), x.data_ptr(), y.data_ptr(), x.numel() // columns
+    checked.multiply(checked.pointer, checked.isa, where, is_bfloat16, num_tokens, out, planes, threads)
     return y
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O). Gradients go through the expanded weight."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return multiply_expanded(x, repacked, matrix)
+    """x (T, I) -> x Wᵀ (T, O)."""
     return product(x, repacked, matrix)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def expand_rows(repacked: dict[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
     """The weight of some rows, the first of a block: (R, I) in float32, codes times scales rounded once."""
     out = torch.empty(last - first, matrix.shape[1])
-    _call("expand", describe(repacked, matrix), first, last - first, out.data_ptr(), torch.get_num_threads())
+    _call("expand", describe(repacked, matrix).described, first, last - first, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -252,8 +285,8 @@ def expand(repacked: dict[str, Tensor], matrix: StoredMatrix, out: Tensor) -> No
 
 
 def multiply_expanded(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    """x (T, I) -> x Wᵀ (T, O) for many tokens: strips of the weight, rounded to its dtype, and torch's product."""
-    y = x.new_empty(len(x), matrix.shape[0])
+    """x (..., I) -> x Wᵀ (..., O) for many tokens: strips of the weight, rounded to its dtype, and torch's product."""
+    y = x.new_empty(*x.shape[:-1], matrix.shape[0])
     for first, last in _strips(matrix):
-        y[:, first:last] = linear(x, expand_rows(repacked, matrix, first, last).to(matrix.dtype).to(x.dtype))
+        y[..., first:last] = linear(x, expand_rows(repacked, matrix, first, last).to(matrix.dtype).to(x.dtype))
     return y

@@ -26,6 +26,12 @@ def zeros(num_bytes: int) -> Tensor:
     return taken.zero_()
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy of a tensor on the CPU in such memory."""
+    copy = zeros(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
 def _huge(num_bytes: int) -> Tensor:
     """uint8 (num_bytes,) of whole pages that nothing has touched. Linux gives them at the first touch, if it can."""
     memory = torch.empty(num_bytes + PAGE, dtype=torch.uint8)
