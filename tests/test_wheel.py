@@ -91,7 +91,7 @@ def with_library(sdist, tmp_path_factory) -> Path:
 
 
 def probe(wheel: Path, folder: Path, env: dict[str, str]) -> dict:
-    """What a fresh environment with this wheel finds. Its other packages are those of this one."""
+    """A report from a fresh environment with this wheel. Its other packages are those of this one."""
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     options = "--no-deps", "--no-index", "--disable-pip-version-check"
