@@ -95,7 +95,7 @@ def probe(wheel: Path, folder: Path, env: dict[str, str]) -> dict:
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     options = "--no-deps", "--no-index", "--disable-pip-version-check"
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel)
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, env=clean())
     purelib = next(folder.glob("lib/python*/site-packages"))
     (purelib / "others.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     env = env | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT / "tests")}

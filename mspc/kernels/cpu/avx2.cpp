@@ -11,9 +11,6 @@ namespace {
 constexpr int64_t kNear = 2048, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
 constexpr bool kPlanesApart = false;           // `integers` holds both planes
 
-// Sums stay in registers only if no loop over tokens or halves is left.
-#define UNROLLED _Pragma("GCC unroll 8")
-
 inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_NTA); }
 inline __m256i load(const void *from) { return _mm256_loadu_si256(static_cast<const __m256i *>(from)); }
 inline __m128i load_half(const void *from) { return _mm_loadu_si128(static_cast<const __m128i *>(from)); }
@@ -200,12 +197,11 @@ struct TwoFourLines {
 constexpr Places kPlaces;
 
 // The bytes of a stream at the places of 16 entries that are kept, zero at all others.
-inline __m128i expand(const uint8_t *&from, uint32_t mask) {
-  uint32_t first = mask & 0xff, second = mask >> 8 & 0xff;
-  __m128i low = _mm_shuffle_epi8(load_half(from), load_half(kPlaces.first[first]));
-  from += __builtin_popcount(first);
-  __m128i high = _mm_shuffle_epi8(load_half(from), load_half(kPlaces.second[second]));
-  from += __builtin_popcount(second);
+inline __m128i expand(const uint8_t *&from, const uint8_t *mask) {
+  __m128i low = _mm_shuffle_epi8(load_half(from), load_half(kPlaces.first[mask[0]]));
+  from += __builtin_popcount(mask[0]);
+  __m128i high = _mm_shuffle_epi8(load_half(from), load_half(kPlaces.second[mask[1]]));
+  from += __builtin_popcount(mask[1]);
   return _mm_or_si128(low, high);
 }
 
@@ -239,7 +235,8 @@ struct Expanded {
 
   template <int64_t kStep>
   inline Pairs codes(const uint8_t *&from, uint32_t mask, uint32_t high_mask, int64_t half) {
-    __m128i lower = expand(from, mask), upper = expand(from, mask >> 16);
+    const uint8_t *bytes = masks + 8 * kStep + 4 * half;
+    __m128i lower = expand(from, bytes), upper = expand(from, bytes + 2);
     __m256i codes = field<kBits, kStep>(_mm256_set_m128i(upper, lower));
     if (kBits == 3) codes = with_high_bits(codes, high_mask);
     return pairs_of(_mm256_or_si256(codes, _mm256_andnot_si256(spread(mask), zeros[half])));

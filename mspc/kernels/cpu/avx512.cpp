@@ -37,13 +37,17 @@ struct Sums {
   static constexpr int64_t kOfTurns = kTurns;
 
   inline void clear() {
+    UNROLLED
     for (int64_t p = 0; p < kPlanes; p++) {
+      UNROLLED
       for (int64_t i = 0; i < kTurns; i++) of[i][p] = _mm512_setzero_si512();
+      UNROLLED
       for (int64_t i = 0; i < (kOfKept ? kTurns : 1); i++) kept[i][p] = _mm512_setzero_si512();
     }
   }
   static inline __m512i together(const __m512i (*turns)[kPlanes]) {
     __m512i high = turns[0][0], low = turns[0][kPlanes - 1];
+    UNROLLED
     for (int64_t i = 1; i < kTurns; i++) {
       high = _mm512_add_epi32(high, turns[i][0]);
       low = _mm512_add_epi32(low, turns[i][kPlanes - 1]);
@@ -63,6 +67,7 @@ struct Planes {
   const int8_t *of[kPlanes][kTokens];
 
   Planes(const Inputs &in, int64_t first_token) {
+    UNROLLED
     for (int64_t t = 0; t < kTokens; t++) {
       of[0][t] = in.high + (first_token + t) * in.stride;
       if (kPlanes == 2) of[kPlanes - 1][t] = in.low + (first_token + t) * in.stride;
@@ -83,7 +88,9 @@ inline __m512i sixteen_inputs(const int8_t *x) {
 // Add the products of the codes of a step, one for every position, with the inputs of all tokens.
 template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
 inline void add_products(__m512i codes, const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) {
+    UNROLLED
     for (int64_t p = 0; p < kPlanes; p++) {
       __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
       of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
@@ -131,7 +138,9 @@ struct TwoFourLines {
     __m512i block = _mm512_set1_epi32(kStep % 2 ? 0x0c0c0808 : 0x04040000);
     __m512i from = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(3), block, 0xea);  // (a & b) | c
     __m512i codes = codes_of<kBits, kStep>(lines);
+    UNROLLED
     for (int64_t t = 0; t < kTokens; t++) {
+      UNROLLED
       for (int64_t p = 0; p < kPlanes; p++) {
         __m512i chosen = _mm512_shuffle_epi8(sixteen_inputs(x.of[p][t] + position + kStep / 2 * 16), from);
         __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p], &kept = sums[t].kept[kStep % Sums::kOfTurns][p];
@@ -204,6 +213,7 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
   Lines lines(m, block);
   Planes<kTokens, kPlanes> x(in, token);
   __m512 y[kTokens];
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) y[t] = _mm512_setzero_ps();
   int64_t groups = num_groups(m), padded = padded_group(m), chunks = num_chunks(m), chunk = token * chunks;
   __m512i zeros = _mm512_set1_epi32(1 << (m.content - 1));
@@ -214,9 +224,11 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
     lines.set_zeros(zeros);
     for (int64_t first = 0; first < padded; first += kChunk, chunk++) {
       Sums<kPlanes, Lines::kOfKept, kTokens == 1 ? 2 : 1> sums[kTokens];
+      UNROLLED
       for (int64_t t = 0; t < kTokens; t++) sums[t].clear();
       for (int64_t last = position + smaller(kChunk, padded - first); position < last; position += kUnit)
         lines.unit(x, position, sums);
+      UNROLLED
       for (int64_t t = 0; t < kTokens; t++) {
         int64_t at = chunk + t * chunks;
         __m512 total = _mm512_cvtepi32_ps(sums[t].total(zeros, in.sums[at]));
@@ -224,6 +236,7 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
       }
     }
   }
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) {
     alignas(64) float rows[kRows];
     _mm512_store_ps(rows, y[t]);
@@ -276,9 +289,11 @@ struct Values {
     if constexpr (kLine < kLines) {
       if (kStructure != kBitmap || kLine % 2 == 0) fetch(lines + kNear + 64 * (kStructure == kBitmap ? 0 : kLine));
       __m512i both = line<kLine>();
+      UNROLLED
       for (int64_t which = 0; which < kOfLine; which++) {
         __m512 weight = value<kContent>(both, which);
         const int64_t k = kLine * kOfLine + which;
+        UNROLLED
         for (int64_t t = 0; t < kTokens; t++) {
           __m512 inputs;
           if (kStructure == kTwoFour) {
@@ -310,12 +325,14 @@ void multiply_values(const mspc_matrix &m, const Inputs &in, int64_t token, int6
   Values<kStructure, kContent> values(m, block);
   const float *x[kTokens];
   __m512 sums[kTokens][2];
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) {
     x[t] = in.x + (token + t) * in.stride;
     sums[t][0] = sums[t][1] = _mm512_setzero_ps();
   }
   for (int64_t position = 0; position < num_positions(m); position += kUnit)
     values.template unit<kTokens>(x, position, sums);
+  UNROLLED
   for (int64_t t = 0; t < kTokens; t++) {
     alignas(64) float rows[kRows];
     _mm512_store_ps(rows, _mm512_add_ps(sums[t][0], sums[t][1]));
