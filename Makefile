@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-report fuzz lint wheel models verify-all verify-autogptq verify-llamacpp quality-real clean
+.PHONY: demo test test-slow test-report test-tasks fuzz lint wheel models verify-all verify-autogptq verify-llamacpp quality-real clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -24,6 +24,11 @@ test-slow: $(VENV)/installed-dev
 test-report: $(VENV)/installed-dev
 	mkdir -p out
 	$(BIN)/python -m pytest -m browser -rs --basetemp out/test-report
+
+# Tasks in lm-evaluation-harness, which is installed for it.
+test-tasks: $(VENV)/installed-dev
+	$(INSTALL) -e '.[lm-eval]'
+	$(BIN)/python -m pytest -rs tests/test_tasks.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

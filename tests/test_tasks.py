@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import gguf_models
 import pytest
 import tiny
 import torch
@@ -272,6 +273,23 @@ def test_every_kind_of_model_is_asked(kind, folder, llama, artifact_of, tmp_path
     assert acc.value == statistics.fmean(expected)
     assert list(found.answers[acc.key].values()) == expected
     assert acc.stderr == pytest.approx(statistics.stdev(expected) / math.sqrt(12))
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")
+def test_a_gguf_file_is_asked(folder, artifact_of, tmp_path, monkeypatch):
+    """Oracle: the dense export of the same artifact."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    artifact = artifact_of(gguf_models.build("llama", tmp_path / "model"), bits=16, sparsity=0.5)
+    options = {"include_path": folder, "limit": 4, "device": "cpu", "progress": False}
+    dense, out = (
+        mspc.export(artifact, name, tmp_path / name, verify=False, progress=False) for name in ("dense", "gguf")
+    )
+    expected = mspc.evaluate_tasks(dense, "builtin_cloze", **options)
+    found = mspc.evaluate_tasks(next(out.glob("*.gguf")), "builtin_cloze", against=expected, **options)
+    assert found.answers == expected.answers
+    assert [score.difference for score in found.scores] == [0.0, 0.0]
 
 
 @needs_harness
