@@ -100,12 +100,13 @@ def weight(tensors: list[Tensor], what: str) -> Tensor:
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Tell if gradients, a mode (fake tensors, tracing) or a transform (vmap) has to see the operator."""
+    """Tell if gradients, a mode (fake tensors), a transform (vmap) or a trace has to see the operator."""
     return (
         type(x) is not Tensor
         or (x.requires_grad and torch.is_grad_enabled())
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 
