@@ -194,8 +194,7 @@ class Settings:
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
         values |= {"only": list(self.only) or None, "include": list(self.include) or None}
         values |= {"keep_zeros": self.keep_zeros or None, "recover": self.recover or None}
-        outer = ("head_bits", "embedding_bits")
-        values |= {name: None for name in outer if values[name] == UNQUANTIZED_BITS}
+        values |= {name: None for name in ("head_bits", "embedding_bits") if values[name] == UNQUANTIZED_BITS}
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 
