@@ -80,6 +80,11 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
                 f"{matrix.name}: {options.weights} takes 2, 4 or 8 bits, not {grid.bits}; compress with such --bits, "
                 "or export float32 or float16 weights."
             )
+        if options.weights == QDQ and matrix.role == EMBEDDINGS and grid.bits != 8:
+            raise InputError(
+                f"{matrix.name}: ONNX has no lookup in {grid.bits} bits, so that qdq takes embeddings of 8. Compress "
+                "with --head-bits 8, or export with --weights matmulnbits."
+            )
         size = grid.group_size or matrix.shape[1]
         if block_size(size) < SMALLEST_BLOCK:
             raise InputError(

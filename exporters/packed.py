@@ -48,7 +48,7 @@ def check_packed(
 
 
 def grids_of(entries: Sequence[MatrixEntry], roles: Collection[str] = BLOCKS) -> dict[str, Grid]:
-    """The grid of every quantized matrix with one of these roles, by its name."""
+    """The grid of every quantized matrix with one of such roles, by its name."""
     return {entry.name: entry.target.grid for entry in entries if entry.target.grid and entry.role in roles}
 
 

@@ -25,7 +25,7 @@ from mspc.pipeline.outer import PlannedOuter, rounded
 from mspc.runtime.embedding import SparseEmbedding, TiedHead
 from mspc.runtime.linear import SparseLinear
 from mspc.storage.artifact import ArtifactSource
-from mspc.types import EMBEDDINGS, HEAD, Grid
+from mspc.types import EMBEDDINGS, HEAD, Grid, PlannedMatrix, Target, Unstructured
 
 CPU = torch.device("cpu")
 OPTIONS = {
@@ -158,7 +158,7 @@ def test_exports_are_verified_in_the_loader_of_transformers(family, format_name,
 @pytest.mark.parametrize(("vocabulary", "packed"), [(288, True), (260, False)])
 def test_compressed_tensors_packs_a_head_of_whole_words(vocabulary, packed, calibration, tmp_path):
     """Oracle: the loader of transformers, which the export is verified in."""
-    model = tiny.build(tmp_path / "model", "llama", vocab_size=vocabulary)
+    model = tiny.build(tmp_path / "model", "llama", vocab_size=vocabulary, hidden_size=64)
     made = tiny.compress(
         model, tmp_path / "made", calibration, bits=4, group_size=32, allocator="uniform", head_bits=8
     )  # fmt: skip
@@ -166,6 +166,44 @@ def test_compressed_tensors_packs_a_head_of_whole_words(vocabulary, packed, cali
     assert ("lm_head.weight_packed" in names) == packed
     assert ("lm_head.weight" in names) != packed
     assert "model.embed_tokens.weight" in names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("weights", "bits", "operators"),
+    [
+        ("matmulnbits", 8, {"GatherBlockQuantized", "MatMulNBits", "Reshape"}),
+        ("matmulnbits", 4, {"GatherBlockQuantized", "MatMulNBits", "Reshape"}),
+        ("qdq", 8, {"Gather", "DequantizeLinear"}),
+        ("matmulnbits", 16, set()),
+    ],
+)  # fmt: skip
+def test_onnx_stores_tied_embeddings_once(weights, bits, operators, artifact_of, tmp_path, monkeypatch):
+    """Oracle: ONNX Runtime, in which the export is verified, and the bytes of the graph's initializers."""
+    onnx = pytest.importorskip("onnx")
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], runtimes=("onnxruntime",)))
+    artifact = artifact_of("bundled", **({} if bits == 16 else {"head_bits": bits}))
+    out = artifact.export("onnx", tmp_path / "out", weights=weights, progress=False)
+    assert json.loads((out / "verification.json").read_text())["runtimes"]["onnxruntime"]["status"] == "verified"
+    graph = onnx.load(out / "model.onnx").graph
+    tables = [one for one in graph.initializer if np.prod(one.dims) >= 4096 * 256 * bits // 16 // 2 and
+              "layers" not in one.name]  # fmt: skip
+    assert len(tables) == 1
+    assert len(tables[0].raw_data) == 4096 * 256 * bits // 8
+    users = {node.op_type for node in graph.node for name in node.input if name == "model.embed_tokens.weight.codes"}
+    assert (users <= operators) if operators else not users
+
+
+@pytest.mark.parametrize("weights", ["matmulnbits", "qdq"])
+def test_onnx_has_no_lookup_in_4_bits_by_the_standard(weights):
+    onnx = pytest.importorskip("exporters.onnx")
+    matrix = PlannedMatrix("model.embed_tokens", (64, 64), Target(Unstructured(0.0), Grid(4, 32)), role=EMBEDDINGS)
+    if weights == "matmulnbits":
+        onnx.check([matrix], {}, onnx.Options(weights), Path())
+        return
+    with pytest.raises(InputError, match="model.embed_tokens: ONNX has no lookup in 4 bits.*matmulnbits"):
+        onnx.check([matrix], {}, onnx.Options(weights), Path())
 
 
 def test_the_cost_is_that_of_each_step(folder_of, calibration, test_text, tmp_path):

@@ -79,7 +79,7 @@ def _embeddings(name: str, entry: MatrixEntry, size: int, array: Any, transposed
 
 
 def _of_groups(codes: NDArray[Any], scales: NDArray[Any], zeros: NDArray[Any], repeats: int) -> Decoded:
-    """The matrix of codes (O, I), and of scales and zeros of blocks, `repeats` of which are one group."""
+    """The matrix of codes (O, I), and of scales and zeros of blocks. `repeats` blocks are one group."""
     for part in (scales, zeros):
         if (part != np.repeat(part[:, ::repeats], repeats, axis=1)).any():
             raise InputError("blocks of one group differ in their scale or zero point")

@@ -76,7 +76,7 @@ class Compared:
 
     final: Perplexity
     steps: tuple[tuple[tuple[str, ...], Perplexity], ...] = ()
-    """What outside of the blocks was quantized, none at first, and the model with it."""
+    """The roles that were quantized, none at first, and the model with these."""
 
 
 def compare(
