@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import mspc
 from exporters.formats import FORMATS
-from mspc.errors import InputError
+from mspc.errors import InputError, Stopped
 from mspc.model.experts import IMPLEMENTATION, expert_matrices, is_understood
 from mspc.model.open import open_model
 from mspc.model.rows import rows_of_slices
@@ -240,6 +240,28 @@ def test_experts_without_tokens_are_solved_and_said(calibration, tmp_path, caplo
     assert all(0 <= row["output_error"] < 1 for row in experts)
     assert "64 matrices of experts saw fewer than 2 tokens per input, fewest" in caplog.text
     assert "Calibrate on more text (--num-sequences" in caplog.text
+
+
+def test_threads_and_a_cut_change_no_byte(source_of, calibration, tmp_path):
+    """Oracle: the same run in one thread and in one go; a size budget, so that experts may differ in bits."""
+    config = AutoConfig.for_model("mixtral", **CONFIGS["mixtral"] | {"num_local_experts": 10, "num_hidden_layers": 2})
+    source = tiny.save(tiny.randomized(AutoModelForCausalLM.from_config(config), 32), tmp_path / "model")
+    given = {"num_sequences": 4, "sequence_length": tiny.LENGTH, "eval": False, "group_size": 16, "effort": "fast"}
+    recipe = mspc.Recipe(calibration=str(calibration), bits_per_weight=4.5, allocator="curves", **given)
+    one = mspc.compress(source, recipe, out=tmp_path / "one", threads=1, progress=False)
+    mspc.compress(source, recipe, out=tmp_path / "three", threads=3, progress=False)
+
+    def goes_on(event: mspc.Event) -> bool:
+        return event.stage != "Compressing"
+
+    with pytest.raises(Stopped):
+        mspc.compress(source, recipe, out=tmp_path / "cut", threads=1, progress=goes_on)
+    mspc.compress(source, recipe, out=tmp_path / "cut", threads=2, progress=False, resume=True)
+    assert one.manifest["bits_per_weight"] <= 4.5
+    assert len({(row["bits"], row["sparsity"]) for row in one.manifest["matrices"] if row["index"] is not None}) > 1
+    for file in sorted((one.path / "matrices").glob("*.safetensors")):
+        for other in ("three", "cut"):
+            assert file.read_bytes() == (tmp_path / other / "matrices" / file.name).read_bytes()
 
 
 def test_plans_and_selectors_know_single_experts(source_of, calibration, tmp_path):
