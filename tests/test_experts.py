@@ -202,6 +202,12 @@ def test_experts_are_compressed_exported_and_run(family, source_of, calibration,
         model.save_pretrained(tmp_path / f"saved{number}")
         again = mspc.load(tmp_path / f"saved{number}")
         assert torch.equal(again(input_ids=ids, use_cache=False).logits, found)
+    written = []
+    for path in (dense, sparse, artifact.path):
+        continuation = mspc.generate(path, "the quick", max_new_tokens=6, device="cpu", progress=False)
+        "".join(continuation)
+        written.append(list(continuation.ids))
+    assert written[0] == written[1] == written[2]
     tiny.agreed_perplexity(artifact.path, test_text, dense)
     assert tiny.perplexity(sparse, test_text) == tiny.perplexity(artifact.path, test_text)
 
@@ -296,6 +302,14 @@ def test_formats_without_experts_are_refused_early(format_name, source_of, calib
     options = {"bits": 4, "group_size": 32, "effort": "fast", "exports": [format_name]}
     with pytest.raises(InputError, match=rf"gate_up_proj\[0\]: {format_name} cannot hold one slice .*--skip"):
         tiny.compress(source_of("mixtral"), tmp_path / "out", calibration, **options)
+
+
+def test_masks_of_experts_are_refused_by_name(source_of, calibration, tmp_path):
+    artifact = tiny.compress(source_of("mixtral"), tmp_path / "out", calibration, effort="fast", only=("experts",))
+    sparse = artifact.export("sparse", tmp_path / "sparse", verify=False, progress=False)
+    for folder in (artifact.path, sparse):
+        with pytest.raises(InputError, match=r"gate_up_proj\[0\] is a slice of a parameter.*--skip experts"):
+            mspc.masks(folder)
 
 
 @pytest.mark.parametrize("option", ["recover", "reconstruct"])
