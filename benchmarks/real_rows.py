@@ -33,6 +33,7 @@ SETTINGS = {
     "4.25 bits": ("--bits-per-weight", "4.25"),
     "50%": ("--sparsity", "0.5"),
     "2:4+int4": ("--pattern", "2:4", "--bits", "4"),
+    "3.125 bits": ("--bits-per-weight", "3.125"),  # of int3 in groups of 128
     "3.5 bits": ("--bits-per-weight", "3.5"),
     "50%+int4": ("--sparsity", "0.5", "--bits", "4"),
     "2:4": ("--pattern", "2:4"),

@@ -16,8 +16,8 @@ from real_evaluation import Scored, write_sequences
 from real_sizes import matrices
 from transformers import AutoConfig
 
-from mspc.model.gguf_file import origin_note
 from mspc.model.hub import load_tokenizer
+from mspc.storage.dequantized import origin_note
 from mspc.storage.files import write_json, write_tensors
 from mspc.text.tokens import calibration_tokens, windows_of_test_text
 

@@ -12,7 +12,6 @@ from mspc.bench.formats import DENSE, Source, describe, parse_format, random_sto
 from mspc.bench.tinygemm import TinygemmLinear, check_fits, num_bytes
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
-from mspc.model.gguf_file import origin_note
 from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
@@ -23,6 +22,7 @@ from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import load
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.dequantized import origin_note
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import descriptions, is_sparse_export, read_quantization_config
 from mspc.types import NM, Target

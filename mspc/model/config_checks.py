@@ -66,25 +66,6 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
         raise InputError(f"{what}, which predicts no next token. {GIVE}: {SUPPORTED}.")
 
 
-def check_quantization(raw: Mapping[str, Any], folder: Path) -> None:
-    """Raises InputError for a config, or a part of one, that describes quantized weights in any way."""
-    for where, part in (("", raw), *((f"{name}.", part) for name, part in raw.items() if isinstance(part, dict))):
-        for key in ("quantization_config", "compression_config"):
-            found = part.get(key)
-            if found is None:
-                continue
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            if method is None:
-                raise InputError(
-                    f"{folder / 'config.json'} has a {where}{key} that names no quant_method ({str(found)[:80]}). "
-                    "Give a checkpoint that is not quantized. Delete the entry if its weights are not."
-                )
-            raise InputError(
-                f"{folder} is quantized already (quant_method {method!r}). Give a checkpoint that is not quantized, an "
-                "mspc artifact, or an export of the formats dense or sparse."
-            )
-
-
 def check_sizes(config: PreTrainedConfig, types: Mapping[str, StoredType]) -> None:
     """Raises InputError for sizes far beyond those of the tensors, with which a model would not even be built."""
     largest = max([len(types), *(size for _, shape in types.values() for size in shape)], default=0)

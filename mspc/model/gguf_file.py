@@ -16,10 +16,8 @@ from mspc.errors import InputError, in_brief
 from mspc.memory import free_memory
 from mspc.model.gguf_config import FACTORS, read_config
 from mspc.progress import log
+from mspc.storage.dequantized import ORIGIN
 from mspc.storage.files import cache_folder
-
-ORIGIN = "dequantized_from"
-"""The key of config.json that says what the weights were before: the type of most of those in blocks."""
 
 VERSION = 1
 """To be raised when what is made of a file changes."""
@@ -45,12 +43,6 @@ def as_folder(path: Path) -> Path:
     if not (folder / "config.json").is_file():
         _convert(path, folder)
     return folder
-
-
-def origin_note(config: Any) -> str | None:
-    """The line under results of a model whose weights were quantized before."""
-    origin = getattr(config, ORIGIN, None)
-    return origin and f"The reference was dequantized from {origin}; a 4-bit method on that grid can look lossless."
 
 
 def _convert(path: Path, folder: Path) -> None:

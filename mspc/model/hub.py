@@ -13,11 +13,12 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from mspc.errors import InputError, in_brief
-from mspc.model.config_checks import check_quantization, check_task, setting_of
+from mspc.model.config_checks import check_task, setting_of
 from mspc.model.gguf_file import as_folder, is_gguf
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.carrying import HIDDEN, LEFT_OUT, NEVER, VOCABULARIES
 from mspc.storage.checkpoint import INDEX, SINGLE, files_of_index
+from mspc.storage.dequantized import ORIGIN, scheme_of
 from mspc.storage.manifest import MANIFEST
 from mspc.storage.sparse_export import is_sparse_export
 
@@ -85,8 +86,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise InputError(f"{folder}: its config.json cannot be used ({in_brief(error)}). Get it again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"{folder}: its config.json cannot be used (it is no object). Get it again.")
-    if not is_sparse_export(folder):
-        check_quantization(raw, folder)
+    scheme = None if is_sparse_export(folder) else scheme_of(raw, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # an unknown model type, wrong values, remote code that is not allowed
@@ -94,7 +94,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if not isinstance(config, PreTrainedConfig):
         raise InputError(f"{path} describes no model. Give a Hugging Face checkpoint folder.")
     if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # of a sparse export, whose weights are read dense
+        del config.quantization_config  # weights are read dense
+    if scheme is not None:
+        setattr(config, ORIGIN, scheme.name)
     check_task(config, folder)
     return config
 

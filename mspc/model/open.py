@@ -8,7 +8,8 @@ from mspc.model.config_checks import FLOATS
 from mspc.model.hub import load_config
 from mspc.model.streamed import StreamedModel
 from mspc.storage.artifact import ArtifactSource
-from mspc.storage.checkpoint import Checkpoint, Replaced, TensorSource
+from mspc.storage.checkpoint import Replaced, TensorSource
+from mspc.storage.dequantized import open_checkpoint
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import SparseSource, is_sparse_export
 
@@ -39,7 +40,7 @@ def check_folder(folder: Path) -> None:
 def open_source(folder: Path) -> TensorSource:
     if is_artifact(folder):
         return ArtifactSource(folder)
-    return SparseSource(folder) if is_sparse_export(folder) else Checkpoint(folder)
+    return SparseSource(folder) if is_sparse_export(folder) else open_checkpoint(folder)
 
 
 def choose_dtype(name: str, source: TensorSource, device: torch.device) -> torch.dtype:

@@ -140,7 +140,7 @@ def sizes(
     removed = sum(bytes_in(folder / name) for name in unused)
     types = checkpoint.types()
     return {
-        "dense": sum(bytes_in(checkpoint.folder / shard) for shard in checkpoint.shards()),
+        "dense": checkpoint.dense_bytes(),
         "artifact": sum(bytes_in(folder / name) for name in (MATRICES, UNCHANGED)) - removed,
         "sparse_export": sparse_export_bytes(checkpoint.shards(), types, entries),
         "embeddings": sum(tensor_bytes(types[key]) for key in model.embedding_keys()),
@@ -153,10 +153,9 @@ def sizes(
 
 def estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
     """Approximate size of the output: that of the source, minus the savings of the plan."""
-    source = sum((checkpoint.folder / shard).stat().st_size for shard in checkpoint.shards())
     bits = [m.target.bits or UNQUANTIZED_BITS for m in plan]
     saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
-    return max(int(source - saved), 0)
+    return max(int(checkpoint.dense_bytes() - saved), 0)
 
 
 def peak_memory() -> int:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from mspc.errors import InputError, unknown
-from mspc.model.gguf_file import origin_note
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.open import open_model
 from mspc.model.vocabulary import check_range, tokenizer_for
@@ -16,6 +15,7 @@ from mspc.passes import perplexity
 from mspc.progress import Progress, log
 from mspc.settings import DTYPES
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.dequantized import origin_note
 from mspc.storage.manifest import is_artifact
 from mspc.text.given import check_ids
 from mspc.text.reading import Reading

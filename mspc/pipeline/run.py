@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mspc.errors import InputError, Stopped
-from mspc.model.gguf_file import origin_note
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.matrices import dense_notes
 from mspc.model.open import open_model
@@ -43,7 +42,8 @@ from mspc.recipe import Recipe
 from mspc.solvers.obs import check_pattern
 from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.carrying import carry
-from mspc.storage.checkpoint import Checkpoint, read_file
+from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.dequantized import dense_config, open_checkpoint, origin_note
 from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
@@ -105,7 +105,7 @@ class Run:
         settings, progress = self.settings, self.progress
         if not self.recipe.has_goal:
             log.info(DEFAULT_GOAL)
-        checkpoint = Checkpoint(self.source)
+        checkpoint = open_checkpoint(self.source)
         model = self.open_model()
         if note := origin_note(self.config):
             log.info(note)
@@ -175,7 +175,7 @@ class Run:
     @cached_property
     def digests(self) -> dict[str, str]:
         """The sha256 of each weight file. Raises InputError for NaN or infinity in weights."""
-        checkpoint, digests = Checkpoint(self.source), {}
+        checkpoint, digests = open_checkpoint(self.source), {}
         with self.progress.stage("Checking weights", len(checkpoint.shards())) as step:
             for file, digest in checkpoint.fingerprint():
                 digests[file] = digest
@@ -261,9 +261,8 @@ class Run:
         return plan
 
     def raw_config(self) -> dict[str, Any]:
-        """The content of config.json."""
-        config: dict[str, Any] = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
-        return config
+        """The content of config.json, as it is with dense weights."""
+        return dense_config(json.loads((self.source / "config.json").read_text(encoding="utf-8")), self.source)
 
     def check_targets(self, plan: list[PlannedMatrix]) -> None:
         """Raises InputError, naming the matrix, for a target that the matrix cannot have."""
@@ -306,7 +305,7 @@ class Run:
             for shard, keys in checkpoint.shards().items():
                 rest = [key for key in keys if key not in compressed]
                 if rest and not (self.folder / UNCHANGED / shard).is_file():
-                    write_tensors(self.folder / UNCHANGED / shard, dict(read_file(self.source / shard, rest)))
+                    write_tensors(self.folder / UNCHANGED / shard, dict(checkpoint.read(rest)))
                 step(shard)
 
     def solve(

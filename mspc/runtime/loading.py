@@ -9,6 +9,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -21,6 +22,7 @@ from mspc.model.open import check_folder, choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.settings import DTYPES
 from mspc.storage.artifact import ArtifactSource
+from mspc.storage.dequantized import Dequantized
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import (
     descriptions,
@@ -126,6 +128,11 @@ def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
     if is_sparse_export(folder):
         descriptions(read_quantization_config(folder), folder / "config.json")
     check_folder(folder)  # before transformers raises its own errors
+    source = open_source(folder)
+    if isinstance(source, Dequantized):
+        model_class, config = _class_and_config(folder)
+        tensors = dict(source.read(source.keys()))
+        return model_class, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
     return AutoModelForCausalLM, {"pretrained_model_name_or_path": folder, "use_safetensors": True}
 
 
@@ -142,12 +149,18 @@ def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
         name = stored_name(entry)
         stored = with_offsets(source.stored(entry), entry.stored, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
+    model_class, config = _class_and_config(folder)
+    config.quantization_config = quantization
+    return model_class, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+
+
+def _class_and_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
+    """The class of the language model of a folder, and its config without a quantization."""
     config = load_config(folder)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model_class.config_class is not type(config):  # the language model of one that has other parts too
         config = config.get_text_config()
-    config.quantization_config = quantization
-    return model_class, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    return model_class, config
 
 
 def _choose_dtype(asked: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:

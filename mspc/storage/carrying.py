@@ -19,6 +19,7 @@ from mspc.progress import log
 from mspc.storage.artifact import EXPORTS, MATRICES, MEASUREMENTS, PAGE, PLAN, RECIPE, REFERENCE, REPORT, UNCHANGED
 from mspc.storage.checkpoint import INDEX
 from mspc.storage.config_json import corrected
+from mspc.storage.dequantized import dense_config
 from mspc.storage.files import write_atomically, write_json
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST
@@ -153,7 +154,7 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _corrected_config(path: Path, name: str, source: Path) -> dict[str, Any] | None:
-    """A config without what is not there, or None where it is right as it is, or is no config."""
+    """A config of dense weights, without what is not there. None where it is right as it is, or is no config."""
     if not name.endswith("config.json"):
         return None
     try:
@@ -162,7 +163,8 @@ def _corrected_config(path: Path, name: str, source: Path) -> dict[str, Any] | N
         return None
     if not isinstance(config, dict):
         return None
-    found = corrected(config, lambda file: is_carried(path.parent, file) or is_carried(source, file))
+    dense = dense_config(config, source) if path == source / "config.json" else config
+    found = corrected(dense, lambda file: is_carried(path.parent, file) or is_carried(source, file))
     return None if found == config else found
 
 

@@ -65,6 +65,10 @@ class Checkpoint:
     def types(self) -> dict[str, StoredType]:
         return self._types
 
+    def dense_bytes(self) -> int:
+        """The size of the weight files, if the weights are dense."""
+        return sum((self.folder / shard).stat().st_size for shard in self._shards)
+
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """`(key, tensor)` for every key, each file opened once. Raises InputError for a tensor that cannot be read."""
         by_shard = defaultdict(list)
