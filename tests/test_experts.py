@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import mspc
 from exporters.formats import FORMATS
-from mspc.errors import InputError
+from mspc.errors import InputError, Stopped
 from mspc.model.experts import IMPLEMENTATION, expert_matrices, is_understood
 from mspc.model.open import open_model
 from mspc.model.rows import rows_of_slices
@@ -202,6 +202,12 @@ def test_experts_are_compressed_exported_and_run(family, source_of, calibration,
         model.save_pretrained(tmp_path / f"saved{number}")
         again = mspc.load(tmp_path / f"saved{number}")
         assert torch.equal(again(input_ids=ids, use_cache=False).logits, found)
+    written = []
+    for path in (dense, sparse, artifact.path):
+        continuation = mspc.generate(path, "the quick", max_new_tokens=6, device="cpu", progress=False)
+        "".join(continuation)
+        written.append(list(continuation.ids))
+    assert written[0] == written[1] == written[2]
     tiny.agreed_perplexity(artifact.path, test_text, dense)
     assert tiny.perplexity(sparse, test_text) == tiny.perplexity(artifact.path, test_text)
 
@@ -242,6 +248,28 @@ def test_experts_without_tokens_are_solved_and_said(calibration, tmp_path, caplo
     assert "Calibrate on more text (--num-sequences" in caplog.text
 
 
+def test_threads_and_a_cut_change_no_byte(source_of, calibration, tmp_path):
+    """Oracle: the same run in one thread and in one go; a size budget, so that experts may differ in bits."""
+    config = AutoConfig.for_model("mixtral", **CONFIGS["mixtral"] | {"num_local_experts": 10, "num_hidden_layers": 2})
+    source = tiny.save(tiny.randomized(AutoModelForCausalLM.from_config(config), 32), tmp_path / "model")
+    given = {"num_sequences": 4, "sequence_length": tiny.LENGTH, "eval": False, "group_size": 16, "effort": "fast"}
+    recipe = mspc.Recipe(calibration=str(calibration), bits_per_weight=4.5, allocator="curves", **given)
+    one = mspc.compress(source, recipe, out=tmp_path / "one", threads=1, progress=False)
+    mspc.compress(source, recipe, out=tmp_path / "three", threads=3, progress=False)
+
+    def goes_on(event: mspc.Event) -> bool:
+        return event.stage != "Compressing"
+
+    with pytest.raises(Stopped):
+        mspc.compress(source, recipe, out=tmp_path / "cut", threads=1, progress=goes_on)
+    mspc.compress(source, recipe, out=tmp_path / "cut", threads=2, progress=False, resume=True)
+    assert one.manifest["bits_per_weight"] <= 4.5
+    assert len({(row["bits"], row["sparsity"]) for row in one.manifest["matrices"] if row["index"] is not None}) > 1
+    for file in sorted((one.path / "matrices").glob("*.safetensors")):
+        for other in ("three", "cut"):
+            assert file.read_bytes() == (tmp_path / other / "matrices" / file.name).read_bytes()
+
+
 def test_plans_and_selectors_know_single_experts(source_of, calibration, tmp_path):
     """Oracle: the tensors of the source, and the zeros of the result."""
     source, name = source_of("mixtral"), "model.layers.0.mlp.experts.gate_up_proj"
@@ -274,6 +302,14 @@ def test_formats_without_experts_are_refused_early(format_name, source_of, calib
     options = {"bits": 4, "group_size": 32, "effort": "fast", "exports": [format_name]}
     with pytest.raises(InputError, match=rf"gate_up_proj\[0\]: {format_name} cannot hold one slice .*--skip"):
         tiny.compress(source_of("mixtral"), tmp_path / "out", calibration, **options)
+
+
+def test_masks_of_experts_are_refused_by_name(source_of, calibration, tmp_path):
+    artifact = tiny.compress(source_of("mixtral"), tmp_path / "out", calibration, effort="fast", only=("experts",))
+    sparse = artifact.export("sparse", tmp_path / "sparse", verify=False, progress=False)
+    for folder in (artifact.path, sparse):
+        with pytest.raises(InputError, match=r"gate_up_proj\[0\] is a slice of a parameter.*--skip experts"):
+            mspc.masks(folder)
 
 
 @pytest.mark.parametrize("option", ["recover", "reconstruct"])

@@ -116,17 +116,26 @@ def _stored(artifact: Any) -> Iterator[tuple[str, Tensor]]:
     """`(parameter, mask)` of an artifact or a sparse export. Raises InputError for any other folder."""
     folder = Path(getattr(artifact, "path", artifact))
     if is_sparse_export(folder):
-        for _, row, stored in read_sparse(folder):
+        for name, row, stored in read_sparse(folder):
             if stored.target.pattern.sparsity:
+                if row.get("index") is not None:
+                    raise _slice_error(folder, name)
                 yield row["parameter"], stored.mask.T if row["transposed"] else stored.mask
         return
     for entry in read_entries(read_manifest(folder), folder / MANIFEST):
         if not entry.target.pattern.sparsity:
             continue
         if entry.address.index is not None:
-            raise InputError(f"{folder}: {entry.name} is a slice of a parameter, and masks are of whole parameters.")
+            raise _slice_error(folder, entry.name)
         mask = read_matrix(folder, entry).mask
         yield entry.address.parameter, mask.T if entry.address.transposed else mask
+
+
+def _slice_error(folder: Path, name: str) -> InputError:
+    return InputError(
+        f"{folder}: {name} is a slice of a parameter, and masks are of whole parameters. Give a model whose experts "
+        "are dense (--skip experts)."
+    )
 
 
 def _parameter(model: nn.Module, name: str, mask: Tensor) -> Tensor:
