@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mspc.version import __version__
 
 if TYPE_CHECKING:
-    from mspc.api import Artifact, compress, evaluate, export, generate, verify
+    from mspc.api import Artifact, compress, evaluate, export, forecast, generate, verify
     from mspc.errors import (
         ActivationError,
         InputError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from mspc.pages.page import report
     from mspc.passes.perplexity import Perplexity
+    from mspc.pipeline.forecasting import Forecast
     from mspc.progress import Event
     from mspc.recipe import Recipe
     from mspc.runtime.keep_zeros import KeepZeros, masks
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 
 # Imported when first used: transformers takes seconds, and a Recipe needs none of it.
 _HOME = {
-    "mspc.api": ("Artifact", "compress", "evaluate", "export", "generate", "verify"),
+    "mspc.api": ("Artifact", "compress", "evaluate", "export", "forecast", "generate", "verify"),
     "mspc.errors": (
         "ActivationError", "InputError", "MspcError", "SingularGramError", "Stopped", "StorageError",
         "VerificationError",
     ),
     "mspc.pages.page": ("report",),
     "mspc.passes.perplexity": ("Perplexity",),
+    "mspc.pipeline.forecasting": ("Forecast",),
     "mspc.progress": ("Event",),
     "mspc.recipe": ("Recipe",),
     "mspc.runtime.keep_zeros": ("KeepZeros", "masks"),
@@ -49,9 +51,9 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationError", "Artifact", "Event", "InputError", "KeepZeros", "MspcError", "Perplexity", "Recipe",
+    "ActivationError", "Artifact", "Event", "Forecast", "InputError", "KeepZeros", "MspcError", "Perplexity", "Recipe",
     "Recovery", "SingularGramError", "Stopped", "StorageError", "VerificationError", "__version__", "compress",
-    "evaluate", "export", "generate", "load", "masks", "recover", "report", "verify",
+    "evaluate", "export", "forecast", "generate", "load", "masks", "recover", "report", "verify",
 ]  # fmt: skip
 
 

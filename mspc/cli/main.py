@@ -28,6 +28,7 @@ from mspc.cli.console import (  # fmt: skip
 )
 from mspc.cli.export_commands import export, verify
 from mspc.cli.generate_command import generate
+from mspc.cli.plan_command import plan
 from mspc.cli.report_command import report
 from mspc.progress import log
 from mspc.version import __version__
@@ -43,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(compress)
+app.command()(plan)
 
 
 @app.command(name="eval")

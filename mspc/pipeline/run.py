@@ -1,6 +1,5 @@
 """One run of `compress`: measure, plan, solve and write; or continue an earlier run that was cut off."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,8 +21,10 @@ from mspc.model.streamed import StreamedModel
 from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.passes.trial import irregular_layers, outside_notes
+from mspc.pipeline.announcing import announce
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
-from mspc.pipeline.cost import compare, estimated_bytes, evaluation_to_dict, peak_memory, warn_if_guessing
+from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
+from mspc.pipeline.demand import artifact_bytes
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import check_memory, recover_all
@@ -43,6 +44,7 @@ from mspc.solvers.obs import check_pattern
 from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.carrying import carry
 from mspc.storage.checkpoint import Checkpoint, read_file
+from mspc.storage.config_json import config_digest
 from mspc.storage.files import sha256_of, write_json, write_tensors, write_text
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
@@ -69,6 +71,8 @@ class Run:
     model_name: str
     threads: int = 1
     """Number of threads that share the work, for the manifest."""
+    force: bool = False
+    """Start a run that by its forecast does not fit in memory."""
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.progress)
@@ -114,6 +118,7 @@ class Run:
         matrices = model.matrices(*(selection := (settings.skip, irregular, settings.only, settings.include)))
         self.settings = settings = choose_group_size(settings, matrices)
         self.check_early(model, matrices)
+        announce(self, matrices, spill)
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         text = draw(settings, self.calibration, self.load_tokenizer, partial(self.own_text, measurements))
@@ -183,7 +188,7 @@ class Run:
 
     def own_text(self, measurements: Path | None, counts: Sequence[int]) -> Tokens:
         """Text that the model writes, which is kept like measurements."""
-        identity, kept = [self.digests, _config_digest(self.source)], measurements or self.folder / OWN_TEXT
+        identity, kept = [self.digests, config_digest(self.source)], measurements or self.folder / OWN_TEXT
         tokenizer, device = self.load_tokenizer(), self.device
         return Author(self.source, device, self.settings, tokenizer, identity, kept, self.progress).write(counts)
 
@@ -192,7 +197,7 @@ class Run:
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
-            "source": {"name": self.source_name, "sha256": self.digests, "config": _config_digest(self.source)},
+            "source": {"name": self.source_name, "sha256": self.digests, "config": config_digest(self.source)},
             "recipe": self.recipe.to_dict(),
             "settings": self.settings.to_dict(),
             "plan": sha256_of(Path(self.settings.plan)) if self.settings.plan is not None else None,
@@ -299,7 +304,7 @@ class Run:
         matrices: MatricesByBlock,
     ) -> None:
         """Copy all that belongs to the model and, shard by shard, the weights that are not compressed."""
-        check_space(self.folder, estimated_bytes(checkpoint, plan))
+        check_space(self.folder, artifact_bytes(model, matrices, plan))
         carry(self.source, self.folder, read=checkpoint.shards())
         compressed = {model.tensor_key(matrix) for matrix in flatten(matrices) if matrix.index is None}
         with self.progress.stage("Copying other weights", len(checkpoint.shards())) as step:
@@ -390,10 +395,3 @@ class Run:
         for name in (MEASUREMENTS, OWN_TEXT):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         Journal.discard(self.folder)
-
-
-def _config_digest(folder: Path) -> str:
-    """sha256 of config.json, without the fields that only say where it comes from."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
