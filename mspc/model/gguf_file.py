@@ -56,7 +56,7 @@ def origin_note(config: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says about its model before its weights."""
+    """The part of a GGUF file before its weights."""
 
     fields: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]

@@ -35,7 +35,7 @@ def resolve(model: str) -> Path:
 
 
 def config_folder(model: str) -> Path:
-    """The local folder of a path or hub id of which only config.json is sure to be there, which is downloaded alone."""
+    """The local folder of a path or hub id. Of a hub id only config.json is downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -21,7 +21,7 @@ from mspc.pipeline.demand import BASE, Demand, demand_of, output_bytes
 from mspc.pipeline.rates import GPU_BYTES, STARTING, Rates, known, table
 from mspc.pipeline.stage_work import stages_of
 from mspc.pipeline.workload import Workload
-from mspc.planning.allocation import allocate, choose_group_size
+from mspc.planning.allocation import allocate, check_plan, choose_group_size
 from mspc.planning.plan_file import read_plan
 from mspc.recipe import Recipe
 from mspc.settings import ESTIMATE, Settings
@@ -56,7 +56,7 @@ class Forecast:
     rates: Rates
     demand: Demand
     problems: tuple[str, ...]
-    """What does not fit in memory, each with what to change. Empty: nothing is known to fail."""
+    """Sentences about memory that is too small, each with what to change. Empty: nothing is known to fail."""
 
     @property
     def seconds(self) -> float:
@@ -128,8 +128,9 @@ def forecast_run(
 ) -> Forecast:  # fmt: skip
     """The forecast for a model on meta, whose `source` has the shapes and dtypes of the weights.
 
-    `settings` has the sequence length and the group size of the model.
+    `settings` has the sequence length and the group size of the model. Raises InputError for a plan that does not fit.
     """
+    check_plan(plan)
     dtype = choose_dtype(settings.dtype, model.source, place.device)
     load = Workload(
         model, matrices, shared_inputs(model, matrices), settings, plan, place.device, dtype, rates.threads, spill,
@@ -185,7 +186,7 @@ UNKNOWN = "unstructured"
 
 
 def _problems(load: Workload, demand: Demand, place: Place) -> Iterator[str]:
-    """What will not fit, a sentence or two each."""
+    """Sentences about all that will not fit."""
     for what, need, free in (
         ("memory of the GPU", demand.device_need, place.free if place.device.type == "cuda" else None),
         ("memory", demand.host_need, place.free_host),

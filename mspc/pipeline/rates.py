@@ -34,7 +34,7 @@ VERSION = 1
 SIZE, ROWS = 1024, 3072
 """Width of the matrices that are measured, and rows of the products: pieces for two threads."""
 REPEATS = 3
-"""Runs of each measurement, of which the middle one counts."""
+"""Runs of each measurement; the middle one counts."""
 STARTING = {"cpu": 3.0, "cuda": 10.0}
 """Seconds for reading text, building the model and its trial, by type of device. They are no stage."""
 
@@ -109,7 +109,7 @@ def _file(name: str, threads: int) -> Path:
 
 
 def known(device: torch.device, threads: int) -> Rates:
-    """The rates that were measured on a device with so many threads, else those of the table that is nearest."""
+    """The rates that were measured on a device with this number of threads, else those of the table that is nearest."""
     name = device_name(device)
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a damaged one
         kept = json.loads(_file(name, threads).read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def _of_files(tensor: torch.Tensor, seconds: Callable[[Callable[[], object]], fl
 
 
 def _shared(device: torch.device, threads: int, alone: float) -> float:
-    """What each further thread adds to products in pieces, as a share of one thread's rate."""
+    """The share that each further thread adds to products in pieces, of one thread's rate."""
     a, b = torch.randn(threads * ROWS, SIZE, device=device), torch.randn(SIZE, SIZE, device=device)
     matmul(a, b)
     begin = time.perf_counter()

@@ -118,7 +118,10 @@ class Run:
         matrices = model.matrices(*(selection := (settings.skip, irregular, settings.only, settings.include)))
         self.settings = settings = choose_group_size(settings, matrices)
         self.check_early(model, matrices)
-        announce(self, matrices, spill)
+        announce(
+            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, force=self.force,
+            resumed=self.resume,
+        )  # fmt: skip
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         text = draw(settings, self.calibration, self.load_tokenizer, partial(self.own_text, measurements))

@@ -121,7 +121,7 @@ class MatrixWork:
             self.rounded(PARTS if kfac else 1)
 
     def swept(self, *, codes: bool, parts: int = 1, copies: int = 1) -> None:
-        """The OBS sweep, of `copies` of the matrix at once, in so many parts of its rows."""
+        """The OBS sweep, of `copies` of the matrix at once, in some parts of its rows."""
         pieces = max(parts, copies * self.rows / ROWS)
         self.work.add("call", pieces * self.columns * (CALLS_WITH_CODES if codes else CALLS), self.ways)
         self.work.add("product", copies * self.numel * self.columns, self.ways)
