@@ -18,6 +18,7 @@ from mspc.passes.blocks import BUFFERS
 from mspc.passes.gradients import fisher_block_size
 from mspc.passes.perplexity import LOGITS_AT_ONCE
 from mspc.passes.walk import BUFFERS_HELD, FEW
+from mspc.pipeline.rates import LARGEST_KEPT
 from mspc.pipeline.recovery_stage import memory_of_training
 from mspc.pipeline.stage_work import keeps_grams, recovered_tokens
 from mspc.pipeline.workload import Workload
@@ -32,7 +33,7 @@ from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
 
 BASE = {"cpu": 550_000_000, "cuda": 2_500_000_000}
 """Bytes of a process that has loaded torch, transformers and a text, by type of device. On CUDA it is an estimate."""
-HEAD_COPIES, SCORED_COPIES, COMPARED_COPIES = 3.3, 3, 6
+HEAD_COPIES, SCORED_COPIES, COMPARED_COPIES = 3, 3, 6
 """Copies of logits in float32: for their gradient, their loss, and the divergence of two models."""
 MANIFEST_BYTES, PLAN_BYTES, OTHER_BYTES = 900, 330, 5000
 """Bytes of a matrix in the manifest and in plan.json, and of what else a run writes."""
@@ -69,22 +70,25 @@ class _Parts:
 
 def demand_of(load: Workload, out: Path | None) -> Demand:
     """The demand of a run whose output goes to `out` or, with None, to a place that is not known."""
-    on_cpu = load.device.type == "cpu"
     base, kept = BASE[load.device.type], fisher_bytes(load)
     stages = {title: parts for title, parts in _stages(load).items() if parts}
-    host_need = base + kept + max(parts.host + (parts.device if on_cpu else 0) for parts in stages.values())
+    host_need = base + kept + max(parts.host + (parts.device if on_cpu(load) else 0) for parts in stages.values())
     spare_of = {title: min(parts.spare, load.free_bytes / 2) for title, parts in stages.items()}
     peaks = {
-        title: base + kept + parts.host + (parts.device + spare_of[title] if on_cpu else 0)
+        title: base + kept + parts.host + (parts.device + spare_of[title] if on_cpu(load) else 0)
         for title, parts in stages.items()
     }
     peak_stage = max(peaks, key=lambda title: peaks[title])
-    device_need = 0 if on_cpu else max(parts.device for parts in stages.values())
-    device_peak = 0 if on_cpu else max(parts.device + spare_of[title] for title, parts in stages.items())
+    device_need = 0 if on_cpu(load) else max(parts.device for parts in stages.values())
+    device_peak = 0 if on_cpu(load) else max(parts.device + spare_of[title] for title, parts in stages.items())
     return Demand(
         int(peaks[peak_stage]), int(host_need), int(device_peak), int(device_need), disk_bytes(load),
         None if out is None else free_disk(out), peak_stage,
     )  # fmt: skip
+
+
+def on_cpu(load: Workload) -> bool:
+    return load.device.type == "cpu"
 
 
 def fisher_bytes(load: Workload) -> int:
@@ -161,11 +165,13 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
 def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -> _Parts:
     settings = load.settings
     streams = 2 if settings.propagation or settings.reconstruct else 1
+    # Memory of the gradients that the C library has not given back, and that is in pieces too small to be used again.
+    left = 2 * passing if passing / BUFFERS < LARGEST_KEPT and fisher_bytes(load) and on_cpu(load) else 0
     hidden = load.tokens * load.hidden * load.itemsize * (load.spill is None)
     held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
     return _Parts(
-        streams * hidden + stored,
+        streams * hidden + stored + left,
         streams * (block + held * load.batch_tokens) + passing + solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2,
         streams * held * max(load.tokens - load.batch_tokens, 0),
     )

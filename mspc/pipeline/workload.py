@@ -15,13 +15,13 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import TOKENS_PER_BATCH
 from mspc.passes.inputs import Groups
 from mspc.pipeline.calibration import CALIBRATION_PER_VALIDATION, TEST_WINDOWS
-from mspc.pipeline.rates import Rates
+from mspc.pipeline.rates import LARGEST_KEPT, Rates
 from mspc.settings import Settings
 from mspc.storage.sizes import tensor_bytes
 from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
 
 NEAR = 2**22
-"""Bytes of a tensor up to which operations on it stay in the caches of a core; larger ones get fresh pages, too."""
+"""Bytes of a tensor up to which operations on it stay in the caches of a core."""
 BYTES_AN_OPERATION = 12
 """Bytes that an operation moves for each float32 number of its result, with two numbers read."""
 
@@ -176,7 +176,7 @@ class Work:
 
     def operations(self, numbers: float, count: float, ways: float = 1, *, near: bool = False) -> None:
         """`count` operations on tensors of `numbers` float32 each."""
-        kind = "near" if near or 4 * numbers <= NEAR else "far"
+        kind = "near" if near or 4 * numbers <= NEAR else "middle" if 4 * numbers < LARGEST_KEPT else "far"
         self.add(kind, count * numbers * BYTES_AN_OPERATION, ways)
 
     def seconds(self, rates: Rates) -> float:
