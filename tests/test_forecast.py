@@ -21,12 +21,12 @@ from mspc.model.outline import outlined
 from mspc.passes.inputs import by_name, shared_inputs
 from mspc.pipeline import announcing, demand, forecasting, rates
 from mspc.pipeline.forecasting import Forecast, span
+from mspc.pipeline.stage_work import REST
 from mspc.settings import has_goal
 from mspc.storage.artifact import MATRICES, UNCHANGED
 from mspc.storage.sizes import bytes_in
 
 HALF = mspc.Recipe(sparsity=0.5)
-REST = "the rest"
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +194,14 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(llama, calibration, 
     assert not (tmp_path / "refused").exists()
     run("enough", need / 1.08)
     run("forced", need / 2, force=True)
+
+
+def test_a_disk_too_small_is_a_problem(llama, tmp_path, monkeypatch):
+    """Oracle: the size of the output, to the byte."""
+    size = mspc.forecast(llama, HALF, device="cpu").output_bytes
+    for free, problems in ((size, 0), (size - 1, 1)):
+        monkeypatch.setattr(demand, "free_disk", lambda out, free=free: free)
+        assert len(mspc.forecast(llama, HALF, device="cpu", out=tmp_path / "a" / "b").to_dict()["problems"]) == problems
 
 
 def test_the_remedy_fits(llama, monkeypatch):

@@ -85,7 +85,7 @@ def _show(found: "Forecast") -> None:
     for title, seconds in found.seconds_by_stage.items():
         table.add_row(title, f"{seconds:,.1f}", f"{seconds / found.seconds:.0%}")
     print_table(table)
-    print(f"Time: {span(*found.range)}, most likely {found.seconds:,.0f} seconds ({found.rates.origin}).")
+    print(f"Time: {span(*found.range)}, most likely {span(found.seconds, found.seconds)} ({found.rates.origin}).")
     print(
         f"Memory: {in_words(demand.host_peak)} at most, in the stage {demand.peak_stage!r}; at least "
         f"{in_words(demand.host_need)}."
@@ -94,7 +94,7 @@ def _show(found: "Forecast") -> None:
         print(f"GPU memory: {in_words(demand.device_peak)} at most, at least {in_words(demand.device_need)}.")
     free = "" if demand.disk_free is None else f", of {in_words(demand.disk_free)} that are free"
     print(f"Disk: {in_words(demand.disk_need)}{free}.")
-    for problem in found.problems:
+    for problem in found.all_problems:
         print(f"Does not fit: {problem}")
 
 

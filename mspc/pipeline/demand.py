@@ -35,6 +35,8 @@ BASE = {"cpu": 550_000_000, "cuda": 2_500_000_000}
 """Bytes of a process that has loaded torch, transformers and a text, by type of device. On CUDA it is an estimate."""
 HEAD_COPIES, SCORED_COPIES, COMPARED_COPIES = 3, 3, 6
 """Copies of logits in float32: for their gradient, their loss, and the divergence of two models."""
+SHARD = 5e9
+"""Bytes of a file of weights, at most, where the files are not there: those of large models are about that large."""
 MANIFEST_BYTES, PLAN_BYTES, OTHER_BYTES = 900, 330, 5000
 """Bytes of a matrix in the manifest and in plan.json, and of what else a run writes."""
 
@@ -66,6 +68,8 @@ class _Parts:
     device: float = 0
     spare: float = 0
     """On the device."""
+    mapped: float = 0
+    """Pages of files, which the system takes back when it needs them."""
 
 
 def demand_of(load: Workload, out: Path | None) -> Demand:
@@ -75,7 +79,7 @@ def demand_of(load: Workload, out: Path | None) -> Demand:
     host_need = base + kept + max(parts.host + (parts.device if on_cpu(load) else 0) for parts in stages.values())
     spare_of = {title: min(parts.spare, load.free_bytes / 2) for title, parts in stages.items()}
     peaks = {
-        title: base + kept + parts.host + (parts.device + spare_of[title] if on_cpu(load) else 0)
+        title: base + kept + parts.host + parts.mapped + (parts.device + spare_of[title] if on_cpu(load) else 0)
         for title, parts in stages.items()
     }
     peak_stage = max(peaks, key=lambda title: peaks[title])
@@ -113,7 +117,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
     curves = settings.needs_curves
     at_once = min(load.threads, FEW)
     return {
-        "Checking weights": _Parts(host=load.source_bytes / len(load.model.source.shards())),
+        "Checking weights": _Parts(mapped=min(load.source_bytes / len(load.model.source.shards()), SHARD)),
         "Trying the dense model": _Parts(
             load.batch_tokens * load.hidden * load.itemsize, max(block + passing, outer + scored)
         ),

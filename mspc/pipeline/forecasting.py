@@ -18,7 +18,7 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.inputs import shared_inputs
 from mspc.pipeline.cost import peak_memory
 from mspc.pipeline.demand import BASE, Demand, demand_of, output_bytes
-from mspc.pipeline.rates import GPU_BYTES, STARTING, Rates, known, table
+from mspc.pipeline.rates import GPU_BYTES, Rates, known, table
 from mspc.pipeline.stage_work import stages_of
 from mspc.pipeline.workload import Workload
 from mspc.planning.allocation import allocate, check_plan, choose_group_size
@@ -59,6 +59,19 @@ class Forecast:
     """Sentences about memory that is too small, each with what to change. Empty: nothing is known to fail."""
 
     @property
+    def disk_problem(self) -> str | None:
+        """A sentence about a disk that is too small for the output; None if it is large enough, or not known."""
+        free = self.demand.disk_free
+        if free is None or free >= self.output_bytes:
+            return None
+        need = in_words(self.output_bytes)
+        return f"The output needs about {need}, and {in_words(free)} are free. Free some space or choose another --out."
+
+    @property
+    def all_problems(self) -> list[str]:
+        return [*self.problems, *([self.disk_problem] if self.disk_problem else [])]
+
+    @property
     def seconds(self) -> float:
         return sum(self.seconds_by_stage.values())
 
@@ -78,7 +91,7 @@ class Forecast:
             "seconds": round(self.seconds, 3), "seconds_from": round(low, 3), "seconds_to": round(high, 3),
             "rates": {"of": self.rates.device, "threads": self.rates.threads, "date": self.rates.date,
                       "measured": self.rates.measured},
-            "problems": list(self.problems),
+            "problems": self.all_problems,
         }  # fmt: skip
 
     def line(self) -> str:
@@ -137,7 +150,6 @@ def forecast_run(
         place.free,
     )  # fmt: skip
     seconds = {title: work.seconds(rates) for title, work in stages_of(load).items()}
-    seconds["the rest"] = STARTING[place.device.type]
     demand = demand_of(load, out)
     return Forecast(
         name, load.blocks, len(load.flat), sum(matrix.numel for matrix in load.flat),

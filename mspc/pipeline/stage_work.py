@@ -8,6 +8,7 @@ from mspc.passes.gradients import fisher_block_size
 from mspc.passes.walk import FEW
 from mspc.pipeline.cost import CHECKED_TOKENS
 from mspc.pipeline.own_text import ROWS as SEQUENCES_AT_ONCE
+from mspc.pipeline.rates import STARTING
 from mspc.pipeline.recovery_stage import BATCH_SIZE, LENGTH, MOST_VALIDATION
 from mspc.pipeline.solver_work import MatrixWork
 from mspc.pipeline.workload import Work, Workload
@@ -16,6 +17,8 @@ from mspc.planning.curve_measurement import patterns_of
 from mspc.settings import ESTIMATE, SEARCH
 from mspc.types import Matrix, Target
 
+REST = "the rest"
+"""The title of what is no stage."""
 TYPICAL_PASSES = 7
 """Operations on the gradients of outputs, before their second moment."""
 HEAD, HEAD_BACKWARD, DIVERGENCE = 4, 6, 6
@@ -25,7 +28,7 @@ OF_HIDDEN, OF_OUTPUTS = 16, 2.5
 
 
 def stages_of(load: Workload) -> dict[str, Work]:
-    """The work of each stage in the order in which a run enters them; only those that the settings need."""
+    """The work of each stage in the order in which a run enters them, without those that it skips, and of the rest."""
     settings = load.settings
     stages: dict[str, Callable[[Workload, Work], None]] = {}
     if settings.keep_zeros:
@@ -51,6 +54,7 @@ def stages_of(load: Workload) -> dict[str, Work]:
         stages["Recovering"] = _recovering
     if settings.eval:
         stages["Evaluating"] = _evaluating
+    stages[REST] = _rest
     found = {}
     for title, count in stages.items():
         found[title] = Work()
@@ -134,10 +138,18 @@ def _writing_text(load: Workload, work: Work) -> None:
 
 
 def _trying(load: Workload, work: Work) -> None:
-    tokens = min(max(1, CHECKED_TOKENS // load.length) * load.length, load.tokens)
-    _pass(load, work, tokens)
+    _pass(load, work, tried_tokens(load))
     _read(load, work, 1)
-    _read(load, work, 1, outer=True)  # its logits come after the stage
+
+
+def _rest(load: Workload, work: Work) -> None:
+    """The start, and the logits of the trial, which come after its stage."""
+    work.add("seconds", STARTING[load.device.type])
+    _head(load, work, tried_tokens(load), HEAD)
+
+
+def tried_tokens(load: Workload) -> int:
+    return min(max(1, CHECKED_TOKENS // load.length) * load.length, load.tokens)
 
 
 def _gradients(load: Workload, work: Work) -> None:
