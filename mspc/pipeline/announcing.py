@@ -21,7 +21,7 @@ WORTH_A_LINE = 20.0
 
 def announce(
     source: Path, device: torch.device, matrices: MatricesByBlock, settings: Settings,
-    given: Sequence[PlannedMatrix] | None, threads: int, spill: Path | None, out: Path, *, force: bool, resumed: bool,
+    given: Sequence[PlannedMatrix] | None, threads: int, spill: Path | None, out: Path, force: bool, resumed: bool,
 ) -> None:  # fmt: skip
     """Show the forecast of a long run.
 

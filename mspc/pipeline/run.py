@@ -119,8 +119,7 @@ class Run:
         self.settings = settings = choose_group_size(settings, matrices)
         self.check_early(model, matrices)
         announce(
-            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, force=self.force,
-            resumed=self.resume,
+            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, self.force, self.resume,
         )  # fmt: skip
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
