@@ -107,7 +107,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
     widest = max(load.flat, key=lambda matrix: solver_bytes(matrix.shape))
     block = max(load.block_numel) * load.itemsize
     width = max(max(matrix.shape) for matrix in load.flat)
-    passing = BUFFERS * width * load.batch_tokens * load.itemsize
+    passing = BUFFERS * width * min(load.batch_tokens, max(load.tokens, load.test_tokens)) * load.itemsize
     of_sequence = load.length * load.vocabulary * 4
     outer = load.outer_numel * load.itemsize
     measured, validation = load.measured_tokens, load.validation_tokens
@@ -124,7 +124,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         "Gradients": _Parts(
             min(measured, load.batch_tokens * load.threads) * load.hidden * (load.blocks + 2) * load.itemsize,
             max(
-                block + 2 * passing,
+                block + 2 * passing * min(measured / load.batch_tokens, 1),
                 outer + HEAD_COPIES * min(measured, load.batch_tokens) * load.vocabulary * 4 * load.threads,
             ),
         )
@@ -170,14 +170,19 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     settings = load.settings
     streams = 2 if settings.propagation or settings.reconstruct else 1
     # Memory of the gradients that the C library has not given back, and that is in pieces too small to be used again.
-    left = 2 * passing if passing / BUFFERS < LARGEST_KEPT and fisher_bytes(load) and on_cpu(load) else 0
+    gradients = 2 * passing * min(load.measured_tokens / load.batch_tokens, 1)
+    left = gradients if passing / BUFFERS < LARGEST_KEPT and fisher_bytes(load) and on_cpu(load) else 0
     hidden = load.tokens * load.hidden * load.itemsize * (load.spill is None)
     held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
+    batch = min(load.batch_tokens, load.tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
     return _Parts(
         streams * hidden + stored + left,
-        streams * (block + held * load.batch_tokens) + passing + solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2,
-        streams * held * max(load.tokens - load.batch_tokens, 0),
+        streams * (block + held * batch)
+        + passing * batch / load.batch_tokens
+        + solver_bytes(widest.shape)
+        + 8 * widest.shape[1] ** 2,
+        streams * held * (load.tokens - batch),
     )
 
 

@@ -71,8 +71,7 @@ class Run:
     model_name: str
     threads: int = 1
     """Number of threads that share the work, for the manifest."""
-    force: bool = False
-    """Start a run that by its forecast does not fit in memory."""
+    force: bool = False  # to start although it does not fit in memory
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.progress)
@@ -119,7 +118,8 @@ class Run:
         self.settings = settings = choose_group_size(settings, matrices)
         self.check_early(model, matrices)
         announce(
-            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, self.force, self.resume,
+            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, self.force,
+            self.resume,
         )  # fmt: skip
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
