@@ -171,13 +171,15 @@ def forecast(
     Raises InputError for what `compress` would refuse by the shapes; `problems` of the result has what does not fit.
     """
     check_threads(threads)
+    if not isinstance(model, str | Path):
+        raise InputError(f"model must be a folder, a .gguf file or a hub id, not a {type(model).__name__}.")
     if calibrated and device in GPU_BYTES:
         raise InputError(f"Device {device} is a table, and only a device of this machine can be measured.")
     number = count_threads(threads)
     if calibrated:
         calibrate(Place.named(device).device, number)
     return forecast_of(
-        _name_of(model), Recipe() if recipe is None else recipe, device, number, Path(spill) if spill else None,
+        str(model), Recipe() if recipe is None else recipe, device, number, Path(spill) if spill else None,
         Path(out) if out else None,
     )  # fmt: skip
 

@@ -284,10 +284,10 @@ def test_seconds_of_work_that_threads_share():
     [
         (3, 8.2, "3 to 8.2 seconds"),
         (80, 99, "80 to 99 seconds"),
-        (80, 300, "1.3 to 5 minutes"),
-        (600, 8000, "0.2 to 2.2 hours"),
+        (80, 300, "80 seconds to 5 minutes"),
+        (600, 8000, "10 minutes to 2.2 hours"),
         (4e5, 9e5, "4.6 to 10 days"),
-        (1, 1, "1 seconds"),
+        (90.0, 90.2, "90 seconds"),
     ],
 )
 def test_spans(low, high, words):

@@ -176,12 +176,10 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
     batch = min(load.batch_tokens, load.tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
+    solver = solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
     return _Parts(
         streams * hidden + stored + left,
-        streams * (block + held * batch)
-        + passing * batch / load.batch_tokens
-        + solver_bytes(widest.shape)
-        + 8 * widest.shape[1] ** 2,
+        streams * (block + held * batch) + passing * batch / load.batch_tokens + solver,
         streams * held * (load.tokens - batch),
     )
 

@@ -104,16 +104,22 @@ class Forecast:
 
 
 def span(low: float, high: float) -> str:
-    """`"4 to 9 minutes"`."""
-    for unit, size in (("seconds", 1.0), ("minutes", 60.0), ("hours", 3600.0), ("days", 86400.0)):
-        if high < 100 * size or unit == "days":
-            break
-    first, last = _number(low / size), _number(high / size)
+    """`"4 to 9 minutes"`, or `"50 minutes to 2.2 hours"`."""
+    (first, unit), (last, other) = _in_unit(low), _in_unit(high)
+    if unit != other:
+        return f"{first} {unit} to {last} {other}"
     return f"{last} {unit}" if first == last else f"{first} to {last} {unit}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}".removesuffix(".0")
+UNITS = (("seconds", 1.0, 100.0), ("minutes", 60.0, 100.0), ("hours", 3600.0, 72.0), ("days", 86400.0, float("inf")))
+"""Units of time, their seconds, and the number of them from which the next one is used."""
+
+
+def _in_unit(seconds: float) -> tuple[str, str]:
+    """A number with two digits or more, and its unit."""
+    unit, size, _ = next(entry for entry in UNITS if seconds < entry[1] * entry[2])
+    value = seconds / size
+    return (f"{value:.0f}" if value >= 9.5 else f"{value:.1f}".removesuffix(".0")), unit
 
 
 @dataclass(frozen=True)
