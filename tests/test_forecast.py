@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import typer
 from test_cli import RECIPE_FLAGS, mspc_cli, only_json
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import mspc
@@ -18,13 +20,20 @@ from mspc.cli.main import app
 from mspc.errors import InputError
 from mspc.model import gguf_file
 from mspc.model.outline import outlined
+from mspc.numerics.linalg import output_error
 from mspc.passes.inputs import by_name, shared_inputs
 from mspc.pipeline import announcing, demand, forecasting, rates
 from mspc.pipeline.forecasting import Forecast, span
+from mspc.pipeline.solver_work import MatrixWork
 from mspc.pipeline.stage_work import REST
+from mspc.pipeline.workload import Work
+from mspc.planning.curve_measurement import curve_of, patterns_of
 from mspc.settings import has_goal
+from mspc.solvers import SOLVERS, SolverOptions
+from mspc.solvers.error_compensation import compensated
 from mspc.storage.artifact import MATRICES, UNCHANGED
 from mspc.storage.sizes import bytes_in
+from mspc.types import GramStats, Target, Unstructured
 
 HALF = mspc.Recipe(sparsity=0.5)
 
@@ -173,6 +182,74 @@ def test_more_of_everything_takes_longer(llama):
     assert seconds(effort="best") > seconds() > seconds(effort="fast")
     assert seconds(solver="admm", allocator="uniform") < seconds()
     assert seconds(threads=2) < seconds()
+
+
+# The work, counted
+
+
+OUTPUTS, INPUTS, TOKENS = 1024, 256, 500
+
+
+def products_of(function: Callable[[], object]) -> int:
+    """Floating point operations of the products in a call, as torch counts them."""
+
+    def added(self: object, a: tuple[int, int], b: tuple[int, int], *_: object, **__: object) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def products_counted(count: Callable[[MatrixWork], None]) -> float:
+    work = Work()
+    count(MatrixWork(work, (OUTPUTS, INPUTS)))
+    return sum(amount for (kind, _), amount in work.amounts.items() if kind in ("product", "double"))
+
+
+@pytest.fixture
+def problem() -> tuple[torch.Tensor, GramStats]:
+    """A weight and statistics whose search does not end early."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, shift = (torch.randn(n, INPUTS, generator=generator) for n in (OUTPUTS, TOKENS, INPUTS))
+    gradients = torch.randn(OUTPUTS // 256, 256, 300, generator=generator)
+    return weight, GramStats(x.T @ x, TOKENS, shift, gradients @ gradients.mT / 300)
+
+
+@pytest.mark.parametrize("solver", ["kfac", "fisher"])
+@pytest.mark.parametrize(
+    "goal", [{"sparsity": 0.5}, {"sparsity": 0.5, "bits": 4}, {"sparsity": 0.0, "bits": 4}], ids=str
+)
+def test_products_of_a_solver_are_those_that_it_makes(solver, goal, problem):
+    """Oracle: torch's counter of operations. Sweeps of 256 columns update a half of what long ones do."""
+    weight, stats = problem
+    settings = replace(mspc.Recipe(solver=solver, **goal).settings(), iterations=6)
+    target = Target(Unstructured(goal["sparsity"]), settings.grid_for(INPUTS))
+    options = SolverOptions(iterations=6)
+    made = products_of(lambda: SOLVERS[solver](weight, stats, target, options, "the matrix"))
+    counted = products_counted(lambda matrix: matrix.searched(target, settings, solver == "kfac"))
+    assert counted == pytest.approx(made, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.5}, {"bits_per_weight": 3.0}, {"sparsity": 0.5, "solver": "admm"}], ids=str
+)
+def test_products_of_a_curve_are_those_that_it_makes(options, problem):
+    """Oracle: torch's counter of operations."""
+    weight, stats = problem
+    settings = mspc.Recipe(**{"allocator": "curves"} | options).settings()
+    made = products_of(lambda: curve_of(weight, stats, settings, SolverOptions(), "the matrix"))
+    counted = products_counted(lambda matrix: matrix.curve(patterns_of(settings), settings))
+    assert counted == pytest.approx(made, rel=0.03)
+
+
+def test_products_of_compensation_and_error_are_those_that_are_made(problem):
+    """Oracle: torch's counter of operations."""
+    weight, stats = problem
+    made = products_of(lambda: compensated(weight, stats, 1.0, 0.01, "the matrix"))
+    assert products_counted(MatrixWork.compensated) == made
+    made = products_of(lambda: output_error(weight, weight / 2, stats.gram))
+    assert products_counted(lambda matrix: matrix.judged_and_stored(codes=False, num_bytes=0)) == made
 
 
 # What does not fit

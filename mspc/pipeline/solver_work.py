@@ -111,9 +111,11 @@ class MatrixWork:
         """`admm`, and the rounding of what it finds."""
         self.form()
         self.decomposed(kfac)
-        if target.pattern.sparsity > 0 and not settings.keep_zeros:
+        if not settings.keep_zeros:
+            # Without zeros the first round changes nothing.
+            iterations = settings.iterations if target.pattern.sparsity > 0 else min(ROUND, settings.iterations)
             self.applied(1, kfac)
-            self.iterated(settings.iterations, target.pattern, kfac, changes_rho=ROUND)
+            self.iterated(iterations, target.pattern, kfac, changes_rho=ROUND)
             self.selected(2, target.pattern)
             self.operations(6)
         self.refined(CG_STEPS, kfac)
@@ -134,7 +136,7 @@ class MatrixWork:
         """A sweep with codes on a given mask, and its polish; with `parts` above 1, two-sided."""
         self.swept(codes=True, parts=parts)
         groups = max(self.columns / 128, 1)
-        self.products(13 + 1)  # errors of rows, scales twice, codes once
+        self.products(12)  # six errors of rows, the scales twice, the codes once
         self.operations(30)
         self.work.operations(self.numel, 4 * groups, self.ways, near=self.numel / parts <= 2**20)
         self.work.add("product", 20 * self.rows * groups**3, self.ways)
@@ -145,8 +147,8 @@ class MatrixWork:
             self.work.add("factor", self.rows * self.block**2, self.matrices)
 
     def curve(self, patterns: list[Pattern], settings: Settings) -> None:
-        """`curve_of`: the whole matrix once, and a few of its rows for the path."""
-        kfac = settings.solver == "kfac" or settings.solver == "fisher"  # curves use the whole factor
+        """`curve_of`: the whole matrix once, and a few of its rows for the path, by the whole factor of the outputs."""
+        kfac = True
         self.form()
         sample = self
         if self.rows // self.block > SAMPLED:
