@@ -151,12 +151,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         if settings.validates_plans and not settings.has_budget
         else None,
         "Compressing": _compressing(load, block, passing, widest),
-        "Recovering": _Parts(
-            recovered_tokens(load) * load.hidden * load.itemsize,
-            memory_of_training(load.model, load.dtype, load.plan, settings),
-        )
-        if settings.recover
-        else None,
+        "Recovering": _recovering(load) if settings.recover else None,
         "Evaluating": _Parts(
             2 * load.test_tokens * load.hidden * load.itemsize * (load.spill is None),
             max(2 * block + passing, 2 * outer + 2 * scored * load.threads),
@@ -182,6 +177,11 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
         streams * (block + held * batch) + passing * batch / load.batch_tokens + solver,
         streams * held * (load.tokens - batch),
     )
+
+
+def _recovering(load: Workload) -> _Parts:
+    hidden = recovered_tokens(load) * load.hidden * load.itemsize
+    return _Parts(hidden, memory_of_training(load.model, load.dtype, load.plan, load.settings))
 
 
 def disk_bytes(load: Workload) -> int:

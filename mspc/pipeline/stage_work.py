@@ -143,9 +143,13 @@ def _trying(load: Workload, work: Work) -> None:
 
 
 def _rest(load: Workload, work: Work) -> None:
-    """The start, and the logits of the trial, which come after its stage."""
+    """The start, and the logits of the trial and of the validation, which come after their stages."""
     work.add("seconds", STARTING[load.device.type])
     _head(load, work, tried_tokens(load), HEAD)
+    if load.settings.validates_plans:
+        plans, tokens = 1 + len(INTERPOLATIONS), load.validation_tokens
+        _head(load, work, tokens * (1 + plans), HEAD)
+        work.operations(float(load.length) * load.vocabulary, DIVERGENCE * plans * tokens / load.length)
 
 
 def tried_tokens(load: Workload) -> int:
@@ -226,8 +230,6 @@ def _validating(load: Workload, work: Work) -> None:
     for _ in range(1 + plans):
         _pass(load, work, load.validation_tokens)
     _read(load, work, 1 + plans)
-    _head(load, work, load.validation_tokens * (1 + plans), HEAD)
-    work.operations(float(load.length) * load.vocabulary, DIVERGENCE * plans * load.validation_tokens / load.length)
 
 
 def keeps_grams(load: Workload) -> bool:
