@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mspc.version import __version__
 
 if TYPE_CHECKING:
-    from mspc.api import Artifact, compress, evaluate, export, generate, verify
+    from mspc.api import Artifact, compress, evaluate, export, forecast, generate, verify
     from mspc.bench.tasks import TaskResult, TaskScore, evaluate_tasks
     from mspc.errors import (
         ActivationError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from mspc.pages.page import report
     from mspc.passes.perplexity import Perplexity
+    from mspc.pipeline.forecasting import Forecast
     from mspc.progress import Event
     from mspc.publish.upload import Push, push
     from mspc.recipe import Recipe
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: transformers takes seconds, and a Recipe needs none of it.
 _HOME = {
-    "mspc.api": ("Artifact", "compress", "evaluate", "export", "generate", "verify"),
+    "mspc.api": ("Artifact", "compress", "evaluate", "export", "forecast", "generate", "verify"),
     "mspc.bench.tasks": ("TaskResult", "TaskScore", "evaluate_tasks"),
     "mspc.errors": (
         "ActivationError", "InputError", "MspcError", "SingularGramError", "Stopped", "StorageError",
@@ -43,6 +44,7 @@ _HOME = {
     ),
     "mspc.pages.page": ("report",),
     "mspc.passes.perplexity": ("Perplexity",),
+    "mspc.pipeline.forecasting": ("Forecast",),
     "mspc.progress": ("Event",),
     "mspc.publish.upload": ("Push", "push"),
     "mspc.recipe": ("Recipe",),
@@ -53,10 +55,10 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationError", "Artifact", "Event", "InputError", "KeepZeros", "MspcError", "Perplexity", "Push", "Recipe",
-    "Recovery", "SingularGramError", "Stopped", "StorageError", "TaskResult", "TaskScore", "VerificationError",
-    "__version__", "compress", "evaluate", "evaluate_tasks", "export", "generate", "load", "masks", "push", "recover",
-    "report", "verify",
+    "ActivationError", "Artifact", "Event", "Forecast", "InputError", "KeepZeros", "MspcError", "Perplexity", "Push",
+    "Recipe", "Recovery", "SingularGramError", "Stopped", "StorageError", "TaskResult", "TaskScore",
+    "VerificationError", "__version__", "compress", "evaluate", "evaluate_tasks", "export", "forecast", "generate",
+    "load", "masks", "push", "recover", "report", "verify",
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from mspc.kernels.slow import slow_note
 from mspc.model.hub import choose_device, load_tokenizer, resolve, without_progress
 from mspc.passes.perplexity import Perplexity
 from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
+from mspc.pipeline.forecasting import Forecast, Place, forecast_of
+from mspc.pipeline.rates import GPU_BYTES, calibrate
 from mspc.pipeline.run import Run
 from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress, log
@@ -30,6 +32,7 @@ from mspc.storage.output_folder import made_and_held, sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
 from mspc.threads import check as check_threads
+from mspc.threads import count as count_threads
 from mspc.threads import using
 from mspc.types import PlannedMatrix
 
@@ -81,6 +84,7 @@ def compress(
     overwrite: bool = False,
     exports: Sequence[str] = (),
     threads: int | None = None,
+    force: bool = False,
 ) -> Artifact:
     """Prune and quantize the matrices of a model, each according to its sensitivity.
 
@@ -100,6 +104,7 @@ def compress(
         overwrite: Replace an older artifact once the new one is complete.
         exports: Formats to write to `out/exports/` too.
         threads: Threads of the CPU, which change no byte. None: OMP_NUM_THREADS, or the cores that the process may use.
+        force: Start a run that by its forecast does not fit in memory.
 
     Raises the errors of `mspc.errors`.
     """
@@ -130,6 +135,7 @@ def compress(
         with made_and_held(folder), _saved(model, tokenizer, out) as source:
             run = run or start(source)
             with using(threads, run.device) as run.threads:
+                run.force = force
                 run.compress(folder, Path(measurements) if measurements else None, Path(spill) if spill else None)
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
@@ -140,6 +146,43 @@ def compress(
     for name in exports:
         export(artifact, name, artifact.path / EXPORTS / name, overwrite=resume, progress=shown)
     return artifact
+
+
+def forecast(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    device: str = "here",
+    threads: int | None = None,
+    spill: str | Path | None = None,
+    calibrated: bool = False,
+) -> Forecast:
+    """Seconds, memory and disk of `compress` with the same options, by config.json alone; no weight is read.
+
+    Args:
+        model: Checkpoint folder, .gguf file (only its header is read), or hub id (only config.json is downloaded).
+        recipe: What to make of it. Its device does not count.
+        out: Folder whose free space is compared; None: the disk is not checked.
+        device: here, cpu or cuda:1 (devices of this machine, whose free memory is compared), h200 or a100 (tables).
+        threads: Threads of the CPU; None: OMP_NUM_THREADS, or the cores that the process may use.
+        spill: Folder for activations, as for `compress`.
+        calibrated: Measure the device first, in some seconds. The rates are kept in the cache folder.
+
+    Raises InputError for what `compress` would refuse by the shapes; `problems` of the result has what does not fit.
+    """
+    check_threads(threads)
+    if not isinstance(model, str | Path):
+        raise InputError(f"model must be a folder, a .gguf file or a hub id, not a {type(model).__name__}.")
+    if calibrated and device in GPU_BYTES:
+        raise InputError(f"Device {device} is a table, and only a device of this machine can be measured.")
+    number = count_threads(threads)
+    if calibrated:
+        calibrate(Place.named(device).device, number)
+    return forecast_of(
+        str(model), Recipe() if recipe is None else recipe, device, number, Path(spill) if spill else None,
+        Path(out) if out else None,
+    )  # fmt: skip
 
 
 def _name_of(model: object) -> str:

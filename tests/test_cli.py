@@ -30,7 +30,7 @@ FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
 GOAL_FLAGS = {"--" + name.replace("_", "-") for name in GOALS}
 RUN_FLAGS = {
     *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
-    *("--threads", "--report"),
+    *("--threads", "--report", "--force"),
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--only", "--effort", "--solver"),
@@ -235,7 +235,7 @@ def test_a_recipe_file_that_conflicts_in_itself_is_refused(tmp_path):
     assert "pattern 2:4 fixes the sparsity at 0.5" in message
 
 
-VERBS = ("compress", "eval", "export", "verify", "bench", "report")
+VERBS = ("compress", "plan", "eval", "export", "verify", "bench", "report")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -28,7 +28,10 @@ KNOW_TRANSFORMERS = {
     "mspc.runtime.recovery",
     "exporters.onnx_graph", "exporters.runtimes.onnxruntime_genai", "exporters.runtimes.transformers",
 }  # fmt: skip
-PUBLIC = {"compress", "evaluate", "export", "generate", "load", "masks", "plan", "push", "recover", "report", "verify"}
+PUBLIC = {
+    "compress", "evaluate", "export", "forecast", "generate", "load", "masks", "plan", "push", "recover", "report",
+    "verify",
+}  # fmt: skip
 SAY_IT = {"language.py", "test_house.py"}
 RUN_CODE = {"from_pretrained", "from_config", "from_quantized", "load_dataset", "load_dataset_builder", "pipeline"}
 HEAVY = ("torch", "transformers", "numpy", "datasets", "rich", "typer")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +54,10 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an older artifact once the new one is complete.")
 ]
 
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Start a run that by its forecast does not fit (see `mspc plan`).")
+]
+
 
 def compress(
     model: ModelArgument,
@@ -64,6 +69,7 @@ def compress(
     report: ReportOption = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    force: ForceOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -79,16 +85,13 @@ def compress(
     mspc compress MODEL --out DIR --pattern 2:4            for sparse cores
     """
     with reported(debug, "If anything was solved, it is kept: `mspc compress` goes on with --resume."):
-        asked = {name: value for name, value in options.items() if value is not None and value != []}
-        if str(asked.get("group_size", "")).isdecimal():
-            asked["group_size"] = int(asked["group_size"])
-        whole = with_recipe(recipe, asked)
+        whole = with_recipe(recipe, asked_of(options))
         import mspc
         from mspc.pipeline.summary import summary
 
         artifact = mspc.compress(
             model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
-            exports=export or (), threads=threads,
+            exports=export or (), threads=threads, force=force,
         )  # fmt: skip
         if report:
             from mspc.pages.page import report_of_run
@@ -100,6 +103,14 @@ def compress(
             print_json(artifact.manifest)
         else:
             log.info(f"{out}: {summary(artifact.manifest)}")
+
+
+def asked_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recipe that were given."""
+    asked = {name: value for name, value in options.items() if value is not None and value != []}
+    if str(asked.get("group_size", "")).isdecimal():
+        asked["group_size"] = int(asked["group_size"])
+    return asked
 
 
 def _option(field: dataclasses.Field[Any]) -> inspect.Parameter:
@@ -123,13 +134,14 @@ def _option(field: dataclasses.Field[Any]) -> inspect.Parameter:
     )
 
 
-def _signature() -> inspect.Signature:
-    """The parameters of `compress`, with those of the recipe after `out`."""
-    own = [parameter for parameter in inspect.signature(compress).parameters.values() if parameter.name != "options"]
-    options = [_option(field) for field in dataclasses.fields(Recipe)]
-    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own[2:]]
-    return inspect.Signature([*own[:2], *options, *keyword_only])
+def with_options_of_recipe(command: Callable[..., None], first: int, without: tuple[str, ...] = ()) -> None:
+    """Give a command the options of a recipe after its `first` parameters, in place of `options`."""
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "options"]
+    options = [_option(field) for field in dataclasses.fields(Recipe) if field.name not in without]
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own[first:]]
+    signature = inspect.Signature([*own[:first], *options, *keyword_only])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
 
 
-compress.__signature__ = _signature()  # type: ignore[attr-defined]
-compress.__annotations__ = {name: p.annotation for name, p in compress.__signature__.parameters.items()}  # type: ignore[attr-defined]
+with_options_of_recipe(compress, 2)

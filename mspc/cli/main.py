@@ -29,6 +29,7 @@ from mspc.cli.console import (  # fmt: skip
 )
 from mspc.cli.export_commands import export, verify
 from mspc.cli.generate_command import generate
+from mspc.cli.plan_command import plan
 from mspc.cli.push_command import push
 from mspc.cli.report_command import report
 from mspc.cli.tasks import TASKS, ask, refuse
@@ -46,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(compress)
+app.command()(plan)
 
 
 @app.command(name="eval")

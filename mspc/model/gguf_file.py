@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import shutil
 from collections import Counter
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -45,40 +46,85 @@ def as_folder(path: Path) -> Path:
     return folder
 
 
-def _convert(path: Path, folder: Path) -> None:
+@dataclass(frozen=True)
+class Header:
+    """The part of a GGUF file before its weights."""
+
+    fields: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    types: dict[str, str]
+    factors: torch.Tensor | None
+
+    @property
+    def origin(self) -> str:
+        """The type of most weights in blocks."""
+        in_blocks = Counter[str]()
+        for name, shape in self.shapes.items():
+            in_blocks[self.types[name]] += math.prod(shape) if name.startswith("blk.") else 0
+        return in_blocks.most_common(1)[0][0]
+
+
+def outline_of(path: Path) -> tuple[Any, torch.dtype]:
+    """The config of a GGUF file, and the dtype that its weights would get. Raises InputError as `as_folder` does."""
+    header = _read_header(path)
+    config = _config_of(path, header)
+    if config is None:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except Exception as error:  # an architecture that transformers does not know
+            raise InputError(
+                f"{path}: transformers cannot read it ({in_brief(error)}). Give the checkpoint that it was made from."
+            ) from error
+    return config, EXACT.get(header.origin, torch.bfloat16)
+
+
+def _read_header(path: Path) -> Header:
+    """Raises InputError for a file that is damaged, a part of one, or no language model."""
     if find_spec("gguf") is None:
         raise InputError(f"{path}: reading GGUF files needs mspc[gguf]. Run: pip install 'mspc[gguf]'.")
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith(ARRAYS)}
-        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
-        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        factors = next((torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == FACTORS), None)
+        header = Header(
+            {name: field.contents() for name, field in reader.fields.items() if not name.endswith(ARRAYS)},
+            {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors},
+            {tensor.name: tensor.tensor_type.name for tensor in reader.tensors},
+            next((torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == FACTORS), None),
+        )
     except Exception as error:  # damaged or cut off: the reader checks little
         raise InputError(f"{path} is no whole GGUF file ({in_brief(error)}). Get it again.") from error
-    del reader  # its pages
-    sizes, in_blocks = Counter[str](), Counter[str]()
-    for name, shape in shapes.items():
-        sizes[types[name]] += math.prod(shape)
-        in_blocks[types[name]] += math.prod(shape) if name.startswith("blk.") else 0
-    total = sum(sizes.values())
-    if fields.get("split.count", 1) > 1:
-        raise InputError(f"{path} is one part of {fields['split.count']}. Join them first: llama-gguf-split --merge.")
-    if not sum(in_blocks.values()):
+    if header.fields.get("split.count", 1) > 1:
+        count = header.fields["split.count"]
+        raise InputError(f"{path} is one part of {count}. Join them first: llama-gguf-split --merge.")
+    if not any(math.prod(shape) for name, shape in header.shapes.items() if name.startswith("blk.")):
         raise InputError(f"{path} has no tensors of decoder layers. Give a GGUF file of a whole language model.")
-    origin = in_blocks.most_common(1)[0][0]
-    dtype = EXACT.get(origin, torch.bfloat16)
-    # Each parameter twice, as it is read and in the model, and the largest tensor and its copy as they are made dense.
-    largest = max(map(math.prod, shapes.values()))
-    _check_memory(path, 2 * (total * dtype.itemsize + largest * torch.float32.itemsize))
+    return header
+
+
+def _config_of(path: Path, header: Header) -> Any:
     try:
-        config = read_config(fields, shapes, factors)
+        return read_config(header.fields, header.shapes, header.factors)
     except (InputError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # a key that is missing or wrong
         raise InputError(
             f"{path} cannot be read as a model ({in_brief(error)}). Give the checkpoint that it was made from."
         ) from error
+
+
+def _convert(path: Path, folder: Path) -> None:
+    header = _read_header(path)
+    fields, shapes, origin = header.fields, header.shapes, header.origin
+    sizes = Counter[str]()
+    for name, shape in shapes.items():
+        sizes[header.types[name]] += math.prod(shape)
+    total = sum(sizes.values())
+    dtype = EXACT.get(origin, torch.bfloat16)
+    # Each parameter twice, as it is read and in the model, and the largest tensor and its copy as they are made dense.
+    largest = max(map(math.prod, shapes.values()))
+    _check_memory(path, 2 * (total * dtype.itemsize + largest * torch.float32.itemsize))
+    config = _config_of(path, header)
     shares = ", ".join(f"{name} {count / total:.0%}" for name, count in sizes.most_common() if count / total >= 0.005)
     log.info(f"{path.name} holds {shares}. Making it dense in {str(dtype)[6:]}, in {folder}.")
     if config is None:

@@ -3,7 +3,7 @@
 import difflib
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,32 @@ def resolve(model: str) -> Path:
         return path
     if is_gguf(path):
         return as_folder(path)
+    return _fetched(model, _downloaded)
+
+
+def config_folder(model: str) -> Path:
+    """The local folder of a path or hub id. Of a hub id only config.json is downloaded."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    return _fetched(model, _config_of)
+
+
+def _config_of(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=[MANIFEST, "config.json"]))
+
+
+def _fetched(model: str, download: Callable[[str], Path]) -> Path:
+    """The folder of a hub id, by a function that downloads it. Raises InputError for all that goes wrong."""
+    path = Path(model).expanduser()
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(
             f"Model {model!r} is not a folder. Give a Hugging Face checkpoint folder, a .gguf file or a hub id."
         )
     try:
-        return _downloaded(model)
+        return download(model)
     except InputError:
         raise
     except Exception as error:  # whatever the hub client raises: offline, unknown id, gated, network

@@ -68,7 +68,7 @@ class StreamedModel:
         kernels = "eager" if eager or capped else None
         types = source.types()
         check_sizes(config, types)
-        self.model = _built(
+        self.model = built(
             config, device, dtype=dtype, attn_implementation=kernels, experts_implementation=IMPLEMENTATION
         )
         for buffered in self.model.modules():
@@ -307,7 +307,7 @@ class StreamedModel:
         ]
 
 
-def _built(config: PreTrainedConfig, device: torch.device, **options: Any) -> PreTrainedModel:
+def built(config: PreTrainedConfig, device: torch.device, **options: Any) -> PreTrainedModel:
     """The model of a config, on meta. Raises InputError where transformers cannot make one."""
     try:
         with device if device.type == "meta" else parameters_on_meta():

@@ -1,10 +1,10 @@
 """All of a checkpoint that a run does not compress, copied to the artifact."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mspc.model.streamed import StreamedModel
-from mspc.pipeline.cost import estimated_bytes
+from mspc.pipeline.demand import artifact_bytes
 from mspc.progress import Progress
 from mspc.storage.artifact import UNCHANGED
 from mspc.storage.carrying import carry
@@ -15,14 +15,14 @@ from mspc.types import Matrix, PlannedMatrix
 
 
 def copy_rest(
-    checkpoint: Checkpoint, model: StreamedModel, plan: Sequence[PlannedMatrix], matrices: Iterable[Matrix],
+    checkpoint: Checkpoint, model: StreamedModel, plan: Sequence[PlannedMatrix], matrices: Sequence[Matrix],
     folder: Path, progress: Progress,
 ) -> None:  # fmt: skip
     """Copy all that belongs to the model and, shard by shard, the weights that are not compressed.
 
     `plan` and `matrices` are all that is compressed, embeddings and head too.
     """
-    check_space(folder, estimated_bytes(checkpoint, plan))
+    check_space(folder, artifact_bytes(model, [list(matrices)], plan))
     carry(checkpoint.folder, folder, read=checkpoint.shards())
     compressed = model.compressed_keys(matrices)
     with progress.stage("Copying other weights", len(checkpoint.shards())) as step:

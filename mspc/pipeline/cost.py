@@ -27,7 +27,7 @@ from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import MANIFEST, MatrixEntry
 from mspc.storage.sizes import bytes_in, sparse_export_bytes, tensor_bytes
 from mspc.text.tokens import Tokens
-from mspc.types import EMBEDDINGS, HEAD, UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix
+from mspc.types import EMBEDDINGS, HEAD, MatricesByBlock
 
 CHECKED_TOKENS = 4096
 """Tokens on which the dense model is tried before the work."""
@@ -186,13 +186,6 @@ def sizes(
         )
         - removed,
     }
-
-
-def estimated_bytes(checkpoint: Checkpoint, plan: Sequence[PlannedMatrix]) -> int:
-    """Approximate size of the output: that of the source, minus the savings of the plan."""
-    bits = [m.target.bits or UNQUANTIZED_BITS for m in plan]
-    saved = sum(m.numel * (15 - b * (1 - m.target.pattern.sparsity)) for m, b in zip(plan, bits, strict=True)) / 8
-    return max(int(checkpoint.dense_bytes() - saved), 0)
 
 
 def peak_memory() -> int:

@@ -98,18 +98,24 @@ def check_memory(model: StreamedModel, plan: Sequence[PlannedMatrix], settings: 
             f"recover: blocks of {type(model.model).__name__} share keys and values or pass several hidden states on, "
             "which training does not know. Leave recover out."
         )
-    widened = {torch.float16: torch.float32.itemsize}  # small gradients would vanish in float16
-    parameters = list(model.model.parameters())
-    whole = sum(parameter.numel() * widened.get(parameter.dtype, parameter.itemsize) for parameter in parameters)
-    shares = [0.0 if settings.has_budget else matrix.target.pattern.sparsity for matrix in plan]
-    kept = sum(matrix.numel * (1 - share) for matrix, share in zip(plan, shares, strict=True))
-    needed = int(whole + COPIES * 4 * kept + sum(matrix.numel for matrix in plan))
+    needed = memory_of_training(model, model.dtype, plan, settings)
     free = free_memory(model.device)
     if needed > free:
         raise InputError(
             f"recover: training needs {in_words(needed)} for the model, gradients, the optimizer and the best weights, "
             f"and {in_words(free)} are free. Use another device or a smaller model, or leave recover out."
         )
+
+
+def memory_of_training(
+    model: StreamedModel, dtype: torch.dtype, plan: Sequence[PlannedMatrix], settings: Settings
+) -> int:
+    """Bytes that training needs: the model in its dtype, and for each kept weight `COPIES` numbers."""
+    itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # small gradients would vanish in float16
+    whole = sum(parameter.numel() * itemsize for parameter in model.model.parameters())
+    shares = [0.0 if settings.has_budget else matrix.target.pattern.sparsity for matrix in plan]
+    kept = sum(matrix.numel * (1 - share) for matrix, share in zip(plan, shares, strict=True))
+    return int(whole + COPIES * 4 * kept + sum(matrix.numel for matrix in plan))
 
 
 def pieces(ids: Tensor, begin: tuple[int, ...]) -> Tensor:

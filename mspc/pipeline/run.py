@@ -1,6 +1,5 @@
 """One run of `compress`: measure, plan, solve and write; or continue an earlier run that was cut off."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from mspc.model.streamed import StreamedModel
 from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
 from mspc.passes.blocks import batches_of
 from mspc.passes.trial import irregular_layers, outside_notes
+from mspc.pipeline.announcing import announce
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
 from mspc.pipeline.copying import copy_rest
 from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
@@ -44,6 +44,7 @@ from mspc.recipe import Recipe
 from mspc.solvers.obs import check_pattern
 from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.config_json import config_digest
 from mspc.storage.dequantized import dense_config, open_checkpoint, origin_note
 from mspc.storage.files import sha256_of, write_json, write_text
 from mspc.storage.journal import Journal
@@ -71,6 +72,7 @@ class Run:
     model_name: str
     threads: int = 1
     """Number of threads that share the work, for the manifest."""
+    force: bool = False  # to start although it does not fit in memory
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.progress)
@@ -117,6 +119,10 @@ class Run:
         self.settings = settings = choose_group_size(settings, matrices)
         self.outer = planned_outer(model, settings, self.recipe.asked())
         self.check_early(model, matrices)
+        announce(
+            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, self.force,
+            self.resume,
+        )  # fmt: skip
         if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
             check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
         text = draw(settings, self.calibration, self.load_tokenizer, partial(self.own_text, measurements))
@@ -191,7 +197,7 @@ class Run:
 
     def own_text(self, measurements: Path | None, counts: Sequence[int]) -> Tokens:
         """Text that the model writes, which is kept like measurements."""
-        identity, kept = [self.digests, _config_digest(self.source)], measurements or self.folder / OWN_TEXT
+        identity, kept = [self.digests, config_digest(self.source)], measurements or self.folder / OWN_TEXT
         tokenizer, device = self.load_tokenizer(), self.device
         return Author(self.source, device, self.settings, tokenizer, identity, kept, self.progress).write(counts)
 
@@ -200,7 +206,7 @@ class Run:
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
-            "source": {"name": self.source_name, "sha256": self.digests, "config": _config_digest(self.source)},
+            "source": {"name": self.source_name, "sha256": self.digests, "config": config_digest(self.source)},
             "recipe": self.recipe.to_dict(),
             "settings": self.settings.to_dict(),
             "plan": sha256_of(Path(self.settings.plan)) if self.settings.plan is not None else None,
@@ -388,10 +394,3 @@ class Run:
         for name in (MEASUREMENTS, OWN_TEXT):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         Journal.discard(self.folder)
-
-
-def _config_digest(folder: Path) -> str:
-    """sha256 of config.json, without the fields that only say where it comes from."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -178,10 +178,8 @@ def judge_of(
 
 def check_memory(model: StreamedModel, validation: Tensor, matrices: MatricesByBlock) -> None:
     """Raises InputError if a search needs more memory than is free."""
-    numel = sum(matrix.numel for matrix in flatten(matrices))
-    host, levels = torch.device("cpu"), numel * (2 * WINDOW + 1) * model.dtype.itemsize
-    whole = sum(parameter.numel() * parameter.itemsize for parameter in model.model.parameters())
-    whole += validation.numel() * model.config.get_text_config().vocab_size * torch.float32.itemsize
+    host = torch.device("cpu")
+    levels, whole = memory_of_search(model, model.dtype, validation.numel(), matrices)
     needs = {host: levels + whole} if model.device == host else {host: levels, model.device: whole}
     for device, need in needs.items():
         if (free := free_memory(device)) < need:
@@ -190,3 +188,16 @@ def check_memory(model: StreamedModel, validation: Tensor, matrices: MatricesByB
                 f"It needs {in_words(need)} on {device}, and {in_words(free)} are free. Use --allocator auto, "
                 "which loads one block at a time, or fewer --num-sequences, which need a little less."
             )
+
+
+def memory_of_search(
+    model: StreamedModel, dtype: torch.dtype, tokens: int, matrices: MatricesByBlock
+) -> tuple[int, int]:
+    """Bytes that a search needs for the levels of the matrices in host memory, and for the model on its device.
+
+    `dtype` is that of the model, and `tokens` are those of the validation text.
+    """
+    numel = sum(matrix.numel for matrix in flatten(matrices))
+    whole = sum(parameter.numel() * dtype.itemsize for parameter in model.model.parameters())
+    predictions = tokens * model.config.get_text_config().vocab_size * torch.float32.itemsize
+    return numel * (2 * WINDOW + 1) * dtype.itemsize, whole + predictions

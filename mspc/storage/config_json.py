@@ -1,6 +1,9 @@
-"""Corrections of config.json and its like: they name only files that are there, and one dtype."""
+"""Corrections of config.json and its like, which name only files that are there, and one dtype; and its digest."""
 
+import hashlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Config = dict[str, Any]
@@ -68,3 +71,10 @@ def _existing(value: Any, is_there: Callable[[str], bool]) -> Any:
         found = {name: kept for name, part in value.items() if (kept := _existing(part, is_there)) is not None}
         return found or None
     return None
+
+
+def config_digest(folder: Path) -> str:
+    """sha256 of config.json, without the fields that only say where it comes from."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
