@@ -34,14 +34,13 @@ from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
 from mspc.pipeline.summary import DEFAULT_GOAL, report, unused_note
 from mspc.pipeline.training_checks import check_training
-from mspc.planning.allocation import allocate, check_plan, choose_group_size, possible_targets
+from mspc.planning.allocation import allocate, choose_group_size, possible_targets
 from mspc.planning.kept_zeros import plan_of_zeros
+from mspc.planning.plan_checks import check_targets
 from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
-from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
-from mspc.solvers.obs import check_pattern
 from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.config_json import config_digest
@@ -53,7 +52,7 @@ from mspc.storage.output_folder import publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
 from mspc.text.tokens import Tokens, name_of
-from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, Matrix, PlannedMatrix, flatten
+from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
 from mspc.version import __version__
 
 
@@ -119,21 +118,12 @@ class Run:
         self.settings = settings = choose_group_size(settings, matrices)
         self.outer = planned_outer(model, settings, self.recipe.asked())
         self.check_early(model, matrices)
-        announce(
-            self.source, self.device, matrices, settings, self.given, self.threads, spill, folder, self.force,
-            self.resume,
-        )  # fmt: skip
-        if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
-            check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
-        text = draw(settings, self.calibration, self.load_tokenizer, partial(self.own_text, measurements))
-        tokens, validation = text.calibration, text.validation
-        if tokens.note:
-            log.info(tokens.note)
-        for ids in (tokens.ids, validation, text.test):
-            if ids is not None:
-                check_range(ids, self.config.get_text_config().vocab_size, tokens.source)
+        about = self.source, self.device, matrices, settings, self.given, self.threads
+        announce(*about, spill, folder, self.force, self.resume)
+        text = self.draw_text(measurements)
+        tokens = text.calibration
         header = self.header(tokens)
-        planner = self.planner(checkpoint, tokens, validation, matrices, header, measurements)
+        planner = self.planner(checkpoint, tokens, text.validation, matrices, header, measurements)
         planner.check(model)
         for note in (*dense_notes(model.sorted_blocks(*selection)), *outside_notes(model)):
             log.info(note)
@@ -164,6 +154,18 @@ class Run:
         manifest = self.write_manifest(header | {"evaluation": evaluation}, plan, checkpoint, model, journal)
         publish(self.folder, self.out)
         report(manifest)
+
+    def draw_text(self, measurements: Path | None) -> Drawn:
+        """The text of the run. Raises InputError for ids that the model does not have."""
+        if isinstance(self.calibration, Tensor) or self.tokenizer is not None:
+            check_tokenizer_of(self.source)  # it is not used, but it belongs to the artifact
+        text = draw(self.settings, self.calibration, self.load_tokenizer, partial(self.own_text, measurements))
+        if text.calibration.note:
+            log.info(text.calibration.note)
+        for ids in (text.calibration.ids, text.validation, text.test):
+            if ids is not None:
+                check_range(ids, self.config.get_text_config().vocab_size, text.calibration.source)
+        return text
 
     def planner(
         self,
@@ -269,7 +271,7 @@ class Run:
 
     def checked(self, plan: list[PlannedMatrix]) -> list[PlannedMatrix]:
         """The plan, checked. Raises InputError, naming the matrix, for a target that it or an export cannot have."""
-        self.check_targets(plan)
+        check_targets(plan, self.settings)
         self.check_exports(self.with_outer(plan), self.raw_config(), self.source)
         return plan
 
@@ -281,18 +283,6 @@ class Run:
         """The content of config.json, as it is with dense weights."""
         return dense_config(json.loads((self.source / "config.json").read_text(encoding="utf-8")), self.source)
 
-    def check_targets(self, plan: list[PlannedMatrix]) -> None:
-        """Raises InputError, naming the matrix, for a target that the matrix cannot have."""
-        check_plan(plan)
-        for matrix in plan:
-            if self.settings.reconstruct and matrix.target.grid:
-                raise InputError(
-                    f"{matrix.name}: the plan quantizes it to {matrix.target.grid.bits} bits, but reconstruct tunes "
-                    f"weights that are not quantized. Set its bits to {UNQUANTIZED_BITS}, or leave reconstruct out."
-                )
-            if self.settings.solver == "obs" or (self.settings.solver != "mask" and matrix.target.grid):
-                check_pattern(matrix.target.pattern, matrix.shape[1], solver_options(self.settings), matrix.name)
-
     def check_early(self, model: StreamedModel, matrices: MatricesByBlock) -> None:
         """Raises InputError, before anything is measured, for a plan or an export that could not be made."""
         self.given = self.given_plan(model, matrices)
@@ -301,7 +291,7 @@ class Run:
         if not self.settings.has_budget:
             self.checked(plan)
             return
-        self.check_targets(plan)
+        check_targets(plan, self.settings)
         try:
             targets = self.with_outer(possible_targets(self.settings, matrices))
             self.check_exports(targets, self.raw_config(), self.source)
