@@ -90,7 +90,7 @@ def _loaded() -> ctypes.CDLL | None:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    """The library in a file. Raises OSError without one, and for one that was built from other sources."""
+    """The library in a file. Raises OSError if it is missing, or built from other sources."""
     loaded = ctypes.CDLL(str(path))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     built_from = getattr(loaded, "mspc_fingerprint", None)
