@@ -49,6 +49,8 @@ from mspc.types import (
 FILE = f"{MATRICES}/outer.safetensors"
 FITTED, SWEPT = 2**22, 2**24
 """Weights whose scales are fitted at a time, and weights of a sweep."""
+TIED_DAMP = 1.0
+"""Least damping of the sweep where the head is the embeddings as well, whose rows count as they are."""
 NEAREST = 8
 """Bits that are rounded to nearest."""
 TOKENS = 2**15
@@ -175,6 +177,8 @@ def rounded(weight: Tensor, one: PlannedOuter) -> CompressedLinear:
 
 def swept(weight: Tensor, one: PlannedOuter, stats: GramStats, options: SolverOptions) -> CompressedLinear:
     """The matrix (O, I) by one OBS sweep for the least error of its products, some rows at a time."""
+    if one.outer.tied is not None:
+        options = replace(options, damp=max(options.damp, TIED_DAMP))
     parts = []
     for first, last in strips((weight.shape[0], weight.shape[1]), SWEPT):
         rows = weight[first:last].float()
