@@ -4,7 +4,7 @@
 
 OPTIONS is a recipe as JSON, such as '{"sparsity": 0.5, "num_sequences": 16}'. The run is made with one thread, and all
 seconds are those of the CPU, so that other work on the machine counts as little as it can. The rates are measured after
-the run; with --calibrations, the medians of these and of earlier calls count. The peak memory is that of the process.
+the run; with --calibrations, the medians over earlier calls, too, count. The peak memory is that of the process.
 """
 
 import argparse
