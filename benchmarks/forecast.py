@@ -3,9 +3,8 @@
     python benchmarks/forecast.py MODEL OPTIONS [--calibrations FILE] [--out FILE.json]
 
 OPTIONS is a recipe as JSON, such as '{"sparsity": 0.5, "num_sequences": 16}'. The run is made with one thread, and all
-seconds are those of the CPU, so that other work on the machine counts as little as it can. The rates are measured
-before and after the run, and the medians count; --calibrations adds those of earlier calls. Use a process for each run:
-the peak memory is that of the process.
+seconds are those of the CPU, so that other work on the machine counts as little as it can. The rates are measured after
+the run; with --calibrations, the medians over earlier calls, too, count. The peak memory is that of the process.
 """
 
 import argparse
@@ -58,7 +57,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     recipe = mspc.Recipe.from_dict(arguments.options)
-    measured_rates(arguments.calibrations, rates.calibrate(CPU, 1, time.process_time))
     stopwatch.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         artifact = mspc.compress(arguments.model, recipe, out=Path(folder) / "out", threads=1, progress=False)
