@@ -24,7 +24,14 @@ def read_config(artifact: ArtifactSource) -> dict[str, Any]:
     """
     found: dict[str, Any] = json.loads((artifact.folder / "config.json").read_text(encoding="utf-8"))
     config, manifest = corrected(found, partial(is_carried, artifact.folder)), artifact.manifest
+    if any(entry.role and entry.tied is None for entry in artifact.entries):  # the source has both, now different
+        config = _untied(config)
     return config | {"mspc": {key: manifest[key] for key in ("format_version", "mspc_version", "sparsity")}}
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: _untied(value) for key, value in config.items() if key == "text_config" and isinstance(value, dict)}
+    return config | inner | {"tie_word_embeddings": False}
 
 
 def write_shards(

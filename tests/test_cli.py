@@ -329,7 +329,7 @@ def test_inputs_that_are_none(tmp_path, artifact, llama, monkeypatch):
     config = json.loads((export / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (export / "config.json").write_text(json.dumps(config))
-    assert "quantized already (quant_method 'gptq')" in refused("eval", export)
+    assert "quantized already by its config.json (quant_method 'gptq')" in refused("eval", export)
     for file in export.glob("*.safetensors"):  # as in an onnx export
         file.unlink()
     del config["quantization_config"]

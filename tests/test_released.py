@@ -234,6 +234,7 @@ REFUSED = [
     ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv"),
     ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"a": {}}}, "nvfp4"),
     ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 grids"),
+    ({"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R3": {}}}}, "rotated weights"),
     ({"quant_method": "compressed-tensors"}, "config_groups"),
 ]
 

@@ -380,7 +380,7 @@ def test_selectors_are_compressed_if_they_are_asked_for(source_of, calibration, 
             {"include": ("expert_gate",), "only": ("q_proj",)},
             r"--include expert_gate matches no linear layer of a router.*--only win over",
         ),
-        ({"only": ("expert_gate",)}, r"--only expert_gate matches no matrix .* only with --include"),
+        ({"only": ("expert_gate",)}, r"--only expert_gate matches no matrix .* need --include"),
     ):
         with pytest.raises(InputError, match=message):
             tiny.compress(source, tmp_path / "out", calibration, **options | changes)

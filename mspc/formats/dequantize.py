@@ -58,6 +58,8 @@ def scaled_blocks(codes: Tensor, scales: Tensor, block: tuple[int, int] | None) 
     factors = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
     if factors.numel() == 1:
         return codes.float() * factors.reshape(())
+    if factors.ndim == 1 and codes.ndim > 2:
+        raise ValueError(f"{len(factors)} scales for codes of {codes.ndim} dimensions")
     if factors.ndim == 1:  # one for each row
         factors = factors[:, None]
     (rows, columns), (num_rows, num_columns) = codes.shape[-2:], factors.shape[-2:]

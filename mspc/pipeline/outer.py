@@ -53,6 +53,8 @@ TIED_DAMP = 1.0
 """Least damping of the sweep where the head is the embeddings as well, whose rows count as they are."""
 NEAREST = 8
 """Bits that are rounded to nearest."""
+HEADER_BYTES = 250
+"""Upper estimate for what the tensors of a matrix add to the header of a safetensors file."""
 TOKENS = 2**15
 """Tokens of calibration text for the sweep of a head."""
 
@@ -78,9 +80,10 @@ class PlannedOuter:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes that the grid saves in the sparse export."""
+        """Bytes that the grid saves in the sparse export, at least."""
         planned = self.planned
-        return planned.numel * self.dtype.itemsize - num_bytes(planned.shape, planned.target, self.dtype, exported=True)
+        stored = num_bytes(planned.shape, planned.target, self.dtype, exported=True)
+        return planned.numel * self.dtype.itemsize - stored - HEADER_BYTES
 
 
 def planned_outer(model: StreamedModel, settings: Settings, asked: Iterable[str]) -> list[PlannedOuter]:

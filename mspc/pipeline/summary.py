@@ -84,7 +84,7 @@ def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
         factor = f"{dense / sparse:.1f} times smaller" if sparse < dense else "not smaller"
         lines.append(
             f"Size: weights of {in_words(dense)} before and {in_words(sparse)} as the sparse export, "
-            f"{factor}. Embeddings and head, {_outer_in_words(manifest.get('outer', ()))}, are "
+            f"{factor}. Embeddings and head, which are {outer_in_words(manifest.get('outer', ()))}, are "
             f"{in_words(embeddings)} of it ({embeddings / sparse:.0%}). This folder has "
             f"{in_words(sizes['artifact'])} of weights, {in_words(sizes['folder'])} in all, exports aside."
         )
@@ -110,9 +110,9 @@ def outer_lines(steps: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, 
     return lines
 
 
-def _outer_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+def outer_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
-        return "which are not compressed"
+        return "not compressed"
     if any("tied" in row for row in rows):
         return f"one matrix in {rows[0]['bits']} bits"
     bits = {row["role"]: str(row["bits"]) for row in rows}

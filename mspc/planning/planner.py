@@ -29,7 +29,7 @@ from mspc.settings import CURVES, SEARCH, Settings
 from mspc.storage.checkpoint import Checkpoint
 from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix, flatten
 
-HEADER_BYTES = 600
+HEADER_BYTES = 700
 """Upper estimate for the entries of one matrix in the header of a safetensors file."""
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from mspc.pages.html import printable
 from mspc.pages.subject import interval_in_words
-from mspc.pipeline.summary import HURT, number, recovery_line
+from mspc.pipeline.summary import HURT, number, outer_in_words, recovery_line
 from mspc.sizes import in_words
 from mspc.storage.manifest import is_recovered
 
@@ -89,7 +89,7 @@ def escaped(text: object) -> str:
 
 
 def _metadata(subject: Subject) -> str:
-    rows = subject.manifest["matrices"]
+    rows = _all_rows(subject.manifest)
     bits = sorted({row["bits"] for row in rows if "group_size" in row})
     sparse = any(row["pruned"] for row in rows)
     formats = [] if subject.kind in (ARTIFACT, "sparse", "dense") else [subject.kind]
@@ -102,6 +102,11 @@ def _metadata(subject: Subject) -> str:
     return str(ModelCardData(**values, pipeline_tag="text-generation", tags=tags).to_yaml()).strip()
 
 
+def _all_rows(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The matrices, embeddings and head too, which an artifact lists apart."""
+    return [*manifest["matrices"], *manifest.get("outer", ())]
+
+
 def _is_plain(value: object) -> bool:
     """Tell if a field of a card is a text in one line, or a list of such texts: one of several could end the block."""
     texts = value if isinstance(value, list) else [value]
@@ -110,7 +115,7 @@ def _is_plain(value: object) -> bool:
 
 def _lead(subject: Subject) -> str:
     manifest, name = subject.manifest, subject.base or str(_source(subject.manifest))
-    rows = manifest["matrices"]
+    rows = _all_rows(manifest)
     quantized = any("group_size" in row for row in rows)
     done = [word for word, is_so in (("pruned", any(row["pruned"] for row in rows)), ("quantized", quantized)) if is_so]
     how = " and ".join(done) or "stored"
@@ -164,13 +169,14 @@ def _method(subject: Subject) -> str:
     lines = [f"- {achieved:.2%} of the weights of the compressed matrices are zero"]
     if (bits := manifest.get("bits_per_weight")) is not None:
         lines[0] += f", and they take {bits:.3f} bits per weight, scales and positions included"
-    lines[0] += ". Embeddings and head are as they were."
+    outer = [row for row in _all_rows(manifest) if row.get("role")]
+    lines[0] += f". Embeddings and head are {outer_in_words(outer)}."
     named = {"solver": "solver", "allocator": "allocator", "preset": "effort", "calibration text": "calibration"}
     if used := [f"{title} `{_code(settings[key])}`" for title, key in named.items() if settings.get(key) is not None]:
         lines.append(f"- Made with {', '.join(used)}.")
     if is_recovered(manifest):
         lines.append(f"- {escaped(recovery_line(manifest['recovery']))}")
-    rows = _kinds(manifest["matrices"])
+    rows = _kinds([row for row in manifest["matrices"] if not row.get("role")])
     table = _table(("pattern", "bits", "zeros", "matrices", "share of their weights"), rows)
     return "## Method\n\n" + "\n".join(lines) + "\n\n" + table
 

@@ -196,6 +196,8 @@ def _scheme_of_groups(method: str, config: Mapping[str, Any]) -> Scheme:
     """Compressed-tensors describe groups of modules. All must have one number of bits and one block."""
     if config.get("sparsity_config"):
         raise ValueError("sparsity_config, of a version that packed zeros")
+    if config.get("transform_config"):
+        raise ValueError("transform_config, of rotated weights")
     schemes = set()
     for group in config["config_groups"].values():
         layout = group.get("format") or config["format"]

@@ -56,8 +56,9 @@ def slices_of(config: Mapping[str, Any], where: Path | str) -> dict[str, dict[in
     Raises InputError, naming a matrix, where a parameter lacks a slice.
     """
     found: dict[str, dict[int, str]] = defaultdict(dict)
-    for name, row in config["matrices"].items():
-        if row.get("index") is None:
+    rows = config.get("matrices")
+    for name, row in rows.items() if isinstance(rows, Mapping) else ():  # `descriptions` refuses all else
+        if not isinstance(row, Mapping) or row.get("index") is None:
             continue
         index, parameter = row["index"], row.get("parameter")
         if type(index) is not int or type(parameter) is not str or index in found[parameter]:
