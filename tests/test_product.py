@@ -30,6 +30,11 @@ MATRICES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # set where GPTQModel is verified
+
+
 def layer_of(matrix: StoredMatrix, device: str | None) -> SparseLinear:
     """A layer as it is stored, or prepared for a kernel of a type of device; the reference computes for cuda."""
     layer = SparseLinear.of(stored(matrix), matrix)

@@ -29,8 +29,8 @@ from mspc.settings import CURVES, SEARCH, Settings
 from mspc.storage.checkpoint import Checkpoint
 from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix, flatten
 
-HEADER_BYTES = 700
-"""Upper estimate for the entries of one matrix in the header of a safetensors file."""
+HEADER_BYTES, SLICE_BYTES = 600, 100
+"""Upper estimates for the entries of a matrix in the header of a safetensors file, and for those that slices add."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Planner:
             return int(self.settings.bits_per_weight * numel / 8)
         whole = self.checkpoint.dense_bytes()
         rest = whole - self.saved_bytes - numel * self.dtype().itemsize + HEADER_BYTES * len(flat)
+        rest += SLICE_BYTES * sum(matrix.index is not None for matrix in flat)
         return self.settings.target_bytes - rest
 
     def dtype(self) -> torch.dtype:
