@@ -335,7 +335,7 @@ def test_inputs_that_are_none(tmp_path, artifact, llama, monkeypatch):
     del config["quantization_config"]
     (export / "config.json").write_text(json.dumps(config))
     assert "holds no .safetensors files; give a Hugging Face checkpoint, an artifact, or an" in refused("eval", export)
-    assert "config.json cannot be used" in refused("eval", tmp_path)
+    assert "has no config.json, so it holds no model" in refused("eval", tmp_path)
     assert "is an mspc artifact already" in refused("compress", artifact, "--out", tmp_path / "out")
     assert "is not an mspc artifact: it has no mspc.json" in refused("inspect", llama)
     assert "is not an mspc artifact" in refused("export", llama, "dense", "--out", tmp_path / "out")

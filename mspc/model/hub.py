@@ -102,6 +102,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} has no config.json, so it holds no model. Give a Hugging Face checkpoint folder."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder}: its config.json cannot be used ({in_brief(error)}). Get it again.") from error
     if not isinstance(raw, dict):
