@@ -162,8 +162,9 @@ def mixture_lines(plan: Sequence[PlannedMatrix]) -> list[str]:
         numel = sum(matrix.numel for matrix in part)
         sparsities = [matrix.target.pattern.sparsity for matrix in part]
         mean = sum(matrix.target.pattern.sparsity * matrix.numel for matrix in part) / numel
+        count = "1 matrix" if len(part) == 1 else f"{len(part)} matrices"
         lines.append(
-            f"Mixture: {len(part)} {'matrix' if len(part) == 1 else 'matrices'} ({numel / whole:.0%} of the weights) at {bits} bits, sparsity {mean:.0%} "
+            f"Mixture: {count} ({numel / whole:.0%} of the weights) at {bits} bits, sparsity {mean:.0%} "
             f"({min(sparsities):.0%} to {max(sparsities):.0%})."
         )
     return lines
