@@ -317,7 +317,7 @@ def test_a_gpu_need_not_be_there(device, llama):
 def test_what_is_no_model_to_compress_is_refused(artifact_of, llama, tmp_path):
     with pytest.raises(InputError, match="compressed already"):
         mspc.forecast(artifact_of("llama").path)
-    with pytest.raises(InputError, match=r"config\.json cannot be used"):
+    with pytest.raises(InputError, match=r"has no config\.json, so it holds no model"):
         mspc.forecast(tmp_path)
     with pytest.raises(InputError, match="--only nothing matches no matrix"):
         mspc.forecast(llama, mspc.Recipe(sparsity=0.5, only=("nothing",)))

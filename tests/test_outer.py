@@ -259,7 +259,7 @@ def test_the_cost_is_said(folder_of, calibration, tmp_path, caplog):
     said = [line for line in lines if line.startswith(("Head in 8 bits, ", "Embeddings in 8 bits, "))]
     assert len(said) == 2
     assert all("perplexity" in line and "KL from the dense model" in line for line in said)
-    assert any("Embeddings and head, one matrix in 8 bits, are" in line for line in lines)
+    assert any("Embeddings and head, which are one matrix in 8 bits, are" in line for line in lines)
 
 
 def test_a_target_size_counts_the_quantized_head(folder_of, calibration, tmp_path):
