@@ -118,20 +118,20 @@ def test_awq_as_it_is_packed_by_others():
 
 
 def test_gptq_with_inputs_in_another_order():
-    """Oracle: a loop over inputs. `desc_act` gives each input the group of its rank."""
+    """Oracle: a loop over inputs, each in the group that `desc_act` gives it. Zero points of 0 are stored as 15."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (32, 8), generator=generator)
-    zeros, scales = torch.full((4, 8), 8), positive(4, 8)
+    zeros, scales = torch.arange(32).view(4, 8) % 16, positive(4, 8)
     group = torch.randint(0, 4, (32,), dtype=torch.int32, generator=generator)
 
     def words(values: Tensor, along: int) -> Tensor:
         fields = values.unflatten(along, (-1, 8)).movedim(along + 1, -1)
         return sum(fields[..., i] << 4 * i for i in range(8)).to(torch.int32)
 
-    parts = {".qweight": words(codes, 0), ".qzeros": words(zeros - 1, 1), ".scales": scales, ".g_idx": group}
+    parts = {".qweight": words(codes, 0), ".qzeros": words((zeros - 1) % 16, 1), ".scales": scales, ".g_idx": group}
     found = GPTQ.decode(parts, Scheme("gptq", 4, zero_offset=1))
     for i in range(32):
-        assert torch.equal(found[:, i], (codes[i] - 8) * scales[group[i]])
+        assert torch.equal(found[:, i], (codes[i] - zeros[group[i]]) * scales[group[i]])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

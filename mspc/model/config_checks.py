@@ -9,12 +9,10 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from mspc.errors import InputError
-from mspc.storage.checkpoint import StoredType
+from mspc.storage.checkpoint import STORABLE, StoredType
 
-FLOATS = ("float64", "float32", "bfloat16", "float16")
+FLOATS = ("float64", *STORABLE)
 """Types of weights that a model can be loaded from."""
-STORABLE = FLOATS[1:]
-"""Types of weights that an artifact holds."""
 SUPPORTED = (
     "mspc takes decoders that AutoModelForCausalLM knows: Llama, Qwen, Mistral, Gemma, Phi, GPT-2, Mamba and others"
 )

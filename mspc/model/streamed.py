@@ -21,12 +21,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mspc.errors import InputError, in_brief
-from mspc.model.config_checks import STORABLE, check_sizes, check_tensor, count_blocks, setting_of
+from mspc.model.config_checks import check_sizes, check_tensor, count_blocks, setting_of
 from mspc.model.experts import IMPLEMENTATION
 from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_reached, skip_option, sort_block
 from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
 from mspc.model.rows import Rows, rows_of_slices
-from mspc.storage.checkpoint import UNUSED, StoredType, TensorSource
+from mspc.storage.checkpoint import STORABLE, UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
 
 

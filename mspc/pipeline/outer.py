@@ -14,7 +14,6 @@ from mspc.errors import InputError
 from mspc.formats import layout
 from mspc.formats.decoding import strips
 from mspc.formats.layout import num_bytes
-from mspc.model.config_checks import STORABLE
 from mspc.model.outer import OuterMatrix, outer_matrices
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
@@ -27,7 +26,7 @@ from mspc.progress import Progress
 from mspc.settings import AUTO_GROUP_SIZES, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.storage.artifact import MATRICES, read_matrix
-from mspc.storage.checkpoint import StoredType, TensorSource
+from mspc.storage.checkpoint import STORABLE, Over, TensorSource
 from mspc.storage.files import sha256_of, write_tensors
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.journal import Journal
@@ -232,21 +231,13 @@ def entry_of(
     )
 
 
-class WithOuter:
+class WithOuter(Over):
     """A source with the quantized matrices of an artifact under way in place of its own."""
 
     def __init__(self, source: TensorSource, folder: Path, entries: Iterable[MatrixEntry]) -> None:
-        self.source, self.folder = source, folder
+        super().__init__(source)
+        self.folder = folder
         self.entries = {entry.source_key: entry for entry in entries}
-
-    def keys(self) -> list[str]:
-        return self.source.keys()
-
-    def shards(self) -> dict[str, list[str]]:
-        return self.source.shards()
-
-    def types(self) -> dict[str, StoredType]:
-        return self.source.types()
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:

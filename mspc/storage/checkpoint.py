@@ -42,6 +42,8 @@ class TensorSource(Protocol):
         ...
 
 
+STORABLE = ("float32", "bfloat16", "float16")
+"""Types of weights that an artifact holds."""
 UNUSED = ".masked_bias"
 """A tensor of old GPT-NeoX and GPT-J files that transformers ignores: -1e9, which is -infinity in float16."""
 
@@ -88,13 +90,11 @@ class Checkpoint:
             yield shard, sha256_of(self.folder / shard)
 
 
-class Replaced:
-    """A source with some tensors replaced by those in `folder`, in files of the same names."""
+class Over:
+    """A source with the names and types of another one. A subclass reads some tensors elsewhere."""
 
-    def __init__(self, source: TensorSource, folder: Path) -> None:
+    def __init__(self, source: TensorSource) -> None:
         self.source = source
-        types = {name: types_in(folder / name) for name in source.shards() if (folder / name).is_file()}
-        self._file_of = {key: folder / name for name, of_file in types.items() for key in of_file}
 
     def keys(self) -> list[str]:
         return self.source.keys()
@@ -104,6 +104,15 @@ class Replaced:
 
     def types(self) -> dict[str, StoredType]:
         return self.source.types()
+
+
+class Replaced(Over):
+    """A source with some tensors replaced by those in `folder`, in files of the same names."""
+
+    def __init__(self, source: TensorSource, folder: Path) -> None:
+        super().__init__(source)
+        types = {name: types_in(folder / name) for name in source.shards() if (folder / name).is_file()}
+        self._file_of = {key: folder / name for name, of_file in types.items() for key in of_file}
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:

@@ -11,14 +11,12 @@ from torch import Tensor
 from mspc.errors import InputError, in_brief, is_out_of_memory
 from mspc.formats.dequantize import AWQ, FP8, GPTQ, MXFP4, PACKED, SCALED, Layout, Scheme
 from mspc.formats.gptq import V1, V2
-from mspc.storage.checkpoint import Checkpoint
+from mspc.storage.checkpoint import STORABLE, Checkpoint
 from mspc.storage.sizes import file_bytes
 
 ORIGIN = "dequantized_from"
 """The key of config.json that says what the weights were before."""
 KEYS = ("quantization_config", "compression_config")
-STORABLE = ("bfloat16", "float16", "float32")
-"""Types of weights that an artifact holds."""
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 """Formats of compressed-tensors."""
 LAYOUTS = {"fp8": (FP8,), "mxfp4": (MXFP4,), "gptq": (GPTQ,), "awq": (AWQ,), "compressed-tensors": (PACKED, SCALED)}
@@ -218,9 +216,9 @@ def _bits(value: Any) -> int:
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
-    """The dtype of the dense weights: that of config.json, if artifacts hold it."""
+    """The dtype of the dense weights: that of config.json if artifacts hold it, else bfloat16, as they are released."""
     found = config.get("dtype") or config.get("torch_dtype")
-    return found if found in STORABLE else STORABLE[0]
+    return found if found in STORABLE else "bfloat16"
 
 
 def _of_inputs(key: str) -> bool:

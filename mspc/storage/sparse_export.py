@@ -18,14 +18,13 @@ from mspc.formats import layout
 from mspc.formats.decoding import check_finite
 from mspc.formats.description import StoredMatrix, check_types, types_of
 from mspc.formats.targets import target_from_dict
-from mspc.storage.checkpoint import Checkpoint, StoredType
+from mspc.storage.checkpoint import STORABLE, Checkpoint, StoredType
 from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
 QUANT_METHOD = "mspc"
 FORMAT_VERSION = 2
 """The highest that is read. Folders without slices are version 1."""
-DTYPES = ("float32", "bfloat16", "float16")
 KEYS = (
     "parameter", "index", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric",
     "tied",
@@ -193,8 +192,8 @@ def _description(row: Any, where: str) -> StoredMatrix:
     shape, dtype, transposed = row.get("shape"), row.get("dtype"), row.get("transposed", False)
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise InputError(f"{where}: shape must be two whole numbers above 0, not {shape!r}.")
-    if dtype not in DTYPES:
-        raise InputError(f"{where}: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    if dtype not in STORABLE:
+        raise InputError(f"{where}: dtype must be one of {', '.join(STORABLE)}, not {dtype!r}.")
     if not isinstance(row.get("tied", ""), str):
         raise InputError(f"{where}: tied must be the name of a parameter, not {row['tied']!r}.")
     if type(transposed) is not bool:
