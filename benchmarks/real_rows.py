@@ -41,6 +41,8 @@ SETTINGS = {
     "70%": ("--sparsity", "0.7"),
     "4:8": ("--pattern", "4:8"),
     "N:16, 50%": ("--pattern", "N:16", "--sparsity", "0.5"),
+    "4.25 bits, int8 embeddings": ("--bits-per-weight", "4.25", "--embedding-bits", "8", "--head-bits", "8"),
+    "3.25 bits, int8 embeddings": ("--bits-per-weight", "3.25", "--embedding-bits", "8", "--head-bits", "8"),
 }
 RECOVER = ("--recover", "100")
 LLAMACPP = ("Q4_0", "IQ4_NL", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K")
