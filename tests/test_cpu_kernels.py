@@ -118,19 +118,20 @@ def test_products_are_those_of_float64(matrix, isa):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("matrix", MATRICES[::9], ids=str)
 def test_a_layer_multiplies_any_number_of_tokens(matrix, dtype, isa):
-    """Above 8 tokens inputs are not rounded, and the weight is that of the checkpoint's dtype."""
+    """Above some number of tokens inputs are not rounded, and the weight is that of the checkpoint's dtype."""
     tensors = stored(matrix)
     layer = SparseLinear.of(tensors, matrix, nn.Parameter(torch.arange(matrix.shape[0]).to(dtype)))
     prepare(layer, dtype, on_cpu=True)
     assert layer.kernel is kernel
     assert torch.equal(layer.weight, weight_of(tensors, matrix).to(matrix.dtype))
     eps = float(torch.finfo(dtype).eps)
-    for num_tokens in (1, 8, 9, 16, 17):
+    few = kernel.fused_up_to()
+    for num_tokens in (1, few, few + 1, 16, 17):
         x = inputs(num_tokens, matrix.shape[1], dtype)
-        weight = weight_of(tensors, matrix) if num_tokens <= 8 else layer.weight
+        weight = weight_of(tensors, matrix) if num_tokens <= few else layer.weight
         expected = x.double() @ weight.double().T
         limit = bound(x, weight, matrix, 2) + 2 * eps * (expected.abs() + layer.bias.double())
-        limit = limit + (num_tokens > 8) * eps * (x.double().abs() @ weight.double().abs().T)
+        limit = limit + (num_tokens > few) * eps * (x.double().abs() @ weight.double().abs().T)
         with torch.no_grad():
             assert bool(((layer(x).double() - expected - layer.bias.double()).abs() <= limit).all())
 

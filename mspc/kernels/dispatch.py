@@ -120,7 +120,7 @@ def usable(choices: list[Choice], kernel: Kernel, repacked: dict[str, Tensor]) -
 
 def guessed(kernel: Kernel, repacked: dict[str, Tensor], matrix: StoredMatrix) -> list[Choice]:
     """The kernel for as many tokens as it takes, then cuSPARSELt if its copy is there."""
-    choices = [Choice(kernel.MAX_TOKENS, "fused", 0)]
+    choices = [Choice(cpu.fused_up_to() if kernel is cpu else kernel.MAX_TOKENS, "fused", 0)]
     if COPY in repacked:
         algorithms = cusparselt.algorithms(matrix.shape, device_of(repacked))
         choices += [Choice(up_to, "cusparselt", algorithm) for up_to, algorithm in algorithms]

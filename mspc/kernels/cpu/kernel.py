@@ -1,4 +1,4 @@
-"""All formats on a CPU in C++, for 1 to 8 tokens: the functions of `Kernel`. docs/cpu-kernels.md has the layouts.
+"""All formats on a CPU in C++, for a few tokens: the functions of `Kernel`. docs/cpu-kernels.md has the layouts.
 
     kept      uint8 (n,): lines of kept weights, and 128 bytes more, which may be read ahead
     marks     uint8 (blocks, steps, lanes / 8): the bitmap; 2:4 (blocks, units, 64): two bits a kept weight
@@ -24,10 +24,12 @@ from mspc.formats.bits import pack_bits, pack_rows, unpack_rows
 from mspc.formats.decoding import decode_codes, decode_mask, decode_rows
 from mspc.formats.description import StoredMatrix, TensorType, index_bits, types_of
 from mspc.kernels.cpu import memory
-from mspc.kernels.cpu.library import Matrix, fits, isa, library
+from mspc.kernels.cpu.library import ISAS, Matrix, fits, isa, library
 from mspc.types import NM
 
-MAX_TOKENS = 8
+FUSED = {"portable": 2, "avx2": 64, "avx512": 128}
+"""Tokens from which on the weight is better expanded, by instruction set: measured (LOG.md, "one operator")."""
+MAX_TOKENS = max(FUSED.values())
 ROWS, UNIT, PADDING = 16, 32, 128
 DENSE, TWO_FOUR, BITMAP = 0, 1, 2
 PARTS = "kept", "marks", "starts", "scales", "zeros"
@@ -264,6 +266,11 @@ def product(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix, planes
     threads, where, out, num_tokens = torch.get_num_threads(), x.data_ptr(), y.data_ptr(), x.numel() // columns
     checked.multiply(checked.pointer, checked.isa, where, is_bfloat16, num_tokens, out, planes, threads)
     return y
+
+
+def fused_up_to() -> int:
+    """Tokens up to which the compressed weight is read, on the instruction set in use."""
+    return FUSED[ISAS[isa()]]
 
 
 def matmul(x: Tensor, repacked: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
