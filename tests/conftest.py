@@ -13,11 +13,18 @@ import torch
 import transformers
 
 import mspc
+from mspc.kernels.cpu import kernel as cpu
 
 BUNDLED = Path(__file__).parents[1] / "examples" / "tiny_llama"
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products on a CPU expand the weight for any number of tokens: the C++ kernels round their inputs to 16 bits."""
+    monkeypatch.setattr(cpu, "FUSED", dict.fromkeys(cpu.FUSED, 0))
 
 
 @pytest.fixture(scope="session")

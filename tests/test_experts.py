@@ -197,7 +197,7 @@ def test_experts_are_compressed_exported_and_run(family, source_of, calibration,
         layers = {name for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
         assert layers == rows.keys()
         found = model(input_ids=ids, use_cache=False).logits
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
         assert torch.equal(model.generate(ids[:1], **prompt), whole.generate(ids[:1], **prompt))
         model.save_pretrained(tmp_path / f"saved{number}")
         again = mspc.load(tmp_path / f"saved{number}")

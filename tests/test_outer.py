@@ -106,7 +106,7 @@ def test_a_loaded_model_looks_up_and_multiplies_by_the_stored_weights(family, ma
         assert torch.equal(head.weight, expected.get_output_embeddings().weight)
         for part in (ids, ids[:1, :3]):  # many tokens, and few, which another product takes
             right = expected(input_ids=part).logits
-            assert float((loaded(input_ids=part).logits - right).norm() / right.norm()) < 1e-4
+            assert float((loaded(input_ids=part).logits - right).norm() / right.norm()) < 5e-4
     halves = loaded.to(torch.bfloat16)
     assert halves.get_input_embeddings()(ids).dtype == torch.bfloat16
 

@@ -226,6 +226,7 @@ LOADERS: dict[str, Callable[[Path, Path], PreTrainedModel]] = {
 }
 
 
+@pytest.mark.usefixtures("unrounded")
 @pytest.mark.parametrize("loader", LOADERS)
 def test_logits_are_those_of_the_dense_export(loader, case):
     model = LOADERS[loader](case.artifact.path, case.sparse)
@@ -233,6 +234,13 @@ def test_logits_are_those_of_the_dense_export(loader, case):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert len(sparse_layers(model)) == len(case.artifact.manifest["matrices"])
     torch.testing.assert_close(logits_of(model, case.ids), case.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_the_kernels_are_those_of_the_dense_export_up_to_rounding(case):
+    """The kernels round inputs to 16 bits, and do not round the weight to the dtype of the checkpoint."""
+    eps = max(5e-4, 2 * torch.finfo(getattr(torch, case.artifact.manifest["matrices"][0]["dtype"])).eps)
+    difference = logits_of(mspc.load(case.sparse), case.ids) - case.logits
+    assert float(difference.norm()) < eps * float(case.logits.norm())
 
 
 def test_dense_folders_are_loaded_too(case):
@@ -352,6 +360,7 @@ def assert_same_export(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("loader", ["from_pretrained", "load"])
+@pytest.mark.usefixtures("unrounded")
 def test_saving_writes_the_export_again(loader, case, tmp_path):
     """From an export and from an artifact, in the dtype of the checkpoint; in other shards than the export has."""
     saved = tmp_path / "saved"
@@ -374,6 +383,7 @@ def test_a_model_without_its_head_is_loaded_too(case):
         torch.testing.assert_close(base(case.ids).last_hidden_state, expected)
 
 
+@pytest.mark.usefixtures("unrounded")
 def test_names_without_the_prefix_of_the_model(calibration, tmp_path):
     """GPT-2 as it is on the hub: `h.0...`, where transformers says, and saves, `transformer.h.0...`."""
     source = tiny.build(tmp_path / "source", "gpt2")
