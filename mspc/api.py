@@ -91,7 +91,7 @@ def compress(
     Args:
         model: Checkpoint folder, .gguf file, hub id, or a transformers model in memory, which stays as it is. (It is
             saved next to `out` meanwhile.)
-        recipe: What to make of it; `Recipe()` gives it 4.25 bits per weight.
+        recipe: What to make of it; `Recipe()` gives it 4.25 bits per weight, and 8 for head and embeddings.
         out: Folder to write.
         tokenizer: Tokenizer of the calibration text; None: the one in the model's folder.
         calibration: Name of a text source, a list of documents, or token ids, an integer tensor (N, T) of N sequences.

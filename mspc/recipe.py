@@ -16,6 +16,7 @@ from mspc.encoding import check_encoding
 from mspc.errors import InputError, unknown
 from mspc.settings import (
     DEFAULT_BITS_PER_WEIGHT,
+    DEFAULT_OUTER_BITS,
     EFFORTS,
     EMBEDDING_BITS,
     HEAD_BITS,
@@ -29,6 +30,9 @@ from mspc.settings import (
 )
 from mspc.sizes import bytes_of
 from mspc.types import BITS, UNQUANTIZED_BITS
+
+OUTER_SHOWN = f"{UNQUANTIZED_BITS}; {DEFAULT_OUTER_BITS} if no goal is given"
+"""The defaults of `head_bits` and `embedding_bits`, as help texts show them."""
 
 
 def option(default: Any, text: str, *, advanced: bool = True, **cli: Any) -> Any:
@@ -51,6 +55,7 @@ class Recipe:
     """The options of `compress` that decide the content of an artifact. None: not asked for.
 
     Without a goal (`GOALS` of `mspc.settings`) the result has 4.25 bits per weight, the size of int4 in groups of 64.
+    Head and embeddings have 8 bits then.
 
     Raises InputError for values that make no sense, and for an option that has no effect with the others given.
     """
@@ -70,11 +75,13 @@ class Recipe:
     head_bits: int | None = common(
         UNQUANTIZED_BITS,
         "Bits of the output head: 8 or 4, or 16 for the checkpoint's dtype. No size but --target-size counts it.",
+        shown=OUTER_SHOWN,
     )
     embedding_bits: int | None = common(
         UNQUANTIZED_BITS,
         "Bits of the embeddings: 8, or 16 for the checkpoint's dtype. Where head and embeddings are one matrix, one of "
         "both options is enough.",
+        shown=OUTER_SHOWN,
     )
     keep_zeros: bool | None = common(
         False,

@@ -42,9 +42,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan", "keep_zeros")
 """Options that say, each alone, what the result is to be."""
-DEFAULT_BITS_PER_WEIGHT = 4.25
-"""Size budget of a recipe without a goal: what int4 takes with groups of 64 (4 bits, and 16/64 for scales). It is
-small and near the dense model, and 4 bits everywhere is one of the plans."""
+DEFAULT_BITS_PER_WEIGHT, DEFAULT_OUTER_BITS = 4.25, 8
+"""Of a recipe without a goal. The first is what int4 takes with groups of 64 (4 bits, and 16/64 for scales): small and
+near the dense model, and 4 bits everywhere is one of the plans. The second are those of head and embeddings."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -204,7 +204,8 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     Raises InputError for an unknown name, for options that contradict each other, and for one without effect.
     """
     if not has_goal(asked):
-        defaults = {**defaults, "bits_per_weight": DEFAULT_BITS_PER_WEIGHT}
+        outer = dict.fromkeys(("head_bits", "embedding_bits"), DEFAULT_OUTER_BITS)
+        defaults = {**defaults, "bits_per_weight": DEFAULT_BITS_PER_WEIGHT, **outer}
     _check_name("effort", effort := asked.get("effort", defaults["effort"]), EFFORTS)
     values = {**defaults, **EFFORTS[effort], **asked}
     values["rows_if_needed"] = values["group_size"] == "auto"

@@ -38,7 +38,7 @@ def test_without_a_goal_the_model_has_the_size_of_int4(calibration, tmp_path, ca
     assert not mspc.Recipe().settings().needs_validation  # no text is set apart for it
     assert "bits_per_weight" not in (made.path / "recipe.toml").read_text()
     caplog.clear()
-    asked = mspc.Recipe(bits_per_weight=4.25, calibration=str(calibration), **QUICK)
+    asked = mspc.Recipe(bits_per_weight=4.25, head_bits=8, embedding_bits=8, calibration=str(calibration), **QUICK)
     with caplog.at_level("INFO", "mspc"):
         same = mspc.compress(model, asked, out=tmp_path / "b", **options)
     assert not any("No goal" in line for line in said(caplog.records))

@@ -21,7 +21,7 @@ from mspc.errors import InputError
 from mspc.model.open import open_model
 from mspc.model.outer import is_lookup, outer_matrices
 from mspc.numerics.quant import dequantize
-from mspc.pipeline.outer import PlannedOuter, rounded
+from mspc.pipeline.outer import PlannedOuter, planned_outer, rounded
 from mspc.runtime.embedding import SparseEmbedding, TiedHead
 from mspc.runtime.linear import SparseLinear
 from mspc.storage.artifact import ArtifactSource
@@ -320,7 +320,28 @@ def test_other_numbers_of_bits_are_refused(values):
 
 
 def test_a_value_of_16_is_no_choice():
-    assert mspc.Recipe(head_bits=16, embedding_bits=16).settings().to_dict() == mspc.Recipe().settings().to_dict()
+    outer = {"head_bits": 16, "embedding_bits": 16}
+    assert mspc.Recipe(bits=4, **outer).settings().to_dict() == mspc.Recipe(bits=4).settings().to_dict()
+
+
+@pytest.mark.parametrize("option", ["head_bits", "embedding_bits"])
+def test_without_a_goal_a_tied_matrix_has_the_bits_of_the_one_option_that_was_given(option, folder_of, calibration):
+    settings = mspc.Recipe(**{option: 16}).settings()
+    model = open_model(folder_of("gemma2"), device=CPU)
+    assert planned_outer(model, settings, [option]) == []
+    assert [one.grid.bits for one in planned_outer(model, mspc.Recipe().settings(), [])] == [8]
+
+
+def test_without_a_goal_what_cannot_be_quantized_stays_and_is_said(llama, calibration, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("mspc.model.outer.is_lookup", lambda layer: False)
+    recipe = mspc.Recipe(effort="fast", eval=False, group_size=32, num_sequences=4, calibration=str(calibration))
+    with caplog.at_level("INFO", "mspc"):
+        made = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("Head and embeddings are not quantized. ") for line in said)
+    assert "outer" not in made.manifest
+    with pytest.raises(InputError, match="does not quantize"):
+        mspc.compress(llama, replace(recipe, embedding_bits=8), out=tmp_path / "asked", progress=False)
 
 
 def test_an_embedding_that_computes_more_is_no_lookup():

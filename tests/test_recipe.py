@@ -273,7 +273,8 @@ GOAL_VALUES = {
 def test_without_a_goal_it_is_the_size_of_int4(values):
     """Oracle: the arithmetic of int4 in groups of 64, with scales of 16 bits; and the same recipe with this size."""
     assert DEFAULT_BITS_PER_WEIGHT == 4 + 16 / 64
-    assert Recipe(**values).settings() == Recipe(bits_per_weight=4.25, **values).settings()
+    outer = {"head_bits": 8, "embedding_bits": 8}
+    assert Recipe(**values).settings() == Recipe(bits_per_weight=4.25, **outer, **values).settings()
     assert not Recipe(**values).has_goal
     assert Recipe(**values).asked().keys() == {name for name, value in values.items() if value is not None}
 

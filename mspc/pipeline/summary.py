@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from mspc.progress import log
-from mspc.settings import DEFAULT_BITS_PER_WEIGHT, fixed_pattern
+from mspc.settings import DEFAULT_BITS_PER_WEIGHT, DEFAULT_OUTER_BITS, fixed_pattern
 from mspc.sizes import in_words
 from mspc.storage.manifest import is_recovered
 from mspc.types import UNQUANTIZED_BITS
@@ -16,7 +16,8 @@ HURT = 0.5
 """KL divergence from the dense model, in nats per token, above which a model is called badly hurt."""
 DEFAULT_GOAL = (
     f"No goal was given: {DEFAULT_BITS_PER_WEIGHT:g} bits per weight, the size of int4 with groups of 64, spent where "
-    "it lowers the loss most. Choose another with --bits-per-weight, --target-size, --sparsity, --pattern or --bits."
+    f"it lowers the loss most, and {DEFAULT_OUTER_BITS} bits for head and embeddings. Choose another with "
+    "--bits-per-weight, --target-size, --sparsity, --pattern or --bits."
 )
 HEADINGS = ("matrix", "shape", "pattern", "sparsity", "bits", "sensitivity", "output error", "damp", "zeros")
 
