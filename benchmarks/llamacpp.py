@@ -94,6 +94,10 @@ class LlamaCpp:
         answer = self._complete(ids, count)
         return list(answer["tokens"]), answer["stop_type"] == "eos"
 
+    def timings(self, ids: Sequence[int], count: int) -> dict[str, Any]:
+        """Milliseconds of `count` tokens after `ids`, as the server reports them; a prompt that it knows is kept."""
+        return dict(self._complete(ids, count, cache_prompt=True, ignore_eos=True)["timings"])
+
     def stops_at(self, token: int, ids: Sequence[int]) -> bool:
         """True if generation ends when this token is chosen."""
         answer = self._complete(ids, 2, logit_bias=[[token, BIAS]])
@@ -101,12 +105,19 @@ class LlamaCpp:
 
 
 @contextmanager
-def running(python: Path, file: Path, context: int, threads: int = 1) -> Iterator[LlamaCpp]:
-    """llama.cpp with this file, in a process of its own. `context` counts tokens. Raises LlamaCppError."""
+def running(
+    python: Path, file: Path, context: int, threads: int = 1, variables: dict[str, str] | None = None
+) -> Iterator[LlamaCpp]:
+    """llama.cpp with this file, in a process of its own. `context` counts tokens. Raises LlamaCppError.
+
+    `variables` are added to its environment variables.
+    """
     command = [str(python), str(HERE / "llamacpp_server.py"), str(file), str(context), str(threads)]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables_of_its_own())
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables_of_its_own() | (variables or {})
+        )
         assert process.stdin
         assert process.stdout
         try:
