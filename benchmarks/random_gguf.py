@@ -18,7 +18,7 @@ LAYERS = {
     "ffn_down": "down",
 }
 SCALES = {"Q4_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q3_K": [108]}
-"""Where a block of each type has its scales in float16; all else are codes, for which any byte is one."""
+"""Offsets of the float16 scales in a block of each type; all else are codes, for which any byte is one."""
 SEED = 0
 
 

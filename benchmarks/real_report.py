@@ -121,12 +121,13 @@ def _panel(axis: Any, results: list[dict[str, Any]], size: str, loss: Any) -> No
             axis.plot(*zip(*best, strict=True), style, color=COLOURS["mspc default"] if mine else "#555", linewidth=1)
     for order, result in enumerate(sorted(drawn, key=lambda one: (one[size], loss(one)))):
         side = 1 if order % 2 else -1  # neighbours have their names on different sides
-        axis.annotate(result["setting"], (result[size] / 1e6, loss(result)), (6 * side, 3 * side), fontsize=7,
-                      textcoords="offset points", ha="left" if side > 0 else "right", va="center")  # fmt: skip
+        name, at = result["setting"].replace(", ", ",\n"), (result[size] / 1e6, loss(result))
+        axis.annotate(name, at, (6 * side, 3 * side), fontsize=7, textcoords="offset points",
+                      ha="left" if side > 0 else "right", va="center")  # fmt: skip
     left_out = [f"{result['family']} {result['setting']}" for result in results if divergence(result) > WORST]
     if left_out:
         axis.annotate(f"KL above {WORST}: {', '.join(left_out)}", (0.01, 0.01), xycoords="axes fraction", fontsize=6)
-    axis.margins(0.12, 0.1)
+    axis.margins(0.2, 0.1)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.grid(alpha=0.2)

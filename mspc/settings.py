@@ -43,8 +43,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan", "keep_zeros")
 """Options that say, each alone, what the result is to be."""
 DEFAULT_BITS_PER_WEIGHT, DEFAULT_OUTER_BITS = 4.25, 8
-"""Of a recipe without a goal. The first is what int4 takes with groups of 64 (4 bits, and 16/64 for scales): small and
-near the dense model, and 4 bits everywhere is one of the plans. The second are those of head and embeddings."""
+"""Bits of a recipe without a goal: of the blocks, and of head and embeddings. The first is what int4 takes with groups
+of 64 (4 bits, and 16/64 for scales): small and near the dense model, and 4 bits everywhere is one of the plans."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
