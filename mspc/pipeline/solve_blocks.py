@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mspc import ranks
 from mspc.errors import ActivationError
 from mspc.formats import layout
 from mspc.formats.decoding import check_indices
@@ -92,7 +93,8 @@ def solve_blocks(
     grams: dict[Matrix, Tensor] = {}
 
     def commit(block: int, **more: Any) -> None:
-        writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
+        if ranks.is_first():
+            writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
         solved.clear()
         grams.clear()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mspc import threads
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.blocks import Batch, advance, batches_of
+from mspc.passes.blocks import Batch, advance, own_batches
 from mspc.passes.perplexity import mean_divergences
 from mspc.passes.walk import DenseWalk, Visit, by_few, install, matrix_of
 from mspc.progress import Progress
@@ -36,8 +36,8 @@ def validate_plans(
     """
     model = visits.model
     patterns = {name: {matrix.name: matrix.target.pattern for matrix in plan} for name, plan in plans.items()}
-    dense = batches_of(model, validation)
-    streams = {name: batches_of(model, validation) for name in plans}
+    dense = own_batches(model, validation)
+    streams = {name: own_batches(model, validation) for name in plans}
     weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
     passed = 0
 
