@@ -31,8 +31,8 @@ CHUNKS = 8
 """Parts of the text. A number of ranks divides it or is a multiple of it."""
 PATIENCE = timedelta(hours=12)
 """The time that a rank waits for others. One that fails ends its process, which the others notice at once."""
-SECONDS_OF_GRACE = 5.0
-"""The time that a launcher has to report a rank that was killed, before another rank does so."""
+SECONDS_OF_GRACE = 3.0
+"""The time that others have to report a failure. A launcher ends all ranks as soon as one has ended."""
 
 
 class LostRank(MspcError):
@@ -139,9 +139,9 @@ def speaks(code: int) -> int | None:
     return None if first == rank() else known
 
 
-def await_report(error: BaseException) -> None:
-    """Give the launcher time to report a rank that was killed, and to end this one, before this one speaks."""
-    if isinstance(error, LostRank):
+def await_report(error: BaseException | None = None) -> None:
+    """Give the first rank that failed time to say so, and where one was killed, give it to the launcher."""
+    if error is None or isinstance(error, LostRank):
         time.sleep(SECONDS_OF_GRACE)
 
 

@@ -132,6 +132,8 @@ def fail(message: str, code: int) -> NoReturn:
     other = ranks.speaks(code)
     if other is None:
         print(message, file=sys.stderr)
+    else:
+        ranks.await_report()
     if ranks.place().size == 1:
         raise SystemExit(code if other is None else other)
     sys.stderr.flush()

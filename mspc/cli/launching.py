@@ -42,15 +42,16 @@ def _launch(number: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "mspc", *sys.argv[1:])
     except ChildFailedError as error:
-        killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
-        killed = {rank: number for rank, number in killed.items() if number != signal.SIGTERM} or killed
-        if killed:
-            rank, number = next(iter(killed.items()))
-            raise MspcError(
-                f"rank {rank} was ended by {signal.Signals(number).name}. Nothing that was finished is lost: run the "
-                "command again with --resume."
-            ) from error
-        return int(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        codes = {other: one.exitcode for other, one in error.failures.items()}
+        if spoken := [code for code in codes.values() if code > 0]:
+            return int(failure.exitcode if failure.exitcode > 0 else spoken[0])
+        # Those that are left when one is killed get SIGTERM.
+        rank = next((other for other, code in codes.items() if code != -signal.SIGTERM), rank)
+        raise MspcError(
+            f"rank {rank} was ended by {signal.Signals(-codes[rank]).name}. Nothing that was finished is lost: run the "
+            "command again with --resume."
+        ) from error
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
