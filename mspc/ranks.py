@@ -41,7 +41,7 @@ class LostRank(MspcError):
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among `size` ranks, of which `local_size` run on this machine."""
+    """The place of this process among `size` ranks; `local_size` of them run on this machine."""
 
     rank: int
     size: int
@@ -248,7 +248,7 @@ def _total(value: Tensor) -> Tensor:
 
 
 def _edges(length: int) -> list[int]:
-    """Where the shares of the ranks in `length` things begin, and at last where they end."""
+    """The beginnings of the ranks' shares in `length` things, and the end of the last one."""
     return [length * i // size() for i in range(size() + 1)]
 
 
@@ -309,7 +309,7 @@ def of_each(value: T) -> list[T]:
 
 
 def by_first(function: Callable[[], T]) -> T:
-    """What a function returns on the first rank, which runs it alone: a JSON value."""
+    """The JSON value that a function returns on the first rank, which runs it alone."""
     if size() == 1:
         return function()
     value: Any = None

@@ -245,11 +245,7 @@ def reverse_walk(
     in the whole text. Raises ActivationError when a gradient is not finite, and InputError for a block without
     derivatives.
     """
-    if parts is None:
-        batches = batches_of(model, ids, batch_size=measure.batch_size)
-    else:
-        with model.loaded_outer():
-            batches = embedded(model, parts)
+    batches = _batches(model, ids, measure, parts)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
     layouts = [[Layout(Piece.of(batch.hidden))] for batch in batches]
 
@@ -293,6 +289,13 @@ def reverse_walk(
             for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(model, block, batches))):
                 cotangents[i] = found[0]
                 yield from found[1]
+
+
+def _batches(model: StreamedModel, ids: Tensor, measure: Measure, parts: Sequence[Tensor] | None) -> list[Batch]:
+    if parts is None:
+        return batches_of(model, ids, batch_size=measure.batch_size)
+    with model.loaded_outer():
+        return embedded(model, parts)
 
 
 def _twin(block: nn.Module) -> nn.Module:

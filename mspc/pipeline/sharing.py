@@ -6,11 +6,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 
 from mspc import ranks
@@ -54,7 +53,7 @@ def check_ranks(settings: Settings, folder: Path, others: Mapping[str, Path | No
             f"{least} sequences are too few for {ranks.size()} ranks. Give at least {ranks.num_groups()}: "
             "--num-sequences and --sensitivity-sequences."
         )
-    own = {"mspc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    own = {"mspc": __version__, **{name: version(name) for name in ("torch", "transformers")}}
     first = ranks.by_first(lambda: own)
     if own != first:
         raise InputError(f"{_here()} has {_in_words(own)}, and rank 0 has {_in_words(first)}. Install the same.")
@@ -147,4 +146,4 @@ def _here() -> str:
 
 
 def _in_words(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    return ", ".join(f"{name} {number}" for name, number in versions.items())

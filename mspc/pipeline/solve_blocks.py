@@ -93,8 +93,7 @@ def solve_blocks(
     grams: dict[Matrix, Tensor] = {}
 
     def commit(block: int, **more: Any) -> None:
-        if ranks.is_first():
-            writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
+        writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
         solved.clear()
         grams.clear()
 
@@ -222,8 +221,11 @@ def commit_block(
 ) -> None:
     """Pack the matrices of a block, write them to its file and commit it to the journal, with `more` in its entry.
 
-    Raises StorageError when the disk is full, and InputError for a matrix whose mask does not fit its target.
+    Only the first rank does. Raises StorageError when the disk is full, and InputError for a matrix whose mask does not
+    fit its target.
     """
+    if not ranks.is_first():
+        return
     file = f"{MATRICES}/{block:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     rows = []

@@ -88,7 +88,7 @@ class Journal:
 
     @staticmethod
     def differences(before: dict[str, Any], header: dict[str, Any]) -> list[str]:
-        """What differs between two headers, in words. The recipes do not count, as the settings follow from them."""
+        """The differences between two headers in words. Recipes do not count, as the settings follow from them."""
         now = {key: value for key, value in json.loads(json.dumps(header)).items() if key != "recipe"}
         return _differences({key: before.get(key) for key in now}, now)
 
