@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mspc.errors import InputError, MspcError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 CHUNKS = 8
@@ -52,6 +53,7 @@ class World:
 ONLY = World(0, 1, 0, 1)
 _world: World | None = None
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
+_together: ContextVar[bool] = ContextVar("together", default=False)
 
 
 def of_environment() -> World:
@@ -124,6 +126,37 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone.reset(token)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, all ranks do the same work in the same order, so that they may share the rows of a product."""
+    token = _together.set(True)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def apart(function: Callable[[S], T]) -> Callable[[S], T]:
+    """The function outside of `together`, for work whose order is not known."""
+
+    def called(argument: S) -> T:
+        token = _together.set(False)
+        try:
+            return function(argument)
+        finally:
+            _together.reset(token)
+
+    return called if _together.get() else function
+
+
+def share_of(number: int) -> tuple[range, list[int]]:
+    """The pieces of work of this rank, and the edges of all shares. Outside of `together`, all pieces and no edges."""
+    if size() == 1 or not _together.get():
+        return range(number), []
+    edges = _edges(number)
+    return range(edges[rank()], edges[rank() + 1]), edges
 
 
 def speaks(code: int) -> int | None:
@@ -294,6 +327,14 @@ def every(condition: bool) -> bool:
     with _connected():
         dist.all_reduce(least, dist.ReduceOp.MIN)
     return bool(least)
+
+
+def check_equal(name: str, digest: str) -> None:
+    """Raises MspcError on a rank whose result is not that of the first one."""
+    if from_rank(0, digest)[0] != digest:
+        raise MspcError(
+            f"{name}: rank {rank()} computes other bytes than rank 0. Use machines of one kind, with the same versions."
+        )
 
 
 def gathered(values: Sequence[T]) -> list[T]:
