@@ -21,10 +21,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import mspc
-from mspc import ranks
+from mspc import ranks, threads
 from mspc.cli.main import app
 from mspc.errors import InputError
+from mspc.passes.own_work import own_work
+from mspc.passes.walk import Visit
 from mspc.ranks import World
+from mspc.types import GramStats, Matrix, flatten
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ("--num-sequences", 16, "--sequence-length", 32)
@@ -124,6 +127,30 @@ def test_experts_are_shared(number, folder_of, alone, shared, tmp_path):
     done = shared(tmp_path / str(number), "--sparsity", 0.5, "--ranks", number, model=model)
     assert done.returncode == 0, done.stderr
     assert content(tmp_path / str(number)) == content(tmp_path / "1")
+
+
+@pytest.mark.slow
+def test_rows_of_a_product_are_shared(alone, shared, monkeypatch, tmp_path):
+    """Oracle: one process that multiplies the same pieces of rows. Tiny matrices are one piece otherwise."""
+    monkeypatch.setattr(threads, "LEAST_ROWS", {"cpu": 8})
+    alone(tmp_path / "1", *RECIPES["default"])
+    mark = tmp_path / "shared"
+    site = f"""import os
+if "RANK" in os.environ:
+    from mspc import ranks, threads
+    threads.LEAST_ROWS = {{"cpu": 8}}
+    share = ranks.share
+    def marked(rows, edges):
+        if rows.ndim == 3:  # a product with an output Fisher factor
+            open({str(mark)!r} + os.environ["RANK"], "w").close()
+        return share(rows, edges)
+    ranks.share = marked
+"""
+    done = shared(tmp_path / "2", *RECIPES["default"], "--ranks", 2, site=site)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "2") == content(tmp_path / "1")
+    assert (tmp_path / "shared0").exists()
+    assert (tmp_path / "shared1").exists()
 
 
 def test_an_error_on_one_rank_ends_all_and_any_number_goes_on(alone, shared, tmp_path):
@@ -260,6 +287,46 @@ def test_alone_nothing_is_shared(monkeypatch):
 def test_the_dearest_work_goes_to_whoever_has_least(monkeypatch):
     as_rank(monkeypatch, 0, 2)
     assert ranks.owners([1.0, 5.0, 3.0, 2.0]) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("blocks", ["ddddd", "dedde", "eee"])
+def test_every_matrix_is_the_work_of_one_rank(size, blocks, monkeypatch):
+    """Dense blocks (d), and those with experts (e). Oracle: all matrices once, and blocks complete in order."""
+    matrices = [
+        [Matrix(f"{i}.{j}.weight", (4, 4), j if kind == "e" else None) for j in range(10)]
+        for i, kind in enumerate(blocks)
+    ]
+    stats = GramStats(torch.empty(0), 0)
+
+    class Walked:
+        def __iter__(self):
+            for i, of_block in enumerate(matrices):
+                for matrix in of_block:
+                    yield Visit(matrix, torch.zeros(4, 4), stats, i, matrix is of_block[-1])
+
+    walked = Walked()
+    walked.matrices = matrices
+    seen, ends = [], []
+    for rank in range(size):
+        as_rank(monkeypatch, rank, size)
+        work = list(own_work(walked))
+        seen += [visit.matrix for few, _ in work for visit in few]
+        ends.append([complete for _, complete in work])
+    assert sorted(seen, key=str) == sorted(flatten(matrices), key=str)
+    assert all(end == ends[0] for end in ends)
+    assert list(chain.from_iterable(ends[0])) == list(range(len(blocks)))
+
+
+def test_products_are_shared_only_where_all_ranks_do_the_same(monkeypatch):
+    """Oracle: the halves of 5 pieces. Pieces of work that threads share are done apart."""
+    as_rank(monkeypatch, 1, 2)
+    assert ranks.share_of(5) == (range(5), [])
+    with ranks.together():
+        assert ranks.share_of(5) == (range(2, 5), [0, 2, 5])
+        assert list(threads.run(ranks.share_of, [5, 5])) == [(range(5), [])] * 2
+        assert list(threads.run(ranks.share_of, [5])) == [(range(2, 5), [0, 2, 5])]
+    assert ranks.share_of(5) == (range(5), [])
 
 
 def test_there_is_no_option_of_a_recipe_for_ranks():
