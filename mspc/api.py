@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from exporters import exporting, formats, verification
+from mspc import ranks
 from mspc.errors import InputError, Stopped, StorageError, VerificationError
 from mspc.kernels.slow import slow_note
 from mspc.model.hub import choose_device, load_tokenizer, resolve, without_progress
@@ -20,6 +21,7 @@ from mspc.pipeline.evaluation import evaluate_folder, evaluate_module
 from mspc.pipeline.forecasting import Forecast, Place, forecast_of
 from mspc.pipeline.rates import GPU_BYTES, calibrate
 from mspc.pipeline.run import Run
+from mspc.pipeline.sharing import held_by_first
 from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress, log
 from mspc.recipe import Recipe
@@ -28,7 +30,7 @@ from mspc.runtime.linear import SparseLinear
 from mspc.runtime.loading import INPUTS, load
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_entries, read_manifest
-from mspc.storage.output_folder import made_and_held, sibling, working_folder
+from mspc.storage.output_folder import sibling, working_folder
 from mspc.text.given import check_given
 from mspc.text.reading import Reading, save_tokenizer
 from mspc.threads import check as check_threads
@@ -131,8 +133,8 @@ def compress(
     start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
     try:
-        folder = working_folder(out, resume=resume, overwrite=overwrite)
-        with made_and_held(folder), _saved(model, tokenizer, out) as source:
+        folder = Path(ranks.by_first(lambda: str(working_folder(out, resume=resume, overwrite=overwrite))))
+        with held_by_first(folder), _saved(model, tokenizer, out) as source:
             run = run or start(source)
             with using(threads, run.device) as run.threads:
                 run.force = force
@@ -140,6 +142,8 @@ def compress(
     except Stopped as stopped:
         raise Stopped(f"{stopped} What is finished is kept, and resume continues it.") from stopped
     artifact = Artifact(out)
+    if not ranks.is_first():
+        return artifact
     entries = read_entries(artifact.manifest, out)
     if note := slow_note([entry.stored for entry in entries], run.device.type):
         log.info(note)

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import torch
 
-from mspc import cgroups
+from mspc import cgroups, ranks
 
 FREE_UNKNOWN = 4 * 2**30
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or for this process on the CPU. 4 GiB if the system does not say."""
+    """Bytes that are free on a device, or for this process on the CPU. 4 GiB if the system does not say.
+
+    The ranks on a machine share its memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return max(0, min([_of_machine(), *_of_cgroups()]))
+    return max(0, min([_of_machine(), *_of_cgroups()])) // ranks.place().local_size
 
 
 def _of_machine() -> int:

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mspc import cgroups
+from mspc import cgroups, ranks
 from mspc.errors import InputError
 from mspc.memory import free_memory
 
@@ -30,6 +30,10 @@ R = TypeVar("R")
 
 ROWS = 1536
 """Rows of a matrix that are one piece of work. In a sweep, more would not stay in the cache of a core."""
+TILES = 8
+"""Pieces of a product that ranks share, at most where `ROWS` allows it."""
+LEAST_ROWS = {"cpu": 768, "cuda": 2048}
+"""Rows of such a piece, at least, by type of device: less would take longer in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,7 @@ def run(function: Callable[[T], R], items: Iterable[T], bytes_each: int = 0) -> 
     `bytes_each` of memory, no more are worked on at once than `fitting` allows.
     """
     helpers, items = _helpers.get(), list(items)
+    function = ranks.apart(function) if len(items) > 1 else function
     if helpers is None or len(items) < 2:
         yield from map(function, items)
         return
@@ -217,14 +222,23 @@ def pieces(tensor: Tensor, dim: int = 0, rows: int = 1) -> Sequence[Tensor]:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (R, K) and b (K, C), or (N, R, K) and (N, K, C), in pieces."""
-    if a.ndim == 2:
-        operands: Sequence[Sequence[Tensor]] = [(part, b) for part in pieces(a)]
-    else:
-        operands = list(zip(*(pieces(part, rows=a.shape[1]) for part in (a, b)), strict=True))
-    if len(operands) == 1:
+    """a @ b for a (R, K) and b (K, C), or (N, R, K) and (N, K, C), in pieces, which ranks share in `ranks.together`."""
+    each = 1 if a.ndim == 2 else a.shape[1]
+    count = min(TILES, len(a) * each // LEAST_ROWS.get(a.device.type, LEAST_ROWS["cuda"]))
+    if a.device.type == "cpu":
+        count = max(count, -(-len(a) * each // ROWS))
+    size = -(-len(a) // max(count, 1))
+    starts = [*range(0, len(a), size), len(a)]
+    if len(starts) == 2:
         return a @ b
     result = a.new_empty(*a.shape[:-1], b.shape[-1])
-    results = pieces(result, rows=1 if a.ndim == 2 else a.shape[1])
-    run_all(lambda some: torch.matmul(*some[0], out=some[1]), zip(operands, results, strict=True))
+
+    def multiply(number: int) -> None:
+        some = slice(starts[number], starts[number + 1])
+        torch.matmul(a[some], b if a.ndim == 2 else b[some], out=result[some])
+
+    own, edges = ranks.share_of(len(starts) - 1)
+    run_all(multiply, own)
+    if edges:
+        ranks.share(result, [starts[edge] for edge in edges])
     return result

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 ROOMS = (
-    "mspc.version", "mspc.errors", "mspc.encoding", "mspc.sizes", "mspc.types", "mspc.cgroups", "mspc.memory",
-    "mspc.threads",
+    "mspc.version", "mspc.errors", "mspc.encoding", "mspc.sizes", "mspc.types", "mspc.cgroups", "mspc.ranks",
+    "mspc.memory", "mspc.threads",
     "mspc.progress", "mspc.settings", "mspc.recipe", "mspc.text", "mspc.numerics", "mspc.formats", "mspc.storage",
     "mspc.model", "mspc.passes",
     "mspc.published", "mspc.solvers", "mspc.planning", "mspc.pipeline",

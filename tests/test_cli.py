@@ -30,7 +30,7 @@ FAST = ("--num-sequences", "2", "--sequence-length", "16", "--effort", "fast")
 GOAL_FLAGS = {"--" + name.replace("_", "-") for name in GOALS}
 RUN_FLAGS = {
     *("--export", "--recipe", "--measurements", "--spill", "--resume", "--overwrite", "--json", "--debug", "--out"),
-    *("--threads", "--report", "--force"),
+    *("--threads", "--ranks", "--report", "--force"),
 }
 RECIPE_FLAGS = {
     *("--sparsity", "--pattern", "--bits", "--group-size", "--asymmetric", "--skip", "--only", "--effort", "--solver"),

@@ -293,12 +293,12 @@ def test_a_run_killed_after_the_recovery_trains_nothing_again(made, folder_of, t
     """In the evaluation, or while old files are removed. Oracle: the undisturbed run."""
     _, wanted = made("gpt2", pattern="2:4", eval=True)
     recipe = mspc.Recipe(**wanted.manifest["recipe"])
-    original = {name: getattr(run.Run, name) for name in ("evaluate", "discard_work")}
-    for name in original:
-        monkeypatch.setattr(run.Run, name, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    for owner, name in ((run.Run, "evaluate"), (run, "discard_work")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             mspc.compress(folder_of("gpt2"), recipe, out=tmp_path / "out", progress=False, resume=True)
-        monkeypatch.setattr(run.Run, name, original[name])
+        monkeypatch.setattr(owner, name, original)
         monkeypatch.setattr(recovering.Training, "step", None)
     resumed = mspc.compress(folder_of("gpt2"), recipe, out=tmp_path / "out", progress=False, resume=True)
     assert content(resumed.path) == content(wanted.path)

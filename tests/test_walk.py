@@ -16,7 +16,7 @@ from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.passes import perplexity
 from mspc.passes import walk as walking
-from mspc.passes.blocks import batches_of, pass_bytes
+from mspc.passes.blocks import batches_of, own_batches, pass_bytes
 from mspc.passes.walk import DenseWalk, Visit, install, matrix_of, walk
 from mspc.types import Matrix
 
@@ -71,7 +71,7 @@ def test_a_dense_walk_is_the_same_each_time_and_keeps_statistics_if_memory_allow
     matrices, seen = model.matrices(()), []
     expected = [
         (v.matrix, v.weight.clone(), v.stats.gram, v.block, v.is_last_of_block)
-        for v in walk(model, batches_of(model, ids), matrices)
+        for v in walk(model, own_batches(model, ids), matrices)
     ]
     dense = DenseWalk(model, ids, matrices, memory)
     for _ in range(2):

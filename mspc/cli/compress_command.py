@@ -18,7 +18,9 @@ from mspc.cli.console import (
     reported,
     with_recipe,
 )
-from mspc.progress import log
+from mspc.cli.launching import launched
+from mspc.progress import Silent, log
+from mspc.ranks import is_first, start, stop
 from mspc.recipe import Recipe, default_of
 
 ADVANCED = "Advanced"
@@ -57,6 +59,13 @@ OverwriteOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Start a run that by its forecast does not fit (see `mspc plan`).")
 ]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Processes on this machine that share the work, one a GPU: 1, 2, 4 or 8. (default: 1)",
+        show_default=False,
+    ),
+]  # fmt: skip
 
 
 def compress(
@@ -71,6 +80,7 @@ def compress(
     overwrite: OverwriteOption = False,
     force: ForceOption = False,
     threads: ThreadsOption = None,
+    ranks: RanksOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
@@ -86,13 +96,19 @@ def compress(
     """
     with reported(debug, "If anything was solved, it is kept: `mspc compress` goes on with --resume."):
         whole = with_recipe(recipe, asked_of(options))
+        if (code := launched(ranks)) is not None:
+            raise typer.Exit(code)
         import mspc
         from mspc.pipeline.summary import summary
 
+        start()
         artifact = mspc.compress(
             model, whole, out=out, measurements=measurements, spill=spill, resume=resume, overwrite=overwrite,
-            exports=export or (), threads=threads, force=force,
+            exports=export or (), threads=threads, force=force, progress=True if is_first() else Silent(),
         )  # fmt: skip
+        if not is_first():
+            stop()
+            return
         if report:
             from mspc.pages.page import report_of_run
 
@@ -103,6 +119,7 @@ def compress(
             print_json(artifact.manifest)
         else:
             log.info(f"{out}: {summary(artifact.manifest)}")
+        stop()
 
 
 def asked_of(options: Mapping[str, Any]) -> dict[str, Any]:

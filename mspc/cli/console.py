@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import shlex
 import sys
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mspc import ranks
 from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory
 from mspc.progress import log
 from mspc.recipe import Recipe
@@ -102,7 +104,8 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
 
     Messages of mspc are printed to stderr meanwhile. `kept` is the message about what an interruption leaves.
     """
-    handler, logger = ToStderr(), logging.getLogger("mspc")
+    handler: logging.Handler = ToStderr() if ranks.of_environment().rank == 0 else logging.NullHandler()
+    logger = logging.getLogger("mspc")
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -113,6 +116,7 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
     except (MspcError, OSError) as error:
         if debug:
             raise
+        ranks.await_report(error)
         fail(f"Error: {error}", error.exit_code if isinstance(error, MspcError) else 1)
     except Exception as error:
         if debug or not is_out_of_memory(error):
@@ -124,8 +128,16 @@ def reported(debug: bool, kept: str = "") -> Iterator[None]:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(code)
+    """Print a message and end with an exit code. Of several ranks, the first that fails does so for all."""
+    other = ranks.speaks(code)
+    if other is None:
+        print(message, file=sys.stderr)
+    else:
+        ranks.await_report()
+    if ranks.place().size == 1:
+        raise SystemExit(code if other is None else other)
+    sys.stderr.flush()
+    os._exit(code if other is None else other)  # others may wait for this rank, and what parts in order waits for them
 
 
 def report_bug(error: BaseException) -> NoReturn:

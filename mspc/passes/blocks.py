@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mspc import ranks
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
 from mspc.model.experts import experts_per_token
 from mspc.model.streamed import Route, StreamedModel
@@ -44,6 +45,8 @@ class Batch:
     calls: list[Call]
     axis: int = 0
     """The axis of the sequences in `hidden`: 1 where it is (K, B, T, D)."""
+    chunk: int = 0
+    """The number of the chunk of the text that the sequences belong to (see `mspc.ranks`)."""
 
     def sequences(self) -> Iterator["Batch"]:
         """Each sequence as a batch of its own."""
@@ -67,6 +70,25 @@ def batches_of(
     size = batch_size or max(1, TOKENS_PER_BATCH // ids.shape[1])
     with model.loaded_outer():
         return embedded(model, ids.split(size), spill)
+
+
+def own_batches(
+    model: StreamedModel, ids: Tensor, spill: Path | None = None, batch_size: int | None = None
+) -> list[Batch]:
+    """`batches_of` for the chunks of the text that this rank has. No batch has sequences of two chunks."""
+    parts = own_parts(ids, batch_size)
+    with model.loaded_outer():
+        batches = embedded(model, [part for _, part in parts], spill)
+    for batch, (chunk, _) in zip(batches, parts, strict=True):
+        batch.chunk = chunk
+    return batches
+
+
+def own_parts(ids: Tensor, batch_size: int | None = None) -> list[tuple[int, Tensor]]:
+    """The chunk and the ids (B, T) of each batch of this rank, of sequences (N, T)."""
+    size, sequences = batch_size or max(1, TOKENS_PER_BATCH // ids.shape[1]), ranks.chunks(len(ids))
+    cut = ((chunk, ids[sequences[chunk].start : sequences[chunk].stop]) for chunk in ranks.own_chunks())
+    return [(chunk, part) for chunk, of_chunk in cut if len(of_chunk) for part in of_chunk.split(size)]
 
 
 def embedded(model: StreamedModel, parts: Sequence[Tensor], spill: Path | None = None) -> list[Batch]:

@@ -29,6 +29,7 @@ from mspc.passes.blocks import (
     Batch,
     Logits,
     batches_of,
+    embedded,
     hidden_of,
     logits_bytes,
     pass_bytes,
@@ -60,6 +61,8 @@ class Sample:
     matrix: Matrix
     value: Tensor
     sequences: int = 1
+    batch: int = 0
+    """Number of the batch."""
 
 
 @dataclass(frozen=True)
@@ -234,13 +237,15 @@ def reverse_walk(
     matrices: Sequence[Sequence[Matrix]],
     measure: Measure,
     first_sequence: int = 0,
+    parts: Sequence[Tensor] | None = None,
 ) -> Iterator[Sample]:
     """Samples of every matrix from `ids` (N, T), last block first.
 
-    `first_sequence` is the number of the first one in the whole text. Raises ActivationError when a gradient is not
-    finite, and InputError for a block without derivatives.
+    `parts` are the ids of each batch (None: as the measure says). `first_sequence` is the number of the first sequence
+    in the whole text. Raises ActivationError when a gradient is not finite, and InputError for a block without
+    derivatives.
     """
-    batches = batches_of(model, ids, batch_size=measure.batch_size)
+    batches = _batches(model, ids, measure, parts)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
     layouts = [[Layout(Piece.of(batch.hidden))] for batch in batches]
 
@@ -265,7 +270,7 @@ def reverse_walk(
             cotangent, values = measure.backward(one, state, cotangents[number])
         of_block = [(matrix, values[model.name_in_block(one.index, matrix)]) for matrix in matrices[one.index]]
         size = len(one.batch.ids)
-        return cotangent, [Sample(m, _checked(m, measure.value(m, value)), size) for m, value in of_block]
+        return cotangent, [Sample(m, _checked(m, measure.value(m, value)), size, number) for m, value in of_block]
 
     for index in range(len(model.blocks)):
         with model.loaded(index) as block, torch.no_grad():
@@ -284,6 +289,13 @@ def reverse_walk(
             for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(model, block, batches))):
                 cotangents[i] = found[0]
                 yield from found[1]
+
+
+def _batches(model: StreamedModel, ids: Tensor, measure: Measure, parts: Sequence[Tensor] | None) -> list[Batch]:
+    if parts is None:
+        return batches_of(model, ids, batch_size=measure.batch_size)
+    with model.loaded_outer():
+        return embedded(model, parts)
 
 
 def _twin(block: nn.Module) -> nn.Module:

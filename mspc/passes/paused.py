@@ -32,11 +32,11 @@ class Pause(NamedTuple):
 class PausedForward:
     """One run of `forward`, a block on one batch. `kept` suspends it at pauses; otherwise it is run again for each.
 
-    A suspended pass cannot go on in another thread, so each has a `lane`.
+    A suspended pass cannot go on in another thread, so each has a `lane`. `chunk` is that of its batch.
     """
 
-    def __init__(self, forward: Callable[[], Tensor], kept: bool, lane: int = 0) -> None:
-        self.forward, self.kept, self.lane = forward, kept, lane
+    def __init__(self, forward: Callable[[], Tensor], kept: bool, lane: int = 0, chunk: int = 0) -> None:
+        self.forward, self.kept, self.lane, self.chunk = forward, kept, lane, chunk
         self.running: greenlet | None = None
         self.reached: list[Pause | Tensor] = []
         self.count = 0

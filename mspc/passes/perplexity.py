@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mspc import ranks
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.intervals import Interval, mean_interval
@@ -232,7 +233,8 @@ def mean_divergences(
 ) -> list[float]:
     """Mean KL(reference || model) in nats of every stream of batches through the model.
 
-    It is the mean over all positions from `first` on. All batches have passed the last block.
+    It is the mean over all positions from `first` on. All batches have passed the last block. With several ranks they
+    are those of this one, and the mean is that of the whole text.
     """
     with torch.no_grad(), without_blocks(model) as logits_of, ExitStack() as stack:
         expected_of = logits_of if reference is model else stack.enter_context(without_blocks(reference))
@@ -244,8 +246,9 @@ def mean_divergences(
 
         all_batches = zip(reference_batches, *streams, strict=True)
         sequences = [row for some in all_batches for row in zip(*(batch.sequences() for batch in some), strict=True)]
-        tokens = sum(expected.ids[:, first:].numel() for expected, *_ in sequences)
-        of_streams = zip(*run(divergences, sequences, logits_bytes(model, sequences[0][0].ids)), strict=True)
+        tokens = ranks.count(sum(expected.ids[:, first:].numel() for expected, *_ in sequences))
+        memory = logits_bytes(model, sequences[0][0].ids) if sequences else 0
+        of_streams = zip(*ranks.gathered(list(run(divergences, sequences, memory))), strict=True)
         return [sum(of_stream) / tokens for of_stream in of_streams]
 
 

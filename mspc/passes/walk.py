@@ -12,22 +12,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import starmap
-from typing import NamedTuple
+from itertools import groupby, starmap
+from operator import itemgetter
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mspc import ranks
 from mspc.errors import InputError
 from mspc.memory import free_memory
 from mspc.model.experts import experts_per_token
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
-from mspc.passes.blocks import Batch, advance, arrive, batches_of, pass_bytes, run_block, scores_bytes
+from mspc.passes.blocks import Batch, advance, arrive, own_batches, pass_bytes, run_block, scores_bytes
 from mspc.passes.paused import Pause, PausedForward, pauses_before
 from mspc.threads import fitting
 from mspc.types import GramStats, Matrix
+
+T = TypeVar("T")
 
 BUFFERS_HELD = 3
 """Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
@@ -61,6 +65,8 @@ def walk(
     finish: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> Iterator[Visit]:
     """Visit the matrices of every block. Afterwards `batches` hold the outputs of the last block.
+
+    With several ranks they are those of this one (`own_batches`), and the statistics are of the whole text.
 
     `known(i)` returns the weights of block i by matrix name if they were solved before, else None. Known weights are
     installed, and their block is passed without a visit. `dense` are the same batches for the dense model. Suspended
@@ -129,8 +135,8 @@ class DenseWalk:
         # An upper bound: some matrices share their Gram.
         grams = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
-        keep = 4 * grams <= self.memory
-        for visit in walk(self.model, batches_of(self.model, self.ids), self.matrices):
+        keep = ranks.every(4 * grams <= self.memory)
+        for visit in walk(self.model, own_batches(self.model, self.ids), self.matrices):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))
             yield visit
@@ -235,7 +241,9 @@ class _Block:
         """One paused forward pass per batch. The first `num_kept` stay suspended at pauses."""
         names = {matrix: self.model.name_in_block(self.index, matrix).rpartition(".")[0] for matrix in self.matrices}
         forwards = [
-            PausedForward(partial(run_block, self.model, block, batch, self.index), kept=i < max(num_kept, 1), lane=i)
+            PausedForward(
+                partial(run_block, self.model, block, batch, self.index), i < max(num_kept, 1), i, batch.chunk
+            )
             for i, batch in enumerate(batches)
         ]
         # Without batches, `block` may be the one that other passes run through.
@@ -254,17 +262,21 @@ class _Block:
         The Gram of an expert that sees few tokens has some of its layer's.
         """
         size = matrix.shape[1]
-        gram = torch.zeros(size, size, device=self.model.device)
-        shift = torch.zeros_like(gram) if dense_forwards else None
+        grams, shifts = self.text_sum(size), self.text_sum(size) if dense_forwards else None
         tokens = 0
         with precise_matmul():
             for some in self.rounds(forwards):
+                chunks = [forwards[i].chunk for i in some]
                 inputs = self.inputs_of(matrix, number, forwards[some.start : some.stop])
-                add_gram(gram, *(found.inputs for found in inputs))
+                for chunk, found in _by_chunk(chunks, inputs):
+                    add_gram(grams.of(chunk), *(one.inputs for one in found))
                 tokens += sum(len(found.inputs) for found in inputs)
-                if shift is not None:
+                if shifts is not None:
                     wanted = self.inputs_of(matrix, number, dense_forwards[some.start : some.stop])
-                    add_products(shift, list(starmap(_difference, zip(wanted, inputs, strict=True))))
+                    differences = list(starmap(_difference, zip(wanted, inputs, strict=True)))
+                    for chunk, pairs in _by_chunk(chunks, differences):
+                        add_products(shifts.of(chunk), pairs)
+        gram, shift, tokens = grams.total(), None if shifts is None else shifts.total(), ranks.count(tokens)
         borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
         if borrowed:
             gram.add_(self.of_layer(matrix, number, forwards), alpha=borrowed)
@@ -279,15 +291,21 @@ class _Block:
         """The mean of x x^T over the tokens of all experts of the layer of an expert's matrix."""
         if matrix.parameter in self.layer_means:
             return self.layer_means[matrix.parameter]
-        gram, count = torch.zeros(matrix.shape[1], matrix.shape[1], device=self.model.device), 0
+        grams, count = self.text_sum(matrix.shape[1]), 0
         with precise_matmul():
             for some in self.rounds(forwards):
                 found = self.inputs_of(matrix, number, forwards[some.start : some.stop], of_layer=True)
-                add_gram(gram, *(one.inputs for one in found))
+                for chunk, of_chunk in _by_chunk([forwards[i].chunk for i in some], found):
+                    add_gram(grams.of(chunk), *(one.inputs for one in of_chunk))
                 count += sum(len(one.inputs) for one in found)
+        gram, count = grams.total(), ranks.count(count)
         self.layer_means.clear()  # one is needed at a time
         self.layer_means[matrix.parameter] = gram / max(count, 1)
         return self.layer_means[matrix.parameter]
+
+    def text_sum(self, size: int) -> ranks.TextSum:
+        """A sum (I, I) over the text of all ranks."""
+        return ranks.TextSum(partial(torch.zeros, size, size, device=self.model.device))
 
     def rounds(self, passes: Sequence[PausedForward]) -> Iterator[range]:
         """The numbers of the passes, as many at a time as can run at once."""
@@ -341,6 +359,12 @@ class _Block:
     def skip(self, *matrices: Matrix) -> str:
         """The option that leaves these matrices dense, in every block."""
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
+
+
+def _by_chunk(chunks: Sequence[int], values: Sequence[T]) -> Iterator[tuple[int, list[T]]]:
+    """The values of each chunk, in order."""
+    for chunk, pairs in groupby(zip(chunks, values, strict=True), itemgetter(0)):
+        yield chunk, [value for _, value in pairs]
 
 
 def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,8 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
             load.batch_tokens * load.hidden * load.itemsize, max(block + passing, outer + scored)
         ),
         "Gradients": _Parts(
-            min(measured, load.batch_tokens * load.threads) * load.hidden * (load.blocks + 2) * load.itemsize,
+            min(measured, load.batch_tokens * load.threads) * load.hidden * (load.blocks + 2) * load.itemsize
+            + 3 * fisher_bytes(load),  # sums of chunks of the text, which wait for others
             max(
                 block + 2 * passing * min(measured / load.batch_tokens, 1),
                 outer + HEAD_COPIES * min(measured, load.batch_tokens) * load.vocabulary * 4 * load.threads,

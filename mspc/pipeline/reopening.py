@@ -1,4 +1,4 @@
-"""Reopening a finished artifact, so that `--resume --recover` can train what a run without it left."""
+"""Resuming a finished artifact: it is complete, or `--resume --recover` trains what a run without it left."""
 
 import json
 import shutil
@@ -6,12 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from mspc.pipeline.stopwatch import SECONDS
-from mspc.storage.artifact import EXPORTS, MEASUREMENTS, PAGE, PLAN, REPORT
+from mspc.progress import log
+from mspc.storage.artifact import EXPORTS, MATRICES, MEASUREMENTS, OWN_TEXT, PAGE, PLAN, REPORT
 from mspc.storage.files import sha256_of, write_json
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import MANIFEST, read_manifest
+from mspc.storage.output_folder import publish
 
 RECOVERY = ("recover", "recover_lr")
+
+
+def is_finished(folder: Path, out: Path, header: dict[str, Any]) -> bool:
+    """Resume a folder that is complete, if it is. Raises InputError if it is that of another run."""
+    if not (folder / MANIFEST).is_file() or reopened(folder, header):
+        return False
+    manifest = read_manifest(folder)
+    Journal.compare(folder, manifest, header)
+    discard_work(folder, manifest)
+    publish(folder, out)
+    log.info(f"{out} is complete already.")
+    return True
+
+
+def discard_work(folder: Path, manifest: dict[str, Any]) -> None:
+    """Remove what only an unfinished run needs, matrices before they were recovered too."""
+    for path in (folder / MATRICES).glob("*.safetensors"):
+        if f"{MATRICES}/{path.name}" not in manifest["files"]:
+            path.unlink()
+    for name in (MEASUREMENTS, OWN_TEXT):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    Journal.discard(folder)
 
 
 def reopened(folder: Path, header: dict[str, Any]) -> bool:

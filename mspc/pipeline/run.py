@@ -1,7 +1,6 @@
 """One run of `compress`: measure, plan, solve and write; or continue an earlier run that was cut off."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mspc import ranks
 from mspc.errors import InputError, Stopped
 from mspc.model.hub import choose_device, choose_sequence_length, load_config, resolve
 from mspc.model.matrices import dense_notes
 from mspc.model.open import open_model
 from mspc.model.streamed import StreamedModel
 from mspc.model.vocabulary import check_range, check_tokenizer_of, tokenizer_for
-from mspc.passes.blocks import batches_of
+from mspc.passes.blocks import own_batches
 from mspc.passes.trial import irregular_layers, outside_notes
 from mspc.pipeline.announcing import announce
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
@@ -28,8 +28,9 @@ from mspc.pipeline.outer import inputs_of_head, planned_outer, quantize_outer, w
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import recover_all
-from mspc.pipeline.reopening import reopened
+from mspc.pipeline.reopening import discard_work, is_finished
 from mspc.pipeline.results import results
+from mspc.pipeline.sharing import check_ranks, check_same, digests_of, drawn_by_first, journal_of
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
 from mspc.pipeline.summary import DEFAULT_GOAL, report, unused_note
@@ -41,13 +42,13 @@ from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
-from mspc.storage.artifact import MATRICES, MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
+from mspc.storage.artifact import MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.config_json import config_digest
 from mspc.storage.dequantized import dense_config, open_checkpoint, origin_note
 from mspc.storage.files import sha256_of, write_json, write_text
 from mspc.storage.journal import Journal
-from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact, read_manifest
+from mspc.storage.manifest import FORMAT_VERSION, MANIFEST, is_artifact
 from mspc.storage.output_folder import publish
 from mspc.storage.sparse_export import is_sparse_export
 from mspc.text.given import check_ids
@@ -120,35 +121,50 @@ class Run:
         self.check_early(model, matrices)
         about = self.source, self.device, matrices, settings, self.given, self.threads
         announce(*about, spill, folder, self.force, self.resume)
-        text = self.draw_text(measurements)
+        check_ranks(settings, folder, {"--measurements": measurements})
+        if ranks.size() > 1:
+            _ = self.digests  # before the first rank alone may need them
+        text = drawn_by_first(partial(self.draw_text, measurements))
         tokens = text.calibration
-        header = self.header(tokens)
+        check_same(header := self.header(tokens))
         planner = self.planner(checkpoint, tokens, text.validation, matrices, header, measurements)
         planner.check(model)
         for note in (*dense_notes(model.sorted_blocks(*selection)), *outside_notes(model)):
             log.info(note)
         if self.unused:
             log.warning(unused_note(self.unused))
-        if (self.folder / MANIFEST).is_file() and not reopened(self.folder, header):
-            self.finished(header)
+        if ranks.by_first(partial(is_finished, folder, self.out, header)):
             return
-        if not is_artifact(self.folder):  # a run that goes on has tried it
-            warn_if_guessing(model, tokens, progress)
-        journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
+        journal = journal_of(partial(self.open_journal, model, tokens, header), folder)
         if journal.blocks:
             log.info(f"Resuming after {len(journal.blocks)} of {len(matrices)} blocks.")
-        written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
-        write_text(self.folder / RECIPE, written.to_toml())
-        self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
         fisher = planner.fisher(model) if journal.num_solved < len(flatten(matrices)) else {}
         plan = self.plan(planner, model, journal, fisher)
-        compressed = [*flatten(matrices), *(one.outer.matrix for one in self.outer)]
-        copy_rest(checkpoint, model, self.with_outer(plan), compressed, self.folder, progress)
+        if ranks.is_first():
+            compressed = [*flatten(matrices), *(one.outer.matrix for one in self.outer)]
+            copy_rest(checkpoint, model, self.with_outer(plan), compressed, self.folder, progress)
         self.solve(model, tokens, matrices, plan, journal, spill, fisher)
+        if ranks.is_first():
+            with ranks.alone():
+                self.complete(checkpoint, model, matrices, text, header, plan, journal, spill)
+
+    def complete(
+        self,
+        checkpoint: Checkpoint,
+        model: StreamedModel,
+        matrices: MatricesByBlock,
+        text: Drawn,
+        header: dict[str, Any],
+        plan: list[PlannedMatrix],
+        journal: Journal,
+        spill: Path | None,
+    ) -> None:
+        """Make an artifact of the solved blocks."""
+        settings, progress, ids = self.settings, self.progress, text.calibration.ids
         if settings.recover:
             recover_all(self.open_for_training, text, settings, self.folder, journal, spill, progress)
         last = self.recovered(journal) or model
-        inputs = partial(inputs_of_head, last, tokens.ids, matrices, solved_weights(self.folder, journal))
+        inputs = partial(inputs_of_head, last, ids, matrices, solved_weights(self.folder, journal))
         quantize_outer(last, self.outer, settings, self.folder, journal, progress, inputs)
         evaluation = self.evaluate(model, text, matrices, journal, spill)
         manifest = self.write_manifest(header | {"evaluation": evaluation}, plan, checkpoint, model, journal)
@@ -190,12 +206,9 @@ class Run:
     @cached_property
     def digests(self) -> dict[str, str]:
         """The sha256 of each weight file. Raises InputError for NaN or infinity in weights."""
-        checkpoint, digests = open_checkpoint(self.source), {}
+        checkpoint = open_checkpoint(self.source)
         with self.progress.stage("Checking weights", len(checkpoint.shards())) as step:
-            for file, digest in checkpoint.fingerprint():
-                digests[file] = digest
-                step(file)
-        return digests
+            return digests_of(checkpoint, step)
 
     def own_text(self, measurements: Path | None, counts: Sequence[int]) -> Tokens:
         """Text that the model writes, which is kept like measurements."""
@@ -220,13 +233,15 @@ class Run:
             },
         }
 
-    def finished(self, header: dict[str, Any]) -> None:
-        """Resume a folder that is complete. Raises InputError if it is that of another run."""
-        manifest = read_manifest(self.folder)
-        Journal.compare(self.folder, manifest, header)
-        self.discard_work(manifest)
-        publish(self.folder, self.out)
-        log.info(f"{self.out} is complete already.")
+    def open_journal(self, model: StreamedModel, tokens: Tokens, header: dict[str, Any]) -> Journal:
+        """Begin the folder of a run, or go on with it."""
+        if not is_artifact(self.folder):  # a run that goes on has tried it
+            warn_if_guessing(model, tokens, self.progress)
+        journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
+        written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
+        write_text(self.folder / RECIPE, written.to_toml())
+        self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
+        return journal
 
     def plan(
         self, planner: Planner, model: StreamedModel, journal: Journal, fisher: dict[str, Tensor]
@@ -236,10 +251,13 @@ class Run:
         if journal.entries:  # the plan is committed first
             return read_plan(file, flatten(planner.matrices))
         chosen = PlanChoice(self.given) if self.given else planner.plan(model, fisher)
-        plan = chosen.plan
-        write_plan(file, self.checked(plan))
+        plan = self.checked(chosen.plan)
         how = {"chosen": chosen.name, "tried": chosen.divergences, **chosen.search, **planner.not_measured()}
-        journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
+        if ranks.is_first():
+            write_plan(file, plan)
+            journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})
+        ranks.barrier()
+        plan = plan if ranks.is_first() else read_plan(file, flatten(planner.matrices))
         removed = [matrix.name for matrix in plan if matrix.target.pattern.sparsity == 1]
         if removed:
             log.warning(f"the plan removes {len(removed)} whole matrices, such as {removed[0]}.")
@@ -314,9 +332,9 @@ class Run:
         block_of = {matrix.name: block for block, of_block in enumerate(matrices) for matrix in of_block}
         with self.progress.stage("Compressing", len(plan), in_blocks=True, done=done) as step:
             settings, size = self.settings, batch_size(*tokens.ids.shape) if self.settings.reconstruct else None
-            batches = batches_of(model, tokens.ids, spill, size)
+            batches = own_batches(model, tokens.ids, spill, size)
             needs_dense = settings.propagation or settings.reconstruct
-            dense = batches_of(model, tokens.ids, spill, size) if needs_dense else ()
+            dense = own_batches(model, tokens.ids, spill, size) if needs_dense else ()
             solved = solve_blocks(
                 model, batches, matrices, plan, settings, self.folder, journal, dense=dense, fisher=fisher, spill=spill
             )
@@ -373,14 +391,5 @@ class Run:
         if journal.recovery is not None:
             manifest["recovery"] = journal.recovery
         write_json(self.folder / MANIFEST, manifest)
-        self.discard_work(manifest)
+        discard_work(self.folder, manifest)
         return manifest
-
-    def discard_work(self, manifest: dict[str, Any]) -> None:
-        """Remove what only an unfinished run needs, matrices before they were recovered too."""
-        for path in (self.folder / MATRICES).glob("*.safetensors"):
-            if f"{MATRICES}/{path.name}" not in manifest["files"]:
-                path.unlink()
-        for name in (MEASUREMENTS, OWN_TEXT):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        Journal.discard(self.folder)

@@ -1,7 +1,7 @@
 """Walk through a model, solve every matrix by the plan, and commit each block while the next one is solved."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mspc import ranks
 from mspc.errors import ActivationError
 from mspc.formats import layout
 from mspc.formats.decoding import check_indices
@@ -33,7 +34,11 @@ from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import MatrixEntry
 from mspc.threads import run
-from mspc.types import CompressedLinear, GramStats, MatricesByBlock, Matrix, PlannedMatrix
+from mspc.types import Codes, CompressedLinear, GramStats, MatricesByBlock, Matrix, PlannedMatrix
+
+TOLD = ("output_error", "propagation_damp", "num_tokens", "borrowed_tokens")
+CODES = ("values", "scales", "zeros")
+"""Fields of `SolvedMatrix` and of `Codes` that ranks tell each other."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def solve_blocks(
     with Writer() as writer:
         visits = walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end)
         for few in experts_together(visits, matrices):
-            for visit, found in zip(few, run(solve, few, solver_bytes(few[0].matrix.shape)), strict=True):
+            for visit, found in zip(few, solve_few(few, solve, planned), strict=True):
                 solved[visit.matrix] = found
                 if settings.reconstruct:
                     grams[visit.matrix] = visit.stats.gram
@@ -127,6 +132,47 @@ def solve_blocks(
         writer.wait()
         for note in few_tokens_notes(row for entry in journal.blocks for row in entry["matrices"]):
             log.warning(note)
+
+
+def solve_few(
+    few: Sequence[Visit], solve: Callable[[Visit], SolvedMatrix], planned: dict[str, PlannedMatrix]
+) -> Iterable[SolvedMatrix]:
+    """Solve matrices that do not read each other. Ranks share these, or else the rows of a single one."""
+    bytes_each = solver_bytes(few[0].matrix.shape)
+    if ranks.size() == 1:
+        return run(solve, few, bytes_each)
+    if len(few) == 1:
+        with ranks.together():
+            found = solve(few[0])
+        ranks.check_equal(few[0].matrix.name, layout.digest(found.stored))
+        return [found]
+    owners = ranks.owners([visit.matrix.numel for visit in few])
+    own = [visit for visit, owner in zip(few, owners, strict=True) if owner == ranks.rank()]
+    solved = dict(zip((visit.matrix for visit in own), run(solve, own, bytes_each), strict=True))
+    return [_from(owner, visit, solved.get(visit.matrix), planned) for visit, owner in zip(few, owners, strict=True)]
+
+
+def _from(owner: int, visit: Visit, solved: SolvedMatrix | None, planned: dict[str, PlannedMatrix]) -> SolvedMatrix:
+    """The matrix as its owner solved it, installed."""
+    told: Any = None
+    tensors: dict[str, Tensor] = {}
+    if solved is not None:
+        stored = solved.stored
+        told = {name: getattr(solved, name) for name in TOLD} | {
+            "damp": stored.damp,
+            "precision": str(stored.precision),
+        }
+        tensors = {"weight": stored.weight, "mask": stored.mask}
+        tensors |= {name: getattr(stored.codes, name) for name in CODES if stored.codes is not None}
+    told, tensors = ranks.from_rank(owner, told, tensors)
+    if solved is not None:
+        return solved
+    target = planned[visit.matrix.name].target
+    codes = Codes(*(tensors[name] for name in CODES)) if target.grid is not None else None
+    precision = getattr(torch, told.pop("precision").removeprefix("torch."))
+    stored = CompressedLinear(tensors["weight"], tensors["mask"], target, codes, told.pop("damp"), precision)
+    install(visit.weight, stored.weight)
+    return SolvedMatrix(visit.matrix, planned[visit.matrix.name], stored, **told)
 
 
 class Writer:
@@ -220,8 +266,11 @@ def commit_block(
 ) -> None:
     """Pack the matrices of a block, write them to its file and commit it to the journal, with `more` in its entry.
 
-    Raises StorageError when the disk is full, and InputError for a matrix whose mask does not fit its target.
+    Only the first rank does. Raises StorageError when the disk is full, and InputError for a matrix whose mask does not
+    fit its target.
     """
+    if not ranks.is_first():
+        return
     file = f"{MATRICES}/{block:05d}.safetensors"
     tensors: dict[str, Tensor] = {}
     rows = []

@@ -53,10 +53,11 @@ def write_curves(file: Path, curves: dict[str, Curve]) -> None:
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    return {name: _curve_from(row) for name, row in json.loads(file.read_text()).items()}
+    return {name: curve_from(row) for name, row in json.loads(file.read_text()).items()}
 
 
-def _curve_from(row: dict[str, Any]) -> Curve:
+def curve_from(row: dict[str, Any]) -> Curve:
+    """The curve that `asdict` made a row of JSON of."""
     quantization = {
         int(bits): tuple((float(sparsity), float(loss)) for sparsity, loss in points)
         for bits, points in row["quantization"].items()

@@ -1,15 +1,16 @@
 """Measuring loss curves: a short run of the solver at a few sparsities of each matrix of the dense model."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
-from mspc import threads
+from mspc import ranks, threads
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.walk import DenseWalk, Visit, by_few
-from mspc.planning.curve import Curve
+from mspc.passes.own_work import own_work
+from mspc.passes.walk import DenseWalk, Visit
+from mspc.planning.curve import Curve, curve_from
 from mspc.planning.curve_estimate import estimated_curve
 from mspc.progress import Progress
 from mspc.settings import BY_ADMM, ESTIMATE, MIXED_OF, MIXED_PATTERN, Settings
@@ -55,12 +56,15 @@ def measure_curves(
         return curve_of(weight, stats, settings, options, name)
 
     with progress.stage("Loss curves", sum(map(len, dense.matrices))) as step, precise_matmul():
-        for few in by_few(dense):
-            memory = max(solver_bytes(visit.matrix.shape) for visit in few)
+        for few, _ in own_work(dense):
+            memory = max((solver_bytes(visit.matrix.shape) for visit in few), default=0)
             for visit, curve in zip(few, threads.run(measure, few, memory), strict=True):
                 curves[visit.matrix.name] = curve
                 step(visit.matrix.name)
-    return curves
+    if ranks.size() == 1:
+        return curves
+    own = {name: asdict(curve) for name, curve in curves.items()}
+    return {name: curve_from(row) for rows in ranks.of_each(own) for name, row in rows.items()}
 
 
 def curve_of(weight: Tensor, stats: GramStats, settings: Settings, options: SolverOptions, name: str) -> Curve:

@@ -7,16 +7,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mspc import ranks
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import BUFFERS, TOKENS_PER_BATCH
+from mspc.passes.blocks import BUFFERS, own_parts
 from mspc.passes.gradients import TYPICAL, OutputFisher, reverse_walk
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
@@ -109,9 +112,10 @@ class Measurements:
             return measure()
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         file = self.folder / file_name.format(digest)
-        if not file.is_file():
+        if not ranks.by_first(file.is_file):
             value = measure()
-            write(file, value)
+            if ranks.is_first():
+                write(file, value)
             return value
         log.info(f"{title}: taken from {file}.")
         try:
@@ -143,16 +147,19 @@ class Measurements:
 
     def _fisher_factors(self) -> dict[str, Tensor]:
         ids = self.ids[: self.settings.sensitivity_sequences]
-        sums: dict[str, Tensor] = {}
-        size = max(1, TOKENS_PER_BATCH // ids.shape[1])
-        num_batches = -(-len(ids) // size)
-        with self.progress.stage("Gradients", num_batches * sum(map(len, self.matrices))) as step:
-            for part in ids.split(size * self._batches_at_once(size * ids.shape[1])):
-                for sample in reverse_walk(self.model, part, self.matrices, OutputFisher()):
+        parts = own_parts(ids)
+        at_once = self._batches_at_once(max(part.numel() for _, part in parts))
+        sums: dict[str, ranks.TextSum] = {}
+        with self.progress.stage("Gradients", len(parts) * sum(map(len, self.matrices))) as step:
+            for first in range(0, len(parts), at_once):
+                chunks, some = zip(*parts[first : first + at_once], strict=True)
+                for sample in reverse_walk(self.model, ids, self.matrices, OutputFisher(), parts=some):
                     name, value = sample.matrix.name, sample.value.cpu() * (sample.sequences / len(ids))
-                    sums[name] = sums[name].add_(value) if name in sums else value
+                    if name not in sums:
+                        sums[name] = ranks.TextSum(partial(torch.zeros, value.shape))
+                    sums[name].of(chunks[sample.batch]).add_(value)
                     step(name)
-        return sums
+        return {matrix.name: sums[matrix.name].total() for matrix in flatten(self.matrices)}
 
     def _batches_at_once(self, tokens: int) -> int:
         """The number of batches for which there is memory: their states before all blocks, and a backward pass."""

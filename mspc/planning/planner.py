@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mspc import ranks
 from mspc.model.streamed import StreamedModel
 from mspc.passes.walk import DenseWalk
 from mspc.planning.allocation import (
@@ -119,12 +120,13 @@ class Planner:
         """The best plan that a search finds from the plan with the lowest predicted loss."""
         assert self.validation is not None
         start = cheapest_levels(self.settings, self.matrices, curves)
-        found = search(self.measurements(model), self.validation, fisher, start)
+        measured, validation = self.measurements(model), self.validation
+        found = ranks.by_first(lambda: asdict(search(measured, validation, fisher, start)))
         return PlanChoice(
-            planned_levels(self.settings, self.matrices, found.levels, curves),
+            planned_levels(self.settings, self.matrices, found["levels"], curves),
             SEARCH,
-            {CURVES: found.first, SEARCH: found.divergence},
-            {"generations": found.generations, "minutes": found.minutes},
+            {CURVES: found["first"], SEARCH: found["divergence"]},
+            {name: found[name] for name in ("generations", "minutes")},
         )
 
     def check(self, model: StreamedModel) -> None:

@@ -22,7 +22,7 @@ from mspc import threads
 from mspc.errors import InputError
 from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import batches_of, logits_bytes
+from mspc.passes.blocks import logits_bytes, own_batches
 from mspc.passes.walk import install, walk
 from mspc.planning.allocation import highest_level
 from mspc.planning.evolution import Judge, Levels, Space, evolve
@@ -111,12 +111,12 @@ def make_weights(
     options, solve = solver_options(settings), SOLVERS[str(settings.solver)]
     flat = flatten(matrices)
     level_of, made = dict(zip(flat, plan, strict=True)), dict[Matrix, dict[int, Tensor]]()
-    dense = batches_of(model, measurements.ids) if settings.propagation else ()
+    dense = own_batches(model, measurements.ids) if settings.propagation else ()
 
     def solved_for(name: str, wanted: Tensor, stats: GramStats, target: Target) -> CompressedLinear:
         return solve(wanted, stats, target, options, name)
 
-    for visit in walk(model, batches_of(model, measurements.ids), matrices, dense=dense):
+    for visit in walk(model, own_batches(model, measurements.ids), matrices, dense=dense):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
         stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
         wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)

@@ -20,7 +20,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import batches_of
+from mspc.passes.blocks import own_batches
 from mspc.passes.gradients import SquaredGradient, reverse_walk
 from mspc.passes.walk import matrix_of, walk
 from mspc.progress import Progress
@@ -69,7 +69,7 @@ def converged(means: Iterable[RunningMean], tolerance: float) -> bool:
 def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress) -> dict[str, RunningMean]:
     means: dict[str, RunningMean] = {}
     with progress.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
-        for visit in walk(model, batches_of(model, ids), matrices):
+        for visit in walk(model, own_batches(model, ids), matrices):
             mean = float(visit.stats.gram.diagonal().mean()) / max(visit.stats.num_tokens, 1)
             means[visit.matrix.name] = RunningMean(mean)
             step(visit.matrix.name)
@@ -83,7 +83,7 @@ def by_outliers(
     means: dict[str, RunningMean] = {}
     block: list[tuple[Matrix, Tensor, Tensor]] = []
     with progress.stage("Sensitivity (outliers)", sum(map(len, matrices))) as step:
-        for visit in walk(model, batches_of(model, ids), matrices):
+        for visit in walk(model, own_batches(model, ids), matrices):
             block.append((visit.matrix, visit.weight, visit.stats.gram.diagonal().clone()))
             if visit.is_last_of_block:
                 seen, weights, diagonals = zip(*block, strict=True)

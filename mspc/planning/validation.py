@@ -6,16 +6,16 @@ for every plan.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 from torch import Tensor
 
-from mspc import threads
+from mspc import ranks, threads
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
-from mspc.passes.blocks import Batch, advance, batches_of
+from mspc.passes.blocks import Batch, advance, own_batches
+from mspc.passes.own_work import own_work
 from mspc.passes.perplexity import mean_divergences
-from mspc.passes.walk import DenseWalk, Visit, by_few, install, matrix_of
+from mspc.passes.walk import DenseWalk, Visit, install, matrix_of
 from mspc.progress import Progress
 from mspc.solvers.admm import error_path
 from mspc.solvers.quadratic import quadratic, solver_bytes
@@ -36,9 +36,9 @@ def validate_plans(
     """
     model = visits.model
     patterns = {name: {matrix.name: matrix.target.pattern for matrix in plan} for name, plan in plans.items()}
-    dense = batches_of(model, validation)
-    streams = {name: batches_of(model, validation) for name in plans}
-    weights: dict[str, dict[Matrix, Tensor]] = {name: {} for name in plans}
+    dense = own_batches(model, validation)
+    streams = {name: own_batches(model, validation) for name in plans}
+    weights: dict[str, dict[str, Tensor]] = {name: {} for name in plans}
     passed = 0
 
     def approximate(visit: Visit) -> dict[str, Tensor]:
@@ -46,24 +46,28 @@ def validate_plans(
         weight_of = approximate_weights(visit, fisher, set(wanted.values()), damp)
         return {name: weight_of[pattern] for name, pattern in wanted.items()}
 
+    def pass_to(end: int) -> None:
+        """Pass the text through the blocks before `end`; the walk has left them, so they can be loaded again."""
+        nonlocal passed
+        for block in range(passed, end):
+            _pass(model, block, dense, {})
+            of_block = visits.matrices[block]
+            for name, batches in streams.items():
+                _pass(model, block, batches, _of_all(weights[name], of_block))
+        passed = end
+
+    complete = 0
     with progress.stage("Validating plans", sum(map(len, visits.matrices))) as step, precise_matmul():
-        # When a group ends, the walk has left this block, so the block can be loaded again.
-        for index, in_block in groupby(by_few(visits), key=lambda few: few[0].block):
-            for few in in_block:
-                memory = max(solver_bytes(visit.matrix.shape) for visit in few)
-                for visit, found in zip(few, threads.run(approximate, few, memory), strict=True):
-                    for name, weight in found.items():
-                        weights[name][visit.matrix] = weight
-                    step(visit.matrix.name)
-            for block in range(passed, index + 1):
-                _pass(model, block, dense, {})
-                for name, batches in streams.items():
-                    _pass(model, block, batches, weights[name] if block == index else {})
-            weights = {name: {} for name in plans}
-            passed = index + 1
-    for block in range(passed, len(model.blocks)):
-        for batches in (dense, *streams.values()):
-            _pass(model, block, batches, {})
+        for few, blocks in own_work(visits):
+            pass_to(complete)
+            memory = max((solver_bytes(visit.matrix.shape) for visit in few), default=0)
+            for visit, found in zip(few, threads.run(approximate, few, memory), strict=True):
+                for name, weight in found.items():
+                    weights[name][visit.matrix.name] = weight
+                step(visit.matrix.name)
+            complete = blocks[-1] + 1 if blocks else complete
+        pass_to(complete)
+    pass_to(len(model.blocks))
     return dict(zip(streams, mean_divergences(model, dense, model, list(streams.values())), strict=True))
 
 
@@ -74,6 +78,15 @@ def approximate_weights(
     weight, name = visit.weight.float(), visit.matrix.name
     form = quadratic(weight, visit.stats, fisher[name].to(weight.device), damp, name)
     return {pattern: next(error_path(form, [pattern]))[0] for pattern in patterns}
+
+
+def _of_all(weights: dict[str, Tensor], matrices: Sequence[Matrix]) -> dict[Matrix, Tensor]:
+    """The weights of some matrices, whichever rank made them. They are taken out of `weights`."""
+    own = {matrix.name: weights.pop(matrix.name) for matrix in matrices if matrix.name in weights}
+    found: dict[str, Tensor] = {}
+    for source in range(ranks.size()):
+        found |= ranks.from_rank(source, None, own)[1]
+    return {matrix: found[matrix.name] for matrix in matrices if matrix.name in found}
 
 
 def _pass(model: StreamedModel, index: int, batches: Sequence[Batch], weights: Mapping[Matrix, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,10 +79,13 @@ class Checkpoint:
         for shard, names in by_shard.items():
             yield from read_file(self.folder / shard, names)
 
-    def fingerprint(self) -> Iterator[tuple[str, str]]:
-        """`(weight file, sha256)` for each. Raises InputError, naming the tensor, for NaN or infinity in weights."""
-        for shard, keys in self._shards.items():
-            for key, tensor in self.read(keys):
+    def fingerprint(self, files: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+        """`(weight file, sha256)` for each, or for some.
+
+        Raises InputError, naming the tensor, for NaN or infinity in weights.
+        """
+        for shard in self._shards if files is None else files:
+            for key, tensor in self.read(self._shards[shard]):
                 if key.endswith(UNUSED):
                     continue
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

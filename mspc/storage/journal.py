@@ -29,6 +29,13 @@ class Journal:
         return cls(folder, header, [])
 
     @classmethod
+    def followed(cls, folder: Path, entries: list[dict[str, Any]]) -> "Journal":
+        """The journal as it is for a rank that does not write it."""
+        journal = cls.__new__(cls)
+        journal.path, journal.entries = folder / NAME, entries
+        return journal
+
+    @classmethod
     def resume(cls, folder: Path, header: dict[str, Any]) -> "Journal":
         """Raises InputError, naming the differences, when the journal is that of another run."""
         lines = _whole_lines(folder / NAME)
@@ -80,11 +87,15 @@ class Journal:
         self.entries.append(entry)
 
     @staticmethod
+    def differences(before: dict[str, Any], header: dict[str, Any]) -> list[str]:
+        """The differences between two headers in words. Recipes do not count, as the settings follow from them."""
+        now = {key: value for key, value in json.loads(json.dumps(header)).items() if key != "recipe"}
+        return _differences({key: before.get(key) for key in now}, now)
+
+    @staticmethod
     def compare(folder: Path, before: dict[str, Any], header: dict[str, Any]) -> None:
         """Raises InputError, naming the differences, when a folder's header (or manifest) is that of another run."""
-        now = {key: value for key, value in json.loads(json.dumps(header)).items() if key != "recipe"}
-        differences = _differences({key: before.get(key) for key in now}, now)
-        if differences:
+        if differences := Journal.differences(before, header):
             raise InputError(
                 f"{folder} holds a run that differs from this one: {'; '.join(differences)}. Give the same options to "
                 "--resume, or start anew with --overwrite."
