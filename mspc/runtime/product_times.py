@@ -151,7 +151,7 @@ def measured(work: TokenWork, settings: Settings, number: int, progress: Progres
         for product in wanted:
             products[product] = 1e3 * seconds_of(product, work, settings, clock)
             step(f"{product.kind} {product.numbers}")
-        bytes_a_block = min(_others(work, work.head_size), MOST_BYTES) // work.sizes.blocks
+        bytes_a_block = min(_others(work, work.head_size) // work.sizes.blocks, MOST_BYTES)
         rest, lookup = rest_seconds(work.sizes, bytes_a_block, clock), lookup_seconds(work.sizes.hidden, clock)
         step("attention, norms and the rest")
     return Timings(
@@ -220,7 +220,7 @@ def _seconds_of_call(layers: list[nn.Module], x: Tensor, clock: Callable[[], flo
         for layer in layers:
             layer(x)
         found.append((clock() - begin) / len(layers))
-    return quantiles(found[1:], n=4)[0]
+    return quantiles(found[1:], n=4, method="inclusive")[0]
 
 
 def _inputs_of(product: Product) -> torch.dtype:

@@ -41,13 +41,14 @@ class StandIn:
         self.caches = [drawn(2, BATCH, kv_heads, CONTEXT + 1, dim) for _ in range(sizes.blocks)]
         self.cos, self.sin = drawn(1, dim), drawn(1, dim)
         self.q, self.k, self.v = (drawn(BATCH, 1, count * dim) for count in (heads, kv_heads, kv_heads))
+        self.out, self.down = drawn(BATCH, 1, hidden), drawn(BATCH, 1, hidden)
         self.gate, self.up = drawn(BATCH, 1, sizes.intermediate), drawn(BATCH, 1, sizes.intermediate)
         self.embedding, self.ids = drawn(ROWS, hidden), torch.zeros(BATCH, 1, dtype=torch.int64)
         self.logits = drawn(BATCH, sizes.vocabulary)
         self.weights = torch.zeros(max(bytes_a_block // 8, 1), dtype=torch.int64)
 
     def block(self, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """The two residuals of the next block."""
+        """The two residuals of the next block, by those of this one."""
         sizes, cached = self.sizes, self.caches[index]
         x, _ = _add_norm(x, y, self.norms[index][0])
         q, k, v = torch.cat([self.q, self.k, self.v], -1).view(
@@ -62,10 +63,10 @@ class StandIn:
             q.transpose(1, 2), keys, values, is_causal=False, enable_gqa=sizes.heads != sizes.kv_heads
         )
         mixed.transpose(1, 2).flatten(2)
-        x, _ = _add_norm(x, x, self.norms[index][1])
+        x, _ = _add_norm(x, self.out, self.norms[index][1])
         gate, up = torch.cat([self.gate, self.up], -1).chunk(2, -1)
         silu(gate) * up
-        return x, y
+        return x, self.down
 
     def seconds(self, clock: Clock) -> float:
         """Seconds of one token."""
@@ -97,7 +98,7 @@ def _half_turned(x: Tensor) -> Tensor:
 def rest_seconds(sizes: Sizes, bytes_a_block: int, clock: Clock) -> float:
     """Seconds of a token without products: the lower quartile, after one that warms up."""
     stand_in = StandIn(sizes, bytes_a_block)
-    return quantiles([stand_in.seconds(clock) for _ in range(REPEATS + 1)][1:], n=4)[0]
+    return quantiles([stand_in.seconds(clock) for _ in range(REPEATS + 1)][1:], n=4, method="inclusive")[0]
 
 
 def lookup_seconds(hidden: int, clock: Clock) -> float:
