@@ -200,9 +200,9 @@ EFFECTS = {
 def test_the_table_of_effects_is_whole():
     """Every option is in it, but those that always count."""
     always = {
-        "bits_per_weight", "target_size", "ms_per_token", "speedup", "effort", "keep_zeros", "calibration", "num_sequences",
-        "sequence_length", "seed", "skip", "only", "include", "plan", "device", "dtype", "text_column", "text_encoding",
-        "bos", "eval", "head_bits", "embedding_bits",
+        "bits_per_weight", "target_size", "ms_per_token", "speedup", "effort", "keep_zeros", "calibration",
+        "num_sequences", "sequence_length", "seed", "skip", "only", "include", "plan", "device", "dtype",
+        "text_column", "text_encoding", "bos", "eval", "head_bits", "embedding_bits",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 

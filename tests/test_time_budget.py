@@ -225,7 +225,7 @@ def test_a_time_that_cannot_be_reached_names_the_fastest_and_the_remedy():
     with pytest.raises(
         InputError,
         match=r"ms_per_token 5 cannot be reached here: the fastest is 10\.2 ms a token \(0\.54 times the speed of "
-        r"bfloat16 with mspc\), of which 10 ms are the head \(8 ms\), attention and all else that is not compressed\. "
+        r"bfloat16 with mspc\)\. The head \(8 ms\), attention and all else that is not compressed take 10 ms of it\. "
         r"Ask for ms_per_token 10\.2, or add head_bits 4, which saves about 7 ms\.",
     ):
         budget_of(one, ms_per_token=5.0).check()
@@ -311,7 +311,7 @@ def timings_file(tmp_path: Path) -> Path:
 def test_a_run_by_timings_meets_its_time_and_says_so(llama, calibration, timings_file, tmp_path, caplog):
     """Oracle: the sum over the manifest's matrices, by the timings as they are written here."""
     caplog.set_level("INFO", logger="mspc")
-    # All of 16 bits take 20 ms, besides 10 of head and rest.
+    # The matrices in 16 bits take 20 ms, head and rest 10.
     asked = {"ms_per_token": 17.0, "timings": str(timings_file), "head_bits": 16, "group_size": 32}
     artifact = tiny.compress(llama, tmp_path / "out", calibration, **asked)
     manifest, timings = artifact.manifest, invented()

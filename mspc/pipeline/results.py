@@ -47,7 +47,7 @@ def results(
 
 
 def _allocation(how: dict[str, Any]) -> dict[str, Any]:
-    """How the plan was chosen and, under a budget in time, what was predicted."""
+    """The choice of the plan and, under a budget in time, the prediction."""
     rest = {name: value for name, value in how.items() if name != "time"}
     return {"allocation": rest, **({"time": how["time"]} if "time" in how else {})}
 

@@ -1,4 +1,4 @@
-"""A budget in time: the plan with the lowest predicted loss among those that take at most so many milliseconds a token.
+"""A budget in time: the plan with the lowest predicted loss among those that take no more milliseconds a token.
 
 The time of a token is a sum: the products with the matrices, the head, and the rest. The first depends on the plan.
 """
@@ -102,9 +102,9 @@ class TimeBudget:
         fastest = self.fixed_ms + sum(min(ms for _, ms in own) for own in options)
         if fastest > target * (1 + 1e-9):
             raise InputError(
-                f"{asked} cannot be reached here: the fastest is {fastest:.3g} ms a token ({self._times(fastest)}), of "
-                f"which {self.fixed_ms:.3g} ms are the head ({self.head_ms:.3g} ms), attention and all else that is "
-                f"not compressed. Ask for {self._least(fastest)}{self._smaller_head(fastest)}."
+                f"{asked} cannot be reached here: the fastest is {fastest:.3g} ms a token ({self._times(fastest)}). "
+                f"The head ({self.head_ms:.3g} ms), attention and all else that is not compressed take "
+                f"{self.fixed_ms:.3g} ms of it. Ask for {self._least(fastest)}{self._smaller_head(fastest)}."
             )
         as_it_is = self.fixed_ms + sum(
             self.timings.of_target(matrix.shape, VALUES, self.work.dtype) for matrix in self.work.matrices

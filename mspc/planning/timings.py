@@ -51,7 +51,7 @@ class Timings:
     """Versions, and the instruction set."""
     date: str
     group_size: int | None
-    """Of all products with codes, as the settings of a run have it."""
+    """The group size of all products with codes, as the settings of a run have it."""
     symmetric: bool
     sizes: Sizes
     rest_ms: float

@@ -186,7 +186,7 @@ def _wanted(work: TokenWork) -> Iterator[Product]:
 
 
 def _others(work: TokenWork, size: Size) -> int:
-    """Bytes that a token reads beside products of one kind, about: of the matrices for a head, and of the head."""
+    """Bytes that a token reads apart from products of one kind, about: the matrices for a head, or else the head."""
     return sum(map(_numel, work.linears)) // 2 if size == work.head_size else _numel(work.head_size)
 
 
