@@ -4,14 +4,16 @@
     python benchmarks/time_budgets.py MODEL --timings serve.json --curves CURVES.json --json OUT.json --plot OUT.png
 
 Plans are made as `compress` makes them, from loss curves that a run left in its folder of measurements. Every plan gets
-the time that the timings predict. With --measure, decoders with random weights in the targets of some plans are timed
+the time that the timings predict. With --measure N, decoders with random weights in the targets of some plans are timed
 as `mspc bench` times them, in turns; with one thread these are times of the processor. --depths takes the curves of
 another model, from its block at the same depth, for shapes that have no weights.
 """
 
 import argparse
+import copy
 import datetime
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,12 +22,14 @@ from statistics import quantiles
 from typing import Any
 
 import torch
+from torch import nn
 
 from mspc.bench.decoder import Block, Cache, Decoder, Operations, Shape
 from mspc.bench.formats import Source, random_stored
 from mspc.bench.models import SEED, random_outer
 from mspc.bench.timing import versions
 from mspc.formats.description import StoredMatrix
+from mspc.kernels.cpu import memory
 from mspc.model.outline import outlined
 from mspc.pipeline.in_time import token_work
 from mspc.planning.allocation import allocate_bytes, choose_group_size
@@ -34,7 +38,7 @@ from mspc.planning.time_budget import TimeBudget
 from mspc.planning.timings import CONTEXT, read_timings
 from mspc.recipe import Recipe
 from mspc.runtime.joined import joined
-from mspc.runtime.linear import SparseLinear
+from mspc.runtime.linear import SparseLinear, prepare
 from mspc.types import NM, Grid, MatricesByBlock, PlannedMatrix, Target, Unstructured, flatten
 
 BITS_PER_WEIGHT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 5.0, 6.0, 8.0)
@@ -44,7 +48,7 @@ UNIFORM = {
     "50%+int4": (Unstructured(0.5), 4), "70%+int4": (Unstructured(0.7), 4),
 }  # fmt: skip
 MEASURED = ("bytes 3.25", "bytes 4.25", "int8", "int4", "int3", "2:4+int4", "50%+int4", "70%+int4")
-TURNS, STEPS = 3, 7
+STEPS = 7
 
 
 def main() -> None:
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("model")
     for name in ("timings", "curves", "json", "plot"):
         parser.add_argument(f"--{name}", type=Path, required=name != "plot")
-    parser.add_argument("--measure", action="store_true", help="time decoders in the targets of some plans")
+    parser.add_argument("--measure", type=int, default=0, metavar="TURNS", help="time decoders in some plans so often")
     parser.add_argument("--depths", action="store_true", help="take curves of another model by depth")
     options = parser.parse_args()
     model = outlined(options.model)
@@ -69,11 +73,11 @@ def main() -> None:
         "versions": versions(), "timings": budget.timings.origin, "group_size": settings.group_size,
         "curves": "of another model, by depth" if options.depths else "of this model",
         "batch": 1, "context": CONTEXT, "rest_ms": budget.timings.rest_ms, "head_ms": budget.head_ms,
-        "bfloat16": budget.baseline, "rows": rows,
+        "bfloat16": budget.baseline, "load": os.getloadavg(), "rows": rows,
     }  # fmt: skip
     if options.measure:
         chosen = [*MEASURED, *[name for name in plans if name.startswith("time")][1::3]]
-        measure({name: plans[name] for name in chosen if name in plans}, budget, rows)
+        measure({name: plans[name] for name in chosen}, budget, rows, options.measure)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
         plot(result, options.plot)
@@ -124,13 +128,13 @@ def row_of(name: str, plan: list[PlannedMatrix], budget: TimeBudget, curves: dic
     }
 
 
-def measure(plans: dict[str, list[PlannedMatrix]], budget: TimeBudget, rows: list[dict[str, Any]]) -> None:
+def measure(plans: dict[str, list[PlannedMatrix]], budget: TimeBudget, rows: list[dict[str, Any]], turns: int) -> None:
     """Add the milliseconds of a token to rows: quartiles over turns, in each of which every plan is timed."""
     of_rows, samples = {row["name"]: row for row in rows}, {name: list[float]() for name in plans}
     threads = budget.timings.threads
     torch.set_num_threads(threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, plan in plans.items():
             samples[name] += seconds_of(plan, budget, clock)
     for name, found in samples.items():
@@ -159,30 +163,27 @@ def seconds_of(plan: list[PlannedMatrix], budget: TimeBudget, clock: Any) -> lis
     return found[1:]
 
 
-def linears_of(plan: list[PlannedMatrix], budget: TimeBudget) -> Iterator[dict[str, Any]]:
+def linears_of(plan: list[PlannedMatrix], budget: TimeBudget) -> Iterator[dict[str, nn.Module]]:
     """Layers of every block in the targets of a plan, with random weights, joined as the bench joins them."""
-    source, made = Source.seeded(SEED, torch.device("cpu")), dict[str, Any]()
+    source, made = Source.seeded(SEED, torch.device("cpu")), dict[str, nn.Module]()
     blocks: dict[int, dict[str, PlannedMatrix]] = {}
     for one in plan:
         blocks.setdefault(int(one.name.split(".")[2]), {})[one.name.rpartition(".")[2]] = one
     parts = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
              "down": ("down_proj",)}  # fmt: skip
 
-    def layer(one: PlannedMatrix) -> SparseLinear:
-        key = f"{one.shape}{one.target}"
+    def layer(of_role: list[PlannedMatrix]) -> nn.Module:
+        """A copy of the layers in these targets, in memory of its own."""
+        key = "".join(f"{one.shape}{one.target}" for one in of_role)
         if key not in made:
-            matrix = StoredMatrix(one.shape, one.target.pattern, one.target.grid, budget.work.dtype)
-            made[key] = random_stored(matrix, source), matrix
-        stored, matrix = made[key]
-        return SparseLinear.of(stored, matrix)
+            described = [StoredMatrix(o.shape, o.target.pattern, o.target.grid, budget.work.dtype) for o in of_role]
+            made[key] = joined([SparseLinear.of(random_stored(matrix, source), matrix) for matrix in described])
+            prepare(made[key], torch.float32, on_cpu=True)
+        first = made[key]
+        return copy.deepcopy(first, {id(buffer): memory.copied(buffer) for buffer in first.buffers()})
 
     for of_block in blocks.values():
-        linears = {name: joined([layer(of_block[role]) for role in roles]) for name, roles in parts.items()}
-        for module in linears.values():
-            for each in module.modules():
-                if isinstance(each, SparseLinear):
-                    each.prepare(torch.float32, "cpu")
-        yield linears
+        yield {name: layer([of_block[role] for role in roles]) for name, roles in parts.items()}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -71,8 +71,6 @@ def unused_note(names: Sequence[str]) -> str:
 
 def report(manifest: Mapping[str, Any]) -> None:
     """Log what the compression cost, and loudly if it cost too much."""
-    if found := manifest.get("time"):
-        log.info(time_line(found))
     for line in cost_lines(manifest):
         log.info(line)
     if said := hurt_line(manifest):
@@ -81,7 +79,7 @@ def report(manifest: Mapping[str, Any]) -> None:
 
 def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
     """The cost in predictions, bytes and seconds, a line each, as far as the manifest has it."""
-    lines = []
+    lines = [time_line(found)] if (found := manifest.get("time")) else []
     if found := manifest.get("recovery"):
         lines.append(recovery_line(found))
     if found := manifest.get("evaluation"):
