@@ -40,7 +40,7 @@ def write_export_manifest(out: Path, format_name: str, options: Any, artifact: A
         "files": {str(path.relative_to(out)): sha256_of(path) for path in files},
         "matrices": [entry.to_row() for entry in artifact.entries],
     }
-    results = ("settings", "bits_per_weight", "bytes", "evaluation")  # for the card of an upload
+    results = ("settings", "bits_per_weight", "bytes", "evaluation", "time")  # for the card of an upload
     values |= {key: artifact.manifest[key] for key in results if key in artifact.manifest}
     if is_recovered(artifact.manifest):
         values["recovery"] = artifact.manifest["recovery"]

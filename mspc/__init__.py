@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mspc.recipe import Recipe
     from mspc.runtime.keep_zeros import KeepZeros, masks
     from mspc.runtime.loading import load
+    from mspc.runtime.product_times import time_products
     from mspc.runtime.recovery import Recovery, recover
 
 # Imported when first used: transformers takes seconds, and a Recipe needs none of it.
@@ -50,6 +51,7 @@ _HOME = {
     "mspc.recipe": ("Recipe",),
     "mspc.runtime.keep_zeros": ("KeepZeros", "masks"),
     "mspc.runtime.loading": ("load",),
+    "mspc.runtime.product_times": ("time_products",),
     "mspc.runtime.recovery": ("Recovery", "recover"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -58,7 +60,7 @@ __all__ = [
     "ActivationError", "Artifact", "Event", "Forecast", "InputError", "KeepZeros", "MspcError", "Perplexity", "Push",
     "Recipe", "Recovery", "SingularGramError", "Stopped", "StorageError", "TaskResult", "TaskScore",
     "VerificationError", "__version__", "compress", "evaluate", "evaluate_tasks", "export", "forecast", "generate",
-    "load", "masks", "push", "recover", "report", "verify",
+    "load", "masks", "push", "recover", "report", "time_products", "verify",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from mspc.recipe import Recipe
 from mspc.runtime.generation import Generation, check_options, request
 from mspc.runtime.linear import SparseLinear
 from mspc.runtime.loading import INPUTS, load
+from mspc.runtime.product_times import known_or_measured
 from mspc.storage.artifact import EXPORTS
 from mspc.storage.manifest import read_entries, read_manifest
 from mspc.storage.output_folder import sibling, working_folder
@@ -130,7 +131,7 @@ def compress(
     if "gguf" in exports and recipe.group_size in (None, "auto"):  # it knows groups of 32 only
         settings = recipe.settings()
         recipe = replace(recipe, group_size=32) if settings.quantizes or settings.quantizes_outer else recipe
-    start = partial(Run, recipe, out, resume, check_exports, shown, tokenizer, calibration)
+    start = partial(Run, recipe, out, resume, check_exports, known_or_measured, shown, tokenizer, calibration)
     run = None if isinstance(model, PreTrainedModel) else start(_name_of(model))  # checks before a folder is made
     try:
         folder = Path(ranks.by_first(lambda: str(working_folder(out, resume=resume, overwrite=overwrite))))

@@ -14,6 +14,7 @@ import tomli_w
 
 from mspc.encoding import check_encoding
 from mspc.errors import InputError, unknown
+from mspc.goals import TIMES
 from mspc.settings import (
     DEFAULT_BITS_PER_WEIGHT,
     DEFAULT_OUTER_BITS,
@@ -97,6 +98,14 @@ class Recipe:
     target_size: str | None = common(
         None, "Size budget for all weights of the sparse export, such as 800MB, 2.2GB or 2GiB."
     )
+    ms_per_token: float | None = common(
+        None,
+        "Budget in time: milliseconds of a token (batch 1, context 128) on this CPU, measured first. Chooses sparsity "
+        "and bits of each matrix.",
+    )
+    speedup: float | None = common(
+        None, "The same budget, as a multiple of the speed of bfloat16 on this CPU, with torch or with mspc."
+    )
     effort: str | None = common(
         "default", "Preset for the options marked *: fast, default or best.", metavar="fast|default|best"
     )
@@ -116,6 +125,12 @@ class Recipe:
         "--skip wins over it. Repeatable."
     )
     device: str | None = common("auto", "Device to compute on: auto, cpu, cuda, cuda:1, ...")
+    timings: str | None = option(
+        None,
+        "Timings of the machine that will serve the model (`mspc timings`), for --ms-per-token and --speedup.",
+        metavar="FILE.json",
+        shown="measured here, and kept",
+    )
     group_size: int | str | None = option(
         "auto",
         "Number of inputs that share a scale; row: one scale per row; auto: the largest of 128, 64 and 32 that divides "
@@ -248,11 +263,12 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, path: Path) -> "Recipe":
-        """The recipe of a file. A plan is looked for next to the file first."""
+        """The recipe of a file. A plan and timings are looked for next to the file first."""
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-            if isinstance(plan := values.get("plan"), str) and (path.parent / plan).is_file():
-                values["plan"] = str(path.parent / plan)
+            for name in ("plan", "timings"):
+                if isinstance(file := values.get(name), str) and (path.parent / file).is_file():
+                    values[name] = str(path.parent / file)
             return cls.from_dict(values)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise InputError(f"Recipe {path} cannot be read: {error}.") from error
@@ -293,6 +309,8 @@ def _check_value(name: str, value: Any) -> None:
         raise InputError(f"embedding_bits must be {UNQUANTIZED_BITS} (not quantized) or 8, not {value}.")
     elif name == "bits_per_weight" and not 0 < value <= 32:
         raise InputError(f"bits_per_weight must lie in (0, 32], not {value}.")
+    elif name in TIMES and not 0 < value < float("inf"):
+        raise InputError(f"{name} must be a number above 0, not {value}.")
     elif name == "target_size":
         bytes_of(value)
     elif name == "text_encoding":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mspc.errors import InputError, unknown
+from mspc.goals import SIZES, TIMES, budget_of, check_budget, check_fixed, check_kept
 from mspc.sizes import bytes_of
 from mspc.types import NM, UNQUANTIZED_BITS, Grid, parse_nm
 
@@ -40,7 +41,7 @@ HEAD_BITS, EMBEDDING_BITS = (8, 4), (8,)
 BOS = ("auto", "yes", "no")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-GOALS = ("sparsity", "pattern", "bits", "bits_per_weight", "target_size", "plan", "keep_zeros")
+GOALS = ("sparsity", "pattern", "bits", *SIZES, *TIMES, "plan", "keep_zeros")
 """Options that say, each alone, what the result is to be."""
 DEFAULT_BITS_PER_WEIGHT, DEFAULT_OUTER_BITS = 4.25, 8
 """Bits of a recipe without a goal: of the blocks, and of head and embeddings. The first is what int4 takes with groups
@@ -65,14 +66,19 @@ class Settings:
     """Every choice that decides the bytes of an artifact, with its value; `mspc.recipe.Recipe` documents each."""
 
     sparsity: float | None
-    """None under a size budget, and with the zeros of the checkpoint if it was not asked for."""
+    """None under a budget unless it is to be 0, and with the zeros of the checkpoint if it was not asked for."""
     pattern: str
     bits: int
+    fixed_bits: int | None
+    """Bits of every matrix under a budget of time, if they were asked for."""
     head_bits: int
     embedding_bits: int
     keep_zeros: bool
     bits_per_weight: float | None
     target_size: str | None
+    ms_per_token: float | None
+    speedup: float | None
+    timings: str | None
     group_size: int | None
     """None: one scale per row."""
     rows_if_needed: bool
@@ -114,8 +120,12 @@ class Settings:
 
     @property
     def has_budget(self) -> bool:
-        """True if sparsity and bits of every matrix are chosen to fit a size."""
-        return self.bits_per_weight is not None or self.target_size is not None
+        """True if sparsity and bits of every matrix are chosen to fit a size or a time."""
+        return self.bits_per_weight is not None or self.target_size is not None or self.has_time_budget
+
+    @property
+    def has_time_budget(self) -> bool:
+        return self.ms_per_token is not None or self.speedup is not None
 
     @property
     def target_bytes(self) -> int:
@@ -212,16 +222,18 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     if values["group_size"] in (ROW, "auto"):
         values["group_size"] = None if values["group_size"] == ROW else AUTO_GROUP_SIZES[0]
     if values["keep_zeros"]:
-        _check_kept(asked)
-    if values["bits_per_weight"] is not None or values["target_size"] is not None:
+        check_kept(asked)
+    values["fixed_bits"] = asked.get("bits") if budget_of(asked) in TIMES else None
+    if any(values[name] is not None for name in (*SIZES, *TIMES)):
         measured = {"allocator": AUTO, "sensitivity_sequences": max(24, values["sensitivity_sequences"])}
         values |= {name: asked.get(name, value) for name, value in measured.items()}
-        _check_budget(asked, values)
-        values["sparsity"] = None
+        check_budget(asked, fixed_pattern(values["pattern"]))
+        _check_allocator(asked, values)
+        values["sparsity"] = asked.get("sparsity")
     elif values["keep_zeros"] and fixed_pattern(values["pattern"]) is None:
         values["sparsity"] = asked.get("sparsity")
     elif (pattern := fixed_pattern(values["pattern"])) is not None:
-        _check_fixed(pattern, asked)
+        check_fixed(pattern, asked, MIXED_PATTERN)
         values["sparsity"] = pattern.sparsity
     if values["solver"] == "mask" or (values["keep_zeros"] and values["bits"] == UNQUANTIZED_BITS):
         values["propagation"] = asked.get("propagation", 0.0)
@@ -269,7 +281,8 @@ def _plan(s: Settings) -> str | None:
 
 
 def _unquantized(s: Settings) -> str | None:
-    return None if s.quantizes or s.has_budget else f"bits {s.bits}, which quantizes nothing"
+    may = s.has_budget and s.fixed_bits != UNQUANTIZED_BITS
+    return None if s.quantizes or may else f"bits {s.bits}, which quantizes nothing"
 
 
 def _nothing_to_allocate(s: Settings) -> str | None:
@@ -321,6 +334,7 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
     "sparsity": _plan,
     "pattern": _plan,
     "bits": _plan,
+    "timings": lambda s: _unless(s.has_time_budget, f"ms_per_token {s.ms_per_token} and speedup {s.speedup}"),
     "group_size": lambda s: None if s.quantizes_outer else _plan(s) or _unquantized(s),
     "asymmetric": lambda s: None if s.quantizes_outer else _plan(s) or _unquantized(s),
     "solver": _as_it_is,
@@ -349,22 +363,8 @@ def _check_name(what: str, name: str, known: Mapping[str, Any] | tuple[str, ...]
         raise unknown(what, name, known)
 
 
-def _check_fixed(pattern: NM, asked: Mapping[str, Any]) -> None:
-    sparsity = asked.get("sparsity")
-    if sparsity is not None and abs(sparsity - pattern.sparsity) > 5e-5:
-        raise InputError(
-            f"pattern {pattern} fixes the sparsity at {pattern.sparsity:g}, but sparsity {sparsity:g} was asked for. "
-            f"Leave one of the two out, or let N vary with the pattern {MIXED_PATTERN}."
-        )
-
-
-def _check_budget(asked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    budget, allocator = "target_size" if "target_size" in asked else "bits_per_weight", values["allocator"]
-    for name in ("sparsity", "bits", "plan"):
-        if name in asked:
-            raise InputError(f"{budget} and {name} {asked[name]} exclude each other: the budget decides {name} itself.")
-    if "bits_per_weight" in asked and "target_size" in asked:
-        raise InputError("bits_per_weight and target_size are both a budget. Give one of them.")
+def _check_allocator(asked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    budget, allocator = budget_of(asked) or SIZES[0], values["allocator"]
     if allocator in ALLOCATORS and allocator not in (AUTO, CURVES):
         what = f"{budget} {values[budget]}{'' if has_goal(asked) else ', the default,'}"
         raise InputError(
@@ -373,20 +373,12 @@ def _check_budget(asked: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         )
 
 
-def _check_kept(asked: Mapping[str, Any]) -> None:
-    for name in ("bits_per_weight", "target_size", "plan"):
-        if name in asked:
-            raise InputError(
-                f"keep_zeros and {name} {asked[name]} exclude each other: one takes the zeros of the checkpoint, the "
-                "other chooses zeros. Leave one of the two out."
-            )
-
-
 def check_reconstruct(settings: Settings) -> None:
     """Raises InputError for weights that will be quantized, and for one sequence: a part is validation text."""
     if settings.reconstruct and (settings.quantizes or settings.has_budget):
         size = f"{settings.bits_per_weight:g} bits per weight" if settings.bits_per_weight else settings.target_size
-        how = f"a size budget, here {size}, chooses bits" if settings.has_budget else f"bits is {settings.bits}"
+        kind = "budget of time" if settings.has_time_budget else f"size budget, here {size},"
+        how = f"a {kind} chooses bits" if settings.has_budget else f"bits is {settings.bits}"
         remedy = "ask for zeros and no size, such as sparsity 0.5" if settings.has_budget else "leave bits out"
         raise InputError(
             f"reconstruct tunes weights that are not quantized, and {how}. Leave reconstruct out, or {remedy}."

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "mspc.version", "mspc.errors", "mspc.encoding", "mspc.sizes", "mspc.types", "mspc.cgroups", "mspc.ranks",
     "mspc.memory", "mspc.threads",
-    "mspc.progress", "mspc.settings", "mspc.recipe", "mspc.text", "mspc.numerics", "mspc.formats", "mspc.storage",
-    "mspc.model", "mspc.passes",
+    "mspc.progress", "mspc.goals", "mspc.settings", "mspc.recipe", "mspc.text", "mspc.numerics", "mspc.formats",
+    "mspc.storage", "mspc.model", "mspc.passes",
     "mspc.published", "mspc.solvers", "mspc.planning", "mspc.pipeline",
     "mspc.kernels", "mspc.runtime", "mspc.hf", "exporters", "mspc.api", "mspc.pages", "mspc.publish", "mspc.bench",
     "mspc", "mspc.cli", "mspc.__main__",

@@ -437,7 +437,7 @@ def check_schema(result: dict[str, object]) -> None:
     assert {"type", "name", "clocks"} <= set(result["device"])
     assert set(result["ceilings"]) == {"copy_bytes_per_second", "gemm_flops"}
     both = {"samples", "seconds", "tokens_per_second", "predicted_seconds", "speedup"}
-    decode = both | {"batch", "context", "bytes", "bytes_per_second", "share_of_copy"}
+    decode = both | {"batch", "context", "bytes", "bytes_per_second", "share_of_copy", "processor_seconds"}
     for row in result["rows"]:
         for step in row["decode"] + row["prefill"]:
             assert set(step) == (decode if "bytes" in step else both | {"tokens"})

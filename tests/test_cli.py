@@ -39,7 +39,7 @@ RECIPE_FLAGS = {
     "--search-minutes",
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct", "--recover"),
-    *("--recover-lr", "--head-bits", "--embedding-bits"),
+    *("--recover-lr", "--head-bits", "--embedding-bits", "--ms-per-token", "--speedup", "--timings"),
     *("--text-column", "--text-encoding", "--bos", "--eval"),
 }
 

@@ -32,6 +32,8 @@ OTHER = (
     {"plan": "plan.json"},
     {"bits_per_weight": 3.125, "recover": 60, "recover_lr": 0.0003, "head_bits": 4, "embedding_bits": 8},
     {"target_size": "2.2GB"},
+    {"ms_per_token": 12.5, "timings": "serve.json", "bits": 4},
+    {"speedup": 4.0},
     {"bits": 4, "group_size": "row"},
     {"pattern": "2:4"},
     {"keep_zeros": True},
@@ -187,6 +189,7 @@ EFFECTS = {
     "damp": (0.1, HALF | {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
         HALF | {"solver": "mask", "criterion": "wanda", "allocator": "uniform"}, {"keep_zeros": True},
     ]),
+    "timings": ("serve.json", {"speedup": 2.0}, [{}, HALF, {"bits_per_weight": 3.0}]),
     "activation_order": (True, {"bits": 4}, [
         HALF, {"keep_zeros": True}, HALF | {"solver": "mask"}, HALF | {"effort": "fast"},
     ]),
@@ -197,9 +200,9 @@ EFFECTS = {
 def test_the_table_of_effects_is_whole():
     """Every option is in it, but those that always count."""
     always = {
-        "bits_per_weight", "target_size", "effort", "keep_zeros", "calibration", "num_sequences",
-        "sequence_length", "seed", "skip", "only", "include", "plan", "device", "dtype", "text_column", "text_encoding",
-        "bos", "eval", "head_bits", "embedding_bits",
+        "bits_per_weight", "target_size", "ms_per_token", "speedup", "effort", "keep_zeros", "calibration",
+        "num_sequences", "sequence_length", "seed", "skip", "only", "include", "plan", "device", "dtype",
+        "text_column", "text_encoding", "bos", "eval", "head_bits", "embedding_bits",
     }  # fmt: skip
     assert set(EFFECTS) == set(NEEDED_BY) == {field.name for field in dataclasses.fields(Recipe)} - always
 
@@ -258,7 +261,7 @@ def test_settings_know_the_names_of_the_allocators():
 
 GOAL_VALUES = {
     "sparsity": 0.0, "pattern": "unstructured", "bits": 16, "bits_per_weight": 3.0, "target_size": "1GB", "plan": "p",
-    "keep_zeros": True,
+    "keep_zeros": True, "ms_per_token": 12.0, "speedup": 2.0,
 }  # fmt: skip
 
 
@@ -283,7 +286,7 @@ def test_without_a_goal_it_is_the_size_of_int4(values):
 def test_a_goal_replaces_the_default(goal):
     recipe = Recipe(**{goal: GOAL_VALUES[goal]})
     assert recipe.has_goal
-    assert recipe.settings().has_budget == (goal in ("bits_per_weight", "target_size"))
+    assert recipe.settings().has_budget == (goal in ("bits_per_weight", "target_size", "ms_per_token", "speedup"))
     assert recipe.settings().bits_per_weight == (3.0 if goal == "bits_per_weight" else None)
 
 

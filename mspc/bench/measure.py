@@ -1,5 +1,6 @@
 """Measures one decoder: time to the first token, time of each further one, and the time that its bytes alone take."""
 
+import time
 from typing import Any
 
 import torch
@@ -33,7 +34,16 @@ def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, cei
     def step() -> Tensor:
         return ids.copy_(decoder(ids, cache, context).argmax(-1, keepdim=True))
 
-    samples = device_seconds(captured(step, device), device, repeats)
+    of_processor: list[float] = []
+
+    def counted() -> Tensor:
+        begin = time.thread_time()
+        result = step()
+        of_processor.append(time.thread_time() - begin)
+        return result
+
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    samples = device_seconds(counted if alone else captured(step, device), device, repeats)
     seconds = spread(samples)
     moved = step_bytes(decoder, batch, context)
     total = sum(moved.values())
@@ -42,6 +52,7 @@ def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, cei
         "context": context,
         "samples": len(samples),
         "seconds": seconds,
+        "processor_seconds": spread(of_processor[-len(samples) :]) if alone else None,
         "tokens_per_second": inverse(seconds, batch),
         "bytes": moved,
         "bytes_per_second": inverse(seconds, total),

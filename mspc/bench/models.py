@@ -17,6 +17,7 @@ from mspc.kernels.cpu import library, memory
 from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
+from mspc.planning.token_work import LIKE_LLAMA
 from mspc.progress import log
 from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.hf_quantizer import check_files
@@ -37,7 +38,6 @@ SHAPES = {
 """Llama-3.2-1B and Llama-3.1-8B."""
 TINYGEMM = "tinygemm"
 """Name of the format of torch's own int4 product."""
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Types of rotary embedding that do not depend on the length of the text."""
 EPS, THETA = 1e-5, 500_000.0
@@ -179,9 +179,9 @@ def shape_of(folder: Path) -> tuple[Shape, int | None]:
     config = load_config(folder)
     if note := origin_note(config):
         log.info(note)
-    if config.model_type not in LLAMA_LIKE:
+    if config.model_type not in LIKE_LLAMA:
         raise InputError(
-            f"{folder} is a {config.model_type} model, but the bench runs {', '.join(LLAMA_LIKE)}. Choose another, or "
+            f"{folder} is a {config.model_type} model, but the bench runs {', '.join(LIKE_LLAMA)}. Choose another, or "
             "load it with mspc.load and time that."
         )
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

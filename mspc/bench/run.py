@@ -28,7 +28,7 @@ from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measu
 from mspc.errors import InputError, MspcError
 from mspc.progress import Console, Progress, log
 from mspc.runtime.loading import INPUTS
-from mspc.storage.manifest import was_recovered
+from mspc.storage.manifest import predicted_time, was_recovered
 
 TEXT = "builtin"
 """The text of perplexities."""
@@ -195,6 +195,7 @@ def empty_row(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
         "peak_memory_bytes": None,
         "clocks": None,
         "perplexity": None,
+        "predicted": None if candidate.folder is None else predicted_time(candidate.folder),
         "decode": [],
         "prefill": [],
     }

@@ -7,6 +7,9 @@ from rich.table import Table
 
 from mspc.sizes import in_words
 
+BUSY = 1.05
+"""Seconds by the clock divided by those of the processor, above which other processes are said to have run."""
+
 
 def groups(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each model shape, by its name."""
@@ -171,6 +174,26 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     if any(row["perplexity"] is not None for row in result["rows"]):
         of = result["configuration"]["perplexity"]
         yield f"Perplexities are of at most {of['max_windows']} windows of the text {of['text']}, which is not much."
+
+
+def predictions(result: dict[str, Any]) -> Iterator[str]:
+    """A line for each model that was made for a time: what was predicted, and what was measured."""
+    threads = result["device"].get("threads")
+    for row in result["rows"]:
+        said = row.get("predicted")  # older results do not say
+        steps = [step for step in row["decode"] if said and all(step[key] == said[key] for key in ("batch", "context"))]
+        if not said or not steps:
+            continue
+        predicted, seconds, of_processor = said["predicted_ms"], steps[0]["seconds"], steps[0]["processor_seconds"]
+        measured = 1e3 * (of_processor or seconds)["median"]
+        line = f"{label(row)}: {predicted:.3g} ms a token predicted, {measured:.3g} measured"
+        line += f" ({measured / predicted - 1:+.0%})"
+        clock = 1e3 * seconds["median"]
+        if clock > BUSY * measured:
+            line += f" by the time of the processor; {clock:.3g} by the clock, because other processes ran"
+        if (said["device"], said["threads"]) != (result["device"]["name"], threads):
+            line += f". It was predicted for {said['device']} with {said['threads']} threads"
+        yield f"{line}."
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[str]:

@@ -130,7 +130,7 @@ def bench(
         from mspc.bench.plots import check_installed, plot
         from mspc.bench.request import Request
         from mspc.bench.run import bench as run
-        from mspc.bench.tables import lines_of, notes, tables, verdicts
+        from mspc.bench.tables import lines_of, notes, predictions, tables, verdicts
         from mspc.storage.files import write_json
 
         request = Request(
@@ -163,5 +163,5 @@ def bench(
                 for table in tables(found):
                     print_table(table)
                     print()
-                for line in (*notes(found), *verdicts(found)):
+                for line in (*notes(found), *verdicts(found), *predictions(found)):
                     print(line)

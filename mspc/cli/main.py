@@ -33,6 +33,7 @@ from mspc.cli.plan_command import plan
 from mspc.cli.push_command import push
 from mspc.cli.report_command import report
 from mspc.cli.tasks import TASKS, ask, refuse
+from mspc.cli.timings_command import timings
 from mspc.progress import log
 from mspc.version import __version__
 
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command()(compress)
 app.command()(plan)
+app.command()(timings)
 
 
 @app.command(name="eval")

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mspc.goals import budget_of
 from mspc.pages import plots
 from mspc.pages.heat import heat_maps
 from mspc.pages.html import Html, element, joined, note, section, table
@@ -35,8 +36,8 @@ def artifact(subject: Subject, title: Html | None) -> Html:
 
 def _lead(subject: Subject) -> Html:
     manifest, settings = subject.manifest, subject.manifest["settings"]
-    asked = next((f"--{key.replace('_', '-')} {settings[key]}" for key in ("bits_per_weight", "target_size")
-                  if settings.get(key) is not None), None)  # fmt: skip
+    budget = budget_of({key: value for key, value in settings.items() if value is not None})
+    asked = f"--{budget.replace('_', '-')} {settings[budget]}" if budget else None
     how = f"a budget ({asked})" if asked else f"pattern {settings['pattern']} and {settings['bits']} bits"
     if settings.get("plan") is not None:
         how = "a given plan"

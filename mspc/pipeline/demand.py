@@ -204,7 +204,7 @@ def free_disk(out: Path) -> int:
 def output_bytes(load: Workload) -> int:
     """Bytes of the output folder; under a size budget at most."""
     saved = sum(one.saved_bytes for one in planned_outer(load.model, load.settings, ()))
-    if not load.settings.has_budget:
+    if not load.settings.has_budget or load.settings.has_time_budget:
         return artifact_bytes(load.model, load.matrices, load.plan) - saved
     others = artifact_bytes(load.model, load.matrices, ()) - saved
     return others + budget_bytes(load, others)

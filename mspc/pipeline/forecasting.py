@@ -193,7 +193,10 @@ def assumed_plan(settings: Settings, matrices: MatricesByBlock) -> list[PlannedM
     if settings.plan is not None:
         return read_plan(Path(settings.plan), flatten(matrices))
     if settings.has_budget:
-        settings = replace(settings, bits_per_weight=None, target_size=None, sparsity=0.25, bits=4, pattern=UNKNOWN)
+        settings = replace(
+            settings, bits_per_weight=None, target_size=None, ms_per_token=None, speedup=None, fixed_bits=None,
+            sparsity=0.25, bits=settings.fixed_bits or 4, pattern=UNKNOWN,
+        )  # fmt: skip
     elif settings.keep_zeros and settings.sparsity is None:
         settings = replace(settings, sparsity=0.5)
     return allocate(settings, matrices, {})

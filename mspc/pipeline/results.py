@@ -37,13 +37,19 @@ def results(
             "achieved": sum(row["pruned"] for row in rows) / numel,
         },
         "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / numel,
-        "allocation": journal.entries[0]["allocation"],
+        **_allocation(journal.entries[0]["allocation"]),
         "bytes": sizes(folder, checkpoint, model, entries, replaced),
         **cost,
         "files": files,
         "matrices": rows,
         **({"outer": outer["outer"]} if outer["outer"] else {}),
     }
+
+
+def _allocation(how: dict[str, Any]) -> dict[str, Any]:
+    """The choice of the plan and, under a budget in time, the prediction."""
+    rest = {name: value for name, value in how.items() if name != "time"}
+    return {"allocation": rest, **({"time": how["time"]} if "time" in how else {})}
 
 
 def _requested_sparsity(settings: Settings, plan: Sequence[PlannedMatrix]) -> float:

@@ -24,6 +24,7 @@ from mspc.pipeline.announcing import announce
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
 from mspc.pipeline.copying import copy_rest
 from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
+from mspc.pipeline.in_time import TimeProducts, time_budget_of
 from mspc.pipeline.outer import inputs_of_head, planned_outer, quantize_outer, with_outer
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
@@ -66,6 +67,7 @@ class Run:
     resume: bool
     check_exports: Callable[[list[PlannedMatrix], dict[str, Any], Path], None]
     """Raises InputError if an export that was asked for cannot hold this plan, or this config.json and its folder."""
+    time_products: TimeProducts
     progress: Progress
     tokenizer: Any
     calibration: Calibration | None
@@ -119,6 +121,8 @@ class Run:
         self.settings = settings = choose_group_size(settings, matrices)
         self.outer = planned_outer(model, settings, self.recipe.asked())
         self.check_early(model, matrices)
+        parts = settings, model, matrices, irregular, self.outer, self.threads
+        self.time_budget = time_budget_of(*parts, self.time_products, progress)
         about = self.source, self.device, matrices, settings, self.given, self.threads
         announce(*about, spill, folder, self.force, self.resume)
         check_ranks(settings, folder, {"--measurements": measurements})
@@ -200,7 +204,7 @@ class Run:
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
             self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress,
-            saved_bytes=sum(one.saved_bytes for one in self.outer),
+            saved_bytes=sum(one.saved_bytes for one in self.outer), time_budget=self.time_budget,
         )  # fmt: skip
 
     @cached_property
@@ -253,6 +257,7 @@ class Run:
         chosen = PlanChoice(self.given) if self.given else planner.plan(model, fisher)
         plan = self.checked(chosen.plan)
         how = {"chosen": chosen.name, "tried": chosen.divergences, **chosen.search, **planner.not_measured()}
+        how |= {"time": self.time_budget.to_dict(plan)} if self.time_budget else {}
         if ranks.is_first():
             write_plan(file, plan)
             journal.commit({"file": PLAN, "sha256": sha256_of(file), "matrices": [], "allocation": how})

@@ -19,6 +19,8 @@ from mspc.types import Matrix, Target
 
 REST = "the rest"
 """The title of what is no stage."""
+SECONDS_OF_TIMINGS = 40
+"""Seconds of timing all products, unless they are known."""
 TYPICAL_PASSES = 7
 """Operations on the gradients of outputs, before their second moment."""
 HEAD, HEAD_BACKWARD, DIVERGENCE = 4, 6, 6
@@ -33,6 +35,8 @@ def stages_of(load: Workload) -> dict[str, Work]:
     stages: dict[str, Callable[[Workload, Work], None]] = {}
     if settings.keep_zeros:
         stages["Reading zeros"] = _reading_zeros
+    if settings.has_time_budget and settings.timings is None:
+        stages["Timing products"] = lambda load, work: work.add("seconds", SECONDS_OF_TIMINGS)
     stages["Checking weights"] = _checking
     if settings.calibration == "self":
         stages["Writing calibration text"] = _writing_text

@@ -6,6 +6,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
+from mspc.goals import budget_of
 from mspc.progress import log
 from mspc.settings import DEFAULT_BITS_PER_WEIGHT, DEFAULT_OUTER_BITS, fixed_pattern
 from mspc.sizes import in_words
@@ -34,6 +35,16 @@ def summary(manifest: Mapping[str, Any]) -> str:
     if abs(difference) > 5e-5:
         line += f" Requested: {sparsity['requested']:.2%}; the pattern allows nothing nearer ({difference:+.2%})."
     return line + " Recovered after one-shot compression." * is_recovered(manifest)
+
+
+def time_line(found: Mapping[str, Any]) -> str:
+    """The part `time` of a manifest in words."""
+    return (
+        f"Time: {found['predicted_ms']:.3g} ms a token predicted for {found['threads']} of the threads of "
+        f"{found['device']} (batch {found['batch']}, context {found['context']}): matrices {found['matrices_ms']:.3g}, "
+        f"head {found['head_ms']:.3g}, all else {found['rest_ms']:.3g}. That is {found['speedup']:.2f} times the speed "
+        f"of bfloat16 there ({found['bfloat16_ms']:.3g} ms, by {found['bfloat16_by']}). `mspc bench` measures it."
+    )
 
 
 def recovery_line(found: Mapping[str, Any]) -> str:
@@ -69,7 +80,7 @@ def report(manifest: Mapping[str, Any]) -> None:
 
 def cost_lines(manifest: Mapping[str, Any]) -> list[str]:
     """The cost in predictions, bytes and seconds, a line each, as far as the manifest has it."""
-    lines = []
+    lines = [time_line(found)] if (found := manifest.get("time")) else []
     if found := manifest.get("recovery"):
         lines.append(recovery_line(found))
     if found := manifest.get("evaluation"):
@@ -142,10 +153,11 @@ def hurt_line(manifest: Mapping[str, Any]) -> str | None:
     if found is None or (divergence is not None and divergence <= HURT):
         return None
     asked = manifest["settings"]
-    budget = next((name for name in ("bits_per_weight", "target_size") if name in asked), None)
+    budget = budget_of(asked)
     helps = []
     if budget:
-        helps.append(f"a larger --{budget.replace('_', '-')} than {asked[budget]}")
+        larger = "a smaller" if budget == "speedup" else "a larger"
+        helps.append(f"{larger} --{budget.replace('_', '-')} than {asked[budget]}")
     elif asked.get("keep_zeros"):  # the zeros were there before
         helps.append(f"more --bits than {asked['bits']}")
     elif "plan" not in asked:

@@ -197,7 +197,7 @@ def _options(settings: Settings, matrices: MatricesByBlock, dtype: torch.dtype) 
     """The possible (target, bytes) pairs of each matrix. `target_size` counts the bytes of the sparse export."""
     exported = settings.bits_per_weight is None
     return [
-        [(target, num_bytes_of(m.shape, target, dtype, exported=exported)) for target in _targets(settings, m)]
+        [(target, num_bytes_of(m.shape, target, dtype, exported=exported)) for target in targets_of(settings, m)]
         for m in flatten(matrices)
     ]
 
@@ -206,24 +206,33 @@ def _smallest(options: list[list[tuple[Target, int]]]) -> int:
     return sum(min(size for _, size in own) for own in options)
 
 
-def _targets(settings: Settings, matrix: Matrix) -> list[Target]:
-    """The possible targets of a matrix under a size budget: dense or any sparsity of the pattern, with any bits."""
+def targets_of(settings: Settings, matrix: Matrix) -> list[Target]:
+    """The possible targets of a matrix under a budget: dense or any sparsity of the pattern, with any bits.
+
+    A budget of time may have the bits fixed, or leave no sparsity but 0.
+    """
     patterns: list[Pattern] = [Unstructured(0.0)]
-    if settings.fixed_pattern is not None:
+    if settings.sparsity == 0:
+        pass
+    elif settings.fixed_pattern is not None:
         patterns.append(settings.fixed_pattern)
     elif settings.pattern == MIXED_PATTERN:
         patterns += [NM(keep, MIXED_OF) for keep in range(1, MIXED_OF)]
     else:
         counts = {num_pruned(matrix.numel, step / SPARSITY_STEPS) for step in range(1, SPARSITY_STEPS)}
         patterns += [Unstructured(count / matrix.numel) for count in sorted(counts - {0})]
-    grids = [settings.grid_for(matrix.shape[1], bits) for bits in (UNQUANTIZED_BITS, *BITS)]
-    groups_of(matrix.shape[1], Grid(4, grids[1].group_size if grids[1] else None), matrix.name)
+    grids = [settings.grid_for(matrix.shape[1], bits) for bits in _possible_bits(settings)]
+    groups_of(matrix.shape[1], Grid(4, grids[-1].group_size if grids[-1] else None), matrix.name)
     return [Target(pattern, grid) for pattern in patterns for grid in grids]
 
 
+def _possible_bits(settings: Settings) -> tuple[int, ...]:
+    return (UNQUANTIZED_BITS, *BITS) if settings.fixed_bits is None else (settings.fixed_bits,)
+
+
 def possible_targets(settings: Settings, matrices: MatricesByBlock) -> list[PlannedMatrix]:
-    """Every matrix with each number of bits that a size budget may choose for it."""
-    each = (replace(settings, bits=bits) for bits in (UNQUANTIZED_BITS, *BITS))
+    """Every matrix with each number of bits that a budget may choose for it."""
+    each = (replace(settings, bits=bits) for bits in _possible_bits(settings))
     return [matrix for one in each for matrix in allocate(one, matrices, {})]
 
 

@@ -36,14 +36,16 @@ def cheapest_sparsities(
 
 
 def cheapest_targets(
-    curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, int]]], budget: int
+    curves: Sequence[Curve], options: Sequence[Sequence[tuple[Target, float]]], budget: float
 ) -> list[Target]:
-    """The target of each matrix, chosen from (target, bytes) pairs for the lowest predicted loss within the budget.
+    """The target of each matrix, chosen from (target, cost) pairs for the lowest predicted loss within the budget.
 
-    Raises ValueError if the smallest targets exceed the budget.
+    Costs are bytes or milliseconds.
+
+    Raises ValueError if the cheapest targets exceed the budget.
     """
     priced = [
-        [(float(size), curve.at(t.pattern.sparsity, t.bits)) for t, size in own]
+        [(float(cost), curve.at(t.pattern.sparsity, t.bits)) for t, cost in own]
         for curve, own in zip(curves, options, strict=True)
     ]
     return [own[i][0] for own, i in zip(options, cheapest(priced, budget), strict=True)]

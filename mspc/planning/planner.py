@@ -23,6 +23,7 @@ from mspc.planning.allocation import (
 from mspc.planning.curve import Curve
 from mspc.planning.measurements import Measurements
 from mspc.planning.search import check_memory, search
+from mspc.planning.time_budget import TimeBudget
 from mspc.planning.validation import validate_plans
 from mspc.planning.without_gradient import with_layer_errors, with_medians, without_gradient_note
 from mspc.progress import Progress, log
@@ -62,6 +63,7 @@ class Planner:
     progress: Progress
     saved_bytes: int = 0
     """Bytes that quantized matrices outside of the blocks save."""
+    time_budget: TimeBudget | None = None
     without_gradient: set[str] = field(default_factory=set)
     """Names of matrices that were to be measured by gradients, and have none."""
 
@@ -97,6 +99,8 @@ class Planner:
             return PlanChoice(allocate(settings, self.matrices, sensitivities))
         dense = DenseWalk(model, self.ids[: settings.sensitivity_sequences], self.matrices)
         curves = self.measurements(model).loss_curves(dense, fisher)
+        if self.time_budget is not None:
+            return PlanChoice(self.time_budget.allocate(curves), CURVES)
         if settings.has_budget:
             return PlanChoice(allocate_bytes(settings, self.matrices, curves, self.num_bytes(), self.dtype()), CURVES)
         if settings.allocator == SEARCH:
@@ -131,7 +135,7 @@ class Planner:
 
     def check(self, model: StreamedModel) -> None:
         """Raises InputError, before anything is measured, for a size that is too small or a lack of memory."""
-        if self.settings.has_budget:
+        if self.settings.has_budget and self.time_budget is None:
             check_bytes(self.settings, self.matrices, self.num_bytes(), self.dtype())
         if self.settings.allocator == SEARCH and self.validation is not None:
             check_memory(model, self.validation, self.matrices)

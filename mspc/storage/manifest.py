@@ -156,11 +156,23 @@ def is_recovered(manifest: Mapping[str, Any]) -> bool:
 
 def was_recovered(folder: Path) -> bool:
     """Tell the same of a folder: an artifact, or an export of one."""
+    return is_recovered(_either_manifest(folder))
+
+
+def predicted_time(folder: Path) -> dict[str, Any] | None:
+    """The part `time` of the manifest of such a folder: what a budget in time predicted."""
+    found = _either_manifest(folder).get("time")
+    return found if isinstance(found, dict) else None
+
+
+def _either_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact, or of an export of one; empty without one that can be read."""
     for name in (MANIFEST, EXPORT_MANIFEST):
         if (folder / name).is_file():
-            with suppress(OSError, ValueError, AttributeError):
-                return is_recovered(json.loads((folder / name).read_text(encoding="utf-8")))
-    return False
+            with suppress(OSError, ValueError):
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
+                return found if isinstance(found, dict) else {}
+    return {}
 
 
 def is_artifact(folder: Path) -> bool:
