@@ -1,0 +1,26 @@
+"""vLLM's entry point (`vllm.general_plugins`): sparse exports served as they are stored. docs/serving.md has the limits.
+
+    vllm serve out/small-sparse
+
+vLLM calls `register` in each of its processes. So nothing heavy is imported before, and what is wrong with an
+installation is said by the method that vLLM asks for, not lost in its log of plug-ins.
+"""
+
+from mspc.errors import InputError
+
+
+def register() -> None:
+    """Make the `quant_method` of sparse exports known to vLLM.
+
+    Raises InputError for a vLLM whose interface is not the one that this was written for.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
+        from mspc.serving.config import SparseConfig
+    except ImportError as error:
+        raise InputError(
+            f"This version of vLLM does not have what mspc needs ({error}). docs/serving.md names those that it was "
+            "run with: install one of them."
+        ) from error
+    register_quantization_config("mspc")(SparseConfig)
