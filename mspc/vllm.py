@@ -1,4 +1,4 @@
-"""vLLM's entry point (`vllm.general_plugins`): sparse exports served as they are stored. docs/serving.md has the limits.
+"""The entry point of vLLM (`vllm.general_plugins`): sparse exports are served as they are stored. See docs/serving.md.
 
     vllm serve out/small-sparse
 

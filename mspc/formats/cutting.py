@@ -87,7 +87,7 @@ def _columns(stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, las
 def _columns_of_groups(
     stored: Mapping[str, Tensor], matrix: StoredMatrix, first: int, last: int
 ) -> tuple[dict[str, Tensor], Grid | None]:
-    """The scales and zeros of these columns, and their grid."""
+    """The scales and zeros of some columns, and their grid."""
     grid = matrix.grid
     if grid is None:
         return {}, None
@@ -124,7 +124,7 @@ def _unpacked_kept(stored: Mapping[str, Tensor], matrix: StoredMatrix) -> Tensor
 
 
 def _with_kept(found: Mapping[str, Tensor], piece: StoredMatrix, kept: Tensor, mask: Tensor) -> Cut:
-    """A piece of these kept weights (K,), or their codes, at the places of a mask (R, C); `found` has all else."""
+    """A piece with kept weights (K,), or their codes, at the places of a mask (R, C); `found` has all else."""
     piece = replace(piece, pattern=Unstructured((mask.numel() - len(kept)) / mask.numel()))
     tensors = {part: tensor for part, tensor in found.items() if part in ("scales", "zeros")}
     if piece.has_mask:

@@ -71,13 +71,13 @@ class SparseConfig(QuantizationConfig):
         if not folder.is_dir():  # of the hub, perhaps not downloaded yet
             return
         files = [folder / shard for shard in Checkpoint(folder).shards()]
-        check_files({name: matrix for name, matrix in self.matrices.values()}, files)
+        check_files(dict(self.matrices.values()), files)
         check_folder(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.matrices = hf_to_vllm_mapper.apply_dict(self.matrices)
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """The method of a layer of vLLM, by its name; None where it has one of its own."""
         if isinstance(layer, ParallelLMHead):
             found = self.matrices.get(prefix)
@@ -101,7 +101,7 @@ class SparseConfig(QuantizationConfig):
         parts = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{owner}.{part}" if owner else part for part in parts]
 
-    def _embeddings(self, layer: torch.nn.Module, prefix: str) -> tuple[str, StoredMatrix] | None:
+    def _embeddings(self, layer: Any, prefix: str) -> tuple[str, StoredMatrix] | None:
         """Those of the checkpoint. Models of vLLM may give the layer no name."""
         shape = (layer.org_vocab_size, layer.embedding_dim)
         for name, (stored_name, matrix) in self.matrices.items():
@@ -111,8 +111,8 @@ class SparseConfig(QuantizationConfig):
         return None
 
 
-def _shard_ids(layer: torch.nn.Module, names: list[str]) -> list[Hashable]:
-    """How vLLM calls each of the matrices of a layer when it loads them."""
+def _shard_ids(layer: Any, names: list[str]) -> list[Hashable]:
+    """The ids by which vLLM loads each of the matrices of a layer."""
     if len(names) == 1:
         return [None]
     if isinstance(layer, QKVParallelLinear) and len(names) == 3:

@@ -1,11 +1,12 @@
 """Linear layers of vLLM whose matrices stay compressed."""
 
 from collections.abc import Callable, Hashable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearMethodBase,
@@ -31,7 +32,7 @@ class SparseLinearMethod(LinearMethodBase):
         self.matrices = dict(matrices)
 
     def create_weights(
-        self, layer: Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **attributes: Any,
     ) -> None:  # fmt: skip
         """Register an empty parameter for each tensor that may come: vLLM finds them by their names."""
@@ -39,21 +40,21 @@ class SparseLinearMethod(LinearMethodBase):
         shards = {i: Shard(*matrix, tuple(places[i])) for i, matrix in self.matrices.items()}
         expect(layer, Loading(shards, params_dtype, torch.empty(0).device))
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises InputError, naming the matrix, if a tensor of it was not in the checkpoint."""
         finish(layer)
 
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., I) -> (..., O) of this rank."""
         y: Tensor = layer.compressed(x)
         return y if bias is None else y + bias
 
-    def dequantize_weight(self, layer: Module) -> Tensor:
+    def dequantize_weight(self, layer: Any) -> Tensor:
         """The dense weight (O, I) of this rank."""
         return dense_weight(layer)
 
 
-def expect(layer: Module, loading: Loading) -> None:
+def expect(layer: Any, loading: Loading) -> None:
     """Register placeholders whose loader gives what vLLM reads to `loading`."""
     layer.mspc_loading = loading
 
@@ -69,7 +70,7 @@ def expect(layer: Module, loading: Loading) -> None:
         layer.register_parameter(part, placeholder)
 
 
-def finish(layer: Module) -> None:
+def finish(layer: Any) -> None:
     """Put the compressed layer in the place of the placeholders. Once: models may name a layer twice."""
     loading = layer.__dict__.pop("mspc_loading", None)
     if loading is None:
@@ -81,12 +82,12 @@ def finish(layer: Module) -> None:
     layer.register_buffer(MARK, torch.empty(0, device=loading.device), persistent=False)
 
 
-def dense_weight(layer: Module) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     parts = [part for part in layer.compressed.modules() if isinstance(part, SparseLinear | DenseLinear)]
     return torch.cat([part.weight for part in parts])
 
 
-def places_of(layer: Module, ids: list[Hashable]) -> dict[Hashable, list[Place]]:
+def places_of(layer: Any, ids: list[Hashable]) -> dict[Hashable, list[Place]]:
     """The pieces of each matrix that this rank holds, by vLLM's ids of shards."""
     rank, size, num_columns = layer.tp_rank, layer.tp_size, layer.input_size
     columns = 0, num_columns
@@ -106,7 +107,7 @@ def places_of(layer: Module, ids: list[Hashable]) -> dict[Hashable, list[Place]]
     return {i: [Place(of_rows, columns) for of_rows in found] for i, found in rows.items()}
 
 
-def _rows_of_heads(layer: Module, ids: list[Hashable]) -> dict[Hashable, list[tuple[int, int]]]:
+def _rows_of_heads(layer: Any, ids: list[Hashable]) -> dict[Hashable, list[tuple[int, int]]]:
     """Rows of q, k and v. There may be fewer heads of k and v than ranks; ranks then hold the same."""
     replicas = layer.num_kv_head_replicas
     found: dict[Hashable, list[tuple[int, int]]] = {}
@@ -123,5 +124,5 @@ def _rows_of_heads(layer: Module, ids: list[Hashable]) -> dict[Hashable, list[tu
     if ids != [None]:
         return found
     rows = [of_rows for (of_rows,) in found.values()]
-    whole = rows[0][0] == 0 and all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+    whole = rows[0][0] == 0 and all(a[1] == b[0] for a, b in pairwise(rows))
     return {None: [(0, rows[-1][1])] if whole else rows}

@@ -1,8 +1,8 @@
-"""What one process of a server holds of the matrices that make one of its layers.
+"""The pieces that one process of a server holds of the matrices of a layer.
 
 A server fuses matrices of the checkpoint (q, k and v) into one layer, and cuts layers for tensor parallelism. A matrix
 arrives tensor by tensor. When all matrices of a layer are whole, they are checked, cut and prepared for the device, so
-no more than one layer is held beside what is kept.
+no more than one layer is in memory twice.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -136,7 +136,7 @@ class Loading:
 
 
 def stacked(lengths: Sequence[int], rank: int, size: int) -> list[Range]:
-    """The rows of rank `rank` of `size` in a matrix that stacks matrices of these lengths; neighbours are joined.
+    """The rows of rank `rank` of `size` in a matrix that stacks others of `lengths` rows; neighbours are joined.
 
     stacked([4, 2], 1, 2) -> [(2, 4), (5, 6)].
     """

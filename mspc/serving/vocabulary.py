@@ -39,7 +39,7 @@ class SparseVocabularyMethod(QuantizeMethodBase):
         self.matrix, self.looks_up, self.is_head = matrix, looks_up, is_head
 
     def create_weights(
-        self, layer: Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **attributes: Any,
     ) -> None:  # fmt: skip
         """Register an empty parameter for each tensor that may come."""
@@ -61,7 +61,7 @@ class SparseVocabularyMethod(QuantizeMethodBase):
 
         expect(layer, Loading({None: shard}, params_dtype, torch.empty(0).device, together))
 
-    def process_weights_after_loading(self, layer: Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Raises InputError, naming the matrix, if a tensor of it was not in the checkpoint."""
         if self.matrix is None:
             raise InputError(
@@ -70,21 +70,21 @@ class SparseVocabularyMethod(QuantizeMethodBase):
             )
         finish(layer)
 
-    def tie_weights(self, layer: Module, embed_tokens: Module) -> Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """The embeddings, which are a head as well."""
         return embed_tokens
 
-    def embedding(self, layer: Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
         rows: Tensor = layer.compressed.lookup(ids)
         return rows
 
-    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., tokens of this rank), with zeros for those that pad the vocabulary."""
         y: Tensor = layer.compressed.head(x)
         y = pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))
         return y if bias is None else y + bias
 
-    def dequantize_weight(self, layer: Module) -> Tensor:
+    def dequantize_weight(self, layer: Any) -> Tensor:
         """The dense weight of this rank."""
         return dense_weight(layer)
