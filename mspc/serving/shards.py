@@ -130,7 +130,8 @@ class Loading:
         for shard_id, shard in self.shards.items():
             missing = [part for part in shard.parts(self.dtype) if part not in self._stored.get(shard_id, ())]
             if self.layer is None and missing:
-                raise InputError(f"{shard.name}: its {missing[0]} are missing. Export or download the folder again.")
+                be = "is" if missing[0] == WEIGHT else "are"
+                raise InputError(f"{shard.name}: its {missing[0]} {be} missing. Export or download the folder again.")
         assert self.layer is not None
         return self.layer
 
