@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,22 @@ class Answer:
     text: str
 
 
-def answers(folder: Path, prompts: list[Any] | None = None, count: int = NEW_TOKENS, **options: Any) -> list[Answer]:
-    """The answers to texts or lists of ids, asked all at once, in this process unless options ask for more of them."""
+def answers(
+    folder: Path,
+    prompts: list[Any] | None = None,
+    count: int = NEW_TOKENS,
+    adapter: Path | None = None,
+    then: Callable[[Any], None] | None = None,
+    **options: Any,
+) -> list[Answer]:
+    """The answers to texts or lists of ids, asked all at once, in this process unless options ask for more of them.
+
+    `adapter` is the folder of a LoRA adapter that answers. `then` gets the engine before it ends.
+    """
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
     given = {"dtype": "float32", "enforce_eager": True, "max_model_len": LENGTH, "enable_prefix_caching": False}
     engine = None
@@ -49,7 +61,10 @@ def answers(folder: Path, prompts: list[Any] | None = None, count: int = NEW_TOK
         engine = LLM(model=str(folder), **given | options)
         asked = [p if isinstance(p, str) else TokensPrompt(prompt_token_ids=p) for p in prompts or TEXTS]
         wanted = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        found = engine.generate(asked, wanted, use_tqdm=False)
+        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+        found = engine.generate(asked, wanted, use_tqdm=False, lora_request=lora)
+        if then is not None:
+            then(engine)
         return [
             Answer(list(one.prompt_token_ids), list(one.outputs[0].token_ids), one.outputs[0].text) for one in found
         ]
@@ -59,13 +74,20 @@ def answers(folder: Path, prompts: list[Any] | None = None, count: int = NEW_TOK
         gc.collect()
 
 
-def gaps(folder: Path, found: list[Answer], dtype: str = "float32") -> list[float]:
-    """For each token that is not the best by the model that mspc loads: the distance of its logit from the best."""
+def gaps(
+    folder: Path, found: list[Answer], dtype: str = "float32", change: Callable[[Any], None] | None = None
+) -> list[float]:
+    """For each token that is not the best by the model that mspc loads: the distance of its logit from the best.
+
+    `change` changes that model before.
+    """
     import torch
 
     import mspc
 
     model, distances = mspc.load(folder, "cpu", dtype), []
+    if change is not None:
+        change(model)
     for answer in found:
         ids = torch.tensor([answer.prompt + answer.ids[:-1]])
         with torch.inference_mode():

@@ -282,3 +282,76 @@ def test_a_hub_folder_that_is_not_whole_is_refused_when_it_is_loaded(bundled, tm
     folder = damaged(bundled("50% int4"), tmp_path / "copy", _without(f"{UP}.scales"))
     with pytest.raises(InputError, match=f"{UP}: its scales are missing"):
         answers(folder)
+
+
+EXPANDED = {
+    "mixtral": (
+        LARGER | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        {"pattern": "2:4", "bits": 4, "group_size": 32},
+    ),
+    "gemma2": (FAMILIES["gemma2"][0], {"bits": 4, "group_size": 32, "embedding_bits": 8}),
+}
+
+
+@pytest.mark.parametrize("family", EXPANDED)
+def test_the_loader_makes_dense_what_no_layer_takes_compressed(family, calibration, tmp_path):
+    changes, recipe = EXPANDED[family]
+    folder = exported(tiny.build(tmp_path / "model", family, **changes), tmp_path, calibration, **recipe)
+    found = answers(folder, tiny.ids(4, 12).tolist(), 16, load_format="mspc")
+    assert gaps(folder, found) == []
+    refused = "--load-format mspc" if family == "mixtral" else "no module or parameter named 'model.embed_tokens.codes'"
+    with pytest.raises(ValueError, match=refused):
+        answers(folder, [[1]], 1)
+
+
+ADAPTED = ("q_proj", "v_proj", "down_proj")
+
+
+def adapter_of(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A LoRA adapter of rank 4 for some matrices of the bundled model, as peft writes it, and what it adds to each."""
+    generator, tensors, added = torch.Generator().manual_seed(0), {}, {}
+    model = open_model(BUNDLED, device=torch.device("cpu"))
+    for matrix in (m for of_block in model.matrices(()) for m in of_block):
+        if not matrix.name.endswith(ADAPTED):
+            continue
+        a = torch.randn(4, matrix.shape[1], generator=generator) / 16
+        b = torch.randn(matrix.shape[0], 4, generator=generator) / 16
+        tensors |= {
+            f"base_model.model.{matrix.name}.lora_A.weight": a,
+            f"base_model.model.{matrix.name}.lora_B.weight": b,
+        }
+        added[matrix.name] = 2 * b @ a
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": list(ADAPTED)}))
+    return folder, added
+
+
+@pytest.mark.parametrize("name", ["2:4 int4", "mixture"])
+def test_an_adapter_adds_to_compressed_layers(name, bundled, tmp_path):
+    """Oracle: the product of the adapter's matrices, added to the outputs of the layers that mspc loads."""
+    adapter, added = adapter_of(tmp_path / "adapter")
+    found = answers(bundled(name), adapter=adapter, enable_lora=True, max_lora_rank=8)
+
+    def change(model: torch.nn.Module) -> None:
+        for layer, weight in added.items():
+            model.get_submodule(layer).register_forward_hook(
+                lambda _, inputs, y, weight=weight: y + torch.nn.functional.linear(inputs[0], weight)
+            )
+
+    # mspc.load is asked for whole sequences, and multiplies more than 8 tokens without rounding their inputs to 16 bits.
+    assert max(gaps(bundled(name), found, change=change), default=0) < 0.02
+    assert max(gaps(bundled(name), found)) > 0.5
+
+
+def test_what_cannot_be_done_is_said(bundled):
+    """New weights for compressed layers by mspc. Sleep is refused by vLLM on a CPU; there is no other test of it."""
+
+    def reload(engine: Any) -> None:
+        with pytest.raises(InputError, match="new weights cannot be loaded into a compressed layer. Start the server"):
+            engine.collective_rpc("reload_weights")
+
+    answers(bundled("2:4 int4"), ["a"], 1, then=reload)
+    with pytest.raises(ValueError, match="[Ss]leep mode is not supported"):
+        answers(bundled("2:4 int4"), ["a"], 1, enable_sleep_mode=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     MergedColumnParallelLinear,
@@ -24,24 +25,21 @@ from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.sparse_export import QUANT_METHOD, descriptions
 
 WHERE = "quantization_config"
+LOAD_FORMAT = "mspc"
+"""The option of vLLM by which `loader` makes dense what no layer takes compressed."""
 
 
 class SparseConfig(QuantizationConfig):
     """The matrices that an export describes."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """Raises InputError for a description that is not valid, and for slices of experts."""
+        """Raises InputError for a description that is not valid."""
         super().__init__()
         self.matrices = {name: (name, matrix) for name, matrix in descriptions(config, WHERE).items()}
         """Name in the checkpoint, and description, by the name that vLLM has for it."""
         rows = config["matrices"]
         self.is_tied = any(row.get("tied") for row in rows.values())
-        sliced = [name for name, row in rows.items() if row.get("index") is not None]
-        if sliced:
-            raise InputError(
-                f"{sliced[0]}: compressed experts are not served by vLLM. Export the artifact dense "
-                "(mspc export ARTIFACT dense)."
-            )
+        self.sliced = [name for name, row in rows.items() if row.get("index") is not None]
 
     def __repr__(self) -> str:
         return f"SparseConfig({len(self.matrices)} matrices)"
@@ -78,7 +76,15 @@ class SparseConfig(QuantizationConfig):
         self.matrices = hf_to_vllm_mapper.apply_dict(self.matrices)
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """The method of a layer of vLLM, by its name; None where it has one of its own."""
+        """The method of a layer of vLLM, by its name; None where it has one of its own.
+
+        Raises InputError for compressed experts, unless the loader makes them dense.
+        """
+        if self.sliced and get_current_vllm_config().load_config.load_format != LOAD_FORMAT:
+            raise InputError(
+                f"{self.sliced[0]}: vLLM multiplies by no compressed experts. Give --load-format {LOAD_FORMAT} (in "
+                f"Python load_format={LOAD_FORMAT!r}), which makes them dense, or export the artifact dense."
+            )
         if isinstance(layer, ParallelLMHead):
             found = self.matrices.get(prefix)
             return None if found is None and not self.is_tied else SparseVocabularyMethod(found, False, True)
