@@ -340,7 +340,7 @@ def test_an_adapter_adds_to_compressed_layers(name, bundled, tmp_path):
                 lambda _, inputs, y, weight=weight: y + torch.nn.functional.linear(inputs[0], weight)
             )
 
-    # mspc.load is asked for whole sequences, and multiplies more than 8 tokens without rounding their inputs to 16 bits.
+    # mspc.load is asked for whole sequences: it does not round inputs to 16 bits, as both do for up to 8 tokens.
     assert max(gaps(bundled(name), found, change=change), default=0) < 0.02
     assert max(gaps(bundled(name), found)) > 0.5
 
