@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-report test-tasks fuzz lint wheel models verify-all verify-autogptq verify-llamacpp quality-real clean
+.PHONY: demo test test-slow test-report test-tasks test-vllm fuzz lint wheel models verify-all verify-autogptq verify-llamacpp quality-real clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -29,6 +29,19 @@ test-report: $(VENV)/installed-dev
 test-tasks: $(VENV)/installed-dev
 	$(INSTALL) -e '.[lm-eval]'
 	$(BIN)/python -m pytest -rs tests/test_tasks.py
+
+# Sparse exports in vLLM on the CPU, in an environment of its own (3.5 GB, minutes); no longer than an hour.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/installed
+	timeout 3600 $(VLLM)/bin/python -m pytest -rs --show-capture=no tests/test_vllm.py
+
+$(VLLM)/installed: pyproject.toml benchmarks/vllm-requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	timeout 1800 $(VLLM)/bin/python -m pip install --disable-pip-version-check -r benchmarks/vllm-requirements.txt
+	# Parts of torch for images and sound, which fail beside the torch that is there.
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -e .
+	touch $@
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -76,4 +89,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-autogptq .venv-llamacpp build dist
+	rm -rf $(VENV) .venv-autogptq .venv-llamacpp $(VLLM) build dist

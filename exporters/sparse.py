@@ -44,6 +44,8 @@ import mspc
 model = mspc.load("path/to/this/folder")
 ```
 
+vLLM serves it without more if mspc is installed in its environment: `vllm serve path/to/this/folder`.
+
 `mspc verify path/to/this/folder` proves that the files are whole. `mspc_export.json` says what every matrix is.
 """
 

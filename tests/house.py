@@ -19,7 +19,8 @@ ROOMS = (
     "mspc.progress", "mspc.goals", "mspc.settings", "mspc.recipe", "mspc.text", "mspc.numerics", "mspc.formats",
     "mspc.storage", "mspc.model", "mspc.passes",
     "mspc.published", "mspc.solvers", "mspc.planning", "mspc.pipeline",
-    "mspc.kernels", "mspc.runtime", "mspc.hf", "exporters", "mspc.api", "mspc.pages", "mspc.publish", "mspc.bench",
+    "mspc.kernels", "mspc.runtime", "mspc.hf", "mspc.serving", "mspc.vllm",
+    "exporters", "mspc.api", "mspc.pages", "mspc.publish", "mspc.bench",
     "mspc", "mspc.cli", "mspc.__main__",
 )  # fmt: skip
 """From the lowest to the highest: a room imports only from itself and from rooms before it."""
