@@ -3,6 +3,8 @@
 from typing import Any
 
 _PATCHES = {"num_hidden_layers": 2, "hidden_size_global": 64, "head_dim": 16, "vocab_size": 260}
+
+
 def _of_images(first: int, second: int, third: int, **vision: Any) -> dict[str, Any]:
     """Sections of rotary embeddings for time, height and width, in a config with a text model and a vision model."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [first, second, third]}
@@ -40,7 +42,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "inkling2_loop_text": {"unpadded_vocab_size": 258},
     "inkling2_text": {"unpadded_vocab_size": 258},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mistral3": {"vision_config": {"image_size": 56}},
     "qwen2_5_vl": _of_images(4, 2, 2),
     "qwen2_vl": _of_images(4, 2, 2, mlp_ratio=2),
     "qwen4_exp_text": {
@@ -48,6 +52,7 @@ NEEDED: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2, "ngram_vocab_size_base": 100, "hc_lowrank": 16,
     },
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128,

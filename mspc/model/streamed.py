@@ -22,6 +22,7 @@ from mspc.model.config_checks import check_sizes, check_tensor, count_blocks, se
 from mspc.model.experts import IMPLEMENTATION
 from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_reached, skip_option, sort_block
 from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
+from mspc.model.own_experts import adopt_experts
 from mspc.model.rows import Rows, rows_of_slices
 from mspc.model.source_tensors import map_keys, match_ties, parts_of_one
 from mspc.storage.checkpoint import STORABLE, UNUSED, StoredType, TensorSource
@@ -310,6 +311,7 @@ def built(config: PreTrainedConfig, device: torch.device, **options: Any) -> Pre
             f"{config.name_or_path}: no model can be built by its config.json ({in_brief(error)}). Give the "
             "config.json that belongs to the weights."
         ) from error
+    adopt_experts(model)
     return model.eval()
 
 
