@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-report test-tasks test-vllm fuzz lint wheel models verify-all verify-autogptq verify-llamacpp quality-real clean
+.PHONY: demo test test-slow test-report test-tasks test-vllm fuzz lint wheel models verify-all verify-architectures verify-autogptq verify-llamacpp quality-real clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -68,6 +68,10 @@ quality-real: models
 # Every format in every runtime, as a table.
 verify-all: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/verify_all.py
+
+# Every model type of transformers, as the table docs/architectures.md; types that have a row are not tried again.
+verify-architectures: $(VENV)/installed-dev
+	$(BIN)/python tests/architectures.py
 
 # GPTQ exports in the archived auto-gptq, in an environment of its own.
 verify-autogptq: $(VENV)/installed-dev

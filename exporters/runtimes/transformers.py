@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig
+from transformers import AutoConfig, CompressedTensorsConfig, GenerationConfig
 
 from exporters.manifest import ExportManifest
 from exporters.reference import last_logits
 from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
-from mspc.model.hub import without_progress
+from mspc.model.auto_class import auto_class
+from mspc.model.hub import load_config, without_progress
 from mspc.progress import log
 from mspc.storage.manifest import MatrixEntry
 
@@ -49,7 +50,8 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
         settings |= {"gguf_file": GGUF} | _config_beside(folder)
     with without_progress():  # `verify` shows its own
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **settings).eval()
+        found = auto_class(load_config(folder))
+        model = found.from_pretrained(folder, trust_remote_code=False, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if manifest.format == "gptq" else FLOAT32)
 
 

@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from mspc.errors import InputError
+from mspc.model.auto_class import is_multimodal
 from mspc.storage.checkpoint import STORABLE, StoredType
 
 FLOATS = ("float64", *STORABLE)
 """Types of weights that a model can be loaded from."""
 SUPPORTED = (
-    "mspc takes decoders that AutoModelForCausalLM knows: Llama, Qwen, Mistral, Gemma, Phi, GPT-2, Mamba and others"
+    "mspc takes decoders that AutoModelForCausalLM or AutoModelForMultimodalLM knows: Llama, Qwen, Mistral, Gemma, "
+    "Phi, GPT-2, Mamba, Qwen-VL and others"
 )
 GIVE = "Give a causal language model"
 DECODERS_IN_ANY_CASE = "gpt_neox"
@@ -42,12 +44,15 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
     named = getattr(config, "architectures", None)
     architectures = [str(name) for name in named] if isinstance(named, list | tuple) else []
     what = f"{folder} is a {config.model_type} model{f' ({architectures[0]})' if architectures else ''}"
-    inner = config.get_text_config()
+    try:
+        inner = config.get_text_config()
+    except ValueError as error:  # more than one part writes text
+        raise InputError(f"{what}, of which mspc does not know the language model ({error}). {GIVE}.") from error
     if not isinstance(inner, PreTrainedConfig):
         raise InputError(f"{what}, and its text_config is no config of transformers. Get config.json again.")
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{what}, an encoder with a decoder. Give a decoder alone: {SUPPORTED}.")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_multimodal(config):
         remedy = GIVE
         if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
             remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"

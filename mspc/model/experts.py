@@ -8,7 +8,7 @@ of its own, as it is where experts stay compressed.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -71,19 +71,41 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
     Experts without tokens are left out, unless someone looks on. Indices of no expert are ignored.
     """
-    first, second = projections(experts)
-    before, after = getattr(experts, "before_product", None), getattr(experts, "after_product", None)
     count, size = num_experts(experts), top_k_index.shape[1]
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
     counts = torch.bincount(chosen, minlength=count)[:count].tolist()
     places = dict(enumerate(order[: sum(counts)].split(counts)))
-    if before is None and after is None:
+    if not is_watched(experts):
         places = {expert: found for expert, found in places.items() if len(found)}
+    tokens = {expert: found // size for expert, found in places.items()}
+    outer = []
+    for expert, down in multiplied(experts, {e: hidden_states[found] for e, found in tokens.items()}, tokens).items():
+        normed = experts.post_expert_norm(down) if experts.has_post_expert_norm else down
+        weights = top_k_weights.flatten()[places[expert], None]
+        outer.append((normed * weights).to(hidden_states.dtype))
+    if not outer:
+        return torch.zeros_like(hidden_states)
+    return torch.zeros_like(hidden_states).index_add(0, torch.cat(list(tokens.values())), torch.cat(outer))
 
-    def products(parameter: str, inputs: dict[int, Tensor]) -> dict[int, Tensor]:
+
+def is_watched(experts: nn.Module) -> bool:
+    """Tell if someone is told about the products of a module."""
+    return any(getattr(experts, name, None) is not None for name in ("before_product", "after_product"))
+
+
+def multiplied(experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Both products of experts, on the inputs (t, H) of each, whose numbers are `tokens` (t).
+
+    Slices of the first parameter that no expert has are told with no inputs.
+    """
+    unused = getattr(experts, "unused_slices", ()) if is_watched(experts) else ()
+    first, second = projections(experts)
+    before, after = getattr(experts, "before_product", None), getattr(experts, "after_product", None)
+
+    def products(parameter: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         told = [
-            Product(parameter, expert, x, places[expert] // size, lambda: torch.cat(list(inputs.values())))
+            Product(parameter, expert, x, tokens[expert], lambda: torch.cat(list(inputs.values())))
             for expert, x in inputs.items()
         ]
         for one in told:
@@ -95,17 +117,14 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
                 after(one, outputs[one.expert])
         return outputs
 
-    up = products(first, {expert: hidden_states[found // size] for expert, found in places.items()})
-    inner = {expert: experts._apply_gate(x) if experts.has_gate else experts.act_fn(x) for expert, x in up.items()}
-    outer = []
-    for expert, down in products(second, inner).items():
-        normed = experts.post_expert_norm(down) if experts.has_post_expert_norm else down
-        weights = top_k_weights.flatten()[places[expert], None]
-        outer.append((normed * weights).to(hidden_states.dtype))
-    if not outer:
-        return torch.zeros_like(hidden_states)
-    tokens = torch.cat(list(places.values())) // size
-    return torch.zeros_like(hidden_states).index_add(0, tokens, torch.cat(outer))
+    if unused and inputs:
+        none, of_none = next(iter(inputs.values()))[:0], next(iter(tokens.values()))[:0]
+        tokens = {**tokens, **dict.fromkeys(unused, of_none)}
+        up = products(first, {**inputs, **dict.fromkeys(unused, none)})
+    else:
+        up = products(first, inputs)
+    gate = experts._apply_gate if experts.has_gate else experts.act_fn
+    return products(second, {expert: gate(up[expert]) for expert in inputs})
 
 
 ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = experts_forward
@@ -127,7 +146,8 @@ def expert_matrices(full: str, leaf: str, experts: nn.Module) -> list[Matrix]:
     if not all(hasattr(experts, name) for name in SETTINGS) or leaf not in projections(experts):
         return []
     parameter = experts._parameters.get(leaf)
-    if parameter is None or parameter.ndim != 3 or not is_understood(experts):
+    understood = getattr(experts, "is_adopted", False) or (parameter is not None and is_understood(experts))
+    if parameter is None or parameter.ndim != 3 or not understood:
         return []
     transposed = bool(experts.is_transposed)
     num_out, num_in = parameter.shape[:0:-1] if transposed else parameter.shape[1:]
@@ -156,6 +176,22 @@ def _computes_the_same(experts: Any) -> bool:
     names = set(projections(experts))
     if own is None or {name for name, p in experts.named_parameters() if p.ndim > 2} != names:
         return False
+    count, up = num_experts(experts), experts._parameters[projections(experts)[0]]
+    width = up.shape[1 if experts.is_transposed else 2]
+    return same_on_random(experts, own, experts_forward, lambda generator: routed(generator, width, count))
+
+
+def routed(generator: torch.Generator, width: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states (8, H), and indices and weights of up to two experts for each token."""
+    hidden = torch.randn(8, width, generator=generator)
+    index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in hidden])
+    return hidden, index, torch.rand(index.shape, generator=generator)
+
+
+def same_on_random(
+    experts: Any, own: Callable[..., Any], ours: Callable[..., Tensor], arguments: Callable[..., tuple[Tensor, ...]]
+) -> bool:
+    """Tell if two forwards of a module compute the same, with random parameters and on random arguments."""
     with torch.device("cpu"), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
 
@@ -165,15 +201,11 @@ def _computes_the_same(experts: Any) -> bool:
             return nn.Parameter(drawn.expand(like.shape), requires_grad=False)
 
         tensors: dict[int, Any] = {id(parameter): random(parameter) for parameter in experts.parameters()}
-        tried = copy.deepcopy(experts, tensors | {id(experts.config): experts.config})
-        count, up = num_experts(experts), experts._parameters[projections(experts)[0]]
-        hidden = torch.randn(8, up.shape[1 if experts.is_transposed else 2], generator=generator)
-        size = min(2, count)
-        index = torch.stack([torch.randperm(count, generator=generator)[:size] for _ in hidden])
-        weights = torch.rand(index.shape, generator=generator)
+        config = getattr(experts, "config", None)
+        tried = copy.deepcopy(experts, tensors | {id(config): config})
+        given = arguments(generator)
         try:
-            expected = own(tried, hidden, index, weights)
-            found = experts_forward(tried, hidden, index, weights)
+            expected, found = own(tried, *given), ours(tried, *given)
         except Exception:  # it takes other arguments, or has other parts
             return False
         return (

@@ -4,11 +4,9 @@ The module tree is built on the meta device. Weights are read from safetensors w
 afterwards. Only this file knows how transformers names, converts and ties weights.
 """
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,27 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mspc.errors import InputError, in_brief
+from mspc.model.auto_class import auto_class
 from mspc.model.config_checks import check_sizes, check_tensor, count_blocks, setting_of
 from mspc.model.experts import IMPLEMENTATION
 from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_reached, skip_option, sort_block
 from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
+from mspc.model.own_experts import adopt_experts
 from mspc.model.rows import Rows, rows_of_slices
+from mspc.model.source_tensors import map_keys, match_ties, parts_of_one
 from mspc.storage.checkpoint import STORABLE, UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
-
-
-@dataclass(frozen=True)
-class SourceTensors:
-    """The keys of a parameter in the source, and the conversion, unless it is simply the one tensor."""
-
-    keys: list[str]
-    converter: WeightConverter | None = None
-    patterns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,9 +66,9 @@ class StreamedModel:
                 setattr(buffered, name, buffer.to(device))
         self.blocks_name, self.blocks = find_blocks(self.model)
         stored_blocks = count_blocks(self.model, self.blocks_name, len(self.blocks), types)
-        self.source_tensors = _map_keys(self.model, source.keys())
+        self.source_tensors = map_keys(self.model, types)
         few = f"It has {stored_blocks} blocks, but by config.json the model has {len(self.blocks)}. "
-        _match_ties(self.model, self.source_tensors, few if 0 < stored_blocks < len(self.blocks) else "")
+        match_ties(self.model, self.source_tensors, few if 0 < stored_blocks < len(self.blocks) else "")
         self._check_types(types)
         self._rows: dict[str, list[Rows] | None] = {}
         self.route: Route | None = None
@@ -172,15 +162,7 @@ class StreamedModel:
 
     def _converted(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """A parameter that transformers puts together from these tensors of the source. Raises whatever it raises."""
-        origin = self.source_tensors[name]
-        converter = copy.deepcopy(origin.converter)
-        assert converter is not None
-        for key, pattern in zip(origin.keys, origin.patterns, strict=True):
-            ready: Future[Tensor] = Future()
-            ready.set_result(tensors[key])
-            converter.add_tensor(name, key, pattern, ready)
-        tensor = converter.convert(name, model=self.model, config=self.config)[name]
-        return tensor[0] if isinstance(tensor, list) else tensor
+        return self.source_tensors[name].converted(self.model, tensors)[name]
 
     def rows(self, parameter: str) -> list[Rows] | None:
         """The tensors of the source whose rows make each slice of a 3-D parameter; None if it is not made so."""
@@ -238,6 +220,7 @@ class StreamedModel:
         dtype that artifacts do not hold.
         """
         blocks = self.sorted_blocks(skip, irregular, only, include)
+        self._check_parts(blocks)
         check_reached(blocks)
         found = [block.matrices for block in blocks]
         if not any(found):
@@ -255,6 +238,17 @@ class StreamedModel:
                     f"yet. Leave both dense with {skip_option([matrix.name, first])}."
                 )
         return found
+
+    def _check_parts(self, blocks: Iterable[BlockMatrices]) -> None:
+        """Raises InputError for a block most of whose weights are parts of larger tensors of the checkpoint."""
+        for block in blocks:
+            names = [f"{self.block_name(block.index)}.{name}" for name in block.refused()]
+            for name in parts_of_one(self.source_tensors, names):
+                raise InputError(
+                    f"{name} is one of several parts of {self.source_tensors[name].keys[0]} in the checkpoint, which "
+                    "mspc cannot compress there. Save the model first with a tensor for each parameter: "
+                    "from_pretrained, save_pretrained(..., save_original_format=False)."
+                )
 
     def _check_storable(self, matrices: Iterable[Matrix]) -> None:
         """Raises InputError, naming the tensor, for a matrix of a dtype that artifacts do not hold."""
@@ -311,18 +305,24 @@ def built(config: PreTrainedConfig, device: torch.device, **options: Any) -> Pre
     """The model of a config, on meta. Raises InputError where transformers cannot make one."""
     try:
         with device if device.type == "meta" else parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # whatever a size or name that does not fit the others leads to
         raise InputError(
             f"{config.name_or_path}: no model can be built by its config.json ({in_brief(error)}). Give the "
             "config.json that belongs to the weights."
         ) from error
+    adopt_experts(model)
     return model.eval()
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList with the most parameters: the decoder layers of every causal LM."""
+    """The ModuleList with the most parameters in the text decoder: its layers.
+
+    Towers for images and sound are models within the model, with configs of their own, and do not count.
+    """
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    towers = [f"{name}." for name in other_models(model)]
+    lists = [found for found in lists if not any(found[0].startswith(tower) for tower in towers)]
     if not lists:
         raise InputError(
             f"{type(model).__name__} has no list of decoder layers. Give a causal language model with one."
@@ -330,57 +330,20 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _map_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, SourceTensors]:
-    """Parameter name -> its tensors in the source, by the renamings and conversions of transformers."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    names = dict(named_tensors(model))
-    rename = partial(rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=names)
-    plain: dict[str, SourceTensors] = {}
-    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for key in sorted(keys, key=_natural):
-        name, pattern = rename(key, renamings, converters)
-        if name not in names and key in names:
-            name, pattern = key, None
-        if pattern is None:
-            plain[name] = SourceTensors([key])
-        else:
-            parts[name].append((key, pattern))
-    converted = {
-        name: SourceTensors(
-            [key for key, _ in found], converter_of[found[0][1]], tuple(pattern for _, pattern in found)
-        )
-        for name, found in parts.items()
-    }
-    return plain | converted
+def other_models(model: nn.Module) -> list[str]:
+    """The models within a model that its config does not call the text model: their configs are other parts of it."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    text = config.get_text_config(decoder=True)
+    within = [id(part) for part in (text, *_parts(text))]
+    around = [id(part) for part in _parts(config) if any(text is inner for inner in _parts(part))]
+    others = {type(part) for part in _parts(config) if id(part) not in (*within, *around)} - {type(text)}
+    models = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    return [name for name, module in models if name and type(module.config) in others]
 
 
-def _match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], known_cause: str) -> None:
-    """Untie weights that the checkpoint stores separately, as transformers does. The other ties share one entry.
-
-    Raises InputError for a parameter that the checkpoint does not hold under any of its names.
-    """
-    by_identity: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in named_tensors(model):
-        by_identity[id(tensor)].append(name)
-    for aliases in by_identity.values():
-        known = [name for name in aliases if name in source_tensors]
-        tensor = get_tensor(model, aliases[0])
-        if not isinstance(tensor, nn.Parameter):
-            continue
-        if not known:
-            raise InputError(
-                f"The checkpoint holds no {aliases[0]}, which the model needs. {known_cause}It is incomplete, or its "
-                "config.json is of another model: get it again."
-            )
-        for name in known[1:]:
-            assign(model, name, nn.Parameter(tensor, requires_grad=False))
-        for name in set(aliases) - set(known):
-            source_tensors[name] = source_tensors[known[0]]
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort key that puts experts.10 after experts.9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """The configs within a config, at any depth."""
+    inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    return [*inner, *(part for one in inner for part in _parts(one))]

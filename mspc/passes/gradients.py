@@ -134,8 +134,14 @@ class SquaredGradient(Measure):
     """The mean squared gradient of each matrix: the diagonal of the empirical Fisher information, averaged."""
 
     def backward(self, run: BlockRun, state: Tensor, cotangent: Tensor) -> tuple[Tensor, Weights]:
-        gradient, of_weights = run.gradients(state, run.weights, cotangent)
-        return gradient, {name: g.float().square() for name, g in of_weights.items()}
+        # Not run.gradients: torch.func does not take functions of autograd of the older kind (RecurrentGemma).
+        with torch.enable_grad():
+            hidden = state.detach().requires_grad_()
+            leaves = {name: weight.detach().requires_grad_() for name, weight in run.weights.items()}
+            gradient, *of_weights = torch.autograd.grad(
+                run(hidden, leaves), [hidden, *leaves.values()], cotangent, allow_unused=True, materialize_grads=True
+            )
+        return gradient, {name: g.float().square() for name, g in zip(leaves, of_weights, strict=True)}
 
 
 class OutputFisher(Measure):

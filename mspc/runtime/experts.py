@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
 from mspc.model.experts import IMPLEMENTATION, expert_matrices, layer_name
+from mspc.model.own_experts import adopt_experts
 from mspc.runtime.linear import SparseLinear
 
 Slices = Mapping[int, tuple[str, StoredMatrix]]
@@ -23,13 +24,16 @@ def replace_experts(model: PreTrainedModel, parameters: Mapping[str, Slices]) ->
 
     Raises InputError, naming a matrix, if the model has no such parameter, or one with other slices.
     """
+    if parameters:
+        adopt_experts(model)
     for parameter, slices in parameters.items():
         _check(model, parameter, slices)
     for parameter, slices in parameters.items():
         owner_name, _, leaf = parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         delattr(owner, leaf)
-        owner.num_layers = len(slices)
+        if leaf == "down_proj":  # the first parameter may have slices that no expert has
+            owner.num_layers = len(slices)
         owner._is_hf_initialized = True  # transformers would fill what is gone
         for index in range(len(slices)):
             owner.add_module(layer_name(leaf, index), SparseLinear(slices[index][1]))

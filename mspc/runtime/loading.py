@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,6 +16,7 @@ from mspc.errors import InputError, MspcError, in_brief, is_out_of_memory, unkno
 from mspc.formats.layout import with_offsets
 from mspc.kernels import cusparselt
 from mspc.kernels.cpu.library import library
+from mspc.model.auto_class import auto_class, model_class
 from mspc.model.hub import choose_device, load_config, resolve, without_progress
 from mspc.model.open import check_folder, choose_dtype, open_source
 from mspc.runtime.linear import SparseLinear, prepare
@@ -73,11 +72,11 @@ def load(
     folder, main_device = resolve(str(path)), choose_device(_device_of(device_map) or device)
     _check_prefill(prefill, main_device)
     check_inputs(inputs, main_device)
-    model_class, source = _artifact(folder, check) if is_artifact(folder) else _checkpoint(folder)
+    chosen_class, source = _artifact(folder, check) if is_artifact(folder) else _checkpoint(folder)
     chosen = _choose_dtype(dtype, main_device, folder)
     try:
         with without_progress():
-            model, info = model_class.from_pretrained(
+            model, info = chosen_class.from_pretrained(
                 **source, dtype=chosen, device_map=device_map, attn_implementation=attn_implementation,
                 output_loading_info=True, trust_remote_code=False,
             )  # fmt: skip
@@ -166,10 +165,10 @@ def _checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
     check_folder(folder)  # before transformers raises its own errors
     source = open_source(folder)
     if isinstance(source, Dequantized):
-        model_class, config = _class_and_config(folder)
+        found, config = _class_and_config(folder)
         tensors = dict(source.read(source.keys()))
-        return model_class, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
-    return AutoModelForCausalLM, {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+        return found, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    return auto_class(load_config(folder)), {"pretrained_model_name_or_path": folder, "use_safetensors": True}
 
 
 def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
@@ -185,18 +184,18 @@ def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
         name = stored_name(entry)
         stored = with_offsets(source.stored(entry), entry.stored, name)
         tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
-    model_class, config = _class_and_config(folder)
+    found, config = _class_and_config(folder)
     config.quantization_config = quantization
-    return model_class, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    return found, {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
 
 
 def _class_and_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
     """The class of the language model of a folder, and its config without a quantization."""
     config = load_config(folder)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if model_class.config_class is not type(config):  # the language model of one that has other parts too
+    found = model_class(config)
+    if found.config_class is not type(config):  # the language model of one that has other parts too
         config = config.get_text_config()
-    return model_class, config
+    return found, config
 
 
 def _choose_dtype(asked: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:

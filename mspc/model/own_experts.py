@@ -1,0 +1,109 @@
+"""Experts in 3-D parameters that transformers does not describe: they get a description, and a forward of ours.
+
+A form knows the parameters of such a module and what it is given. A module whose class is not that of the form, but
+which computes the same on random numbers, is adopted. Its class becomes one that has the forward of the form.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mspc.model.experts import SETTINGS, experts_forward, is_watched, multiplied, num_experts, routed, same_on_random
+
+
+class _Form(nn.Module):
+    """The description that transformers gives other experts: two products with a gate in between, without biases."""
+
+    has_gate, has_bias, is_transposed, has_post_expert_norm, is_concatenated = True, False, False, False, True
+    is_adopted = True
+
+    def _apply_gate(self: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner: Tensor = self.act_fn(gate) * up
+        return inner
+
+
+class AllTokens(_Form):
+    """Experts that are given all tokens (E T, H) one below the other, zeros where a token is not routed (Llama 4)."""
+
+    is_transposed = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inputs = hidden_states.view(num_experts(self), -1, hidden_states.shape[-1])
+        tokens = {expert: x.any(-1).nonzero().flatten() for expert, x in enumerate(inputs)}
+        if not is_watched(self):
+            tokens = {expert: found for expert, found in tokens.items() if len(found)}
+        down = multiplied(self, {expert: inputs[expert][found] for expert, found in tokens.items()}, tokens)
+        if not down:
+            return torch.zeros_like(hidden_states)
+        rows = torch.cat([expert * inputs.shape[1] + found for expert, found in tokens.items()])
+        return torch.zeros_like(hidden_states).index_add(0, rows, torch.cat(list(down.values())))
+
+    @staticmethod
+    def arguments(experts: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What a trial gives a module."""
+        count, width, _ = experts.gate_up_proj.shape
+        hidden, index, weights = routed(generator, width, count)
+        scores = torch.zeros(len(hidden), count).scatter(1, index, weights)
+        return ((hidden[None] * scores.T[..., None]).flatten(0, 1),)
+
+
+class WithIdentities(_Form):
+    """Experts of which the last ones hand tokens through, and have slices only in the first parameter (LongCat)."""
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        count = num_experts(self)
+        handed_through = (top_k_weights * (top_k_index >= count)).sum(-1, keepdim=True)
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights) + hidden_states * handed_through
+
+    @property
+    def unused_slices(self: Any) -> range:
+        return range(num_experts(self), self.total_experts)
+
+    @staticmethod
+    def arguments(experts: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What a trial gives a module."""
+        return routed(generator, experts.down_proj.shape[1], experts.total_experts)
+
+
+def adopt_experts(model: nn.Module) -> None:
+    """Adopt the modules of a model that compute what a form does."""
+    for module in model.modules():
+        form = _form_of(module)
+        if form is not None and _is(form, module):
+            module.__class__ = _classes.setdefault(
+                (form, type(module)), type(type(module).__name__, (form, type(module)), {})
+            )
+
+
+_classes: dict[tuple[type, type], type] = {}
+_tried: dict[tuple[type, str], bool] = {}
+
+
+def _form_of(module: nn.Module) -> Any:
+    """The form that a module may have, by its parameters; None for those that transformers describes."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"gate_up_proj", "down_proj"} or any(hasattr(module, name) for name in SETTINGS):
+        return None
+    if not hasattr(module, "act_fn") or any(parameter.ndim != 3 for parameter in parameters.values()):
+        return None
+    return WithIdentities if hasattr(module, "total_experts") else AllTokens
+
+
+def _is(form: Any, module: nn.Module) -> bool:
+    """Tell if a module computes what a form does. Of modules of one class with the same shapes, one is tried."""
+    shapes = [(name, parameter.shape) for name, parameter in module.named_parameters()]
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
+    kind = (type(module), repr((settings, shapes)))
+    if kind not in _tried:
+        described = type(type(module).__name__, (form, type(module)), {})
+        own = type(module).forward
+
+        def ours(tried: Any, *given: Tensor) -> Tensor:
+            tried.__class__ = described
+            outputs: Tensor = tried(*given)
+            return outputs
+
+        _tried[kind] = same_on_random(module, own, ours, lambda generator: form.arguments(module, generator))
+    return _tried[kind]

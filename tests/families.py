@@ -1,0 +1,75 @@
+"""Settings that some models of transformers need to be tiny, and models that cannot be measured, with the reason."""
+
+from typing import Any
+
+_PATCHES = {"num_hidden_layers": 2, "hidden_size_global": 64, "head_dim": 16, "vocab_size": 260}
+
+
+def _of_images(first: int, second: int, third: int, **vision: Any) -> dict[str, Any]:
+    """Sections of rotary embeddings for time, height and width, in a config with a text model and a vision model."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [first, second, third]}
+    return {"text_config": {"rope_parameters": rope}, "vision_config": vision}
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "blt": {"patch_in_forward": False, "encoder_hash_byte_group_vocab": 50, "vocab_size": 260}
+    | {f"{part}_config": _PATCHES for part in ("encoder", "decoder", "patcher", "global")},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+            for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "dory": {
+        "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    },
+    "glm46v": _of_images(2, 1, 1),
+    "glm4v": _of_images(4, 2, 2),
+    "glm4v_moe": _of_images(2, 1, 1),
+    "glm_ocr": _of_images(4, 2, 2),
+    "inkling2_loop_text": {"unpadded_vocab_size": 258},
+    "inkling2_text": {"unpadded_vocab_size": 258},
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mistral3": {"vision_config": {"image_size": 56}},
+    "qwen2_5_vl": _of_images(4, 2, 2),
+    "qwen2_vl": _of_images(4, 2, 2, mlp_ratio=2),
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "ngram_vocab_size_base": 100, "hc_lowrank": 16,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128,
+        "layers_block_type": ["mamba", "hybrid"] * 3, "attention_head_dim": 32, "num_key_value_heads": 4,
+        "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 4,
+        "mamba_headdim": 32, "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4,
+        "hybrid_layer_ids": [1, 3], "use_mamba_kernels": False,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}  # fmt: skip
+UNMEASURED: dict[str, str] = {
+    "gemma3n": "its image tower needs the package timm",
+    "gemma4_assistant": "a drafter: it takes hidden states of another model in place of tokens",
+    "gemma4_unified_assistant": "a drafter: it takes hidden states of another model in place of tokens",
+    "musicgen": "it writes codes of sound, four at a time",
+    "musicgen_melody": "it writes codes of sound, four at a time",
+}

@@ -1,0 +1,144 @@
+"""Ten model types of different kinds in whole, images, and tensors of a checkpoint that are several parameters.
+
+`make verify-architectures` tries all types (`architectures.py`, which names the oracles).
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import architectures
+import pytest
+import tiny
+import torch
+from families import UNMEASURED
+from tiny_configs import IMAGE_ID
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+import mspc
+from mspc.errors import InputError
+from mspc.model.open import open_model
+from mspc.storage.artifact import ArtifactSource
+
+SAMPLE = (
+    "gemma3_text",  # windows, tied, scaled embeddings
+    "gemma4_text",  # keys and values that blocks share
+    "gpt_oss",  # experts with biases, transposed and interleaved
+    "deepseek_v3",  # latent attention, experts in groups, a shared one
+    "qwen3_next",  # gated delta nets, and experts
+    "mamba2",  # no attention
+    "qwen3_vl",  # images that reach several blocks
+    "mistral3",  # a tower with another kind of attention
+    "llava",  # a wrapper around a model of its own
+    "kimi_k25",  # a tower whose tensors are several parameters
+)
+
+
+@pytest.mark.parametrize("key", SAMPLE)
+def test_a_sample_of_all_kinds_works(key, tmp_path):
+    row = architectures.tried(key, tmp_path)
+    assert (row["verdict"], row["note"]) == ("works", ""), row.get("trace")
+
+
+def test_every_type_of_transformers_has_a_verdict():
+    """Oracle: the mappings of transformers. A new type needs `make verify-architectures`."""
+    rows = architectures.read_rows(architectures.TABLE)
+    keys = {**architectures.CAUSAL, **architectures.MULTIMODAL}
+    assert sorted(keys.keys() - rows.keys()) == []
+    assert sorted(key for key, row in rows.items() if row[0] == "wrong") == []
+    assert {key for key, row in rows.items() if row[0] == "not measured"} <= UNMEASURED.keys()
+    assert all(row[0] == "works" for key, row in rows.items() if key in SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """Artifacts of models with images, and their sources, by type."""
+    made: dict[str, tuple[Path, mspc.Artifact]] = {}
+
+    def get(key: str) -> tuple[Path, mspc.Artifact]:
+        if key not in made:
+            folder = tmp_path_factory.mktemp(key)
+            source, _ = architectures.built(key, folder)
+            (source / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+            text = folder / "text.txt"
+            text.write_text(tiny.text(2400, seed=1))
+            options = {"effort": "fast", "bits": 4, "group_size": 16, "exports": ["dense", "sparse"]}
+            made[key] = source, tiny.compress(source, folder / "out", text, **options)
+        return made[key]
+
+    return get
+
+
+IMAGES = {
+    "llava": {"pixel_values": (1, 3, 28, 28)},
+    "mistral3": {"pixel_values": (1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])},
+    "qwen3_vl": {"pixel_values": (16, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]])},
+}
+"""What a model is given with one image: shapes of random numbers, and numbers."""
+
+
+@pytest.mark.parametrize("key", IMAGES)
+def test_an_image_gives_the_same_logits_and_its_tower_stays_bit_by_bit(key, compressed):
+    """Oracle: the source in transformers, its matrices replaced by hand by those of the artifact."""
+    source, artifact = compressed(key)
+    dense, sparse = (artifact.path / "exports" / name for name in ("dense", "sparse"))
+    expected = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    rows = {row["name"]: row for row in artifact.manifest["matrices"]}
+    packed = ArtifactSource(artifact.path)
+    for entry in packed.entries:
+        expected.get_parameter(f"{entry.name}.weight").data.copy_(packed.matrix(entry).weight)
+    given = {
+        name: torch.randn(value, generator=torch.Generator().manual_seed(0)) if isinstance(value, tuple) else value
+        for name, value in IMAGES[key].items()
+    }
+    ids = tiny.ids(1)
+    ids[0, 3 : 3 + num_image_tokens(expected, given)] = IMAGE_ID
+    if key == "qwen3_vl":
+        given["mm_token_type_ids"] = (ids == IMAGE_ID).int()
+    with torch.no_grad():
+        wanted = expected(input_ids=ids, **given).logits
+        assert not torch.allclose(wanted, expected(input_ids=tiny.ids(1)).logits)
+        for model in (AutoModelForImageTextToText.from_pretrained(dense, dtype=torch.float32), mspc.load(sparse)):
+            assert type(model) is type(expected)
+            for inputs in ({"input_ids": ids, **given}, {"input_ids": tiny.ids(1)}):
+                of_source = expected(**inputs).logits
+                architectures.close(model(**inputs).logits, of_source, 1e-4, "logits")
+    before, after, stored = tiny.tensors(source), tiny.tensors(dense), tiny.tensors(sparse)
+    towers = [name for name in before if name not in {row["tensor"] for row in rows.values()}]
+    assert any("vision" in name or "visual" in name for name in towers)
+    assert all(torch.equal(before[name], after[name]) and torch.equal(before[name], stored[name]) for name in towers)
+    for folder in (artifact.path, dense, sparse):
+        assert (folder / "preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
+
+
+def num_image_tokens(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> int:
+    with torch.no_grad():
+        features = model.get_image_features(**given)
+    found = getattr(features, "pooler_output", features)
+    return sum(len(part.flatten(0, -2)) for part in found) if isinstance(found, list | tuple) else found[..., 0].numel()
+
+
+def test_blocks_are_those_of_the_text_model_even_where_a_tower_is_larger(tmp_path):
+    """Oracle: the config, in which the tower has four times as many layers."""
+    config = architectures.tiny_config("llava", {"vision_config": {"num_hidden_layers": 8, "intermediate_size": 512}})
+    model = AutoModelForImageTextToText.from_config(config)
+    found = open_model(tiny.save(model, tmp_path / "model"), device=torch.device("cpu"))
+    assert found.blocks_name == "model.language_model.layers"
+
+
+def test_parts_of_a_tensor_are_read_and_refused_with_the_remedy(tmp_path):
+    """Oracles: transformers' own model; the remedy, which is tried."""
+    source, oracle = architectures.built("lara_mini", tmp_path)
+    with open_model(source, device=torch.device("cpu")).whole() as model, torch.no_grad():
+        architectures.close(model(tiny.ids(2)).logits, oracle(tiny.ids(2)).logits, 1e-5, "logits")
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(2400, seed=1))
+    options = {"effort": "fast"}
+    with pytest.raises(InputError, match=r"in_proj_qkv.* is one of several parts of .*in_proj.*save_original_format"):
+        tiny.compress(source, tmp_path / "out", text, **options)
+    again = tmp_path / "again"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(again, save_original_format=False)
+    for file in source.glob("*token*"):
+        shutil.copy(file, again)
+    artifact = tiny.compress(again, tmp_path / "out", text, **options)
+    assert any(re.search(r"in_proj_qkv$", row["name"]) for row in artifact.manifest["matrices"])
