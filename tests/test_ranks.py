@@ -26,6 +26,7 @@ from mspc.cli.main import app
 from mspc.errors import InputError
 from mspc.passes.own_work import own_work
 from mspc.passes.walk import Visit
+from mspc.pipeline.sharing import check_ranks
 from mspc.ranks import World
 from mspc.types import GramStats, Matrix, flatten
 
@@ -332,3 +333,17 @@ def test_products_are_shared_only_where_all_ranks_do_the_same(monkeypatch):
 def test_there_is_no_option_of_a_recipe_for_ranks():
     """The number of ranks is in no header, so that another one may go on."""
     assert "ranks" not in {field.name for field in fields(mspc.Recipe)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ms_per_token": 5.0}, "Make a file with `mspc timings` first"),
+        ({"sparsity": 0.5, "reconstruct": 8}, "Leave it out, or use one rank"),
+        ({"sparsity": 0.5, "device": "cuda:1"}, "Leave --device out"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(options, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(InputError, match=message):
+        check_ranks(mspc.Recipe(**options).settings(), tmp_path, {})

@@ -45,6 +45,8 @@ def check_ranks(settings: Settings, folder: Path, others: Mapping[str, Path | No
         return
     if settings.reconstruct:
         raise InputError("--reconstruct tunes a block on all of the text at once. Leave it out, or use one rank.")
+    if settings.has_time_budget and settings.timings is None:
+        raise InputError("Ranks would time products at once. Make a file with `mspc timings` first, for --timings.")
     if settings.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {settings.device} is one device, and each rank has its own. Leave --device out.")
     least = min(settings.num_sequences, settings.sensitivity_sequences)
