@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mspc.errors import InputError, MspcError
+from mspc.errors import InputError, MspcError, in_brief
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -184,8 +184,8 @@ def _connected() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRank(
-            f"rank {rank()} lost its connection to another rank, which was killed or left the network. Nothing that "
-            "was finished is lost: run the command again with --resume."
+            f"rank {rank()} lost its connection to another rank, which ended or left the network ({in_brief(error)}). "
+            "Nothing that was finished is lost: run the command again with --resume."
         ) from error
 
 
