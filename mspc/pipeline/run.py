@@ -119,9 +119,9 @@ class Run:
         self.settings = settings = choose_group_size(settings, matrices)
         self.outer = planned_outer(model, settings, self.recipe.asked())
         self.check_early(model, matrices)
+        check_ranks(settings, folder, {"--measurements": measurements})
         about = self.source, self.device, matrices, settings, self.given, self.threads
         announce(*about, spill, folder, self.force, self.resume)
-        check_ranks(settings, folder, {"--measurements": measurements})
         if ranks.size() > 1:
             _ = self.digests  # before the first rank alone may need them
         text = drawn_by_first(partial(self.draw_text, measurements))
