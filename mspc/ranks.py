@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mspc.errors import InputError, MspcError
+from mspc.errors import InputError, MspcError, in_brief
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -51,14 +51,21 @@ class World:
 
 
 ONLY = World(0, 1, 0, 1)
+_allowed = False
 _world: World | None = None
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 _together: ContextVar[bool] = ContextVar("together", default=False)
 
 
+def allow() -> None:
+    """Let torchrun decide how many ranks share the work of this process. Without that, it is the only rank."""
+    global _allowed
+    _allowed = True
+
+
 def of_environment() -> World:
     """The place that torchrun gave this process by its environment; without torchrun it is the only rank."""
-    number = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    number = int(os.environ.get("WORLD_SIZE", 1)) if _allowed and "LOCAL_RANK" in os.environ else 1
     if number == 1:
         return ONLY
     rank, local_rank, local_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -77,6 +84,7 @@ def check(number: int) -> None:
 def start() -> None:
     """Join the other ranks if torchrun started this process. Raises InputError for a number that cannot be."""
     global _world
+    allow()
     joining = of_environment()
     if joining.size == 1 or _world is not None:
         return
@@ -184,8 +192,8 @@ def _connected() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRank(
-            f"rank {rank()} lost its connection to another rank, which was killed or left the network. Nothing that "
-            "was finished is lost: run the command again with --resume."
+            f"rank {rank()} lost its connection to another rank, which ended or left the network ({in_brief(error)}). "
+            "Nothing that was finished is lost: run the command again with --resume."
         ) from error
 
 
@@ -327,14 +335,6 @@ def every(condition: bool) -> bool:
     with _connected():
         dist.all_reduce(least, dist.ReduceOp.MIN)
     return bool(least)
-
-
-def check_equal(name: str, digest: str) -> None:
-    """Raises MspcError on a rank whose result is not that of the first one."""
-    if from_rank(0, digest)[0] != digest:
-        raise MspcError(
-            f"{name}: rank {rank()} computes other bytes than rank 0. Use machines of one kind, with the same versions."
-        )
 
 
 def gathered(values: Sequence[T]) -> list[T]:

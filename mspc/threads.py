@@ -33,7 +33,7 @@ ROWS = 1536
 TILES = 8
 """Pieces of a product that ranks share, at most where `ROWS` allows it."""
 LEAST_ROWS = {"cpu": 768, "cuda": 2048}
-"""Rows of such a piece, at least, by type of device: less would take longer in all."""
+"""Rows of such a piece, at least, on a CPU and on any other device: less would take longer in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ def pieces(tensor: Tensor, dim: int = 0, rows: int = 1) -> Sequence[Tensor]:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a (R, K) and b (K, C), or (N, R, K) and (N, K, C), in pieces, which ranks share in `ranks.together`."""
     each = 1 if a.ndim == 2 else a.shape[1]
-    count = min(TILES, len(a) * each // LEAST_ROWS.get(a.device.type, LEAST_ROWS["cuda"]))
+    count = min(TILES, len(a) * each // LEAST_ROWS["cpu" if a.device.type == "cpu" else "cuda"])
     if a.device.type == "cpu":
         count = max(count, -(-len(a) * each // ROWS))
     size = -(-len(a) // max(count, 1))

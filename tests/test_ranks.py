@@ -130,6 +130,61 @@ def test_experts_are_shared(number, folder_of, alone, shared, tmp_path):
     assert content(tmp_path / str(number)) == content(tmp_path / "1")
 
 
+COLLECTIVES = """
+import torch
+from functools import partial
+from mspc import ranks
+
+ranks.start()
+last, me = ranks.size() - 1, ranks.rank()
+generator = torch.Generator().manual_seed(0)
+values = torch.randn(19, 7, 5, generator=generator) * torch.exp(8 * torch.rand(7, 5, generator=generator))
+own = [i for chunk in ranks.own_chunks() for i in ranks.chunks(19)[chunk]]
+
+def total():
+    summed = ranks.TextSum(partial(torch.zeros, 7, 5))
+    for chunk in ranks.own_chunks():
+        for i in ranks.chunks(19)[chunk]:
+            summed.of(chunk).add_(values[i])
+    return summed.total()
+
+shared = total()
+with ranks.alone():
+    assert torch.equal(shared, total())
+assert ranks.count(len(own)) == 19
+assert ranks.gathered(own) == list(range(19))
+assert ranks.of_each(me) == list(range(ranks.size()))
+tensors = {"b": torch.ones(2, 3) > 0, "h": torch.full((2,), 0.1, dtype=torch.bfloat16), "e": torch.empty(0, 3)}
+value, found = ranks.from_rank(last, [1.5, None] if me == last else None, tensors if me == last else None)
+assert value == [1.5, None]
+assert all(torch.equal(found[k], t) and found[k].dtype == t.dtype for k, t in tensors.items())
+assert ranks.every(True) and not ranks.every(me != last)
+assert ranks.by_first(lambda: [me, ranks.size()]) == [0, 1]
+with ranks.together():
+    pieces, edges = ranks.share_of(35)
+rows = torch.full((35,), -1.0)
+rows[pieces.start : pieces.stop] = me
+ranks.share(rows, edges)
+assert rows.tolist() == sorted(rows.tolist()) and set(rows.tolist()) == set(range(ranks.size()))
+print("all is as it should be")
+ranks.stop()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 8, 16])
+def test_collectives_move_bytes_and_sums_have_one_order(number, tmp_path):
+    """Oracle: the same sum made by one rank, and what each rank gave."""
+    (tmp_path / "collectives.py").write_text(COLLECTIVES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number), "collectives.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all is as it should be") == number
+
+
 @pytest.mark.slow
 def test_rows_of_a_product_are_shared(alone, shared, monkeypatch, tmp_path):
     """Oracle: one process that multiplies the same pieces of rows. Tiny matrices are one piece otherwise."""

@@ -20,7 +20,7 @@ from mspc.cli.console import (
 )
 from mspc.cli.launching import launched
 from mspc.progress import Silent, log
-from mspc.ranks import is_first, start, stop
+from mspc.ranks import allow, is_first, start, stop
 from mspc.recipe import Recipe, default_of
 
 ADVANCED = "Advanced"
@@ -94,6 +94,7 @@ def compress(
     mspc compress MODEL --out DIR --sparsity 0.5           only prune
     mspc compress MODEL --out DIR --pattern 2:4            for sparse cores
     """
+    allow()
     with reported(debug, "If anything was solved, it is kept: `mspc compress` goes on with --resume."):
         whole = with_recipe(recipe, asked_of(options))
         if (code := launched(ranks)) is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mspc import ranks
 from mspc.errors import InputError
 from mspc.model.open import open_model
 from mspc.model.outline import META
@@ -36,5 +37,5 @@ def announce(
     if resumed:
         return
     check_space(out, found.output_bytes)
-    if found.seconds > WORTH_A_LINE:
+    if found.seconds > WORTH_A_LINE and ranks.size() == 1:  # the seconds of several ranks are not known
         log.info(found.line())

@@ -4,7 +4,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mspc import ranks
-from mspc.errors import InputError
+from mspc.errors import InputError, MspcError
 from mspc.pipeline.calibration import Drawn
 from mspc.settings import Settings
 from mspc.storage.checkpoint import Checkpoint
@@ -29,10 +29,8 @@ SECONDS_UNTIL_SEEN = 20.0
 @contextmanager
 def held_by_first(folder: Path) -> Iterator[None]:
     """`made_and_held` on the first rank, for all of them."""
-    if not ranks.is_first():
-        yield
-        return
-    with made_and_held(folder):
+    with made_and_held(folder) if ranks.is_first() else nullcontext():
+        ranks.barrier()  # it is there
         yield
 
 
@@ -141,6 +139,14 @@ def journal_of(open_journal: Callable[[], Journal], folder: Path) -> Journal:
 
     known = ranks.by_first(entries)
     return opened[0] if opened else Journal.followed(folder, known)
+
+
+def check_equal(name: str, digest: str) -> None:
+    """Raises MspcError on a rank whose result is not that of the first one."""
+    if ranks.from_rank(0, digest)[0] != digest:
+        raise MspcError(
+            f"{name}: {_here()} computes other bytes than rank 0. Use machines of one kind, with the same versions."
+        )
 
 
 def _here() -> str:

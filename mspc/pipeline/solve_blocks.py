@@ -22,6 +22,7 @@ from mspc.passes.blocks import Batch
 from mspc.passes.walk import Visit, experts_together, install, matrix_of, walk
 from mspc.pipeline.few_tokens import few_tokens_notes
 from mspc.pipeline.reconstruct import reconstruct
+from mspc.pipeline.sharing import check_equal
 from mspc.planning.solver_options import solver_options
 from mspc.progress import log
 from mspc.settings import Settings
@@ -144,7 +145,7 @@ def solve_few(
     if len(few) == 1:
         with ranks.together():
             found = solve(few[0])
-        ranks.check_equal(few[0].matrix.name, layout.digest(found.stored))
+        check_equal(few[0].matrix.name, layout.digest(found.stored))
         return [found]
     owners = ranks.owners([visit.matrix.numel for visit in few])
     own = [visit for visit, owner in zip(few, owners, strict=True) if owner == ranks.rank()]
