@@ -98,7 +98,7 @@ def by_depth(curves: dict[str, Curve], matrices: MatricesByBlock) -> dict[str, C
 def all_plans(
     budget: TimeBudget, matrices: MatricesByBlock, curves: dict[str, Curve]
 ) -> Iterator[tuple[str, list[PlannedMatrix]]]:
-    """Uniform plans, plans by bytes, and for the time of each of these the plan by time."""
+    """Uniform plans, plans by bytes, and for the time of each the plan by time."""
     times = []
     for name, (pattern, bits) in UNIFORM.items():
         target = Target(pattern, Grid(bits, budget.settings.group_size))
@@ -129,7 +129,7 @@ def row_of(name: str, plan: list[PlannedMatrix], budget: TimeBudget, curves: dic
 
 
 def measure(plans: dict[str, list[PlannedMatrix]], budget: TimeBudget, rows: list[dict[str, Any]], turns: int) -> None:
-    """Add the milliseconds of a token to rows: quartiles over turns, in each of which every plan is timed."""
+    """Add the milliseconds of a token to rows: quartiles over turns, each with every plan."""
     of_rows, samples = {row["name"]: row for row in rows}, {name: list[float]() for name in plans}
     threads = budget.timings.threads
     torch.set_num_threads(threads)

@@ -112,7 +112,7 @@ def rest_seconds(sizes: Sizes, layers: Sequence[Sequence[nn.Module]], of_product
 
 
 def _quartiles(stand_in: StandIn, clock: Clock) -> list[float]:
-    """Of both parts, after a token that warms up."""
+    """The lower quartiles of both parts, after a token that warms up."""
     found = [stand_in.seconds(clock) for _ in range(REPEATS + 1)][1:]
     return [quantiles(part, n=4, method="inclusive")[0] for part in zip(*found, strict=True)]
 
