@@ -190,24 +190,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    rows = result["rows"]
-    for start, label, style in (("time", "budget in time", "-o"), ("bytes", "budget of bytes", "--s")):
-        points = sorted((row["predicted_ms"], row["loss"]) for row in rows if row["name"].startswith(start))
-        axis.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+    axis, rows = figure.subplots(), result["rows"]
+    points = [(row["predicted_ms"], row["loss"]) for row in rows if row["name"].startswith("time")]
+    axis.plot(*zip(*points, strict=True), "-o", markersize=4, label="budget in time")
     for row in rows:
-        if row["name"] in UNIFORM:
-            axis.plot(row["predicted_ms"], row["loss"], "k.")
-            axis.annotate(row["name"], (row["predicted_ms"], row["loss"]), fontsize="x-small", xytext=(4, 3),
-                          textcoords="offset points")  # fmt: skip
+        kind, _, bits = row["name"].partition(" ")
+        if kind in UNIFORM or kind == "bytes":
+            where = row["predicted_ms"], row["loss"]
+            axis.plot(*where, "C1s" if bits else "k.", markersize=4 if bits else 6)
+            axis.annotate(bits or kind, where, fontsize="x-small", xytext=(4, 3), textcoords="offset points")
+    axis.plot([], [], "C1s", markersize=4, label="budget of bytes, with its bits per weight")
+    axis.plot([], [], "k.", label="the same format in all matrices")
     axis.set_yscale("log")
     axis.set(
         xlabel="predicted ms a token (batch 1, context 128, head and attention included)",
         ylabel="predicted loss, nats a token",
-        title=f"{result['model']}: {result['timings']}",
     )
-    axis.title.set_fontsize("small")
-    axis.legend()
+    axis.set_title(f"{result['model']}, curves {result['curves']}\n{result['timings']}", fontsize="small")
+    axis.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
 
