@@ -98,7 +98,7 @@ def by_depth(curves: dict[str, Curve], matrices: MatricesByBlock) -> dict[str, C
 def all_plans(
     budget: TimeBudget, matrices: MatricesByBlock, curves: dict[str, Curve]
 ) -> Iterator[tuple[str, list[PlannedMatrix]]]:
-    """Uniform plans, plans by bytes, and for the time of each of these the plan by time."""
+    """Uniform plans, plans by bytes, and for the time of each the plan by time."""
     times = []
     for name, (pattern, bits) in UNIFORM.items():
         target = Target(pattern, Grid(bits, budget.settings.group_size))
@@ -129,7 +129,7 @@ def row_of(name: str, plan: list[PlannedMatrix], budget: TimeBudget, curves: dic
 
 
 def measure(plans: dict[str, list[PlannedMatrix]], budget: TimeBudget, rows: list[dict[str, Any]], turns: int) -> None:
-    """Add the milliseconds of a token to rows: quartiles over turns, in each of which every plan is timed."""
+    """Add the milliseconds of a token to rows: quartiles over turns, each with every plan."""
     of_rows, samples = {row["name"]: row for row in rows}, {name: list[float]() for name in plans}
     threads = budget.timings.threads
     torch.set_num_threads(threads)
@@ -190,24 +190,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    rows = result["rows"]
-    for start, label, style in (("time", "budget in time", "-o"), ("bytes", "budget of bytes", "--s")):
-        points = sorted((row["predicted_ms"], row["loss"]) for row in rows if row["name"].startswith(start))
-        axis.plot(*zip(*points, strict=True), style, markersize=4, label=label)
+    axis, rows = figure.subplots(), result["rows"]
+    points = [(row["predicted_ms"], row["loss"]) for row in rows if row["name"].startswith("time")]
+    axis.plot(*zip(*points, strict=True), "-o", markersize=4, label="budget in time")
     for row in rows:
-        if row["name"] in UNIFORM:
-            axis.plot(row["predicted_ms"], row["loss"], "k.")
-            axis.annotate(row["name"], (row["predicted_ms"], row["loss"]), fontsize="x-small", xytext=(4, 3),
-                          textcoords="offset points")  # fmt: skip
+        kind, _, bits = row["name"].partition(" ")
+        if kind in UNIFORM or kind == "bytes":
+            where = row["predicted_ms"], row["loss"]
+            axis.plot(*where, "C1s" if bits else "k.", markersize=4 if bits else 6)
+            axis.annotate(bits or kind, where, fontsize="x-small", xytext=(4, 3), textcoords="offset points")
+    axis.plot([], [], "C1s", markersize=4, label="budget of bytes, with its bits per weight")
+    axis.plot([], [], "k.", label="the same format in all matrices")
     axis.set_yscale("log")
     axis.set(
         xlabel="predicted ms a token (batch 1, context 128, head and attention included)",
         ylabel="predicted loss, nats a token",
-        title=f"{result['model']}: {result['timings']}",
     )
-    axis.title.set_fontsize("small")
-    axis.legend()
+    axis.set_title(f"{result['model']}, curves {result['curves']}\n{result['timings']}", fontsize="small")
+    axis.legend(fontsize="small")
     figure.savefig(path, dpi=130)
 
 

@@ -30,6 +30,16 @@ class Sizes:
     qk_norms: bool
     """Queries and keys have norms."""
 
+    @property
+    def linears(self) -> tuple[Size, ...]:
+        """(O, I) of q, k, v, out, gate, up and down."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        up = self.intermediate, self.hidden
+        return (
+            (queries, self.hidden), (keys, self.hidden), (keys, self.hidden), (self.hidden, queries), up, up,
+            (self.hidden, self.intermediate),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class TokenWork:

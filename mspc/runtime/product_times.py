@@ -41,7 +41,7 @@ from mspc.planning.timings import (
     read_timings,
     write_timings,
 )
-from mspc.planning.token_work import Size, TokenWork
+from mspc.planning.token_work import Size, Sizes, TokenWork
 from mspc.progress import Event, Progress, as_progress, log
 from mspc.recipe import Recipe
 from mspc.runtime.joined import DenseLinear
@@ -60,7 +60,9 @@ MOST_WEIGHTS = 2**21
 """Weights of a product that is timed; of a larger matrix some rows stand for all."""
 MOST_BYTES, LEAST_BYTES = 2**27, 2**20
 """Bytes of the copies that a pass reads."""
-PASSES = 7
+PASSES = 5
+REST_IN, MOST_OF_BLOCKS = "int4", 2**29
+"""The format of the products between which the rest of a token is timed, and the most bytes of their blocks."""
 ROWS = 16
 """Rows of a block of the products in C++."""
 SEED = 0
@@ -151,13 +153,22 @@ def measured(work: TokenWork, settings: Settings, number: int, progress: Progres
         for product in wanted:
             products[product] = 1e3 * seconds_of(product, work, settings, clock)
             step(f"{product.kind} {product.numbers}")
-        bytes_a_block = min(_others(work, work.head_size) // work.sizes.blocks, MOST_BYTES)
-        rest, lookup = rest_seconds(work.sizes, bytes_a_block, clock), lookup_seconds(work.sizes.hidden, clock)
+        of_products = sum(products[Product(size, DENSE, REST_IN)] for size in work.sizes.linears) / 1e3
+        rest = rest_seconds(work.sizes, list(_blocks(work.sizes, settings)), of_products, clock)
+        lookup = lookup_seconds(work.sizes.hidden, clock)
         step("attention, norms and the rest")
     return Timings(
         device_name(torch.device("cpu")), number, kernels(), date.today().isoformat(), settings.group_size,
         not settings.asymmetric, work.sizes, 1e3 * rest, 1e3 * lookup, products,
     )  # fmt: skip
+
+
+def _blocks(sizes: Sizes, settings: Settings) -> Iterator[list[nn.Module]]:
+    """The layers of as many blocks as there is room for, two at least, at addresses of their own."""
+    first = {size: layer_of(Product(size, DENSE, REST_IN), settings) for size in set(sizes.linears)}
+    num_bytes = sum(buffer.nbytes for size in sizes.linears for buffer in first[size].buffers())
+    for _ in range(min(sizes.blocks, max(2, MOST_OF_BLOCKS // num_bytes))):
+        yield [_copy_of(first[size]) for size in sizes.linears]
 
 
 def clock_of(number: int) -> Callable[[], float]:
@@ -229,7 +240,11 @@ def _inputs_of(product: Product) -> torch.dtype:
 
 def _copy_of(layer: nn.Module) -> nn.Module:
     """A copy in other memory, in huge pages as all weights are that the bench measures."""
-    return copy.deepcopy(layer, {id(buffer): memory.copied(buffer) for buffer in layer.buffers()})
+    twin = copy.copy(layer)  # a deep copy takes longer than all that is timed
+    twin._buffers = {
+        name: buffer if buffer is None else memory.copied(buffer) for name, buffer in layer._buffers.items()
+    }
+    return twin
 
 
 def layer_of(product: Product, settings: Settings) -> nn.Module:

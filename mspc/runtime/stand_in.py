@@ -1,14 +1,14 @@
-"""The time of a token without its linear layers and its head, of a stand-in that does all else as `mspc bench` does.
+"""The time of a token without its products: that of a stand-in with products, minus theirs.
 
-Its linear layers give vectors that were made before. The weights between the parts would drive all else out of the
-caches, so that as many bytes are read between blocks, and that is not timed.
+The stand-in has the sizes of the model and does all that `mspc bench` does, with the products of one format. Its
+weights pass through the caches, and its code and theirs drive each other out of them, as in a model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from mspc.formats import layout
@@ -26,10 +26,13 @@ Clock = Callable[[], float]
 
 
 class StandIn:
-    """The parts of a token between its products, float32."""
+    """A token in float32, with the layers of each block in the order of `Sizes.linears`, and without a head.
 
-    def __init__(self, sizes: Sizes, bytes_a_block: int) -> None:
-        self.sizes = sizes
+    Without layers, vectors that were made before stand for what they would give.
+    """
+
+    def __init__(self, sizes: Sizes, layers: Sequence[Sequence[nn.Module]] = ()) -> None:
+        self.sizes, self.layers = sizes, layers
         generator = torch.Generator().manual_seed(0)
 
         def drawn(*shape: int) -> Tensor:
@@ -45,13 +48,15 @@ class StandIn:
         self.gate, self.up = drawn(BATCH, 1, sizes.intermediate), drawn(BATCH, 1, sizes.intermediate)
         self.embedding, self.ids = drawn(ROWS, hidden), torch.zeros(BATCH, 1, dtype=torch.int64)
         self.logits = drawn(BATCH, sizes.vocabulary)
-        self.weights = torch.zeros(max(bytes_a_block // 8, 1), dtype=torch.int64)
 
     def block(self, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """The two residuals of the next block, by those of this one."""
         sizes, cached = self.sizes, self.caches[index]
-        x, _ = _add_norm(x, y, self.norms[index][0])
-        q, k, v = torch.cat([self.q, self.k, self.v], -1).view(
+        layers: Sequence[nn.Module | None] = self.layers[index] if self.layers else (None,) * len(sizes.linears)
+        x, normed = _add_norm(x, y, self.norms[index][0])
+        made = (self.q, self.k, self.v)
+        parts = [_given(layer, normed, one) for layer, one in zip(layers[:3], made, strict=True)]
+        q, k, v = torch.cat(parts, -1).view(
             BATCH, 1, sizes.heads + 2 * sizes.kv_heads, sizes.head_dim
         ).split([sizes.heads, sizes.kv_heads, sizes.kv_heads], 2)  # fmt: skip
         if self.qk_norms is not None:
@@ -62,27 +67,28 @@ class StandIn:
         mixed = scaled_dot_product_attention(
             q.transpose(1, 2), keys, values, is_causal=False, enable_gqa=sizes.heads != sizes.kv_heads
         )
-        mixed.transpose(1, 2).flatten(2)
-        x, _ = _add_norm(x, self.out, self.norms[index][1])
-        gate, up = torch.cat([self.gate, self.up], -1).chunk(2, -1)
-        silu(gate) * up
-        return x, self.down
+        out = _given(layers[3], mixed.transpose(1, 2).flatten(2), self.out)
+        x, normed = _add_norm(x, out, self.norms[index][1])
+        parts = [_given(layer, normed, one) for layer, one in zip(layers[4:6], (self.gate, self.up), strict=True)]
+        gate, up = torch.cat(parts, -1).chunk(2, -1)
+        return x, _given(layers[6], silu(gate) * up, self.down)
 
-    def seconds(self, clock: Clock) -> float:
-        """Seconds of one token."""
+    def seconds(self, clock: Clock) -> tuple[float, float]:
+        """Seconds of the blocks of one token, and of what is outside of them."""
         begin = clock()
         x = self.embedding[self.ids]
         y = torch.zeros_like(x)
-        found = clock() - begin
-        for index in range(self.sizes.blocks):
-            self.weights.sum()
-            begin = clock()
+        entered = clock()
+        for index in range(len(self.layers) or self.sizes.blocks):
             x, y = self.block(x, y, index)
-            found += clock() - begin
-        begin = clock()
+        left = clock()
         _add_norm(x[:, -1], y[:, -1], self.norms[0][0])
         self.ids.copy_(self.logits.argmax(-1, keepdim=True) % ROWS)
-        return found + clock() - begin
+        return left - entered, clock() - left + entered - begin
+
+
+def _given(layer: nn.Module | None, x: Tensor, made: Tensor) -> Tensor:
+    return made if layer is None else layer(x)
 
 
 def _add_norm(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,10 +101,20 @@ def _half_turned(x: Tensor) -> Tensor:
     return torch.cat([-second, first], -1)
 
 
-def rest_seconds(sizes: Sizes, bytes_a_block: int, clock: Clock) -> float:
-    """Seconds of a token without products: the lower quartile, after one that warms up."""
-    stand_in = StandIn(sizes, bytes_a_block)
-    return quantiles([stand_in.seconds(clock) for _ in range(REPEATS + 1)][1:], n=4, method="inclusive")[0]
+def rest_seconds(sizes: Sizes, layers: Sequence[Sequence[nn.Module]], of_products: float, clock: Clock) -> float:
+    """Seconds of a token without products, by blocks with these layers, which take `of_products` a block.
+
+    The lower quartile counts. It is at least that of a stand-in without layers, whose caches are warm.
+    """
+    blocks, outside = _quartiles(StandIn(sizes, layers), clock)
+    alone, _ = _quartiles(StandIn(sizes), clock)
+    return max(sizes.blocks * (blocks / len(layers) - of_products), alone) + outside
+
+
+def _quartiles(stand_in: StandIn, clock: Clock) -> list[float]:
+    """The lower quartiles of both parts, after a token that warms up."""
+    found = [stand_in.seconds(clock) for _ in range(REPEATS + 1)][1:]
+    return [quantiles(part, n=4, method="inclusive")[0] for part in zip(*found, strict=True)]
 
 
 def lookup_seconds(hidden: int, clock: Clock) -> float:
