@@ -36,10 +36,10 @@ SECONDS = 1200
 def load(folder: Path, manifest: ExportManifest) -> Runner:
     if not current_platform.is_cpu():
         raise Unsupported("it is run on a CPU only, and this vLLM is for another device")
-    entries = [entry for entry in manifest.entries if entry.target.grid]
-    if manifest.format == "gptq" and len({entry.target.grid for entry in entries}) > 1:
-        raise Unsupported("its GPTQ layers know one bit width and group size for all matrices")
     half = manifest.format in ("gptq", "compressed-tensors")  # its kernels of integers take no float32 on a CPU
+    grids = {entry.target.grid for entry in manifest.entries if entry.target.grid}
+    if half and (len(grids) > 1 or any(grid.bits != 4 or not grid.symmetric for grid in grids)):
+        raise Unsupported("of packed codes only symmetric ones of 4 bits, with one group size, were tried in it")
     load_format = "mspc" if manifest.format == "sparse" else "auto"  # so experts too
     process = _Process(folder, "bfloat16" if half else "float32", load_format)
 

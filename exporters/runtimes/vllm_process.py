@@ -24,7 +24,8 @@ def main(folder: str, answers: str, dtype: str, load_format: str) -> None:
     length = min(config.get("max_position_embeddings") or config.get("n_positions") or LONGEST, LONGEST)
     engine = LLM(
         model=folder, dtype=dtype, load_format=load_format, enforce_eager=True, max_model_len=length,
-        max_num_batched_tokens=max(length, LONGEST), enable_prefix_caching=False, trust_remote_code=False, disable_log_stats=True,
+        max_num_batched_tokens=max(length, LONGEST), enable_prefix_caching=False, disable_log_stats=True,
+        trust_remote_code=False,
     )  # fmt: skip
     seen: list[Any] = []
 
