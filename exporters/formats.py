@@ -1,6 +1,6 @@
 """The table of formats: the content of each, its readers, and the gain from zeros."""
 
-import importlib
+import importlib.util
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -20,6 +20,8 @@ class Format:
     """Names in `exporters.runtimes.RUNTIMES` that `verify` runs it in."""
     zeros: str
     """The gain from zeros, in words."""
+    if_installed: tuple[str, ...] = ()
+    """Runtimes that `verify` runs it in too where they are installed."""
     holds_slices: bool = False
     """True if it holds matrices that are slices of a 3-D parameter (experts)."""
 
@@ -32,6 +34,7 @@ FORMATS = {
         "every pattern and grid",
         ("transformers",),
         "same size and speed as dense; TensorRT and 2:4 kernels can use the zeros",
+        if_installed=("vllm",),
         holds_slices=True,
     ),
     "sparse": Format(
@@ -41,6 +44,7 @@ FORMATS = {
         "every pattern and grid",
         ("transformers",),
         "smaller: 2:4 and 50% take 9/16 of dense bf16, with int4 g128 3.125 bits per weight",
+        if_installed=("vllm",),
         holds_slices=True,
     ),
     "gptq": Format(
@@ -50,6 +54,7 @@ FORMATS = {
         "every pattern; 2, 3, 4 or 8 bits in groups of 32, 64, 128 or a row",
         ("transformers", "gptqmodel", "onnxruntime-genai"),
         "same size and speed as without zeros",
+        if_installed=("vllm",),
     ),
     "compressed-tensors": Format(
         "exporters.compressed_tensors",
@@ -58,6 +63,7 @@ FORMATS = {
         "every pattern; 2, 3, 4 or 8 bits in groups of 32, 64, 128 or a row, mixed as they come",
         ("transformers",),
         "same size and speed as without zeros",
+        if_installed=("vllm",),
     ),
     "onnx": Format(
         "exporters.onnx",
@@ -76,6 +82,12 @@ FORMATS = {
         "same size and speed as without zeros",
     ),
 }
+
+
+def runtimes_of(format_name: str) -> tuple[str, ...]:
+    """The runtimes that `verify` runs a format in here."""
+    row = FORMATS[format_name]
+    return *row.runtimes, *(name for name in row.if_installed if importlib.util.find_spec(name))
 
 
 def load(format_name: str) -> ModuleType:

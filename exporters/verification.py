@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporters import runtimes
-from exporters.formats import FORMATS
+from exporters.formats import runtimes_of
 from exporters.manifest import ExportManifest, read_export_manifest
 from exporters.reading import Decoded, reader_of
 from exporters.reference import Reference, compute_reference, load_reference
@@ -72,7 +72,7 @@ def verify(
         "runtimes": {},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    for name in FORMATS[manifest.format].runtimes:
+    for name in runtimes_of(manifest.format):
         if reference is None:
             report["runtimes"][name] = {"status": "not run", "reason": NO_REFERENCE}
             continue

@@ -284,6 +284,17 @@ def test_a_hub_folder_that_is_not_whole_is_refused_when_it_is_loaded(bundled, tm
         answers(folder)
 
 
+@pytest.mark.parametrize("name", ["sparse", "dense", "gptq", "compressed-tensors"])
+def test_verify_runs_exports_in_it(name, tmp_path):
+    """Logits and greedy tokens of the artifact, at the tolerances of `verify`."""
+    quick = {"num_sequences": 2, "solver": "mask", "device": "cpu", "allocator": "uniform", "bits": 4}
+    artifact = tiny.compress(BUNDLED, tmp_path / "artifact", "builtin", **quick)
+    out = artifact.export(name, tmp_path / "out", progress=False)
+    found = json.loads((out / "verification.json").read_text())["runtimes"]["vllm"]
+    assert found["status"] == "verified"
+    assert found["relative_error"] < found["tolerance"]
+
+
 EXPANDED = {
     "mixtral": (
         LARGER | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},

@@ -59,6 +59,7 @@ RUNTIMES = {
         "5.23",
         "the extra gptq, compressed-tensors or gguf of mspc (pip install '.[gptq]' in its folder)",
     ),
+    "vllm": Runtime("exporters.runtimes.vllm", "0.32", "vLLM for CPUs (`make test-vllm` shows how)"),
 }
 
 EXACT = 1e-4

@@ -21,7 +21,7 @@ from mspc.types import Matrix
 
 IMPLEMENTATION = "mspc"
 """The name of `experts_forward` among the implementations of transformers."""
-SETTINGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "is_concatenated")
+SETTINGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """The attributes by which transformers describes a module of experts."""
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 WHOLE_TRIAL = 2**22
@@ -81,7 +81,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     tokens = {expert: found // size for expert, found in places.items()}
     outer = []
     for expert, down in multiplied(experts, {e: hidden_states[found] for e, found in tokens.items()}, tokens).items():
-        normed = experts.post_expert_norm(down) if experts.has_post_expert_norm else down
+        # transformers 5.19 has no such norm.
+        normed = experts.post_expert_norm(down) if getattr(experts, "has_post_expert_norm", False) else down
         weights = top_k_weights.flatten()[places[expert], None]
         outer.append((normed * weights).to(hidden_states.dtype))
     if not outer:
