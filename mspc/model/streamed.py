@@ -41,6 +41,8 @@ class Route:
     """Lengths of tuples whose other values may reach a later block."""
     outside: tuple[str, ...]
     """Linear layers that run outside of the blocks, without the head."""
+    to_next: tuple[tuple[int, str], ...] = ()
+    """Which returned values, by their places in the tuple, the next block alone gets, and as which arguments."""
 
 
 class StreamedModel:

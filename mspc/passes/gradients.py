@@ -29,6 +29,7 @@ from mspc.passes.blocks import (
     Batch,
     Logits,
     batches_of,
+    hand_over,
     hidden_of,
     logits_bytes,
     pass_bytes,
@@ -84,6 +85,7 @@ class BlockRun:
         hidden, values = before.unpack(state)
         call = with_entries(given, before, values)
         output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
+        hand_over(self.model, self.batch, self.index, output)
         after, values = written(call, before, given)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
