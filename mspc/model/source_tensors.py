@@ -34,7 +34,7 @@ class SourceTensors:
     """True if the conversion makes other parameters as well."""
 
     def converted(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that transformers makes of these tensors, by name. Raises whatever it raises."""
+        """Parameters by name, as transformers makes them from tensors by key. Raises whatever it raises."""
         converter = copy.deepcopy(self.converter)
         assert converter is not None
         for key, pattern in zip(self.keys, self.patterns, strict=True):

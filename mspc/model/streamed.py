@@ -42,7 +42,7 @@ class Route:
     outside: tuple[str, ...]
     """Linear layers that run outside of the blocks, without the head."""
     to_next: tuple[tuple[int, str], ...] = ()
-    """Which returned values, by their places in the tuple, the next block alone gets, and as which arguments."""
+    """Returned values that the next block alone gets: places in the tuple, and names of its arguments."""
 
 
 class StreamedModel:

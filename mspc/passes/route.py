@@ -208,9 +208,9 @@ def _is_close(one: Tensor, other: Tensor, share: float) -> bool:
 
 
 def _handed_on(model: StreamedModel, num_outputs: int) -> list[tuple[int, str]] | None:
-    """Where what a block returns after the hidden states arrives: nowhere, or as which arguments of the next block.
+    """The places of what a block returns after the hidden states, and the names by which the next block gets it.
 
-    None where it arrives elsewhere, or the model computes with it.
+    None where it gets elsewhere, or the model computes with it.
     """
     arrived: list[set[tuple[int, str]]] = []
     elsewhere = False

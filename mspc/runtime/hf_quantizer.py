@@ -30,7 +30,7 @@ from mspc.storage.checkpoint import map_file
 from mspc.storage.sparse_export import QUANT_METHOD, descriptions, slices_of
 
 NO_SLICE = r"(?![\w\[])"
-"""What ends a pattern of names of parameters, so that it does not match `gate_up_proj[0].codes`."""
+"""An end for patterns of names of parameters, so that they do not match `gate_up_proj[0].codes`."""
 
 
 @register_quantization_config(QUANT_METHOD)
