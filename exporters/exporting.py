@@ -13,6 +13,8 @@ from exporters.manifest import write_export_manifest
 from exporters.reference import Reference, reference_of
 from exporters.verification import failures, in_short, reference_for, verify
 from mspc.errors import InputError, StorageError, VerificationError, unknown
+from mspc.model.auto_class import is_multimodal
+from mspc.model.hub import load_config
 from mspc.model.vocabulary import check_tokenizer_of
 from mspc.progress import Progress, Silent, log
 from mspc.storage.artifact import ArtifactSource
@@ -115,6 +117,10 @@ def check(
                 f"{matrix.name}: {format_name} cannot hold one slice of a 3-D parameter; export dense, or leave it out "
                 "with --skip."
             )
+    if not FORMATS[format_name].holds_slices and is_multimodal(load_config(folder)):
+        raise InputError(
+            f"{folder} sees or hears, and {format_name} would hold its language model alone; export dense or sparse."
+        )
     module.check(matrices, config, chosen, folder)
     return chosen
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from exporters.folder import read_config, write_shards
 from mspc.errors import InputError
 from mspc.formats.decoding import row_offsets
+from mspc.model.auto_class import auto_class
+from mspc.model.hub import load_config
 from mspc.progress import Step
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.carrying import carry
@@ -24,6 +26,8 @@ from mspc.types import PlannedMatrix
 
 README, README_NEXT_TO_ANOTHER = "README.md", "README.sparse.md"
 """The second is written if the model has a README of its own."""
+CLASS = "AutoModelForCausalLM"
+"""The auto class in the text, which is that of a model that sees or hears where it is one."""
 README_TEXT = """# A sparse checkpoint of mspc
 
 Its compressed matrices are stored by their kept weights, in a format that transformers does not know by itself:
@@ -75,7 +79,8 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     carry(artifact.folder, out)
     quantization = quantization_config(artifact.entries)
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
-    write_text(out / (README_NEXT_TO_ANOTHER if (out / README).is_file() else README), README_TEXT)
+    text = README_TEXT.replace(CLASS, auto_class(load_config(artifact.folder)).__name__)
+    write_text(out / (README_NEXT_TO_ANOTHER if (out / README).is_file() else README), text)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:
         if not artifact.is_compressed(key):

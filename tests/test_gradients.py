@@ -251,9 +251,16 @@ class OldStyle(torch.autograd.Function):
         return gradient
 
 
-@pytest.mark.parametrize("measure", [SquaredGradient(), HessianTrace(seed=0)], ids=["gradient", "hessian"])
-def test_blocks_without_usable_derivatives_are_an_error(measure, llama, monkeypatch):
-    case = opened(llama)
+def test_first_derivatives_pass_functions_of_the_old_style(llama, monkeypatch):
+    """Oracle: the same model without the function, which changes nothing."""
+    case, forward = opened(llama), LlamaMLP.forward
+    expected = case.samples(tiny.ids(1), SquaredGradient())
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: OldStyle.apply(forward(self, x)))
+    assert case.samples(tiny.ids(1), SquaredGradient()) == expected
+
+
+def test_blocks_without_usable_derivatives_are_an_error(llama, monkeypatch):
+    case, measure = opened(llama), HessianTrace(seed=0)
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: OldStyle.apply(forward(self, x)))
     with pytest.raises(

@@ -22,8 +22,9 @@ OPTION_LISTS = {
 }  # fmt: skip
 KNOW_TRANSFORMERS = {
     "mspc.api",
-    "mspc.model.config_checks", "mspc.model.experts", "mspc.model.gguf_config", "mspc.model.gguf_file",
-    "mspc.model.hub", "mspc.model.matrices", "mspc.model.streamed",
+    "mspc.model.auto_class", "mspc.model.config_checks", "mspc.model.experts", "mspc.model.gguf_config",
+    "mspc.model.gguf_file",
+    "mspc.model.hub", "mspc.model.matrices", "mspc.model.source_tensors", "mspc.model.streamed",
     "mspc.runtime.experts", "mspc.runtime.hf_quantizer", "mspc.runtime.keep_zeros", "mspc.runtime.loading",
     "mspc.runtime.recovery", "mspc.serving.loader",
     "exporters.onnx_graph", "exporters.runtimes.onnxruntime_genai", "exporters.runtimes.transformers",

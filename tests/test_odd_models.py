@@ -83,10 +83,6 @@ def test_no_quantization_at_all_is_none(llama, calibration, tmp_path):
 
 
 OTHER_TASKS = {
-    "llava": {
-        "text_config": tiny.CONFIGS["llama"] | {"model_type": "llama"},
-        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 4},
-    },
     "t5": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8},
     "vit": {"hidden_size": 32},
     "whisper": {},
@@ -108,7 +104,6 @@ def test_other_kinds_of_models_are_refused_with_what_is_supported(family, llama,
         assert f"is a {family} model" in told
         assert "Llama, Qwen, Mistral" in told
         assert len(told) < 600
-        assert ("a llama, to a folder of its own" in told) == (family == "llava")
 
 
 @pytest.mark.parametrize("task", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "BertForMaskedLM"])

@@ -47,7 +47,7 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
     try:
         inner = config.get_text_config()
     except ValueError as error:  # more than one part writes text
-        raise InputError(f"{what}, of which mspc does not know the language model ({error}). {GIVE}.") from error
+        raise InputError(f"{what}, and its config names no one language model ({error}). {GIVE}.") from error
     if not isinstance(inner, PreTrainedConfig):
         raise InputError(f"{what}, and its text_config is no config of transformers. Get config.json again.")
     if getattr(config, "is_encoder_decoder", False):

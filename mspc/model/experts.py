@@ -91,14 +91,14 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 def is_watched(experts: nn.Module) -> bool:
-    """Tell if someone is told about the products of a module."""
+    """Tell if someone looks on at the products of a module."""
     return any(getattr(experts, name, None) is not None for name in ("before_product", "after_product"))
 
 
 def multiplied(experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Both products of experts, on the inputs (t, H) of each, whose numbers are `tokens` (t).
 
-    Slices of the first parameter that no expert has are told with no inputs.
+    Slices of the first parameter that no expert has come with no inputs.
     """
     unused = getattr(experts, "unused_slices", ()) if is_watched(experts) else ()
     first, second = projections(experts)

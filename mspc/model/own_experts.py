@@ -4,6 +4,7 @@ A form knows the parameters of such a module and what it is given. A module whos
 which computes the same on random numbers, is adopted. Its class becomes one that has the forward of the form.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ class _Form(nn.Module):
     has_gate, has_bias, is_transposed, has_post_expert_norm, is_concatenated = True, False, False, False, True
     is_adopted = True
 
-    def _apply_gate(self: Any, gate_up: Tensor) -> Tensor:
+
+class _Gate:
+    """The gate of a module that has none of its own."""
+
+    act_fn: Any
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         inner: Tensor = self.act_fn(gate) * up
         return inner
@@ -42,15 +49,27 @@ class AllTokens(_Form):
 
     @staticmethod
     def arguments(experts: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """What a trial gives a module."""
+        """Arguments for the trial of a module."""
         count, width, _ = experts.gate_up_proj.shape
         hidden, index, weights = routed(generator, width, count)
         scores = torch.zeros(len(hidden), count).scatter(1, index, weights)
         return ((hidden[None] * scores.T[..., None]).flatten(0, 1),)
 
 
+class Routed(_Form):
+    """Experts that only lack the description (Step 3.7)."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    @staticmethod
+    def arguments(experts: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments for the trial of a module."""
+        return routed(generator, experts.down_proj.shape[1], len(experts.down_proj))
+
+
 class WithIdentities(_Form):
-    """Experts of which the last ones hand tokens through, and have slices only in the first parameter (LongCat)."""
+    """Experts whose last ones hand tokens through, and have slices only in the first parameter (LongCat)."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         count = num_experts(self)
@@ -63,7 +82,7 @@ class WithIdentities(_Form):
 
     @staticmethod
     def arguments(experts: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """What a trial gives a module."""
+        """Arguments for the trial of a module."""
         return routed(generator, experts.down_proj.shape[1], experts.total_experts)
 
 
@@ -72,9 +91,7 @@ def adopt_experts(model: nn.Module) -> None:
     for module in model.modules():
         form = _form_of(module)
         if form is not None and _is(form, module):
-            module.__class__ = _classes.setdefault(
-                (form, type(module)), type(type(module).__name__, (form, type(module)), {})
-            )
+            module.__class__ = _classes.setdefault((form, type(module)), _described(form, type(module)))
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -88,7 +105,13 @@ def _form_of(module: nn.Module) -> Any:
         return None
     if not hasattr(module, "act_fn") or any(parameter.ndim != 3 for parameter in parameters.values()):
         return None
-    return WithIdentities if hasattr(module, "total_experts") else AllTokens
+    if hasattr(module, "total_experts"):
+        return WithIdentities
+    return AllTokens if len(inspect.signature(module.forward).parameters) == 1 else Routed
+
+
+def _described(form: Any, own: type) -> type:
+    return type(own.__name__, (form, own, _Gate), {})
 
 
 def _is(form: Any, module: nn.Module) -> bool:
@@ -97,7 +120,7 @@ def _is(form: Any, module: nn.Module) -> bool:
     settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
     kind = (type(module), repr((settings, shapes)))
     if kind not in _tried:
-        described = type(type(module).__name__, (form, type(module)), {})
+        described = _described(form, type(module))
         own = type(module).forward
 
         def ours(tried: Any, *given: Tensor) -> Tensor:

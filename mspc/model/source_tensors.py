@@ -5,7 +5,7 @@ A parameter may be one tensor, several tensors, or a part of one.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from mspc.errors import InputError, in_brief
 from mspc.model.on_meta import assign, get_tensor, named_tensors
@@ -34,7 +34,7 @@ class SourceTensors:
     """True if the conversion makes other parameters as well."""
 
     def converted(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters that transformers makes of these tensors, by name. Raises whatever it raises."""
+        """Parameters by name, as transformers makes them from tensors by key. Raises whatever it raises."""
         converter = copy.deepcopy(self.converter)
         assert converter is not None
         for key, pattern in zip(self.keys, self.patterns, strict=True):
@@ -43,6 +43,20 @@ class SourceTensors:
             converter.add_tensor(self.layer, key, pattern, ready)
         found = converter.convert(self.layer, model=model, config=model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
+
+
+def flips(origin: SourceTensors, stored: tuple[int, ...], expected: Sequence[int]) -> bool | None:
+    """Tell if the slices of a 3-D parameter are transposed in its tensor; None if that is not all of the conversion.
+
+    Transformers leaves some as they are whose shape is that of the parameter.
+    """
+    operations = origin.converter.operations if origin.converter is not None else []
+    if len(operations) != 1 or not isinstance(operations[0], Transpose) or len(stored) != 3 or len(origin.keys) != 1:
+        return None
+    (operation,) = operations
+    if {operation.dim0 % 3, operation.dim1 % 3} != {1, 2}:
+        return None
+    return not (operation.check_dims and stored == tuple(expected))
 
 
 def map_keys(model: PreTrainedModel, types: Mapping[str, StoredType]) -> dict[str, SourceTensors]:

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_
 from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
 from mspc.model.own_experts import adopt_experts
 from mspc.model.rows import Rows, rows_of_slices
-from mspc.model.source_tensors import map_keys, match_ties, parts_of_one
+from mspc.model.source_tensors import flips, map_keys, match_ties, parts_of_one
 from mspc.storage.checkpoint import STORABLE, UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
 
@@ -41,6 +41,8 @@ class Route:
     """Lengths of tuples whose other values may reach a later block."""
     outside: tuple[str, ...]
     """Linear layers that run outside of the blocks, without the head."""
+    to_next: tuple[tuple[int, str], ...] = ()
+    """Returned values that the next block alone gets: places in the tuple, and names of its arguments."""
 
 
 class StreamedModel:
@@ -180,6 +182,17 @@ class StreamedModel:
         rows = None if matrix.index is None else self.rows(matrix.parameter)
         return rows[matrix.index] if rows is not None and matrix.index is not None else ()
 
+    def flips(self, parameter: str) -> bool | None:
+        """Tell if the source has the slices of a 3-D parameter transposed; None if it is made otherwise."""
+        origin = self.source_tensors[parameter]
+        expected = get_tensor(self.model, parameter).shape
+        return flips(origin, self.source.types()[origin.keys[0]][1], expected) if origin.converter else None
+
+    def in_source(self, matrix: Matrix) -> Matrix:
+        """The address of a matrix in the tensor of the source."""
+        flipped = matrix.index is not None and bool(self.flips(matrix.parameter))
+        return replace(matrix, transposed=matrix.transposed != flipped)
+
     def num_slices(self, matrix: Matrix) -> int:
         """The number of slices of the parameter of a slice; 0 for a matrix that is a parameter."""
         return 0 if matrix.index is None else len(self.model.get_parameter(matrix.parameter))
@@ -294,7 +307,11 @@ class StreamedModel:
         `irregular` are weights of layers that their block does not call exactly once.
         """
         selection = Selection(skip, only, include)
-        converted = {name for name, o in self.source_tensors.items() if o.converter is not None and not self.rows(name)}
+        converted = {
+            name
+            for name, origin in self.source_tensors.items()
+            if origin.converter is not None and not self.rows(name) and self.flips(name) is None
+        }
         return [
             sort_block(index, self.block_name(index) + ".", block, self.config, selection, converted.union(irregular))
             for index, block in enumerate(self.blocks)

@@ -91,6 +91,12 @@ def own_parts(ids: Tensor, batch_size: int | None = None) -> list[tuple[int, Ten
     return [(chunk, part) for chunk, of_chunk in cut if len(of_chunk) for part in of_chunk.split(size)]
 
 
+def batches_of_parts(model: StreamedModel, parts: Sequence[Tensor]) -> list[Batch]:
+    """A batch of each of some ids (B, T)."""
+    with model.loaded_outer():
+        return embedded(model, parts)
+
+
 def embedded(model: StreamedModel, parts: Sequence[Tensor], spill: Path | None = None) -> list[Batch]:
     """A batch of each of some ids (B, T), for a model whose outer part is loaded."""
     batches: list[Batch] = []
@@ -168,7 +174,25 @@ def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) 
     call = batch.calls[index]
     with _in_words(f"{model.block_name(index)} cannot be run by itself, as mspc does"):
         output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
+    hand_over(model, batch, index, output)
     return hidden_of(model, batch, output)
+
+
+def hand_over(model: StreamedModel, batch: Batch, index: int, output: Any) -> None:
+    """Give the next block what this one returned for it, such as the tokens that an indexer chose."""
+    to_next = route_of(model).to_next
+    if not to_next or index + 1 == len(batch.calls) or not _has_choices(output, to_next):
+        return
+    call = batch.calls[index + 1]
+    batch.calls[index + 1] = Call(call.args, call.kwargs | {name: output[place] for place, name in to_next})
+
+
+def _has_choices(output: Any, to_next: Sequence[tuple[int, str]]) -> bool:
+    """Tell if all that a block returned for the next one has no gradient: nothing, or integers."""
+    if not isinstance(output, tuple | list) or len(output) <= max(place for place, _ in to_next):
+        return False
+    given = [output[place] for place, _ in to_next]
+    return all(value is None or (isinstance(value, Tensor) and not value.is_floating_point()) for value in given)
 
 
 def hidden_of(model: StreamedModel, batch: Batch, output: Any) -> Tensor:
@@ -176,7 +200,8 @@ def hidden_of(model: StreamedModel, batch: Batch, output: Any) -> Tensor:
     several = isinstance(output, tuple | list) and len(output) > 0
     if several and any(value is not None for value in output[1:]):
         route = route_of(model)
-        if len(output) in route.handed_on or len(output) > MOST_OUTPUTS:
+        known = len(output) == route.num_outputs and route.to_next and _has_choices(output, route.to_next)
+        if (len(output) in route.handed_on and not known) or len(output) > MOST_OUTPUTS:
             raise InputError(
                 f"A block of {type(model.model).__name__} returns {len(output)} values, and later blocks may read more "
                 "than the first, which are the hidden states. Give another model: this one is not supported."

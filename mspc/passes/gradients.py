@@ -29,7 +29,8 @@ from mspc.passes.blocks import (
     Batch,
     Logits,
     batches_of,
-    embedded,
+    batches_of_parts,
+    hand_over,
     hidden_of,
     logits_bytes,
     pass_bytes,
@@ -87,6 +88,7 @@ class BlockRun:
         hidden, values = before.unpack(state)
         call = with_entries(given, before, values)
         output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
+        hand_over(self.model, self.batch, self.index, output)
         after, values = written(call, before, given)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
@@ -251,7 +253,8 @@ def reverse_walk(
     in the whole text. Raises ActivationError when a gradient is not finite, and InputError for a block without
     derivatives.
     """
-    batches = _batches(model, ids, measure, parts)
+    size = measure.batch_size
+    batches = batches_of(model, ids, batch_size=size) if parts is None else batches_of_parts(model, parts)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
     layouts = [[Layout(Piece.of(batch.hidden))] for batch in batches]
 
@@ -295,13 +298,6 @@ def reverse_walk(
             for i, found in enumerate(each(backward, runs(index, block), 2 * pass_bytes(model, block, batches))):
                 cotangents[i] = found[0]
                 yield from found[1]
-
-
-def _batches(model: StreamedModel, ids: Tensor, measure: Measure, parts: Sequence[Tensor] | None) -> list[Batch]:
-    if parts is None:
-        return batches_of(model, ids, batch_size=measure.batch_size)
-    with model.loaded_outer():
-        return embedded(model, parts)
 
 
 def _twin(block: nn.Module) -> nn.Module:

@@ -35,8 +35,12 @@ class EarlyExit(Exception):
     """Raised to leave a forward pass as soon as the wanted values are known."""
 
 
+@dataclass(frozen=True)
 class _Extra:
-    """Stands for what a block returns after the hidden states."""
+    """Stands for a value that block `index` returns after the hidden states, by its place in the tuple."""
+
+    index: int
+    place: int
 
 
 @dataclass
@@ -150,8 +154,10 @@ def find_route(model: StreamedModel) -> Route:
                 reasons.append(in_brief(error))
                 continue
             if fault is None:
-                handed_on = frozenset(n for n in range(2, MOST_OUTPUTS + 1) if _hands_on(model, n))
-                return Route(num_outputs, trial.axis, handed_on, tuple(dict.fromkeys(trial.outside)))
+                found = {n: _handed_on(model, n) for n in range(2, MOST_OUTPUTS + 1)}
+                handed_on = frozenset(n for n, places in found.items() if places is None or places)
+                to_next = tuple(found.get(num_outputs) or ())
+                return Route(num_outputs, trial.axis, handed_on, tuple(dict.fromkeys(trial.outside)), to_next)
             reasons.insert(0, fault)
     raise InputError(
         f"{type(model.model).__name__} cannot be run one block at a time, as mspc does ({reasons[0]}). Give a model "
@@ -201,18 +207,23 @@ def _is_close(one: Tensor, other: Tensor, share: float) -> bool:
     return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
 
 
-def _hands_on(model: StreamedModel, num_outputs: int) -> bool:
-    """Tell if what a block returns after the hidden states may reach a later block."""
-    found = False
-    calls = 0
+def _handed_on(model: StreamedModel, num_outputs: int) -> list[tuple[int, str]] | None:
+    """The places of what a block returns after the hidden states, and the names by which the next block gets it.
+
+    None where it gets elsewhere, or the model computes with it.
+    """
+    arrived: list[set[tuple[int, str]]] = []
+    elsewhere = False
 
     def block(index: int, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls, found
-        calls += 1
-        found |= any(isinstance(leaf, _Extra) for leaf in tree_leaves((hidden, args, kwargs)))
-        if calls == len(model.blocks):
+        nonlocal elsewhere
+        named = {(value.place, name): value for name, value in kwargs.items() if isinstance(value, _Extra)}
+        extras = sum(isinstance(leaf, _Extra) for leaf in tree_leaves((hidden, args, kwargs)))
+        elsewhere |= extras > len(named) or any(value.index != index - 1 for value in named.values())
+        arrived.append(set(named))
+        if len(arrived) == len(model.blocks):
             raise EarlyExit
-        return (hidden, *[_Extra() for _ in range(num_outputs - 1)])
+        return (hidden, *[_Extra(index, place) for place in range(1, num_outputs)])
 
     try:
         with replaced_forwards(model.blocks, block), suppress(EarlyExit):
@@ -220,8 +231,9 @@ def _hands_on(model: StreamedModel, num_outputs: int) -> bool:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return True  # it computes with them, or unpacks another number of values
-    return found
+        return None  # it computes with them, or unpacks another number of values
+    places = arrived[1] if len(arrived) > 1 else set[tuple[int, str]]()
+    return None if elsewhere or any(found != places for found in arrived[2:]) else sorted(places)
 
 
 def _logits(model: StreamedModel, ids: Tensor) -> Tensor:

@@ -41,14 +41,14 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
     (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
     known: dict[object, set[str]] = {}
     found: set[str] = set()
-    sharing = Sharing(batch.calls)
+    sharing = Sharing(list(batch.calls))
     for index, block in enumerate(model.blocks):
         kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
         if all_blocks or kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
         found |= {f"{model.block_name(index)}.{name}" for name in known[kind]}
-    model.shares = sharing.found(type(model.model).__name__)
+    model.shares = sharing.found(type(model.model).__name__) or bool(model.route and model.route.to_next)
     with without_blocks(model) as logits_of, torch.no_grad():
         logits_of(batch)
     return found

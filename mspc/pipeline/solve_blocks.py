@@ -294,7 +294,7 @@ def entry_of(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, Tenso
     """The entry of a matrix in the manifest: its address, its tensors, its target, and how well it was solved."""
     stored, planned = solved.stored, solved.planned
     return MatrixEntry(
-        address=solved.matrix,
+        address=model.in_source(solved.matrix),
         source_key=model.tensor_key(solved.matrix),
         target=planned.target,
         dtype=stored.weight.dtype,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import Transpose, WeightConverter, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,6 +28,9 @@ from mspc.runtime.experts import replace_experts
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.storage.checkpoint import map_file
 from mspc.storage.sparse_export import QUANT_METHOD, descriptions, slices_of
+
+NO_SLICE = r"(?![\w\[])"
+"""An end for patterns of names of parameters, so that they do not match `gate_up_proj[0].codes`."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -97,6 +100,20 @@ class SparseQuantizer(HfQuantizer):
             model.set_submodule(head, own)
         prepare(model, model.dtype, on_cpu=True)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> Any:
+        """Conversions that transpose a parameter must not take the tensors of its compressed slices."""
+        own = [
+            found.copy(
+                [pattern + NO_SLICE for pattern in found._original_source_patterns],
+                [pattern + NO_SLICE for pattern in found._original_target_patterns],
+                operations=found.operations,
+            )
+            if isinstance(found, WeightConverter) and any(isinstance(op, Transpose) for op in found.operations)
+            else found
+            for found in weight_conversions
+        ]
+        return super().update_weight_conversions(own, model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Rename the matrices in the config of a model that is about to be saved, as its tensors will be named.
