@@ -20,7 +20,7 @@ from statistics import quantiles
 import torch
 from torch import Tensor, nn
 
-from mspc.errors import InputError
+from mspc.errors import InputError, StorageError
 from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
 from mspc.kernels.cpu import building, memory
@@ -84,7 +84,8 @@ def known_or_measured(work: TokenWork, settings: Settings, asked: int | None, pr
             log.info(f"Timings: taken from {path}, of {found.date}.")
             return found
     found = measured(work, settings, number, progress)
-    write_timings(path, found)
+    with suppress(StorageError):  # a cache that cannot be written: they are measured again next time
+        write_timings(path, found)
     return found
 
 
