@@ -3,6 +3,7 @@
 Oracle: the product with the rows and columns of the dense weights, in float64. vLLM itself is in test_vllm.py.
 """
 
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +18,7 @@ from mspc.runtime.joined import ConcatenatedLinear
 from mspc.runtime.linear import SparseLinear
 from mspc.serving.shards import WEIGHT, Loading, Place, Shard, stacked
 from mspc.types import NM, CompressedLinear, Grid, Pattern, Unstructured
+from mspc.vllm import register
 
 SHAPE = (32, 128)
 DENSE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
@@ -149,3 +151,10 @@ def test_a_layer_is_loaded_once():
     fill(loading, MATRICES[:1])
     with pytest.raises(InputError, match="m0, d: new weights cannot be loaded into a compressed layer"):
         loading.add("dense", WEIGHT, DENSE)
+
+
+def test_a_vllm_without_what_is_needed_still_serves_other_models(monkeypatch, caplog):
+    """vLLM calls the entry point for every model, and an error there would stop it."""
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    register()
+    assert "Sparse exports of mspc cannot be served: this version of vLLM does not have what mspc needs" in caplog.text

@@ -151,6 +151,13 @@ def test_compiled_whole_by_dynamo(bundled, tmp_path):
     assert gaps(bundled("mixture"), found) == []
 
 
+def test_compressed_embeddings_and_head_compiled(calibration, tmp_path):
+    changes, recipe = FAMILIES["llama"]
+    folder = exported(tiny.build(tmp_path / "model", "llama", **changes), tmp_path, calibration, **recipe)
+    found = in_a_process(folder, tmp_path / "out.json", {"VLLM_CPU_CI_ENV": "1"}, enforce_eager=False)
+    assert gaps(folder, found) == []
+
+
 @pytest.mark.parametrize("name", ["mixture", "50% int4"])
 def test_tensor_parallel_of_two(name, bundled, tmp_path):
     found = in_a_process(bundled(name), tmp_path / "out.json", tensor_parallel_size=2)
