@@ -395,7 +395,8 @@ def write_rows(table: Path, rows: dict[str, tuple[str, str, str]]) -> None:
         if mine:
             counts = [f"{sum(row[0] == verdict for row in mine.values())} {verdict}" for verdict in ORDER]
             shown = ", ".join(count for count in counts if not count.startswith("0 "))
-            text += f"\n## {title}\n\n{len(mine)} types: {shown}.\n\n"
+            left = sum(key not in rows and (keys is CAUSAL or key not in CAUSAL) for key in keys)
+            text += f"\n## {title}\n\n{len(mine)} types: {shown}.{f' {left} were not tried yet.' * bool(left)}\n\n"
             text += "| type | verdict | compressed | note |\n|---|---|---|---|\n"
             text += "".join(f"| {key} | {' | '.join(row)} |\n" for key, row in mine.items())
     partial = table.with_suffix(".partial")

@@ -135,7 +135,10 @@ def test_blocks_are_those_of_the_text_model_even_where_a_tower_is_larger(tmp_pat
 
 def test_parts_of_a_tensor_are_read_and_refused_with_the_remedy(tmp_path):
     """Oracles: transformers' own model; the remedy, which is tried."""
-    source, oracle = architectures.built("lara_mini", tmp_path)
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = AutoModelForCausalLM.from_config(architectures.tiny_config("lara_mini", sizes))
+    source = tiny.save(architectures.randomized(model), tmp_path / "model")
+    oracle = architectures.whole("lara_mini", source)
     with open_model(source, device=torch.device("cpu")).whole() as model, torch.no_grad():
         architectures.close(model(tiny.ids(2)).logits, oracle(tiny.ids(2)).logits, 1e-5, "logits")
     text = tmp_path / "text.txt"
