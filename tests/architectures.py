@@ -143,13 +143,13 @@ class Seen:
         with Watch(model) as watch:
             self.inputs = tiny.inputs_of(model, ids, names)
         self.of_experts, self.read = watch.inputs, watch.read
-        if missing := set(names) - self.inputs.keys():
-            raise Wrong(f"{sorted(missing)[0]} is no layer that transformers calls")
 
     def gram(self, name: str, size: int, borrowed: int) -> Tensor:
         """(I, I) float64. That of an expert has `borrowed` tokens that are the mean of its layer."""
         if name in self.inputs:
             return _gram(self.inputs[name])
+        if not name.endswith("]"):
+            raise Wrong(f"{name} is no layer that transformers calls")
         own = [x.reshape(-1, size) for x in self.of_experts.get(name, [])]
         tokens = sum(map(len, own))
         gram = sum((_gram(x) for x in own), torch.zeros(size, size, dtype=torch.float64))

@@ -21,7 +21,7 @@ NEEDED: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {
-        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
     "dory": {
@@ -35,7 +35,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
     },
-    "glm46v": _of_images(2, 1, 1),
+    "glm46v": _of_images(4, 2, 2),
     "glm4v": _of_images(4, 2, 2),
     "glm4v_moe": _of_images(2, 1, 1),
     "glm_ocr": _of_images(4, 2, 2),
