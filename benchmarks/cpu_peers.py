@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    load = os.getloadavg()[0]
+    load, python = os.getloadavg()[0], llamacpp.ROOT / ".venv-llamacpp/bin/python"
     with ExitStack() as stack, torch.inference_mode():
         made = real_contenders(given, stack) if given.models else random_contenders(given, stack)
         chosen = [name for name in made if any(fnmatch.fnmatch(name, pattern) for pattern in given.only)]
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.out:
         result = {
             "date": datetime.date.today().isoformat(),
-            "versions": versions() | {"llama.cpp": llamacpp.version_in(llamacpp.ROOT / ".venv-llamacpp/bin/python")},
+            "versions": versions() | ({"llama.cpp": llamacpp.version_in(python)} if python.is_file() else {}),
             "device": describe_device(torch.device("cpu")),
             "load_average_before": load,
             "load_average_after": os.getloadavg()[0],
