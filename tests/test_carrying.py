@@ -53,8 +53,8 @@ STAY = (
     "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log.csv", "imatrix.dat",
     ".git/config", ".gitattributes", ".cache/huggingface/x.json", "sub/.DS_Store", "__pycache__/a.cpython-311.pyc",
     ".svn/entries", "runs/events.out.tfevents.1", "genai_config.json",
-    "mspc.json", "mspc_export.json", "plan.json", "recipe.toml", "timings.json", "verification.json", "verification.npz",
-    "report.html",
+    "mspc.json", "mspc_export.json", "plan.json", "recipe.toml", "timings.json", "verification.json",
+    "verification.npz", "report.html",
     "matrices/00000.safetensors", "unchanged/x.json", "exports/dense/config.json",
 )  # fmt: skip
 
