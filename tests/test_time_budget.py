@@ -220,7 +220,7 @@ def test_a_sensitive_matrix_stays_while_the_other_pays():
 
 
 def test_a_time_that_only_the_fastest_meets_to_a_rounding_error_has_a_plan():
-    """Oracle: 10 ms, and half of 0.3 of 2 bits. What is missing is small beside the whole, and not beside the rest."""
+    """Oracle: 10 ms, and half of 0.3 of 2 bits. The gap is small against 10.15, not against 0.15."""
     one = matrices((32, 32))
     budget = budget_of(one, ms_per_token=10.15 * (1 - 5e-10))
     budget.check()

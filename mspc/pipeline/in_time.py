@@ -79,7 +79,7 @@ def identity_of(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _header(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder is, finished or not."""
+    """The identity of the run in a folder, finished or not."""
     return read_manifest(folder) if (folder / MANIFEST).is_file() else Journal.header_in(folder)
 
 

@@ -51,7 +51,7 @@ class Journal:
 
     @staticmethod
     def header_in(folder: Path) -> dict[str, Any] | None:
-        """The header of the run that is under way in a folder; None if there is none."""
+        """The header of the run that is under way in a folder; None without one."""
         lines = _whole_lines(folder / NAME)
         return lines[0] if lines else None
 
