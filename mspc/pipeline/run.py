@@ -243,9 +243,8 @@ class Run:
         if not is_artifact(self.folder):  # a run that goes on has tried it
             warn_if_guessing(model, tokens, self.progress)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
-        written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
-        written = keep_timings(written, self.settings, self.folder, self.time_budget)
-        write_text(self.folder / RECIPE, written.to_toml())
+        kept = keep_timings(self.recipe, self.settings, self.folder, self.time_budget)
+        write_text(self.folder / RECIPE, replace(kept, plan=PLAN if kept.plan else None).to_toml())  # plan's copy there
         self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
         return journal
 
