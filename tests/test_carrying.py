@@ -53,7 +53,8 @@ STAY = (
     "quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log.csv", "imatrix.dat",
     ".git/config", ".gitattributes", ".cache/huggingface/x.json", "sub/.DS_Store", "__pycache__/a.cpython-311.pyc",
     ".svn/entries", "runs/events.out.tfevents.1", "genai_config.json",
-    "mspc.json", "mspc_export.json", "plan.json", "recipe.toml", "verification.json", "verification.npz", "report.html",
+    "mspc.json", "mspc_export.json", "plan.json", "recipe.toml", "timings.json", "verification.json",
+    "verification.npz", "report.html",
     "matrices/00000.safetensors", "unchanged/x.json", "exports/dense/config.json",
 )  # fmt: skip
 
@@ -141,7 +142,7 @@ def test_all_files_that_belong_are_in_the_artifact_and_in_each_export(name, awkw
     assert not here & ({file for file in STAY if not file.startswith(OUR_OWN)} - of_mspc)
 
 
-OUR_OWN = ("mspc", "plan.json", "recipe.toml", "verification", "matrices", "unchanged")
+OUR_OWN = ("mspc", "plan.json", "recipe.toml", "timings.json", "verification", "matrices", "unchanged")
 
 
 @pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")  # in transformers

@@ -5,11 +5,13 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import torch
 from test_cli import mspc_cli, refused
+from test_resume import content
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mspc
@@ -28,6 +30,7 @@ from mspc.planning.token_work import Sizes, TokenWork
 from mspc.progress import Silent
 from mspc.recipe import Recipe
 from mspc.runtime import product_times, stand_in
+from mspc.storage.files import sha256_of
 from mspc.storage.manifest import predicted_time
 from mspc.types import NM, Grid, Matrix, PlannedMatrix, Target, Unstructured
 
@@ -216,6 +219,16 @@ def test_a_sensitive_matrix_stays_while_the_other_pays():
     assert [matrix.target.bits for matrix in plan] == [None, 4]
 
 
+def test_a_time_that_only_the_fastest_meets_to_a_rounding_error_has_a_plan():
+    """Oracle: 10 ms, and half of 0.3 of 2 bits. The gap is small against 10.15, not against 0.15."""
+    one = matrices((32, 32))
+    budget = budget_of(one, ms_per_token=10.15 * (1 - 5e-10))
+    budget.check()
+    (chosen,) = budget.allocate({one[0].name: loss_curve(1.0)})
+    assert (chosen.target.bits, chosen.target.pattern.sparsity >= 0.75) == (2, True)
+    assert budget.ms_of([chosen]) == pytest.approx(10.15)
+
+
 # Refusals
 
 
@@ -360,6 +373,121 @@ def test_the_work_of_a_token_counts_what_stays_dense(llama, folder_of):
     assert work.by_size == Counter({(32, 32): 4, (16, 32): 4, (64, 32): 4, (32, 64): 2})
     assert (work.head, work.quantized_lookup) == (Grid(8, 32), False)
     assert token_work(outlined(str(folder_of("qwen3"))), chosen, (), ()).sizes.qk_norms
+
+
+@pytest.mark.parametrize(
+    ("asked", "begin"),
+    [
+        ({"speedup": 2.0}, "A budget in time may choose 16, 8, 4, 3 or 2 bits. model.layers.0.self_attn.q_proj: gguf"),
+        ({"speedup": 2.0, "bits": 3}, "model.layers.0.self_attn.q_proj: gguf takes 4 or 8 bits"),
+    ],
+    ids=str,
+)
+def test_an_export_that_cannot_hold_the_bits_is_refused_by_its_kind_of_budget(
+    asked, begin, llama, calibration, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mspc.api.known_or_measured", lambda *_: pytest.fail("timed"))
+    with pytest.raises(InputError) as caught:
+        tiny.compress(llama, tmp_path / "out", calibration, exports=["gguf"], group_size=32, **asked)
+    assert str(caught.value).startswith(begin)
+
+
+# Runs that go on, and runs that are repeated
+
+
+@pytest.fixture
+def by_time(calibration: Path) -> Recipe:
+    """The matrices in 16 bits take 20 ms, head and rest 10."""
+    asked = {"ms_per_token": 17.0, "head_bits": 16, "group_size": 32, "eval": False}
+    return Recipe(calibration=str(calibration), num_sequences=4, sequence_length=32, **asked)
+
+
+def run(model: Path, recipe: Recipe, out: Path, **options: bool) -> mspc.Artifact:
+    return mspc.compress(model, recipe, out=out, progress=False, **options)
+
+
+def cut_off(model: Path, recipe: Recipe, out: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends where it calls `step`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(step, Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, recipe, out)
+
+
+AFTER_PLAN = "mspc.pipeline.run.copy_rest"
+
+
+def test_a_run_that_has_its_plan_needs_no_timings(llama, by_time, tmp_path, monkeypatch):
+    """The machine becomes too slow meanwhile. Oracle: the bytes of the run that was not cut off."""
+    measured = Mock(return_value=invented())
+    monkeypatch.setattr("mspc.api.known_or_measured", measured)
+    whole = content(run(llama, by_time, tmp_path / "whole").path)
+    cut_off(llama, by_time, tmp_path / "cut", AFTER_PLAN, monkeypatch)
+    cut_off(llama, by_time, tmp_path / "early", "mspc.planning.planner.Planner.plan", monkeypatch)
+    assert measured.call_count == 3
+    measured.return_value = invented(rest_ms=50.0)
+    run(llama, by_time, tmp_path / "cut", resume=True)
+    run(llama, by_time, tmp_path / "whole", resume=True)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole") == whole
+    recovered = run(llama, replace(by_time, recover=1), tmp_path / "whole", resume=True)
+    assert recovered.manifest["time"] == json.loads(whole["mspc.json"])["time"]
+    assert measured.call_count == 3
+    with pytest.raises(InputError, match="cannot be reached here"):
+        run(llama, by_time, tmp_path / "early", resume=True)
+    with pytest.raises(InputError, match="cannot be reached here"):
+        run(llama, by_time, tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+    measured.return_value = invented()
+    run(llama, by_time, tmp_path / "early", resume=True)
+    assert content(tmp_path / "early") == whole
+
+
+def test_other_timings_are_another_run(llama, by_time, timings_file, tmp_path, monkeypatch):
+    """Oracle: the bytes before, and a file that says the same by another name."""
+    recipe = replace(by_time, timings=str(timings_file))
+    whole = content(run(llama, recipe, tmp_path / "whole").path)
+    assert json.loads(whole["mspc.json"])["timings"] == sha256_of(timings_file)
+    cut_off(llama, recipe, tmp_path / "cut", AFTER_PLAN, monkeypatch)
+    before = timings_file.read_bytes()
+    write_timings(timings_file, invented(rest_ms=50.0))
+    for name in ("whole", "cut"):
+        with pytest.raises(InputError, match=r"differs from this one: timings was '[0-9a-f]{64}' and is '[0-9a-f]+'"):
+            run(llama, recipe, tmp_path / name, resume=True)
+    timings_file.unlink()
+    with pytest.raises(InputError, match=r"do not exist .*Write them with `mspc timings`"):
+        run(llama, recipe, tmp_path / "whole", resume=True)
+    for name in ("whole", "cut"):  # by the copy that the folder has
+        run(llama, Recipe.from_toml(tmp_path / name / "recipe.toml"), tmp_path / name, resume=True)
+    timings_file.write_bytes(before)
+    run(llama, recipe, tmp_path / "whole", resume=True)
+    assert content(tmp_path / "whole") == whole
+    resumed = content(tmp_path / "cut")
+    assert [name for name in resumed | whole if resumed[name] != whole[name]] == ["mspc.json"]  # it has the recipe
+    manifests = [json.loads(files["mspc.json"]) | {"recipe": None} for files in (resumed, whole)]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "measured"])
+def test_the_written_recipe_repeats_a_run_by_time_elsewhere(given, llama, by_time, timings_file, tmp_path, monkeypatch):
+    """Oracle: the files of the first run, all but the manifest, which names the path of the timings."""
+    monkeypatch.setattr("mspc.api.known_or_measured", lambda *_: invented())
+    monkeypatch.chdir(tmp_path)
+    first = run(llama, replace(by_time, timings="serve.json") if given else by_time, tmp_path / "first")
+    whole = content(first.path)
+    assert read_timings(first.path / "timings.json") == invented()
+    assert not given or whole["timings.json"] == timings_file.read_bytes()
+    timings_file.unlink()
+    monkeypatch.setattr("mspc.api.known_or_measured", lambda *_: pytest.fail("timed"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recipe = Recipe.from_toml(first.path / "recipe.toml")
+    again = run(llama, recipe, tmp_path / "again")
+    files = content(again.path)
+    assert files.keys() == whole.keys()
+    assert [name for name in files if files[name] != whole[name]] == ["mspc.json"]
+    assert all(again.manifest[name] == first.manifest[name] for name in ("time", "matrices", "files", "allocation"))
+    run(llama, recipe, first.path, resume=True)
+    assert content(first.path) == whole
 
 
 # Timing

@@ -61,7 +61,8 @@ def reopened(folder: Path, header: dict[str, Any]) -> bool:
 
 def _entries(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The commits of the run that wrote a manifest."""
-    plan = {"file": PLAN, "sha256": sha256_of(folder / PLAN), "matrices": [], "allocation": manifest["allocation"]}
+    how = manifest["allocation"] | ({"time": manifest["time"]} if "time" in manifest else {})
+    plan = {"file": PLAN, "sha256": sha256_of(folder / PLAN), "matrices": [], "allocation": how}
     by_file: dict[str, list[dict[str, Any]]] = {}
     for row in manifest["matrices"]:
         by_file.setdefault(row["file"], []).append(row)

@@ -24,7 +24,7 @@ from mspc.pipeline.announcing import announce
 from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
 from mspc.pipeline.copying import copy_rest
 from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
-from mspc.pipeline.in_time import TimeProducts, time_budget_of
+from mspc.pipeline.in_time import TimeProducts, choices_named, identity_of, is_planned, keep_timings, time_budget_of
 from mspc.pipeline.outer import inputs_of_head, outer_notes, planned_outer, quantize_outer, with_outer
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
@@ -123,7 +123,8 @@ class Run:
         self.check_early(model, matrices)
         check_ranks(settings, folder, {"--measurements": measurements})
         parts = settings, model, matrices, irregular, self.outer, self.threads
-        self.time_budget = time_budget_of(*parts, self.time_products, progress)
+        planned = ranks.by_first(partial(is_planned, folder, self.resume))
+        self.time_budget = None if planned else time_budget_of(*parts, self.time_products, progress)
         about = self.source, self.device, matrices, settings, self.given, self.threads
         announce(*about, spill, folder, self.force, self.resume)
         if ranks.size() > 1:
@@ -228,7 +229,7 @@ class Run:
             "mspc_version": __version__,
             "source": {"name": self.source_name, "sha256": self.digests, "config": config_digest(self.source)},
             "recipe": self.recipe.to_dict(),
-            "settings": self.settings.to_dict(),
+            **identity_of(self.settings, self.folder),
             "plan": sha256_of(Path(self.settings.plan)) if self.settings.plan is not None else None,
             "calibration": {
                 "source": tokens.source,
@@ -243,8 +244,8 @@ class Run:
         if not is_artifact(self.folder):  # a run that goes on has tried it
             warn_if_guessing(model, tokens, self.progress)
         journal = (Journal.resume if self.resume else Journal.start)(self.folder, header)
-        written = replace(self.recipe, plan=PLAN) if self.recipe.plan else self.recipe  # the copy next to it
-        write_text(self.folder / RECIPE, written.to_toml())
+        kept = keep_timings(self.recipe, self.settings, self.folder, self.time_budget)
+        write_text(self.folder / RECIPE, replace(kept, plan=PLAN if kept.plan else None).to_toml())  # plan's copy there
         self.watch.keep_in(self.folder / MEASUREMENTS / SECONDS)
         return journal
 
@@ -316,11 +317,9 @@ class Run:
             self.checked(plan)
             return
         check_targets(plan, self.settings)
-        try:
+        with choices_named(self.settings):
             targets = self.with_outer(possible_targets(self.settings, matrices))
             self.check_exports(targets, self.raw_config(), self.source)
-        except InputError as error:
-            raise InputError(f"A size budget may choose 16, 8, 4, 3 or 2 bits. {error}") from error
 
     def solve(
         self,

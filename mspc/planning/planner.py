@@ -64,6 +64,7 @@ class Planner:
     saved_bytes: int = 0
     """Bytes that quantized matrices outside of the blocks save."""
     time_budget: TimeBudget | None = None
+    """None without a budget in time, and where the plan is there."""
     without_gradient: set[str] = field(default_factory=set)
     """Names of matrices that were to be measured by gradients, and have none."""
 
@@ -135,7 +136,7 @@ class Planner:
 
     def check(self, model: StreamedModel) -> None:
         """Raises InputError, before anything is measured, for a size that is too small or a lack of memory."""
-        if self.settings.has_budget and self.time_budget is None:
+        if self.settings.has_budget and not self.settings.has_time_budget:
             check_bytes(self.settings, self.matrices, self.num_bytes(), self.dtype())
         if self.settings.allocator == SEARCH and self.validation is not None:
             check_memory(model, self.validation, self.matrices)

@@ -161,7 +161,9 @@ class TimeBudget:
     def allocate(self, curves: dict[str, Curve]) -> list[PlannedMatrix]:
         """The plan of at most the target's time (see `check`) with the lowest predicted loss."""
         in_order = [curves[matrix.name] for matrix in self.work.matrices]
-        targets = cheapest_targets(in_order, self.options(), self.target_ms - self.fixed_ms)
+        options = self.options()
+        fastest = sum(min(ms for _, ms in own) for own in options)  # `check` lets it be a rounding error above the rest
+        targets = cheapest_targets(in_order, options, max(self.target_ms - self.fixed_ms, fastest))
         return [
             PlannedMatrix(matrix.name, matrix.shape, target, curve.at(target.pattern.sparsity, target.bits))
             for matrix, curve, target in zip(self.work.matrices, in_order, targets, strict=True)

@@ -126,8 +126,7 @@ def write_timings(path: Path, timings: Timings) -> None:
 
 def read_timings(path: Path) -> Timings:
     """Raises InputError for a file that is missing, damaged, or of another format."""
-    if not path.is_file():
-        raise InputError(f"Timings {path} do not exist (looked for {path.absolute()}). Write them with `mspc timings`.")
+    check_there(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format_version"] != FORMAT_VERSION:
@@ -138,6 +137,12 @@ def read_timings(path: Path) -> Timings:
         return _timings_of(values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"Timings {path} cannot be read ({error!r}). Write them with `mspc timings`.") from error
+
+
+def check_there(path: Path) -> None:
+    """Raises InputError for a file that is missing."""
+    if not path.is_file():
+        raise InputError(f"Timings {path} do not exist (looked for {path.absolute()}). Write them with `mspc timings`.")
 
 
 def _timings_of(values: dict[str, Any]) -> Timings:

@@ -19,7 +19,7 @@ from mspc.errors import InputError, MspcError, StorageError, in_brief, is_out_of
 from mspc.progress import Progress, as_progress, log
 from mspc.publish.card import ARTIFACT, Subject, card_of
 from mspc.sizes import in_words
-from mspc.storage.artifact import PAGE, PLAN, RECIPE, ArtifactSource
+from mspc.storage.artifact import PAGE, PLAN, RECIPE, TIMINGS, ArtifactSource
 from mspc.storage.carrying import belongs
 from mspc.storage.files import sha256_of
 from mspc.storage.journal import NAME as JOURNAL
@@ -114,7 +114,7 @@ def _whole(folder: Path, progress: Progress) -> tuple[str, dict[str, Any], list[
     elif is_artifact(folder):
         source = ArtifactSource(folder)
         kind, manifest, digests = ARTIFACT, source.manifest, source.manifest["files"]
-        own = {MANIFEST, PLAN, RECIPE, PAGE, *digests}
+        own = {MANIFEST, PLAN, RECIPE, TIMINGS, PAGE, *digests}
         for row in source.entries:
             if row.file not in digests:
                 raise InputError(f"{folder}: {row.file} has no digest in {MANIFEST}. Compress again.")

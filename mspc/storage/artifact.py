@@ -1,7 +1,7 @@
 """The folder that `compress` writes, and the tensors that can be read back from it.
 
     mspc.json        the manifest, written last: what there is, how it was made, how good it is
-    recipe.toml      what was asked; plan.json what was decided
+    recipe.toml      what was asked; plan.json what was decided; timings.json what a budget in time went by
     config.json ...  all else that belongs to the model (`mspc.storage.carrying`)
     matrices/        the compressed matrices, one file a block (layout: `mspc.formats.layout`)
     unchanged/       all other weights, one file a shard of the source
@@ -27,6 +27,7 @@ from mspc.types import CompressedLinear
 
 PLAN = "plan.json"
 RECIPE = "recipe.toml"
+TIMINGS = "timings.json"
 REPORT = "verification.json"
 """The file in which `verify` says what it found."""
 PAGE = "report.html"

@@ -16,7 +16,18 @@ from typing import Any
 
 from mspc.errors import InputError
 from mspc.progress import log
-from mspc.storage.artifact import EXPORTS, MATRICES, MEASUREMENTS, PAGE, PLAN, RECIPE, REFERENCE, REPORT, UNCHANGED
+from mspc.storage.artifact import (
+    EXPORTS,
+    MATRICES,
+    MEASUREMENTS,
+    PAGE,
+    PLAN,
+    RECIPE,
+    REFERENCE,
+    REPORT,
+    TIMINGS,
+    UNCHANGED,
+)
 from mspc.storage.checkpoint import INDEX
 from mspc.storage.config_json import corrected
 from mspc.storage.dequantized import dense_config
@@ -24,7 +35,7 @@ from mspc.storage.files import write_atomically, write_json
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST
 
-OWN_FILES = [MANIFEST, EXPORT_MANIFEST, JOURNAL, REPORT, REFERENCE, PLAN, RECIPE, PAGE]
+OWN_FILES = [MANIFEST, EXPORT_MANIFEST, JOURNAL, REPORT, REFERENCE, PLAN, RECIPE, TIMINGS, PAGE]
 OWN_FOLDERS = [MATRICES, UNCHANGED, MEASUREMENTS, EXPORTS]
 MARKS = (MANIFEST, EXPORT_MANIFEST, JOURNAL)
 """Files by which a folder is known as an output of mspc."""

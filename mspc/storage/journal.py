@@ -49,6 +49,18 @@ class Journal:
             entries.append(entry)
         return cls(folder, header, entries)
 
+    @staticmethod
+    def header_in(folder: Path) -> dict[str, Any] | None:
+        """The header of the run that is under way in a folder; None without one."""
+        lines = _whole_lines(folder / NAME)
+        return lines[0] if lines else None
+
+    @staticmethod
+    def has_plan(folder: Path) -> bool:
+        """Tell if a folder has a journal with a whole first commit, which is that of the plan."""
+        lines = _whole_lines(folder / NAME)
+        return len(lines) > 1 and _is_whole(folder, lines[1])
+
     @property
     def blocks(self) -> list[dict[str, Any]]:
         """The commits of solved blocks; the first commit of all is that of the plan."""
