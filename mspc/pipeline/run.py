@@ -155,16 +155,9 @@ class Run:
                 self.complete(checkpoint, model, matrices, text, header, plan, journal, spill)
 
     def complete(
-        self,
-        checkpoint: Checkpoint,
-        model: StreamedModel,
-        matrices: MatricesByBlock,
-        text: Drawn,
-        header: dict[str, Any],
-        plan: list[PlannedMatrix],
-        journal: Journal,
-        spill: Path | None,
-    ) -> None:
+        self, checkpoint: Checkpoint, model: StreamedModel, matrices: MatricesByBlock, text: Drawn,
+        header: dict[str, Any], plan: list[PlannedMatrix], journal: Journal, spill: Path | None,
+    ) -> None:  # fmt: skip
         """Make an artifact of the solved blocks."""
         settings, progress, ids = self.settings, self.progress, text.calibration.ids
         if settings.recover:
