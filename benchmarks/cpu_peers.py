@@ -140,6 +140,17 @@ def ratios(took: dict[str, list[float]], base: str) -> dict[str, dict[str, float
             for name, mine in took.items()}  # fmt: skip
 
 
+def described(value: Any) -> Any:
+    """An option for the result, without the folders of this machine."""
+    return (
+        value.name
+        if isinstance(value, Path)
+        else [described(one) for one in value]
+        if isinstance(value, list)
+        else value
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names")
@@ -156,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    load = os.getloadavg()[0]
+    load, python = os.getloadavg()[0], llamacpp.ROOT / ".venv-llamacpp/bin/python"
     with ExitStack() as stack, torch.inference_mode():
         made = real_contenders(given, stack) if given.models else random_contenders(given, stack)
         chosen = [name for name in made if any(fnmatch.fnmatch(name, pattern) for pattern in given.only)]
@@ -177,11 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.out:
         result = {
             "date": datetime.date.today().isoformat(),
-            "versions": versions() | {"llama.cpp": llamacpp.version_in(llamacpp.ROOT / ".venv-llamacpp/bin/python")},
+            "versions": versions() | ({"llama.cpp": llamacpp.version_in(python)} if python.is_file() else {}),
             "device": describe_device(torch.device("cpu")),
             "load_average_before": load,
             "load_average_after": os.getloadavg()[0],
-            "configuration": {key: str(value) for key, value in vars(given).items()} | {"context": CONTEXT},
+            "configuration": {key: described(value) for key, value in vars(given).items()} | {"context": CONTEXT},
             "base": base,
             "rows": [
                 {"name": name, "bytes": num_bytes[name], "seconds": spread(seconds), "samples": seconds,

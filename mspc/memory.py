@@ -15,11 +15,12 @@ FREE_UNKNOWN = 4 * 2**30
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device, or for this process on the CPU. 4 GiB if the system does not say.
 
-    The ranks on a machine share its memory.
+    The ranks on a machine share its memory, while they work together.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return max(0, min([_of_machine(), *_of_cgroups()])) // ranks.place().local_size
+    sharing = ranks.place().local_size if ranks.size() > 1 else 1
+    return max(0, min([_of_machine(), *_of_cgroups()])) // sharing
 
 
 def _of_machine() -> int:

@@ -215,7 +215,7 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
     """
     if not has_goal(asked):
         outer = dict.fromkeys(("head_bits", "embedding_bits"), DEFAULT_OUTER_BITS)
-        defaults = {**defaults, "bits_per_weight": DEFAULT_BITS_PER_WEIGHT, **outer}
+        defaults = {**defaults, "bits_per_weight": DEFAULT_BITS_PER_WEIGHT, **({} if outer.keys() & asked else outer)}
     _check_name("effort", effort := asked.get("effort", defaults["effort"]), EFFORTS)
     values = {**defaults, **EFFORTS[effort], **asked}
     values["rows_if_needed"] = values["group_size"] == "auto"

@@ -227,9 +227,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     count = min(TILES, len(a) * each // LEAST_ROWS["cpu" if a.device.type == "cpu" else "cuda"])
     if a.device.type == "cpu":
         count = max(count, -(-len(a) * each // ROWS))
-    size = -(-len(a) // max(count, 1))
+    size = max(1, -(-len(a) // max(count, 1)))
     starts = [*range(0, len(a), size), len(a)]
-    if len(starts) == 2:
+    if len(starts) <= 2:
         return a @ b
     result = a.new_empty(*a.shape[:-1], b.shape[-1])
 

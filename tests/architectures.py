@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import tiny
 import torch
@@ -30,6 +31,7 @@ from transformers.models.auto import modeling_auto
 
 import mspc
 from mspc.errors import MspcError
+from mspc.kernels.cpu import kernel as cpu
 from mspc.model.open import open_model
 from mspc.passes import perplexity
 from mspc.passes.blocks import batches_of
@@ -265,10 +267,11 @@ def check_artifact(key: str, source: Path, folder: Path, effort: str, calibratio
     check_errors(rows, original, compressed, calibration)
     ids = tiny.ids(2)
     expected = compressed(input_ids=ids, use_cache=False).logits
-    for path in (sparse, artifact.path):
-        loaded = mspc.load(path)
-        close(loaded(input_ids=ids, use_cache=False).logits, expected, 1e-3, f"logits of {path.name}")
-    check_tokens(loaded, compressed, ids[:1, :8])
+    with patch.dict(cpu.FUSED, dict.fromkeys(cpu.FUSED, 0)):  # the C++ kernels round their inputs to 16 bits
+        for path in (sparse, artifact.path):
+            loaded = mspc.load(path)
+            close(loaded(input_ids=ids, use_cache=False).logits, expected, 1e-3, f"logits of {path.name}")
+        check_tokens(loaded, compressed, ids[:1, :8])
     return artifact
 
 

@@ -103,7 +103,7 @@ def test_an_image_gives_the_same_logits_and_its_tower_stays_bit_by_bit(key, comp
             assert type(model) is type(expected)
             for inputs in ({"input_ids": ids, **given}, {"input_ids": tiny.ids(1)}):
                 of_source = expected(**inputs).logits
-                architectures.close(model(**inputs).logits, of_source, 1e-4, "logits")
+                architectures.close(model(**inputs).logits, of_source, 1e-3, "logits")
     before, after, stored = tiny.tensors(source), tiny.tensors(dense), tiny.tensors(sparse)
     towers = [name for name in before if name not in {row["tensor"] for row in rows.values()}]
     assert any("vision" in name or "visual" in name for name in towers)

@@ -5,7 +5,9 @@ at most, which bounds the error of a product exactly; sums in float32 add 2^-20 
 """
 
 import copy
+import os
 import shutil
+import signal
 from itertools import product
 
 import pytest
@@ -160,6 +162,23 @@ def test_bits_do_not_depend_on_the_number_of_threads(matrix, isa):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own():
+    """Those of torch's OpenMP do not outlive a fork, and waiting for them would never end."""
+    matrix = StoredMatrix((723, 1024), DENSE, Grid(4), BF16)
+    repacked, x = kernel.repack(stored(matrix), matrix), inputs(3, 1024)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = kernel.product(x, repacked, matrix)
+        if not (child := os.fork()):
+            signal.alarm(20)
+            os._exit(not torch.equal(kernel.product(x, repacked, matrix), expected))
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_inputs_that_are_not_finite_give_nan_in_their_token_only(isa):

@@ -338,7 +338,7 @@ def test_without_a_goal_what_cannot_be_quantized_stays_and_is_said(llama, calibr
     with caplog.at_level("INFO", "mspc"):
         made = mspc.compress(llama, recipe, out=tmp_path / "out", progress=False)
     said = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith("Head and embeddings are not quantized. ") for line in said)
+    assert any(line.startswith("Head and embeddings stay as they are: ") for line in said)
     assert "outer" not in made.manifest
     with pytest.raises(InputError, match="does not quantize"):
         mspc.compress(llama, replace(recipe, embedding_bits=8), out=tmp_path / "asked", progress=False)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from exporters import formats, verification
-from exporters.runtimes import transformers as transformers_runtime
 from mspc.progress import Silent
 
 pytest.importorskip("gptqmodel")
@@ -71,7 +71,7 @@ def test_gpt2_is_read_by_gptqmodel_and_known_to_fail_in_transformers(artifact_of
     assert runtimes_of(out)["gptqmodel"]["status"] == "verified"
     assert runtimes_of(out)["transformers"]["status"] == "unsupported"
     with pytest.raises(AttributeError, match="weight"):
-        transformers_runtime.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
+        transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
 
 
 def test_mixed_bits_are_read_by_gptqmodel_and_known_to_fail_in_transformers(mixed, tmp_path):
@@ -79,7 +79,7 @@ def test_mixed_bits_are_read_by_gptqmodel_and_known_to_fail_in_transformers(mixe
     assert runtimes_of(out)["gptqmodel"]["status"] == "verified"
     assert runtimes_of(out)["transformers"]["status"] == "unsupported"
     with pytest.raises(RuntimeError, match="size mismatch|mismatch"):
-        transformers_runtime.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
+        transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
     out = mixed.export("compressed-tensors", tmp_path / "ct", progress=False)
     assert runtimes_of(out)["transformers"]["status"] == "verified"
 

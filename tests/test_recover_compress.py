@@ -308,7 +308,8 @@ def test_without_a_goal_and_without_text(folder_of, tmp_path, monkeypatch):
     """The model writes what trains and validates. Cut off and resumed. Oracle: whole logits on the validation text."""
     model, out = folder_of("llama"), tmp_path / "out"
     given = {"sequence_length": tiny.LENGTH, "effort": "fast", "group_size": 32, "sensitivity_sequences": 2}
-    recipe = mspc.Recipe(calibration="self", recover=3, recover_lr=1e-5, num_sequences=8, **given)
+    outer = {"head_bits": 16, "embedding_bits": 16}  # they would be quantized after the recovery
+    recipe = mspc.Recipe(calibration="self", recover=3, recover_lr=1e-5, num_sequences=8, **outer, **given)
     with pytest.raises(mspc.Stopped):
         mspc.compress(model, recipe, out=out, progress=lambda event: event.stage != "Recovering" or event.done < 2)
     texts = sorted((load_file(file)["ids"] for file in (out / OWN_TEXT).iterdir()), key=len)

@@ -16,7 +16,7 @@ from exporters.manifest import ExportManifest
 from exporters.reference import last_logits
 from exporters.runtimes import FLOAT32, HALF, Runner, Unsupported
 from mspc.model.auto_class import auto_class
-from mspc.model.hub import load_config, without_progress
+from mspc.model.hub import without_progress
 from mspc.progress import log
 from mspc.storage.manifest import MatrixEntry
 
@@ -50,7 +50,7 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
         settings |= {"gguf_file": GGUF} | _config_beside(folder)
     with without_progress():  # `verify` shows its own
-        found = auto_class(load_config(folder))
+        found = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model = found.from_pretrained(folder, trust_remote_code=False, **settings).eval()
     return runner_of(model, transformers.__version__, HALF if manifest.format == "gptq" else FLOAT32)
 

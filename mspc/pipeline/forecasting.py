@@ -18,6 +18,7 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.inputs import shared_inputs
 from mspc.pipeline.cost import peak_memory
 from mspc.pipeline.demand import BASE, Demand, demand_of, output_bytes
+from mspc.pipeline.outer import planned_outer
 from mspc.pipeline.rates import GPU_BYTES, Rates, known, table
 from mspc.pipeline.stage_work import stages_of
 from mspc.pipeline.workload import Workload
@@ -183,6 +184,7 @@ def forecast_of(
     model.check_selection(settings.skip, settings.only, (), settings.include)
     matrices = model.matrices(settings.skip, (), settings.only, settings.include)
     settings = choose_group_size(settings, matrices)
+    planned_outer(model, settings, recipe.asked())  # refused here as there
     return forecast_run(
         model, name, matrices, settings, assumed_plan(settings, matrices), place, rates, spill=spill, out=out
     )

@@ -3,7 +3,7 @@
 8 bits are rounded to nearest. A head of 4 bits gets a sweep by the Gram of what it multiplies.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mspc.passes.blocks import Batch, advance, batches_of
 from mspc.passes.head import gram_of_head
 from mspc.passes.walk import install, matrix_of
 from mspc.planning.solver_options import solver_options
-from mspc.progress import Progress, log
+from mspc.progress import Progress
 from mspc.settings import AUTO_GROUP_SIZES, Settings
 from mspc.solvers import SOLVERS, SolverOptions
 from mspc.storage.artifact import MATRICES, read_matrix
@@ -89,37 +89,40 @@ def planned_outer(model: StreamedModel, settings: Settings, asked: Iterable[str]
     """The matrices to quantize, the embeddings first; `asked` are the options that were given.
 
     Raises InputError for a model that has no such matrix, and for two numbers of bits for one matrix. If neither option
-    was given, such a model keeps them as they are, and that is said.
+    was given, such a model keeps them as they are.
     """
     if not settings.quantizes_outer:
         return []
-    options = {EMBEDDINGS: "embedding_bits", HEAD: "head_bits"}
-    given = {role for role, option in options.items() if option in set(asked)}
+    given = {"head_bits", "embedding_bits"} & set(asked)
     try:
-        return _planned_outer(model, settings, given)
-    except InputError as error:
+        return _planned_outer(model, settings, both_given=len(given) == 2)
+    except InputError:
         if given:
             raise
-        log.info(f"Head and embeddings are not quantized. {error}")
         return []
 
 
-def _planned_outer(model: StreamedModel, settings: Settings, given: Collection[str]) -> list[PlannedOuter]:
+def _planned_outer(model: StreamedModel, settings: Settings, both_given: bool) -> list[PlannedOuter]:
     found = outer_matrices(model)
     bits = {EMBEDDINGS: settings.embedding_bits, HEAD: settings.head_bits}
     if found[HEAD] is found[EMBEDDINGS]:
-        wanted = {bits[role] for role in given or bits}
-        if len(wanted) > 1 and given:
+        if both_given and bits[HEAD] != bits[EMBEDDINGS]:
             raise InputError(
                 f"head_bits {bits[HEAD]} and embedding_bits {bits[EMBEDDINGS]} contradict each other: head and "
                 f"embeddings are one matrix, {found[HEAD].matrix.name}. Give one of the two options."
             )
-        bits = {EMBEDDINGS: min(wanted)}
+        bits = {EMBEDDINGS: min(bits.values())}
     return [
         PlannedOuter(found[role], grid_for(settings, found[role], number), dtype_of(model, found[role]))
         for role, number in bits.items()
         if number != UNQUANTIZED_BITS
     ]
+
+
+def outer_notes(settings: Settings, planned: Sequence[PlannedOuter]) -> list[str]:
+    """A note about head and embeddings that nobody asked to quantize, and that mspc cannot."""
+    left = settings.quantizes_outer and not planned
+    return ["Head and embeddings stay as they are: mspc does not quantize those of this model."] if left else []
 
 
 def grid_for(settings: Settings, outer: OuterMatrix, bits: int) -> Grid:

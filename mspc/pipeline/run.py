@@ -25,7 +25,7 @@ from mspc.pipeline.calibration import Calibration, Drawn, draw, with_ids
 from mspc.pipeline.copying import copy_rest
 from mspc.pipeline.cost import compare, evaluation_to_dict, peak_memory, warn_if_guessing
 from mspc.pipeline.in_time import TimeProducts, time_budget_of
-from mspc.pipeline.outer import inputs_of_head, planned_outer, quantize_outer, with_outer
+from mspc.pipeline.outer import inputs_of_head, outer_notes, planned_outer, quantize_outer, with_outer
 from mspc.pipeline.own_text import Author
 from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import recover_all
@@ -133,7 +133,8 @@ class Run:
         check_same(header := self.header(tokens))
         planner = self.planner(checkpoint, tokens, text.validation, matrices, header, measurements)
         planner.check(model)
-        for note in (*dense_notes(model.sorted_blocks(*selection)), *outside_notes(model)):
+        outer = outer_notes(settings, self.outer)
+        for note in (*dense_notes(model.sorted_blocks(*selection)), *outside_notes(model), *outer):
             log.info(note)
         if self.unused:
             log.warning(unused_note(self.unused))

@@ -99,8 +99,22 @@ class Pool {
 std::atomic<Pool *> the_pool{nullptr};
 pthread_once_t at_fork = PTHREAD_ONCE_INIT;
 
+// GOMP_parallel of the OpenMP library that torch uses, if it is known: its threads spin for a while after each operation of
+// torch, and would hold the cores that other threads need. They do not outlive a fork either.
+using Team = void (*)(void (*)(void *), void *, unsigned, unsigned);
+std::atomic<Team> the_team{nullptr};
+
+void watch_forks() {
+  pthread_once(&at_fork, [] {
+    pthread_atfork(nullptr, nullptr, [] {
+      the_pool.store(nullptr);
+      the_team.store(nullptr);
+    });
+  });
+}
+
 Pool &pool() {
-  pthread_once(&at_fork, [] { pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); }); });
+  watch_forks();
   Pool *found = the_pool.load();
   if (found) return *found;
   void *memory = malloc(sizeof(Pool));
@@ -109,6 +123,26 @@ Pool &pool() {
   if (the_pool.compare_exchange_strong(found, fresh)) return *fresh;
   free(memory);
   return *found;
+}
+
+struct Pieces {
+  void (*work)(void *, int64_t);
+  void *context;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+};
+
+void take_pieces(void *of) {
+  Pieces &pieces = *static_cast<Pieces *>(of);
+  for (int64_t piece; (piece = pieces.next.fetch_add(1)) < pieces.count;) pieces.work(pieces.context, piece);
+}
+
+// Call work(context, piece) for every piece, on as many threads.
+void share(int64_t threads, int64_t count, void (*work)(void *, int64_t), void *context) {
+  Team team = the_team.load();
+  if (!team || threads < 2 || count < 2) return pool().run(threads, count, work, context);
+  Pieces pieces{work, context, count};
+  team(take_pieces, &pieces, static_cast<unsigned>(smaller(threads, count)), 0);
 }
 
 const Kernels &kernels_of(int64_t isa) {
@@ -236,12 +270,18 @@ EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int
   Outputs out{y, is_bfloat16};
   int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(*m));
   Job job{*m, kernels, in, out, per_piece};
-  pool().run(threads, ceil_div(num_blocks(*m), per_piece), Job::work, &job);
+  share(threads, ceil_div(num_blocks(*m), per_piece), Job::work, &job);
 }
 
 // The weight of some rows, first of them a whole block: float32 (rows, columns), codes times scales rounded once.
+// Use the threads of an OpenMP library from now on, by its GOMP_parallel.
+EXPORTED void mspc_use_team(void *gomp_parallel) {
+  watch_forks();
+  the_team.store(reinterpret_cast<Team>(gomp_parallel));
+}
+
 EXPORTED void mspc_expand(const mspc_matrix *m, int64_t first_row, int64_t num_rows, float *out, int64_t threads) {
   Expansion job{*m, first_row / kRows, out};
-  pool().run(threads, ceil_div(num_rows, kRows), Expansion::work, &job);
+  share(threads, ceil_div(num_rows, kRows), Expansion::work, &job);
 }
 }

@@ -8,7 +8,9 @@ Without a compiler everything works in plain torch, and one line says so.
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from mspc.kernels.cpu import building
 from mspc.progress import log
 from mspc.storage.files import cache_folder
 
+OPENMP = re.compile(r"lib(gomp|omp|iomp5)\b")
+"""File names of OpenMP libraries that have GOMP_parallel."""
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, the best last. The library knows them by their number here."""
 
@@ -110,7 +114,20 @@ def _opened(path: Path) -> ctypes.CDLL:
     }.items():
         function = getattr(loaded, f"mspc_{name}")
         function.argtypes, function.restype = arguments, None
+    loaded.mspc_use_team.argtypes, loaded.mspc_use_team.restype = [pointer], None
+    if (team := _team_of_torch()) is not None:
+        loaded.mspc_use_team(team)
     return loaded
+
+
+def _team_of_torch() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded, if there is one."""
+    with suppress(OSError):
+        paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+        for path in sorted(path for path in paths if "torch" in path and OPENMP.match(Path(path).name)):
+            with suppress(OSError, AttributeError):
+                return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    return None
 
 
 def _built() -> Path:
