@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from exporters.folder import read_config, write_shards
-from exporters.packed import BLOCKS, GROUP_SIZES, check_packed, grids_of, model_names, outer_notes, packed_tensors
+from exporters.packed import (
+    BLOCKS,
+    GROUP_SIZES,
+    check_names,
+    check_packed,
+    grids_of,
+    model_names,
+    outer_notes,
+    packed_tensors,
+)
 from mspc.errors import InputError
 from mspc.formats.gptq import pack_quantized
 from mspc.progress import Step
@@ -45,6 +54,7 @@ class Options:
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     check_packed(matrices, "compressed-tensors", MULTIPLE)
+    check_names(matrices, "compressed-tensors", folder)
     if config.get("model_type") == "gpt2":
         raise InputError("compressed-tensors packs nn.Linear, and GPT-2's matrices are Conv1D; export gptq or sparse.")
 

@@ -116,6 +116,8 @@ FAMILIES = {
     "gemma3_text": Family("gemma3", SEPARATE | FOUR_NORMS | HEAD_NORMS, _gemma3, _TANH, norm_offset=1),
     "phi3": Family("phi3", FUSED | NORMS, lambda config: {}),
 }  # fmt: skip
+PACKED, WHOLE = "Export dense, gptq or compressed-tensors.", "Export dense or sparse."
+"""Remedies; the second is for a model whose language model is a part of it."""
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, Any]:
@@ -125,7 +127,8 @@ def family_of(config: dict[str, Any]) -> tuple[Family, Any]:
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise _refused("model_type", kind, ", ".join([*FAMILIES][:-1]) + f" or {[*FAMILIES][-1]}")
+        accepted = ", ".join([*FAMILIES][:-1]) + f" or {[*FAMILIES][-1]}"
+        raise _refused("model_type", kind, accepted, remedy=WHOLE if "text_config" in config else PACKED)
     found = with_defaults(config)
     family = FAMILIES[kind]
     activation = getattr(found, "hidden_activation", None) or getattr(found, "hidden_act", None)
@@ -142,11 +145,11 @@ def family_of(config: dict[str, Any]) -> tuple[Family, Any]:
     return family, found
 
 
-def _refused(key: str, value: object, accepted: str, kind: object = None) -> InputError:
+def _refused(key: str, value: object, accepted: str, kind: object = None, remedy: str = PACKED) -> InputError:
     of = f"{kind} models" if kind else "models"
     return InputError(
         f"gguf takes {of} whose {key} is {accepted}, not {value!r}; readers of the file would not compute this model. "
-        "Export dense, gptq or compressed-tensors."
+        f"{remedy}"
     )
 
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from exporters.folder import read_config, write_shards
-from exporters.packed import block_prefix, check_packed, commonest, grids_of, model_names, outer_notes, packed_tensors
+from exporters.packed import (
+    block_prefix,
+    check_names,
+    check_packed,
+    commonest,
+    grids_of,
+    model_names,
+    outer_notes,
+    packed_tensors,
+)
 from mspc.errors import InputError
 from mspc.formats.gptq import V1, V2, pack_gptq
 from mspc.progress import Step
@@ -35,6 +44,7 @@ class Options:
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
     check_packed(matrices, "gptq", 32)
+    check_names(matrices, "gptq", folder)
     if len({matrix.target.grid.symmetric for matrix in matrices if matrix.target.grid and not matrix.role}) > 1:
         raise InputError("gptq cannot mix symmetric and asymmetric matrices; use one kind in the plan.")
 

@@ -135,6 +135,8 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     config = read_config(artifact)
     write_json(out / "config.json", with_dtype(config, FLOAT16 if options.weights == FLOAT16 else FLOAT32))
     text = text_config(config)
+    if "text_config" in config:
+        log.warning("The graph holds the language model alone, without the parts for images, sound or video.")
     if LONGROPE in rope_types(config):
         log.warning(
             "The model changes its rotary embedding (longrope) beyond its original context. The cache of a text that "

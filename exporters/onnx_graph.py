@@ -65,14 +65,20 @@ def takes_positions(model: nn.Module) -> bool:
 def decoder_graph(model: nn.Module, entries: Iterable[MatrixEntry], opset: int) -> ir.Model:
     """The graph of a loaded model. Its compressed linear layers are replaced, so the model is of no use afterwards.
 
-    Raises MspcError, naming the operator, when the model has no ONNX form.
+    Raises MspcError, naming the operator, when the model has no ONNX form, and for states other than keys and values.
     """
     for entry in entries:
         linear: Any = model.get_submodule(entry.name)
         weight = linear.weight if entry.address.transposed else linear.weight.T
         model.set_submodule(entry.name, MatMul(weight.contiguous(), linear.bias), strict=True)
     with torch.no_grad():
-        layers = model(input_ids=torch.zeros(2, 5, dtype=torch.long), use_cache=True).past_key_values.layers
+        found = model(input_ids=torch.zeros(2, 5, dtype=torch.long), use_cache=True)
+    layers = getattr(getattr(found, "past_key_values", None), "layers", [])
+    if not layers or not all(hasattr(layer, "keys") for layer in layers):
+        raise MspcError(
+            f"{type(model).__name__} keeps other states between tokens than keys and values alone, and the graph has "
+            "no place for them. Export dense or sparse instead."
+        )
     graph = traced(Decoder(model).eval(), [(layer.keys, layer.values) for layer in layers], opset)
     for name, value in list(graph.graph.initializers.items()):
         if name.startswith("model."):

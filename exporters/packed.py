@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.settings import ROW
 from mspc.storage.artifact import ArtifactSource
-from mspc.storage.manifest import MatrixEntry
+from mspc.storage.dequantized import open_checkpoint
+from mspc.storage.manifest import MatrixEntry, is_artifact
 from mspc.types import Codes, Grid, PlannedMatrix
 
 GROUP_SIZES = (32, 64, 128, None)
@@ -44,6 +46,23 @@ def check_packed(
             raise InputError(
                 f"{matrix.name}: the kernels that read {format_name} need in and out features divisible by "
                 f"{multiple_of}, not {num_in} and {num_out}; leave it out with --skip."
+            )
+
+
+def check_names(matrices: Sequence[PlannedMatrix], format_name: str, folder: Path) -> None:
+    """Raises InputError, naming the matrix, for one whose tensor in the source has another name than in the model.
+
+    Loaders look for packed parts under the names of the model's layers, and transformers renames no packed tensor.
+    """
+    source = ArtifactSource(folder) if is_artifact(folder) else open_checkpoint(folder)
+    keys = set(source.keys())
+    for matrix in matrices:
+        parts = matrix.name.split(".")
+        known = {f"{'.'.join(parts[first:])}{end}" for first in range(len(parts)) for end in (".weight", "")}
+        if matrix.role in BLOCKS and not known & keys:
+            raise InputError(
+                f"{matrix.name}: the checkpoint has another name for this matrix than the model, so that no loader of "
+                f"{format_name} would find its codes; export dense or sparse."
             )
 
 

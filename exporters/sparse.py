@@ -27,7 +27,7 @@ from mspc.types import PlannedMatrix
 README, README_NEXT_TO_ANOTHER = "README.md", "README.sparse.md"
 """The second is written if the model has a README of its own."""
 CLASS = "AutoModelForCausalLM"
-"""The auto class in the text, which is that of a model that sees or hears where it is one."""
+"""The auto class in the text, in whose place `readme_of` puts another one."""
 README_TEXT = """# A sparse checkpoint of mspc
 
 Its compressed matrices are stored by their kept weights, in a format that transformers does not know by itself:
@@ -48,10 +48,16 @@ import mspc
 model = mspc.load("path/to/this/folder")
 ```
 
-vLLM serves it without more if mspc is installed in its environment: `vllm serve path/to/this/folder`.
+vLLM serves it if mspc is installed in its environment: `vllm serve path/to/this/folder`. Of models with experts, and
+of Gemma with quantized embeddings, it needs `--load-format mspc` as well; experts are then dense in memory.
 
 `mspc verify path/to/this/folder` proves that the files are whole. `mspc_export.json` says what every matrix is.
 """
+
+
+def readme_of(class_name: str) -> str:
+    """The text for a model that this auto class of transformers loads."""
+    return README_TEXT.replace(CLASS, class_name)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     carry(artifact.folder, out)
     quantization = quantization_config(artifact.entries)
     write_json(out / "config.json", read_config(artifact) | {"quantization_config": quantization})
-    text = README_TEXT.replace(CLASS, auto_class(load_config(artifact.folder)).__name__)
+    text = readme_of(auto_class(load_config(artifact.folder)).__name__)
     write_text(out / (README_NEXT_TO_ANOTHER if (out / README).is_file() else README), text)
 
     def tensors_of(key: str) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import architectures
 import pytest
 import tiny
 import torch
+import transformers
 from families import UNMEASURED
 from tiny_configs import IMAGE_ID
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -68,6 +69,7 @@ def compressed(tmp_path_factory):
     return get
 
 
+FOUR_BITS = {"effort": "fast", "bits": 4, "group_size": 32}
 IMAGES = {
     "llava": {"pixel_values": (1, 3, 28, 28)},
     "mistral3": {"pixel_values": (1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])},
@@ -111,11 +113,38 @@ def test_an_image_gives_the_same_logits_and_its_tower_stays_bit_by_bit(key, comp
 
 
 def test_formats_of_language_models_are_refused_early(compressed, tmp_path):
-    _, artifact = compressed("llava")
+    source, artifact = compressed("llava")
     for name in ("gptq", "compressed-tensors", "onnx", "gguf"):
-        with pytest.raises(InputError, match=rf"sees or hears, and {name} would hold its language model alone"):
+        refused = rf"sees or hears, and {name} would hold its language model alone; export dense or sparse"
+        with pytest.raises(InputError, match=refused):
             artifact.export(name, tmp_path / name, progress=False)
-    assert "import AutoModelForMultimodalLM" in (artifact.path / "exports/sparse/README.md").read_text()
+        with pytest.raises(InputError, match=refused):
+            tiny.compress(source, tmp_path / "out", tmp_path / "none.txt", **FOUR_BITS, exports=[name])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_texts_name_the_class_that_loads_the_model(kind, compressed):
+    """Oracle: transformers loads the folder by the one class that a text names."""
+    _, artifact = compressed("llava")
+    folder = artifact.path / "exports" / kind
+    pushed = mspc.push(folder, "me/small", dry_run=True, progress=False)
+    own = [(folder / "README.md").read_text()] if kind == "sparse" else []
+    for text in (pushed.card, *own):
+        (named,) = set(re.findall(r"AutoModel\w+", text))
+        assert f"from transformers import {named}" in text
+        assert f"model = {named}.from_pretrained(" in text
+        assert type(getattr(transformers, named).from_pretrained(folder)) is transformers.LlavaForConditionalGeneration
+    assert "README.base.md" not in pushed.files  # the text of an export is no card of the base model
+
+
+@pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
+def test_packed_formats_refuse_matrices_with_other_names_in_the_checkpoint(name, tmp_path):
+    """Oracle: the keys of the file. Loaders would look for `model.language_model.layers.0.self_attn.q_proj.qweight`."""
+    source, _ = architectures.built("gemma3", tmp_path)
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" not in tiny.tensors(source)
+    with pytest.raises(InputError, match=rf"q_proj: the checkpoint has another name .* loader of {name} would find"):
+        tiny.compress(source, tmp_path / "out", tmp_path / "none.txt", **FOUR_BITS, exports=[name])
 
 
 def num_image_tokens(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> int:

@@ -306,6 +306,7 @@ def gemma(family: str, **changes: object) -> dict[str, object]:
     [
         ({"model_type": "gpt2"}, "gemma3_text or phi3, not 'gpt2'; .* Export dense"),
         ({"model_type": "gemma3"}, "whose model_type is llama, mistral, .*, not 'gemma3'"),
+        ({"model_type": "gemma3", "text_config": {}}, "not 'gemma3'; .* Export dense or sparse"),
         ({"model_type": "mixtral"}, "not 'mixtral'"),
         ({"model_type": None}, "not None"),
         ({"hidden_act": "gelu"}, "llama models whose hidden_act is silu, not 'gelu'"),

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import NEEDED
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import few
+from tiny_configs import tiny_config
+from transformers import AutoModelForCausalLM
 
 from exporters.genai import genai_config
 from exporters.reading import little_endian_fields, reader_of
-from mspc.errors import InputError
+from mspc.errors import InputError, MspcError
 from mspc.formats.onnx import block_size, pack_dequantize_linear, pack_matmul_nbits
 from mspc.model.special_ids import SpecialIds
 from mspc.storage.manifest import MatrixEntry
@@ -22,6 +25,7 @@ onnx = pytest.importorskip("onnx")
 pytestmark = pytest.mark.filterwarnings("ignore")  # onnx's own
 
 from exporters import onnx as exporter  # noqa: E402
+from exporters.onnx_graph import decoder_graph  # noqa: E402
 
 MATRIX = Matrix("model.layers.0.mlp.up_proj.weight", (8, 64))
 
@@ -167,3 +171,11 @@ def test_a_data_file_cut_short_is_an_error(tmp_path):
     (tmp_path / "model.onnx.data").write_bytes(b"abcd")
     with pytest.raises(ValueError, match="reshape"):
         reader_of("onnx", with_weights_in("model.onnx.data", tmp_path))(entry())
+
+
+@pytest.mark.parametrize("key", ["mamba2", "qwen3_next"])
+def test_states_other_than_keys_and_values_are_refused_by_name(key):
+    """Oracle: the cache of transformers, which has other states for these models."""
+    model = AutoModelForCausalLM.from_config(tiny_config(key, NEEDED.get(key, {})))
+    with pytest.raises(MspcError, match=f"{type(model).__name__} keeps other states .* Export dense or sparse"):
+        decoder_graph(model, [], 18)

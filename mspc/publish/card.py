@@ -24,10 +24,10 @@ LIBRARIES = {ARTIFACT: "mspc", "sparse": "mspc", "dense": "transformers", "gptq"
 """The `library_name` of each kind; the hub has none for the others."""
 LICENCES = ("license", "license_name", "license_link", "language")
 """Fields of the base model's card that hold for what is made of it."""
-TRANSFORMERS = """{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+TRANSFORMERS = """{first}from transformers import {class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = AutoModelForCausalLM.from_pretrained("{repo}")
+model = {class}.from_pretrained("{repo}")
 """
 MSPC = """import mspc
 from transformers import AutoTokenizer
@@ -73,12 +73,14 @@ class Subject:
     """Metadata of the base model's own card."""
     weight_bytes: int
     """Bytes of the files of weights that are uploaded."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The class of transformers that loads the folder."""
 
 
 def card_of(subject: Subject, repo: str) -> str:
     """The card as a README.md for the hub: Markdown after a block of YAML."""
     parts = [f"# {escaped(repo.rpartition('/')[2])}", _lead(subject)]
-    parts += [_results(subject), _method(subject), _loading(subject.kind, repo)]
+    parts += [_results(subject), _method(subject), _loading(subject, repo)]
     return f"---\n{_metadata(subject)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -193,11 +195,12 @@ def _kinds(matrices: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
         yield pattern, bits, f"{zeros:.1%}", str(len(rows)), f"{size / sum(size_of.values()):.1%}"
 
 
-def _loading(kind: str, repo: str) -> str:
+def _loading(subject: Subject, repo: str) -> str:
     first = "import mspc.hf  # before the model is loaded\n"
     parts = []
-    for language, introduction, code in HOW[kind]:
-        text = code.replace("{first}{first}", first).replace("{first}", "").replace("{repo}", repo)
+    for language, introduction, code in HOW[subject.kind]:
+        text = code.replace("{first}{first}", first).replace("{first}", "")
+        text = text.replace("{class}", subject.auto_class).replace("{repo}", repo)
         parts.append(f"{introduction}\n\n```{language}\n{text}```")
     return "## How to load it\n\n" + "\n\n".join(parts)
 

@@ -14,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from exporters.manifest import read_export_manifest
-from exporters.sparse import README_TEXT
+from exporters.sparse import CLASS, readme_of
 from mspc.errors import InputError, MspcError, StorageError, in_brief, is_out_of_memory
+from mspc.model.auto_class import auto_class
+from mspc.model.hub import load_config
 from mspc.progress import Progress, as_progress, log
 from mspc.publish.card import ARTIFACT, Subject, card_of
 from mspc.sizes import in_words
@@ -26,6 +28,8 @@ from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.manifest import EXPORT_MANIFEST, MANIFEST, is_artifact
 
 README, README_OF_BASE = "README.md", "README.base.md"
+WHOLE_MODELS = ("sparse", "dense")
+"""Formats that can hold a model that sees or hears."""
 TAG = "mspc"
 """The tag of cards about models that mspc compressed."""
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".data")
@@ -153,9 +157,9 @@ def _card(
     files: dict[str, Path], kind: str, manifest: Mapping[str, Any], repo: str, base_model: str | None
 ) -> tuple[str, bool]:
     """The card, and whether the folder had it. The card of the base model gets another name among `files`."""
-    there = files.pop(README, None)
+    there, loads = files.pop(README, None), _auto_class(kind, files)
     base_card: Mapping[str, Any] = {}
-    if there is not None and (text := there.read_text(encoding="utf-8", errors="replace")) != README_TEXT:
+    if there is not None and (text := there.read_text(encoding="utf-8", errors="replace")) != readme_of(loads):
         base_card = _metadata_of(there)
         if isinstance(tags := base_card.get("tags"), list) and TAG in tags:
             log.info(f"{there} is kept as the card, as its metadata has the tag {TAG}.")
@@ -173,7 +177,13 @@ def _card(
     if not manifest.get("evaluation"):
         log.warning("The card has no perplexity: it was not measured, or an older mspc made this export.")
     heavy = sum(path.stat().st_size for file, path in files.items() if file.endswith(WEIGHTS))
-    return card_of(Subject(kind, manifest, base, base_card, heavy), repo), False
+    return card_of(Subject(kind, manifest, base, base_card, heavy, loads), repo), False
+
+
+def _auto_class(kind: str, files: Mapping[str, Path]) -> str:
+    """The class of transformers that loads a folder. Other formats hold language models alone."""
+    config = files.get("config.json")
+    return CLASS if config is None or kind not in WHOLE_MODELS else auto_class(load_config(config.parent)).__name__
 
 
 def _metadata_of(card: Path) -> Mapping[str, Any]:
