@@ -1,6 +1,5 @@
 """Steps of decoding for cpu_peers.py: mspc's decoder with random weights, or with those of an artifact."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 
 from mspc.bench.decoder import Block, Cache, Decoder, Operations, OuterLayers, Shape
 from mspc.bench.formats import Source, describe, parse_format, random_stored
-from mspc.bench.models import EPS, SEED, THETA, model_decoder, shape_of, tune
+from mspc.bench.models import EPS, SEED, copy_of, model_decoder, rotations, shape_of, tune
+from mspc.formats.description import StoredMatrix
 from mspc.kernels.cpu import memory
-from mspc.runtime.joined import ConcatenatedLinear, DenseLinear
+from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear
 from mspc.storage.manifest import read_manifest
 from mspc.types import Grid, Target, Unstructured
@@ -42,23 +42,21 @@ def random_step(shape: Shape, formats: Formats, head_bits: int, context: int) ->
     blocks: list[Block] = []
     for number in range(shape.blocks):
         if isinstance(formats, str) and blocks:
-            blocks.append(copy.deepcopy(blocks[0], {id(b): memory.copied(b) for b in blocks[0].buffers()}))
+            blocks.append(copy_of(blocks[0]))
             continue
         targets = _targets(formats if isinstance(formats, str) else formats[number])
-        linears = {
-            layer: _linear(size, layer, targets, shape, source, dtype) for layer, size in shape.linears().items()
-        }
+        linears = {layer: _linear(layer, targets, shape, source, dtype) for layer in PARTS}
         ones = torch.ones(shape.hidden, dtype=dtype)
         blocks.append(Block(linears, (ones, ones.clone()), None))
     decoder = Decoder(shape, outer, blocks, Operations())
-    return _step(decoder, context), sum(decoder.weight_bytes().values())
+    return step_of(decoder, context), sum(decoder.weight_bytes().values())
 
 
 def model_step(folder: Path, context: int) -> tuple[Callable[[], Tensor], int]:
     """The same for an artifact or sparse export."""
     shape_of(folder)
     decoder = model_decoder(folder, context + 1, torch.device("cpu"), Operations())
-    return _step(decoder, context), sum(decoder.weight_bytes().values())
+    return step_of(decoder, context), sum(decoder.weight_bytes().values())
 
 
 def mixture_of(artifact: Path, num_blocks: int) -> list[dict[str, Target]]:
@@ -91,37 +89,28 @@ def _targets(formats: str | dict[str, Target]) -> Callable[[str], Target | None]
 
 
 def _linear(
-    size: tuple[int, int], layer: str, targets: Callable[[str], Target | None], shape: Shape, source: Source,
-    dtype: torch.dtype,
-) -> nn.Module:  # fmt: skip
-    """The matrices of one input. Those of the same target without a mask are one product, as in a loaded model."""
-    parts = PARTS[layer]
-    wanted = [targets(part) for part in parts]
-    if wanted[0] is None:
+    layer: str, targets: Callable[[str], Target | None], shape: Shape, source: Source, dtype: torch.dtype
+) -> nn.Module:
+    """The matrices of one input."""
+    size = shape.linears()[layer]
+    wanted = {part: targets(part) for part in PARTS[layer]}
+    if None in wanted.values():
         return DenseLinear(memory.copied(source.normal(size, size[1] ** -0.5, dtype)))
-    if len(set(map(str, wanted))) == 1 and not describe(size, wanted[0], layer).has_mask:
-        return _sparse(size, wanted[0], layer, source, dtype)
-    rows = _rows(layer, shape)
-    made = [_sparse((count, size[1]), target, part, source, dtype)
-            for count, target, part in zip(rows, wanted, parts, strict=True)]  # fmt: skip
-    return made[0] if len(made) == 1 else ConcatenatedLinear(made)
-
-
-def _rows(layer: str, shape: Shape) -> Sequence[int]:
     keys = shape.kv_heads * shape.head_dim
-    return {
-        "qkv": (shape.heads * shape.head_dim, keys, keys),
-        "out": (shape.hidden,),
-        "gate_up": (shape.intermediate, shape.intermediate),
-        "down": (shape.hidden,),
-    }[layer]
+    rows = {"qkv": (size[0] - 2 * keys, keys, keys), "gate_up": (size[0] // 2, size[0] // 2)}.get(layer, size[:1])
+    matrices = [
+        describe((count, size[1]), target, part)
+        for count, (part, target) in zip(rows, wanted.items(), strict=True)
+        if target is not None
+    ]
+    return random_layer(matrices, source, dtype)
 
 
-def _sparse(size: tuple[int, int], target: Target, what: str, source: Source, dtype: torch.dtype) -> SparseLinear:
-    matrix = describe(size, target, what)
-    layer = SparseLinear.of(random_stored(matrix, source), matrix)
-    tune(layer, dtype)
-    return layer
+def random_layer(matrices: Sequence[StoredMatrix], source: Source, dtype: torch.dtype) -> nn.Module:
+    """A layer with random matrices that read one input, joined as those of a loaded model."""
+    made = joined([SparseLinear.of(random_stored(matrix, source), matrix) for matrix in matrices])
+    tune(made, dtype)
+    return made
 
 
 def _outer(
@@ -130,18 +119,17 @@ def _outer(
     # One row stands for all, because a step reads one.
     embedding = source.normal((1, shape.hidden), 1.0, dtype).expand(shape.vocabulary, -1)
     if by_torch:
-        head: Tensor | SparseLinear = memory.copied(source.normal(tuple(embedding.shape), 1.0, dtype))
+        head: Any = memory.copied(source.normal(tuple(embedding.shape), 1.0, dtype))
     else:
         grid = None if head_bits == 16 else Grid(head_bits, GROUP_SIZE)
         target = Target(Unstructured(0.0), grid)
-        head = _sparse((shape.vocabulary, shape.hidden), target, "head", source, dtype)
-    frequencies = THETA ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
-    angles = (torch.arange(context + 1)[:, None] * frequencies).repeat(1, 2)
+        head = random_layer([describe((shape.vocabulary, shape.hidden), target, "head")], source, dtype)
     ones = torch.ones(shape.hidden, dtype=dtype)
-    return OuterLayers(embedding, ones, head, angles.cos().to(dtype), angles.sin().to(dtype), EPS)
+    return OuterLayers(embedding, ones, head, *rotations(shape, context + 1, dtype, source.device), EPS)
 
 
-def _step(decoder: Decoder, context: int) -> Callable[[], Tensor]:
+def step_of(decoder: Decoder, context: int) -> Callable[[], Tensor]:
+    """One more token after `context` others, each the input of the next."""
     cache = Cache(decoder.shape, 1, context + 1, decoder.outer.norm)
     ids = torch.zeros(1, 1, dtype=torch.long)
     return lambda: ids.copy_(decoder(ids, cache, context).argmax(-1, keepdim=True))

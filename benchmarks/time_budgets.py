@@ -10,7 +10,6 @@ another model, from its block at the same depth, for shapes that have no weights
 """
 
 import argparse
-import copy
 import datetime
 import json
 import os
@@ -22,14 +21,14 @@ from statistics import quantiles
 from typing import Any
 
 import torch
+from cpu_decoders import PARTS, random_layer, step_of
 from torch import nn
 
-from mspc.bench.decoder import Block, Cache, Decoder, Operations, Shape
-from mspc.bench.formats import Source, random_stored
-from mspc.bench.models import SEED, random_outer
+from mspc.bench.decoder import Block, Decoder, Operations
+from mspc.bench.formats import Source
+from mspc.bench.models import SEED, copy_of, random_outer, shape_with
 from mspc.bench.timing import versions
 from mspc.formats.description import StoredMatrix
-from mspc.kernels.cpu import memory
 from mspc.model.outline import outlined
 from mspc.pipeline.in_time import token_work
 from mspc.planning.allocation import allocate_bytes, choose_group_size
@@ -37,8 +36,6 @@ from mspc.planning.curve import Curve, read_curves
 from mspc.planning.time_budget import TimeBudget
 from mspc.planning.timings import CONTEXT, read_timings
 from mspc.recipe import Recipe
-from mspc.runtime.joined import joined
-from mspc.runtime.linear import SparseLinear, prepare
 from mspc.types import NM, Grid, MatricesByBlock, PlannedMatrix, Target, Unstructured, flatten
 
 BITS_PER_WEIGHT = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 5.0, 6.0, 8.0)
@@ -146,19 +143,14 @@ def measure(plans: dict[str, list[PlannedMatrix]], budget: TimeBudget, rows: lis
 
 @torch.no_grad()
 def seconds_of(plan: list[PlannedMatrix], budget: TimeBudget, clock: Any) -> list[float]:
-    sizes = budget.work.sizes
-    shape = Shape(
-        "timed", sizes.hidden, sizes.intermediate, sizes.blocks, sizes.heads, sizes.kv_heads, sizes.head_dim,
-        sizes.vocabulary, tied=True,
-    )  # fmt: skip
+    shape = shape_with("timed", budget.work.sizes, tied=True)
     outer = random_outer(shape, CONTEXT + 1, torch.device("cpu"))
-    ones = torch.ones(sizes.hidden)
+    ones = torch.ones(shape.hidden)
     blocks = [Block(linears, (ones, ones.clone()), None) for linears in linears_of(plan, budget)]
-    decoder, cache = Decoder(shape, outer, blocks, Operations()), Cache(shape, 1, CONTEXT + 1, outer.norm)
-    ids, found = torch.zeros(1, 1, dtype=torch.int64), []
+    step, found = step_of(Decoder(shape, outer, blocks, Operations()), CONTEXT), []
     for _ in range(STEPS + 1):
         begin = clock()
-        ids.copy_(decoder(ids, cache, CONTEXT).argmax(-1, keepdim=True))
+        step()
         found.append(clock() - begin)
     return found[1:]
 
@@ -168,22 +160,19 @@ def linears_of(plan: list[PlannedMatrix], budget: TimeBudget) -> Iterator[dict[s
     source, made = Source.seeded(SEED, torch.device("cpu")), dict[str, nn.Module]()
     blocks: dict[int, dict[str, PlannedMatrix]] = {}
     for one in plan:
-        blocks.setdefault(int(one.name.split(".")[2]), {})[one.name.rpartition(".")[2]] = one
-    parts = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
-             "down": ("down_proj",)}  # fmt: skip
+        number, part = one.name.split(".", 3)[2:]
+        blocks.setdefault(int(number), {})[part] = one
 
-    def layer(of_role: list[PlannedMatrix]) -> nn.Module:
+    def layer(of_input: list[PlannedMatrix]) -> nn.Module:
         """A copy of the layers in these targets, in memory of its own."""
-        key = "".join(f"{one.shape}{one.target}" for one in of_role)
+        key = "".join(f"{one.shape}{one.target}" for one in of_input)
         if key not in made:
-            described = [StoredMatrix(o.shape, o.target.pattern, o.target.grid, budget.work.dtype) for o in of_role]
-            made[key] = joined([SparseLinear.of(random_stored(matrix, source), matrix) for matrix in described])
-            prepare(made[key], torch.float32, on_cpu=True)
-        first = made[key]
-        return copy.deepcopy(first, {id(buffer): memory.copied(buffer) for buffer in first.buffers()})
+            described = [StoredMatrix(o.shape, o.target.pattern, o.target.grid, budget.work.dtype) for o in of_input]
+            made[key] = random_layer(described, source, torch.float32)
+        return copy_of(made[key])
 
     for of_block in blocks.values():
-        yield {name: layer([of_block[role] for role in roles]) for name, roles in parts.items()}
+        yield {name: layer([of_block[part] for part in parts]) for name, parts in PARTS.items()}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

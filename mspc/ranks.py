@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,34 +127,30 @@ def is_first() -> bool:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def _set(variable: ContextVar[bool], value: bool) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def alone() -> AbstractContextManager[None]:
     """Inside, nothing is shared: this rank does all that it is asked."""
-    token = _alone.set(True)
-    try:
-        yield
-    finally:
-        _alone.reset(token)
+    return _set(_alone, True)
 
 
-@contextmanager
-def together() -> Iterator[None]:
+def together() -> AbstractContextManager[None]:
     """Inside, all ranks do the same work in the same order, so that they may share the rows of a product."""
-    token = _together.set(True)
-    try:
-        yield
-    finally:
-        _together.reset(token)
+    return _set(_together, True)
 
 
 def apart(function: Callable[[S], T]) -> Callable[[S], T]:
     """The function outside of `together`, for work whose order is not known."""
 
     def called(argument: S) -> T:
-        token = _together.set(False)
-        try:
+        with _set(_together, False):
             return function(argument)
-        finally:
-            _together.reset(token)
 
     return called if _together.get() else function
 

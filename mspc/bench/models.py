@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from mspc.kernels.cpu import library, memory
 from mspc.model.hub import load_config, longest_sequence
 from mspc.model.open import check_folder, choose_dtype, open_model, open_source
 from mspc.model.vocabulary import check_tokenizer_of
-from mspc.planning.token_work import LIKE_LLAMA
+from mspc.planning.token_work import LIKE_LLAMA, Sizes, sizes_of
 from mspc.progress import log
 from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.hf_quantizer import check_files
@@ -42,6 +42,7 @@ FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Types of rotary embedding that do not depend on the length of the text."""
 EPS, THETA = 1e-5, 500_000.0
 SEED = 0
+Layers = TypeVar("Layers", bound=nn.Module)
 
 
 def engine_of(decoder: Decoder) -> str:
@@ -112,10 +113,15 @@ def random_outer(shape: Shape, length: int, device: torch.device) -> OuterLayers
     size = (shape.vocabulary, shape.hidden)
     embedding = _in_huge_pages(source.normal(size, 1.0, dtype))
     head = embedding if shape.tied else _in_huge_pages(source.normal(size, 1.0, dtype))
+    ones = torch.ones(shape.hidden, dtype=dtype, device=device)
+    return OuterLayers(embedding, ones, head, *rotations(shape, length, dtype, device), EPS)
+
+
+def rotations(shape: Shape, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, D) of the positions of a model with random weights."""
     frequencies = THETA ** (-torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
     angles = (torch.arange(length, device=device)[:, None] * frequencies).repeat(1, 2)
-    ones = torch.ones(shape.hidden, dtype=dtype, device=device)
-    return OuterLayers(embedding, ones, head, angles.cos().to(dtype), angles.sin().to(dtype), EPS)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def random_decoder(
@@ -134,12 +140,12 @@ def random_decoder(
     }
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     first = Block(layers, (ones, ones.clone()), None)
-    return Decoder(shape, outer, [first, *(_copy_of(first) for _ in range(shape.blocks - 1))], operations)
+    return Decoder(shape, outer, [first, *(copy_of(first) for _ in range(shape.blocks - 1))], operations)
 
 
-def _copy_of(block: Block) -> Block:
+def copy_of(layers: Layers) -> Layers:
     """A copy at other addresses."""
-    return copy.deepcopy(block, {id(buffer): _in_huge_pages(buffer.clone()) for buffer in block.buffers()})
+    return copy.deepcopy(layers, {id(buffer): _in_huge_pages(buffer.clone()) for buffer in layers.buffers()})
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
@@ -190,15 +196,17 @@ def shape_of(folder: Path) -> tuple[Shape, int | None]:
             f"{folder}: its rotary embedding {rotation!r} changes with the length of the text, but the bench runs "
             f"{', '.join(FIXED_ROTATIONS)}. Load the model with mspc.load and time that, or choose another one."
         )
-    heads = config.num_attention_heads
-    shape = Shape(
-        folder.resolve().name, config.hidden_size, config.intermediate_size, config.num_hidden_layers, heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        config.vocab_size, bool(config.tie_word_embeddings),
-    )  # fmt: skip
+    shape = shape_with(folder.resolve().name, sizes_of(config), bool(config.tie_word_embeddings))
     limits = [n for n in (longest_sequence(config), getattr(config, "sliding_window", None)) if n is not None]
     return shape, min(limits, default=None)
+
+
+def shape_with(name: str, sizes: Sizes, tied: bool) -> Shape:
+    """The sizes of a model as the decoder takes them."""
+    return Shape(
+        name, sizes.hidden, sizes.intermediate, sizes.blocks, sizes.heads, sizes.kv_heads, sizes.head_dim,
+        sizes.vocabulary, tied,
+    )  # fmt: skip
 
 
 def check_model(folder: Path) -> None:
