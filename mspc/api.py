@@ -24,6 +24,7 @@ from mspc.pipeline.run import Run
 from mspc.pipeline.sharing import held_by_first
 from mspc.pipeline.summary import summary, to_html
 from mspc.progress import Event, Progress, as_progress, log
+from mspc.ranks import check as check_ranks
 from mspc.recipe import Recipe
 from mspc.runtime.generation import Generation, check_options, request
 from mspc.runtime.linear import SparseLinear
@@ -162,6 +163,7 @@ def forecast(
     threads: int | None = None,
     spill: str | Path | None = None,
     calibrated: bool = False,
+    ranks: int = 1,
 ) -> Forecast:
     """Seconds, memory and disk of `compress` with the same options, by config.json alone; no weight is read.
 
@@ -170,8 +172,9 @@ def forecast(
         recipe: What to make of it. Its device does not count.
         out: Folder whose free space is compared; None: the disk is not checked.
         device: here, cpu or cuda:1 (devices of this machine, whose free memory is compared), h200 or a100 (tables).
-        threads: Threads of the CPU; None: OMP_NUM_THREADS, or the cores that the process may use.
+        threads: Threads of the CPU for each rank; None: OMP_NUM_THREADS, or the cores that the process may use.
         spill: Folder for activations, as for `compress`.
+        ranks: Processes that share the run; of more than 8 GPUs, 8 are on a machine.
         calibrated: Measure the device first, in some seconds. The rates are kept in the cache folder.
 
     Raises InputError for what `compress` would refuse by the shapes; `problems` of the result has what does not fit.
@@ -181,12 +184,15 @@ def forecast(
         raise InputError(f"model must be a folder, a .gguf file or a hub id, not a {type(model).__name__}.")
     if calibrated and device in GPU_BYTES:
         raise InputError(f"Device {device} is a table, and only a device of this machine can be measured.")
+    check_ranks(ranks)
     number = count_threads(threads)
+    if threads is None and device not in GPU_BYTES:
+        number = max(1, number // ranks)  # as `--ranks` starts them
     if calibrated:
         calibrate(Place.named(device).device, number)
     return forecast_of(
         str(model), Recipe() if recipe is None else recipe, device, number, Path(spill) if spill else None,
-        Path(out) if out else None,
+        Path(out) if out else None, ranks,
     )  # fmt: skip
 
 

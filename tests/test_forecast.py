@@ -25,8 +25,8 @@ from mspc.passes.inputs import by_name, shared_inputs
 from mspc.pipeline import announcing, demand, forecasting, rates
 from mspc.pipeline.forecasting import Forecast, span
 from mspc.pipeline.solver_work import MatrixWork
-from mspc.pipeline.stage_work import REST
-from mspc.pipeline.workload import Work
+from mspc.pipeline.stage_work import REST, stages_of
+from mspc.pipeline.workload import Work, Workload
 from mspc.planning.curve_measurement import curve_of, patterns_of
 from mspc.settings import has_goal
 from mspc.solvers import SOLVERS, SolverOptions
@@ -35,7 +35,7 @@ from mspc.storage.artifact import MATRICES, UNCHANGED
 from mspc.storage.sizes import bytes_in
 from mspc.types import GramStats, Target, Unstructured
 
-HALF = mspc.Recipe(sparsity=0.5)
+HALF, INF = mspc.Recipe(sparsity=0.5), float("inf")
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +252,59 @@ def test_products_of_compensation_and_error_are_those_that_are_made(problem):
     assert products_counted(lambda matrix: matrix.judged_and_stored(codes=False, num_bytes=0)) == made
 
 
+# Ranks
+
+
+def test_ranks_share_the_text_and_the_blocks(llama):
+    """Oracle: the table of docs/scale.md, with products alone: a rank has 1 / N of the text, and whole blocks."""
+    products = rates.Rates("here", 1, "today", True, dict.fromkeys(rates.CPU, INF) | {"product": 1e9}, exchange=INF)
+    found = {}
+    for ranks in (1, 2, 4, 8, 16):
+        model, settings = outlined(str(llama)), replace(HALF.settings(), sequence_length=64, dtype="float32")
+        matrices = model.matrices(())
+        settings = forecasting.choose_group_size(settings, matrices)
+        load = Workload(
+            model, matrices, shared_inputs(model, matrices), settings, forecasting.assumed_plan(settings, matrices),
+            torch.device("cpu"), torch.float32, ranks=ranks,
+        )  # fmt: skip
+        found[ranks] = {title: work.seconds(products) for title, work in stages_of(load).items()}
+    for ranks in (2, 4, 8):
+        assert found[ranks]["Gradients"] == pytest.approx(found[1]["Gradients"] / ranks, rel=1e-3)
+        assert found[ranks]["Evaluating"] == found[1]["Evaluating"]
+        assert found[ranks]["Loss curves"] < found[ranks // 2]["Loss curves"]
+    assert found[16]["Gradients"] == found[8]["Gradients"]  # there are 8 chunks of text
+
+
+def test_ranks_share_the_rows_of_a_large_matrix(problem):
+    """Oracle: 768 rows a rank at least, by hand: 2 of them share 2047 rows, and nobody the decompositions."""
+    alone, shared = (Work(), Work())
+    for work, ranks in ((alone, 1), (shared, 2)):
+        matrix = MatrixWork(work, (2047, 64), ranks=ranks)
+        matrix.products(3)
+        matrix.factors(1)
+    product = sum(amount for (kind, _), amount in alone.amounts.items() if kind == "product")
+    assert product == 3 * 2 * 2047 * 64 * 64
+    assert sum(amount for (kind, _), amount in shared.amounts.items() if kind == "product") == product / 2
+    assert shared.amounts["factor", 1] == alone.amounts["factor", 1] == 64**3
+    assert shared.amounts["exchange", 1] == 3 * 4 * 2047 * 64
+
+
+def test_a_rank_needs_less_memory_and_has_its_part_of_it(llama, monkeypatch):
+    """Oracle: suspended passes are of the rank's own text, and the machine's memory is divided."""
+    recipe = mspc.Recipe(sparsity=0.5, num_sequences=4096, sequence_length=128)
+    monkeypatch.setattr(forecasting, "peak_memory", lambda: 0)
+    need = [mspc.forecast(llama, recipe, device="cpu", ranks=ranks).demand.host_need for ranks in (1, 2)]
+    assert need[1] < need[0]
+    monkeypatch.setattr(forecasting, "free_memory", lambda device: need[1] + need[1] // 2)
+    assert mspc.forecast(llama, recipe, device="cpu", ranks=1).problems == ()
+    assert len(mspc.forecast(llama, recipe, device="cpu", ranks=2).problems) == 1
+
+
+def test_a_number_of_ranks_that_cannot_be_is_refused(llama):
+    with pytest.raises(InputError, match="3 ranks cannot share a run"):
+        mspc.forecast(llama, HALF, ranks=3)
+
+
 # What does not fit
 
 
@@ -380,7 +433,7 @@ def test_plan_takes_the_options_of_compress():
     commands = typer.main.get_command(app).commands
     flags = {verb: {flag for option in commands[verb].params for flag in option.opts} for verb in ("compress", "plan")}
     own = {"model", "--out", "--recipe", "--spill", "--threads", "--json", "--debug"}
-    assert flags["plan"] == RECIPE_FLAGS | own | {"--calibrate"}
+    assert flags["plan"] == RECIPE_FLAGS | own | {"--calibrate", "--ranks"}
     assert flags["plan"] - flags["compress"] == {"--calibrate"}
 
 

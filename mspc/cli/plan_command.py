@@ -28,6 +28,9 @@ PlaceOption = Annotated[
         metavar="here|cpu|h200|a100", help="Device to forecast: of this machine (here, cpu, cuda:1), or of a table."
     ),
 ]
+PlannedRanks = Annotated[
+    int, typer.Option("--ranks", metavar="N", help="Processes that share the run: 1, 2, 4, 8 or a multiple of 8.")
+]
 CalibrateOption = Annotated[
     bool, typer.Option("--calibrate", help="Measure this device first, in some seconds, and keep the rates.")
 ]
@@ -44,6 +47,7 @@ def plan(
     recipe: RecipeOption = None,
     spill: SpillOption = None,
     threads: ThreadsOption = None,
+    ranks: PlannedRanks = 1,
     as_json: JsonOption = False,
     debug: DebugOption = False,
     **options: Any,
@@ -54,6 +58,7 @@ def plan(
     mspc plan MODEL                                  on this machine
     mspc plan MODEL --calibrate                      measure it first
     mspc plan MODEL --sparsity 0.5 --device h200     on a GPU that is not here
+    mspc plan MODEL --device h200 --ranks 8          on 8 of them
 
     It reads config.json alone: of a hub id nothing else is downloaded. A run on a
     busy machine takes longer. Without --calibrate, rates are those of a table.
@@ -64,8 +69,9 @@ def plan(
         import mspc
 
         found = mspc.forecast(
-            model, whole, out=out or Path(), device=device, threads=threads, spill=spill, calibrated=calibrate
-        )
+            model, whole, out=out or Path(), device=device, threads=threads, spill=spill, calibrated=calibrate,
+            ranks=ranks,
+        )  # fmt: skip
     if as_json:
         print_json(found.to_dict())
     else:
@@ -86,6 +92,8 @@ def _show(found: "Forecast") -> None:
         table.add_row(title, f"{seconds:,.1f}", f"{seconds / found.seconds:.0%}")
     print_table(table)
     print(f"Time: {span(*found.range)}, most likely {span(found.seconds, found.seconds)} ({found.rates.origin}).")
+    if found.ranks > 1:
+        print(f"{found.ranks} ranks share the time; the memory is that of each.")
     print(
         f"Memory: {in_words(demand.host_peak)} at most, in the stage {demand.peak_stage!r}; at least "
         f"{in_words(demand.host_need)}."

@@ -31,11 +31,13 @@ def announce(
     """
     model, place, rates = open_model(source, device=META), Place.named(str(device)), known(device, threads)
     plan = given or assumed_plan(settings, matrices)
-    found = forecast_run(model, source.name, matrices, settings, plan, place, rates, spill=spill, out=out)
+    found = forecast_run(
+        model, source.name, matrices, settings, plan, place, rates, spill=spill, out=out, ranks=ranks.size()
+    )
     if found.problems and not force:
         raise InputError(" ".join(found.problems) + " --force starts it nevertheless.")
     if resumed:
         return
     check_space(out, found.output_bytes)
-    if found.seconds > WORTH_A_LINE and ranks.size() == 1:  # the seconds of several ranks are not known
+    if found.seconds > WORTH_A_LINE:
         log.info(found.line())

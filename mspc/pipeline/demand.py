@@ -44,7 +44,7 @@ MANIFEST_BYTES, PLAN_BYTES, OTHER_BYTES = 900, 330, 5000
 
 @dataclass(frozen=True)
 class Demand:
-    """Bytes by place. `host` is the memory of the process; without a GPU it has everything."""
+    """Bytes by place, of one rank. `host` is the memory of the process; without a GPU it has everything."""
 
     host_peak: int
     host_need: int
@@ -133,8 +133,8 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         if settings.needs_fisher or curves
         else None,
         "Loss curves": _Parts(
-            measured * load.hidden * load.itemsize,
-            block + passing + at_once * solver_bytes(widest.shape),
+            measured / load.parts * load.hidden * load.itemsize,
+            block * (load.ranks > 1) + block + passing + at_once * solver_bytes(widest.shape),
             12 * grams * keeps_grams(load),
         )
         if curves
@@ -143,7 +143,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         if curves and settings.allocator == SEARCH
         else None,
         "Validating plans": _Parts(
-            (1 + plans) * validation * load.hidden * load.itemsize,
+            (1 + plans) * validation / load.parts * load.hidden * load.itemsize,
             max(
                 block + passing + at_once * solver_bytes(widest.shape),
                 outer + COMPARED_COPIES * of_sequence * load.threads,
@@ -169,15 +169,16 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     # Memory of the gradients that the C library has not given back, and that is in pieces too small to be used again.
     gradients = 2 * passing * min(load.measured_tokens / load.batch_tokens, 1)
     left = gradients if passing / BUFFERS < LARGEST_KEPT and fisher_bytes(load) and on_cpu(load) else 0
-    hidden = load.tokens * load.hidden * load.itemsize * (load.spill is None)
+    tokens = load.tokens / load.parts
+    hidden = tokens * load.hidden * load.itemsize * (load.spill is None)
     held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
-    batch = min(load.batch_tokens, load.tokens)
+    batch = min(load.batch_tokens, tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
     solver = solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
     return _Parts(
         streams * hidden + stored + left,
         streams * (block + held * batch) + passing * batch / load.batch_tokens + solver,
-        streams * held * (load.tokens - batch),
+        streams * held * (tokens - batch),
     )
 
 

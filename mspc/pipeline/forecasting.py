@@ -56,6 +56,8 @@ class Forecast:
     """By the titles under which the manifest has them."""
     rates: Rates
     demand: Demand
+    ranks: int
+    """Ranks that share the run. `demand` is that of each."""
     problems: tuple[str, ...]
     """Sentences about memory that is too small, each with what to change. Empty: nothing is known to fail."""
 
@@ -87,7 +89,7 @@ class Forecast:
         return {
             "model": self.model, "blocks": self.blocks, "matrices": self.matrices, "weights": self.weights,
             "widest_matrix": list(self.widest), "source_bytes": self.source_bytes,
-            "output_bytes": self.output_bytes, **self.demand.to_dict(),
+            "output_bytes": self.output_bytes, "ranks": self.ranks, **self.demand.to_dict(),
             "seconds_by_stage": {name: round(value, 3) for name, value in self.seconds_by_stage.items()},
             "seconds": round(self.seconds, 3), "seconds_from": round(low, 3), "seconds_to": round(high, 3),
             "rates": {"of": self.rates.device, "threads": self.rates.threads, "date": self.rates.date,
@@ -100,6 +102,7 @@ class Forecast:
         return (
             f"Forecast: {span(*self.range)}, {in_words(self.demand.host_peak)} of memory"
             + (f" and {in_words(self.demand.device_peak)} of the GPU's" if self.demand.device_peak else "")
+            + (f" for each of {self.ranks} ranks" if self.ranks > 1 else "")
             + f", an output of {in_words(self.output_bytes)} (`mspc plan` shows the parts; {self.rates.origin})."
         )
 
@@ -132,19 +135,22 @@ class Place:
     free_host: int | None
 
     @staticmethod
-    def named(name: str) -> "Place":
-        """`here`, `cpu`, a GPU that need not be there (`h200`, `a100`), or a device of this machine."""
+    def named(name: str, ranks: int = 1) -> "Place":
+        """`here`, `cpu`, a GPU that need not be there (`h200`, `a100`), or a device of this machine.
+
+        `ranks` are those that will be started on this machine, if they are not yet.
+        """
         if name in GPU_BYTES:
             return Place(torch.device("cuda"), GPU_BYTES[name], None)
         device = choose_device("auto" if name == HERE else name)
-        host = torch.device("cpu")
+        host = free_memory(torch.device("cpu")) // ranks
         used = min(BASE["cpu"], peak_memory())  # this process has loaded already what every run loads
-        return Place(device, free_memory(device), free_memory(host) + used)
+        return Place(device, free_memory(device) if device.type == "cuda" else host, host + used)
 
 
 def forecast_run(
     model: StreamedModel, name: str, matrices: MatricesByBlock, settings: Settings, plan: Sequence[PlannedMatrix],
-    place: Place, rates: Rates, *, spill: Path | None = None, out: Path | None = None,
+    place: Place, rates: Rates, *, spill: Path | None = None, out: Path | None = None, ranks: int = 1,
 ) -> Forecast:  # fmt: skip
     """The forecast for a model on meta, whose `source` has the shapes and dtypes of the weights.
 
@@ -154,14 +160,14 @@ def forecast_run(
     dtype = choose_dtype(settings.dtype, model.source, place.device)
     load = Workload(
         model, matrices, shared_inputs(model, matrices), settings, plan, place.device, dtype, rates.threads, spill,
-        place.free,
+        place.free, ranks,
     )  # fmt: skip
     seconds = {title: work.seconds(rates) for title, work in stages_of(load).items()}
     demand = demand_of(load, out)
     return Forecast(
         name, load.blocks, len(load.flat), sum(matrix.numel for matrix in load.flat),
         max((matrix.shape for matrix in load.flat), key=lambda shape: shape[1]), load.source_bytes,
-        output_bytes(load), seconds, rates, demand, tuple(_problems(load, demand, place)),
+        output_bytes(load), seconds, rates, demand, ranks, tuple(_problems(load, demand, place)),
     )  # fmt: skip
 
 
@@ -172,12 +178,13 @@ def forecast_of(
     threads: int = 1,
     spill: Path | None = None,
     out: Path | None = None,
+    ranks: int = 1,
 ) -> Forecast:
     """The forecast of `compress` for a folder, hub id or .gguf file, by its config.json alone.
 
     Raises InputError for whatever `compress` would refuse because of the shapes.
     """
-    place = Place.named(device)
+    place = Place.named(device, ranks)
     rates = table(device, threads) if device in GPU_BYTES else known(place.device, threads)
     model, settings = outlined(name), recipe.settings()
     settings = replace(settings, sequence_length=choose_sequence_length(model.config, settings.sequence_length))
@@ -186,8 +193,9 @@ def forecast_of(
     settings = choose_group_size(settings, matrices)
     planned_outer(model, settings, recipe.asked())  # refused here as there
     return forecast_run(
-        model, name, matrices, settings, assumed_plan(settings, matrices), place, rates, spill=spill, out=out
-    )
+        model, name, matrices, settings, assumed_plan(settings, matrices), place, rates, spill=spill, out=out,
+        ranks=ranks,
+    )  # fmt: skip
 
 
 def assumed_plan(settings: Settings, matrices: MatricesByBlock) -> list[PlannedMatrix]:

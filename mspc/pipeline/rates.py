@@ -10,6 +10,7 @@ Rates are of one thread. A kind of work has amounts of its own:
                             cache, in memory that the process has, and in memory that the system gives it each time
     read, hash, write       bytes of weight files
     call                    operations so short that starting them is what takes time
+    exchange                bytes that a rank sends; always from a table
 """
 
 import json
@@ -40,6 +41,8 @@ REPEATS = 3
 """Runs of each measurement; the middle one counts."""
 STARTING = {"cpu": 3.0, "cuda": 10.0}
 """Seconds for reading text, building the model and its trial, by type of device. They are no stage."""
+EXCHANGE = {"cpu": 1e9, "cuda": 100e9}
+"""Bytes a second that a rank sends to others of its machine: by gloo as seen on 2 cores, and a guess for NVLink."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Rates:
     by_kind: Mapping[str, float]
     shared: float = 0.8
     """The share of a thread's speed that each further thread adds."""
+    exchange: float = EXCHANGE["cpu"]
+    """Bytes a second that a rank sends to others."""
 
     @property
     def origin(self) -> str:
@@ -67,6 +72,8 @@ class Rates:
         """Seconds of some work that can be shared by `ways` threads. The kind `seconds` takes what it says."""
         if kind == "seconds":
             return amount
+        if kind == "exchange":
+            return amount / self.exchange
         return amount / self.by_kind[kind] / (1 + self.shared * (max(min(self.threads, ways), 1) - 1))
 
 
@@ -94,7 +101,7 @@ GPU_BYTES = {"h200": 139 * 2**30, "a100": 79 * 2**30}
 
 def table(name: str, threads: int) -> Rates:
     described, day, by_kind = TABLES[name]
-    return Rates(described, threads, day, False, by_kind)
+    return Rates(described, threads, day, False, by_kind, exchange=EXCHANGE["cuda" if name in GPU_BYTES else "cpu"])
 
 
 def device_name(device: torch.device) -> str:
@@ -118,7 +125,7 @@ def known(device: torch.device, threads: int) -> Rates:
         kept = json.loads(_file(name, threads).read_text(encoding="utf-8"))
         by_kind = {kind: float(kept["by_kind"][kind]) for kind in CPU}
         if kept["version"] == VERSION and all(rate > 0 for rate in by_kind.values()):
-            return Rates(name, threads, str(kept["date"]), True, by_kind, float(kept["shared"]))
+            return Rates(name, threads, str(kept["date"]), True, by_kind, float(kept["shared"]), EXCHANGE[device.type])
     if device.type == "cuda":
         return table("a100" if "A100" in name else "h200", threads)
     return table("cpu", threads)
@@ -130,7 +137,7 @@ def calibrate(device: torch.device, threads: int | None, clock: Callable[[], flo
         by_kind = _measured(device, clock)
     with using(threads, device) as number:
         shared = _shared(device, number, by_kind["product"]) if device.type == "cpu" and number > 1 else 0.8
-    rates = Rates(device_name(device), number, date.today().isoformat(), True, by_kind, shared)
+    rates = Rates(device_name(device), number, date.today().isoformat(), True, by_kind, shared, EXCHANGE[device.type])
     write_json(_file(rates.device, number), asdict(rates) | {"version": VERSION})
     return rates
 

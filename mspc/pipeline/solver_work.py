@@ -26,10 +26,13 @@ CALLS, CALLS_WITH_CODES, CALLS_OF_POLISH = 6, 17, 14
 
 
 class MatrixWork:
-    """Adds the work of one matrix to a stage. `ways` is the number of matrices that threads work on at once."""
+    """Adds the work of one matrix to a stage. `ways` is the number of matrices that threads work on at once.
 
-    def __init__(self, work: Work, shape: tuple[int, int], ways: float = 1) -> None:
-        self.work, (self.rows, self.columns) = work, shape
+    `ranks` is the number of ranks that share the rows of its products.
+    """
+
+    def __init__(self, work: Work, shape: tuple[int, int], ways: float = 1, *, ranks: int = 1) -> None:
+        self.work, (self.rows, self.columns), self.ranks = work, shape, ranks
         self.block = fisher_block_size(self.rows)
         self.matrices = ways
         self.ways = max(ways, self.rows / ROWS)
@@ -46,8 +49,17 @@ class MatrixWork:
 
     def products(self, count: float) -> None:
         """Products of the weight with a Gram."""
-        self.work.add("product", 2 * count * self.numel * self.columns, self.ways)
+        self.shared("product", 2 * count * self.numel * self.columns, count)
         self.operations(OF_PRODUCT * count)
+
+    def shared(self, kind: str, amount: float, results: float) -> None:
+        """Work on rows that ranks share, who then send each other their rows of `results` matrices."""
+        if self.ranks == 1:
+            self.work.add(kind, amount, self.ways)
+            return
+        with self.work.shared(self.ranks):
+            self.work.add(kind, amount, max(self.ways / self.ranks, 1))
+        self.work.add("exchange", 4 * results * self.numel)
 
     def factors(self, count: float) -> None:
         self.work.add("factor", count * self.columns**3, self.matrices)
@@ -55,7 +67,7 @@ class MatrixWork:
     def blocks(self, count: float, two_sided: bool) -> None:
         """Products of the blocks of an output Fisher factor with the weight."""
         if two_sided and self.block > 1:
-            self.work.add("product", 2 * count * self.numel * self.block, self.ways)
+            self.shared("product", 2 * count * self.numel * self.block, count)
             self.operations(OF_PRODUCT * count)
 
     def applied(self, count: float, kfac: bool) -> None:
@@ -186,7 +198,7 @@ class MatrixWork:
 
     def judged_and_stored(self, *, codes: bool, num_bytes: int) -> None:
         """The output error in float64, the tensors as they are stored, their digest, packing and writing."""
-        self.work.add("double", 4 * self.numel * self.columns, self.ways)
+        self.shared("double", 4 * self.numel * self.columns, 4)  # two results of twice the bytes
         self.operations(12 + (6 if codes else 0))
         self.on_gram(2)
         self.work.add("hash", self.numel * (1 if codes else 2) + num_bytes)

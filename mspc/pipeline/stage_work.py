@@ -1,5 +1,6 @@
-"""The work of every stage of a run, under the titles that the run gives its stages."""
+"""The work of every stage of a run on one rank, under the titles that the run gives its stages."""
 
+import math
 from collections.abc import Callable
 
 from mspc.formats.layout import num_bytes
@@ -15,6 +16,7 @@ from mspc.pipeline.workload import Work, Workload
 from mspc.planning.allocation import INTERPOLATIONS
 from mspc.planning.curve_measurement import patterns_of
 from mspc.settings import ESTIMATE, SEARCH
+from mspc.threads import LEAST_ROWS, TILES
 from mspc.types import Matrix, Target
 
 REST = "the rest"
@@ -69,7 +71,7 @@ def stages_of(load: Workload) -> dict[str, Work]:
 def _pass(load: Workload, work: Work, tokens: int, times: float = 1, *, operations: float = 1) -> None:
     """Tokens through all blocks. A gradient takes `times` the products, and `operations` those on memory."""
     kind = "product" if load.itemsize == 4 else "half"
-    ways = max(tokens / load.batch_tokens, 1)
+    ways = max(tokens / load.batch_tokens / work.ranks, 1)
     for index, active in enumerate(load.active_numel):
         outputs = sum(matrix.shape[0] for matrix in load.matrices[index]) or 2 * load.hidden
         count = max(len(load.matrices[index]), 1)
@@ -84,13 +86,14 @@ def _pass(load: Workload, work: Work, tokens: int, times: float = 1, *, operatio
 def _read(load: Workload, work: Work, times: float, *, outer: bool = False) -> None:
     """All blocks from the files, `times` times, or with `outer` all other weights."""
     numel = load.outer_numel if outer else sum(load.block_numel)
-    work.add("read", times * numel * load.stored_itemsize)
+    with work.shared(1):
+        work.add("read", times * numel * load.stored_itemsize)
 
 
 def _head(load: Workload, work: Work, tokens: int, operations: float, times: float = 1) -> None:
     """Logits of tokens, and operations on them."""
     kind = "product" if load.itemsize == 4 else "half"
-    ways = max(tokens / load.length, 1)
+    ways = max(tokens / load.length / work.ranks, 1)
     work.add(kind, 2 * times * tokens * load.vocabulary * load.hidden, ways)
     work.operations(float(load.length) * load.vocabulary, operations * tokens / load.length, ways)
     _read(load, work, 1, outer=True)
@@ -109,6 +112,14 @@ def _gram(load: Workload, work: Work, tokens: int, *, shift: bool = False) -> No
                 work.operations(width**2, 2)
             if load.itemsize != 4:
                 work.operations(float(load.batch_tokens) * width, 2 * tokens / load.batch_tokens, ways)
+            _sum(load, work, (1 + shift) * width**2)
+
+
+def _sum(load: Workload, work: Work, numbers: float) -> None:
+    """Sums of float32 numbers of all ranks: each sends its own to those that add them, and then what it added."""
+    if load.ranks > 1:
+        with work.shared(1):
+            work.add("exchange", 8 * numbers)
 
 
 def _eigen(load: Workload, work: Work, ways: float = 1) -> None:
@@ -125,9 +136,11 @@ def _reading_zeros(load: Workload, work: Work) -> None:
 
 
 def _checking(load: Workload, work: Work) -> None:
-    work.add("read", load.source_bytes)
-    work.add("hash", load.source_bytes)
-    work.operations(load.numel / max(len(load.flat), 1), 1.5 * max(len(load.flat), 1))
+    files = len(load.model.source.shards())
+    with work.shared(min(load.ranks, files)):
+        work.add("read", load.source_bytes)
+        work.add("hash", load.source_bytes)
+        work.operations(load.numel / max(len(load.flat), 1), 1.5 * max(len(load.flat), 1))
 
 
 def _writing_text(load: Workload, work: Work) -> None:
@@ -152,8 +165,9 @@ def _rest(load: Workload, work: Work) -> None:
     _head(load, work, tried_tokens(load), HEAD)
     if load.settings.validates_plans:
         plans, tokens = 1 + len(INTERPOLATIONS), load.validation_tokens
-        _head(load, work, tokens * (1 + plans), HEAD)
-        work.operations(float(load.length) * load.vocabulary, DIVERGENCE * plans * tokens / load.length)
+        with work.shared(load.parts):
+            _head(load, work, tokens * (1 + plans), HEAD)
+            work.operations(float(load.length) * load.vocabulary, DIVERGENCE * plans * tokens / load.length)
 
 
 def tried_tokens(load: Workload) -> int:
@@ -162,16 +176,18 @@ def tried_tokens(load: Workload) -> int:
 
 def _gradients(load: Workload, work: Work) -> None:
     tokens = load.measured_tokens
-    _pass(load, work, tokens, 3, operations=4)
-    rounds = max(tokens / load.batch_tokens / max(load.threads, 1), 1)
+    rounds = max(tokens / load.batch_tokens / load.parts / max(load.threads, 1), 1)
     _read(load, work, 2 * rounds)
-    _head(load, work, tokens, HEAD + HEAD_BACKWARD, 2)
     _read(load, work, 2 * (rounds - 1), outer=True)
     batches = max(tokens / load.batch_tokens, 1)
-    for matrix in load.flat:
-        rows = matrix.shape[0]
-        work.add("product", 2 * tokens * rows * fisher_block_size(rows), batches)
-        work.operations(float(load.batch_tokens) * rows, TYPICAL_PASSES * batches, batches)
+    with work.shared(load.parts):
+        _pass(load, work, tokens, 3, operations=4)
+        _head(load, work, tokens, HEAD + HEAD_BACKWARD, 2)
+        for matrix in load.flat:
+            rows = matrix.shape[0]
+            work.add("product", 2 * tokens * rows * fisher_block_size(rows), batches)
+            work.operations(float(load.batch_tokens) * rows, TYPICAL_PASSES * batches, batches)
+    _sum(load, work, sum(matrix.shape[0] * fisher_block_size(matrix.shape[0]) for matrix in load.flat))
 
 
 def _sensitivity(load: Workload, work: Work) -> None:
@@ -182,26 +198,41 @@ def _sensitivity(load: Workload, work: Work) -> None:
             work.add("product", 2 * matrix.numel * min(matrix.shape))
         _read(load, work, 1)
     elif measure in ("gram", "outliers"):
-        _pass(load, work, tokens)
-        _gram(load, work, tokens)
+        with work.shared(load.parts):
+            _pass(load, work, tokens)
+            _gram(load, work, tokens)
         _read(load, work, 1)
     else:
         second = measure == "hutchinson"
         times = 8 * load.settings.sensitivity_probes if second else 4
-        _pass(load, work, load.measured_tokens, times, operations=times)
-        _head(load, work, load.measured_tokens, (HEAD + HEAD_BACKWARD) * (3 if second else 1), 6 if second else 2)
+        with work.shared(load.parts):
+            _pass(load, work, load.measured_tokens, times, operations=times)
+            _head(load, work, load.measured_tokens, (HEAD + HEAD_BACKWARD) * (3 if second else 1), 6 if second else 2)
         _read(load, work, 2 * load.measured_tokens / load.length / 8)
 
 
 def _dense_walk(load: Workload, work: Work) -> None:
-    _pass(load, work, load.measured_tokens)
-    _gram(load, work, load.measured_tokens)
+    with work.shared(load.parts):
+        _pass(load, work, load.measured_tokens)
+        _gram(load, work, load.measured_tokens)
     _read(load, work, 1)
 
 
 def _curves(load: Workload, work: Work) -> None:
-    settings, patterns = load.settings, patterns_of(load.settings)
     _dense_walk(load, work)
+    with work.shared(_by_blocks(load)):
+        _measured(load, work)
+
+
+def _by_blocks(load: Workload) -> float:
+    """Ranks that share the blocks of a dense model, or the matrices of blocks with experts."""
+    if any(matrix.index is not None for matrix in load.flat):
+        return load.ranks
+    return load.blocks / math.ceil(load.blocks / load.ranks)
+
+
+def _measured(load: Workload, work: Work) -> None:
+    settings, patterns = load.settings, patterns_of(load.settings)
     estimates = settings.allocator == ESTIMATE
     if not estimates and settings.solver in ("kfac", "fisher", "admm"):
         _eigen(load, work, FEW)
@@ -223,16 +254,20 @@ def _validating(load: Workload, work: Work) -> None:
         _read(load, work, 1)
     else:
         _dense_walk(load, work)
-        _eigen(load, work, FEW)
+        with work.shared(_by_blocks(load)):
+            _eigen(load, work, FEW)
     patterns = [load.plan[0].target.pattern] * plans
     for matrix in load.flat:
-        own = MatrixWork(work, matrix.shape, FEW)
-        own.form()
-        own.decomposed(True)
-        for pattern in patterns:
-            own.path([pattern], True)
-    for _ in range(1 + plans):
-        _pass(load, work, load.validation_tokens)
+        with work.shared(_by_blocks(load)):
+            own = MatrixWork(work, matrix.shape, FEW)
+            own.form()
+            own.decomposed(True)
+            for pattern in patterns:
+                own.path([pattern], True)
+        _sum(load, work, plans * matrix.numel / 2)
+    with work.shared(load.parts):
+        for _ in range(1 + plans):
+            _pass(load, work, load.validation_tokens)
     _read(load, work, 1 + plans)
 
 
@@ -250,9 +285,10 @@ def _copying(load: Workload, work: Work) -> None:
 def _compressing(load: Workload, work: Work) -> None:
     settings = load.settings
     two_streams = bool(settings.propagation or settings.reconstruct)
-    for _ in range(1 + two_streams):
-        _pass(load, work, load.tokens)
-    _gram(load, work, load.tokens, shift=two_streams)
+    with work.shared(load.parts):
+        for _ in range(1 + two_streams):
+            _pass(load, work, load.tokens)
+        _gram(load, work, load.tokens, shift=two_streams)
     _read(load, work, 1)
     kfac = settings.solver == "kfac" and settings.needs_fisher
     inverts = settings.propagation > 0 or settings.solver == "obs" or load.quantizing
@@ -266,14 +302,17 @@ def _compressing(load: Workload, work: Work) -> None:
             work.operations(width**2, 12)
     targets = {matrix.name: matrix.target for matrix in load.plan}
     for matrix in load.flat:
-        _solved(load, work, matrix, targets[matrix.name], kfac)
+        with work.shared(1 if matrix.index is None else load.ranks):
+            _solved(load, work, matrix, targets[matrix.name], kfac)
     if settings.reconstruct:
         tokens = 1024 * settings.reconstruct
         _pass(load, work, tokens, 3, operations=4)
 
 
 def _solved(load: Workload, work: Work, matrix: Matrix, target: Target, kfac: bool) -> None:
-    settings, own = load.settings, MatrixWork(work, matrix.shape)
+    least = LEAST_ROWS[load.device.type]
+    pieces = min(matrix.shape[0] // least, TILES) if load.ranks > 1 and matrix.index is None else 1
+    settings, own = load.settings, MatrixWork(work, matrix.shape, ranks=max(min(pieces, load.ranks), 1))
     if settings.propagation:
         own.compensated()
     if settings.solver in ("kfac", "fisher", "admm"):

@@ -1,7 +1,8 @@
 """The sizes that a run works with, and its work so far: amounts by stage and kind (see `mspc.pipeline.rates`)."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from mspc.passes.blocks import TOKENS_PER_BATCH
 from mspc.passes.inputs import Groups
 from mspc.pipeline.calibration import CALIBRATION_PER_VALIDATION, TEST_WINDOWS
 from mspc.pipeline.rates import LARGEST_KEPT, Rates
+from mspc.ranks import CHUNKS
 from mspc.settings import Settings
 from mspc.storage.sizes import tensor_bytes
 from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
@@ -44,6 +46,8 @@ class Workload:
     spill: Path | None = None
     free: int | None = None
     """Free bytes of the device. None: those that are free now."""
+    ranks: int = 1
+    """Processes that share the run."""
 
     @property
     def free_bytes(self) -> int:
@@ -52,6 +56,11 @@ class Workload:
     @cached_property
     def flat(self) -> list[Matrix]:
         return flatten(self.matrices)
+
+    @property
+    def parts(self) -> int:
+        """Different parts of the text that ranks have."""
+        return min(self.ranks, CHUNKS)
 
     @property
     def length(self) -> int:
@@ -170,9 +179,18 @@ class Work:
     """Amounts of work of one stage, by kind and number of threads that can share it."""
 
     amounts: dict[tuple[str, float], float] = field(default_factory=lambda: defaultdict(float))
+    ranks: float = 1
+    """Ranks that share what is added now. Amounts are those of one rank."""
+
+    @contextmanager
+    def shared(self, ranks: float) -> Iterator[None]:
+        """What is added inside is shared by this number of ranks; by 1 if each of them does all of it."""
+        before, self.ranks = self.ranks, ranks
+        yield
+        self.ranks = before
 
     def add(self, kind: str, amount: float, ways: float = 1) -> None:
-        self.amounts[kind, ways] += amount
+        self.amounts[kind, ways] += amount / self.ranks
 
     def operations(self, numbers: float, count: float, ways: float = 1, *, near: bool = False) -> None:
         """`count` operations on tensors of `numbers` float32 each."""
