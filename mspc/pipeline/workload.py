@@ -184,7 +184,7 @@ class Work:
 
     @contextmanager
     def shared(self, ranks: float) -> Iterator[None]:
-        """What is added inside is shared by this number of ranks; by 1 if each of them does all of it."""
+        """Let a number of ranks share all that is added inside; with 1, each of them does all of it."""
         before, self.ranks = self.ranks, ranks
         yield
         self.ranks = before
