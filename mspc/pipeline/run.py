@@ -132,7 +132,7 @@ class Run:
         text = drawn_by_first(partial(self.draw_text, measurements))
         tokens = text.calibration
         check_same(header := self.header(tokens))
-        planner = self.planner(checkpoint, tokens, text.validation, matrices, header, measurements)
+        planner = self.planner(checkpoint, tokens, text.validation, matrices, header, measurements, spill)
         planner.check(model)
         outer = outer_notes(settings, self.outer)
         for note in (*dense_notes(model.sorted_blocks(*selection)), *outside_notes(model), *outer):
@@ -190,6 +190,7 @@ class Run:
         matrices: list[list[Matrix]],
         header: dict[str, Any],
         measurements: Path | None,
+        spill: Path | None,
     ) -> Planner:
         """The planner of this run. Without a folder for measurements they are kept in the unfinished output."""
         identity = {
@@ -199,7 +200,7 @@ class Run:
         kept = measurements or self.folder / MEASUREMENTS
         return Planner(
             self.settings, checkpoint, self.open_model, tokens.ids, validation, matrices, identity, kept, self.progress,
-            saved_bytes=sum(one.saved_bytes for one in self.outer), time_budget=self.time_budget,
+            saved_bytes=sum(one.saved_bytes for one in self.outer), time_budget=self.time_budget, spill=spill,
         )  # fmt: skip
 
     @cached_property

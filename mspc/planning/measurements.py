@@ -5,7 +5,8 @@ The name of a file has the hash of everything that the measurement depends on, s
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from torch import Tensor
 from mspc import ranks
 from mspc.errors import InputError
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import BUFFERS, own_parts
-from mspc.passes.gradients import TYPICAL, OutputFisher, reverse_walk
+from mspc.passes.blocks import BUFFERS, own_parts, stored
+from mspc.passes.gradients import TYPICAL, OutputFisher, fisher_block_size, reverse_walk
 from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, read_curves, write_curves
 from mspc.planning.curve_measurement import measure_curves, patterns_of
@@ -32,7 +33,7 @@ from mspc.settings import BY_ADMM, ESTIMATE, Settings
 from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.storage.files import write_json, write_tensors
 from mspc.threads import fitting
-from mspc.types import MatricesByBlock, flatten
+from mspc.types import MatricesByBlock, Matrix, flatten
 
 T = TypeVar("T")
 
@@ -51,6 +52,8 @@ class Measurements:
     folder: Path | None
     """Folder that keeps measurements. None: nothing is kept."""
     progress: Progress
+    spill: Path | None = None
+    """Folder for the sums of Fisher factors while they are measured, and after that. None: host memory."""
 
     def sensitivities(self) -> dict[str, float]:
         """The measure that the allocator needs (see `mspc.planning.sensitivity`)."""
@@ -71,7 +74,7 @@ class Measurements:
         return {name: row["mean"] for name, row in rows.items()}
 
     def fisher_factors(self) -> dict[str, Tensor]:
-        """The Fisher factors of the outputs (see `OutputFisher`), in host memory."""
+        """The Fisher factors of the outputs (see `OutputFisher`), in host memory or in files of `spill`."""
         key = self._key(sequences=self.settings.sensitivity_sequences, typical=TYPICAL)
         return self._cached(
             "Gradients", "fisher-{}.safetensors", key,
@@ -149,23 +152,53 @@ class Measurements:
         ids = self.ids[: self.settings.sensitivity_sequences]
         parts = own_parts(ids)
         at_once = self._batches_at_once(max(part.numel() for _, part in parts))
-        sums: dict[str, ranks.TextSum] = {}
+        sums = {}
+        for of_block in filter(None, self.matrices):
+            fisher = BlockFisher(of_block, self.spill)
+            sums.update(dict.fromkeys((matrix.name for matrix in of_block), fisher))
         with self.progress.stage("Gradients", len(parts) * sum(map(len, self.matrices))) as step:
             for first in range(0, len(parts), at_once):
                 chunks, some = zip(*parts[first : first + at_once], strict=True)
                 for sample in reverse_walk(self.model, ids, self.matrices, OutputFisher(), parts=some):
                     name, value = sample.matrix.name, sample.value.cpu() * (sample.sequences / len(ids))
-                    if name not in sums:
-                        sums[name] = ranks.TextSum(partial(torch.zeros, value.shape))
-                    sums[name].of(chunks[sample.batch]).add_(value)
+                    sums[name].add(chunks[sample.batch], name, value)
                     step(name)
-        return {matrix.name: sums[matrix.name].total() for matrix in flatten(self.matrices)}
+        totals: dict[str, Tensor] = {}
+        for fisher in dict.fromkeys(sums.values()):
+            totals |= fisher.total()
+        return totals
 
     def _batches_at_once(self, tokens: int) -> int:
         """The number of batches for which there is memory: their states before all blocks, and a backward pass."""
         states = self.model.config.get_text_config().hidden_size * (len(self.model.blocks) + 1)
         widest = max(max(matrix.shape) for matrix in flatten(self.matrices))
         return fitting(tokens * (states + 2 * BUFFERS * widest) * self.model.dtype.itemsize)
+
+
+class BlockFisher:
+    """The sums over the text of the output Fisher factors of a block, one after the other in one tensor."""
+
+    def __init__(self, matrices: Sequence[Matrix], spill: Path | None) -> None:
+        self.places: dict[str, tuple[int, tuple[int, int, int]]] = {}
+        """The first number of each matrix, and its shape (K, B, B)."""
+        size = 0
+        for matrix in matrices:
+            block = fisher_block_size(rows := matrix.shape[0])
+            self.places[matrix.name] = size, (rows // block, block, block)
+            size += rows * block
+        self.sum = ranks.TextSum(partial(stored, torch.zeros(1).expand(size), spill))
+
+    def add(self, chunk: int, name: str, value: Tensor) -> None:
+        self._part(self.sum.of(chunk), name).add_(value)
+
+    def total(self) -> dict[str, Tensor]:
+        """The factors (K, B, B) by name, which are on every rank."""
+        summed = self.sum.total()
+        return {name: self._part(summed, name) for name in self.places}
+
+    def _part(self, numbers: Tensor, name: str) -> Tensor:
+        first, shape = self.places[name]
+        return numbers[first : first + math.prod(shape)].view(shape)
 
 
 def _row(mean: RunningMean) -> dict[str, Any]:

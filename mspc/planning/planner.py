@@ -65,12 +65,14 @@ class Planner:
     """Bytes that quantized matrices outside of the blocks save."""
     time_budget: TimeBudget | None = None
     """None without a budget in time, and where the plan is there."""
+    spill: Path | None = None
+    """Folder for output Fisher factors; None: they stay in memory."""
     without_gradient: set[str] = field(default_factory=set)
     """Names of matrices that were to be measured by gradients, and have none."""
 
     def measurements(self, model: StreamedModel) -> Measurements:
         return Measurements(
-            model, self.ids, self.matrices, self.settings, self.identity, self.folder, self.progress
+            model, self.ids, self.matrices, self.settings, self.identity, self.folder, self.progress, self.spill
         )  # fmt: skip
 
     def fisher(self, model: StreamedModel) -> dict[str, Tensor]:
