@@ -36,6 +36,8 @@ BASE = {"cpu": 550_000_000, "cuda": 2_500_000_000}
 """Bytes of a process that has loaded torch, transformers and a text, by type of device. On CUDA it is an estimate."""
 HEAD_COPIES, SCORED_COPIES, COMPARED_COPIES = 3, 3, 6
 """Copies of logits in float32: for their gradient, their loss, and the divergence of two models."""
+WAITING = 3
+"""Sums of chunks of the text that wait for others."""
 SHARD = 5e9
 """Bytes of a file of weights, at most, where the files are not there: those of large models are about that large."""
 MANIFEST_BYTES, PLAN_BYTES, OTHER_BYTES = 900, 330, 5000
@@ -75,12 +77,12 @@ class _Parts:
 
 def demand_of(load: Workload, out: Path | None) -> Demand:
     """The demand of a run whose output goes to `out` or, with None, to a place that is not known."""
-    base, kept = BASE[load.device.type], fisher_bytes(load)
+    base, kept, factors = BASE[load.device.type], kept_factors(load), fisher_bytes(load)
     stages = {title: parts for title, parts in _stages(load).items() if parts}
     host_need = base + kept + max(parts.host + (parts.device if on_cpu(load) else 0) for parts in stages.values())
     spare_of = {title: min(parts.spare, load.free_bytes / 2) for title, parts in stages.items()}
     peaks = {
-        title: base + kept + parts.host + parts.mapped + (parts.device + spare_of[title] if on_cpu(load) else 0)
+        title: base + factors + parts.host + parts.mapped + (parts.device + spare_of[title] if on_cpu(load) else 0)
         for title, parts in stages.items()
     }
     peak_stage = max(peaks, key=lambda title: peaks[title])
@@ -97,10 +99,15 @@ def on_cpu(load: Workload) -> bool:
 
 
 def fisher_bytes(load: Workload) -> int:
-    """Bytes of the output Fisher factors, which stay in host memory for the whole run."""
+    """Bytes of the output Fisher factors, which stay in host memory or in files of --spill for the whole run."""
     if not (load.settings.needs_fisher or load.settings.needs_curves):
         return 0
     return sum(4 * matrix.shape[0] * fisher_block_size(matrix.shape[0]) for matrix in load.flat)
+
+
+def kept_factors(load: Workload) -> int:
+    """Those in memory that the system cannot take back."""
+    return fisher_bytes(load) if load.spill is None else 0
 
 
 def _stages(load: Workload) -> dict[str, _Parts | None]:
@@ -124,11 +131,12 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         ),
         "Gradients": _Parts(
             min(measured, load.batch_tokens * load.threads) * load.hidden * (load.blocks + 2) * load.itemsize
-            + 3 * fisher_bytes(load),  # sums of chunks of the text, which wait for others
+            + WAITING * kept_factors(load),
             max(
                 block + 2 * passing * min(measured / load.batch_tokens, 1),
                 outer + HEAD_COPIES * min(measured, load.batch_tokens) * load.vocabulary * 4 * load.threads,
             ),
+            mapped=WAITING * (fisher_bytes(load) - kept_factors(load)),
         )
         if settings.needs_fisher or curves
         else None,
@@ -191,7 +199,8 @@ def disk_bytes(load: Workload) -> int:
     """Bytes of the output, and of measurements and spilled activations next to it until the run is complete."""
     streams = 2 if load.settings.propagation or load.settings.reconstruct else 1
     spilled = streams * load.tokens * load.hidden * load.itemsize * (load.spill is not None)
-    return output_bytes(load) + fisher_bytes(load) + spilled
+    waiting = (1 + WAITING) * (fisher_bytes(load) - kept_factors(load))
+    return output_bytes(load) + fisher_bytes(load) + spilled + waiting
 
 
 def free_disk(out: Path) -> int:
