@@ -37,10 +37,10 @@ CONFIG = LlamaConfig(
 )
 
 
-def write_model(folder: Path) -> None:
-    """Write one shard per layer, so that writing needs the memory of one layer."""
+def write_model(folder: Path, config: LlamaConfig = CONFIG) -> None:
+    """Write random weights, one shard per layer, so that writing needs the memory of one layer."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def write_model(folder: Path) -> None:
         save_file(values, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(values, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    CONFIG.save_pretrained(folder)
+    config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / file, folder / file)
 

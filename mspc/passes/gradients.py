@@ -246,12 +246,13 @@ def reverse_walk(
     measure: Measure,
     first_sequence: int = 0,
     parts: Sequence[Tensor] | None = None,
+    keep: Callable[[Tensor], Tensor] = Tensor.cpu,
 ) -> Iterator[Sample]:
     """Samples of every matrix from `ids` (N, T), last block first.
 
-    `parts` are the ids of each batch (None: as the measure says). `first_sequence` is the number of the first sequence
-    in the whole text. Raises ActivationError when a gradient is not finite, and InputError for a block without
-    derivatives.
+    `parts` are the ids of each batch (None: as the measure says), `first_sequence` the number of the first sequence
+    in the whole text, and `keep` holds the states before a block until gradients pass it. Raises ActivationError when
+    a gradient is not finite, and InputError for a block without derivatives.
     """
     size = measure.batch_size
     batches = batches_of(model, ids, batch_size=size) if parts is None else batches_of_parts(model, parts)
@@ -271,7 +272,7 @@ def reverse_walk(
 
     def forward(number: int, one: BlockRun) -> Tensor:
         with _differentiating(model.block_name(one.index)):
-            return measure.forward(one, kept[number][-1].to(model.device)).to("cpu")
+            return keep(measure.forward(one, kept[number][-1].to(model.device)))
 
     def backward(number: int, one: BlockRun) -> tuple[Tensor, list[Sample]]:
         state = kept[number].pop().to(model.device)

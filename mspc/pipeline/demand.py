@@ -123,6 +123,8 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
     grams = sum(group[0].shape[1] ** 2 for groups in load.groups for group in groups)
     plans = 1 + len(INTERPOLATIONS)
     curves = settings.needs_curves
+    at_once_tokens = min(measured / load.parts, load.batch_tokens * load.threads)
+    states = at_once_tokens * load.hidden * (load.blocks + 2) * load.itemsize
     at_once = min(load.threads, FEW)
     return {
         "Checking weights": _Parts(mapped=min(load.source_bytes / len(load.model.source.shards()), SHARD)),
@@ -130,13 +132,12 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
             load.batch_tokens * load.hidden * load.itemsize, max(block + passing, outer + scored)
         ),
         "Gradients": _Parts(
-            min(measured, load.batch_tokens * load.threads) * load.hidden * (load.blocks + 2) * load.itemsize
-            + WAITING * kept_factors(load),
+            states * (load.spill is None) + WAITING * kept_factors(load),
             max(
                 block + 2 * passing * min(measured / load.batch_tokens, 1),
                 outer + HEAD_COPIES * min(measured, load.batch_tokens) * load.vocabulary * 4 * load.threads,
             ),
-            mapped=WAITING * (fisher_bytes(load) - kept_factors(load)),
+            mapped=states * (load.spill is not None) + WAITING * (fisher_bytes(load) - kept_factors(load)),
         )
         if settings.needs_fisher or curves
         else None,

@@ -53,7 +53,7 @@ class Measurements:
     """Folder that keeps measurements. None: nothing is kept."""
     progress: Progress
     spill: Path | None = None
-    """Folder for the sums of Fisher factors while they are measured, and after that. None: host memory."""
+    """Folder for the states of gradients, and for Fisher factors while they are summed and later. None: memory."""
 
     def sensitivities(self) -> dict[str, float]:
         """The measure that the allocator needs (see `mspc.planning.sensitivity`)."""
@@ -159,7 +159,8 @@ class Measurements:
         with self.progress.stage("Gradients", len(parts) * sum(map(len, self.matrices))) as step:
             for first in range(0, len(parts), at_once):
                 chunks, some = zip(*parts[first : first + at_once], strict=True)
-                for sample in reverse_walk(self.model, ids, self.matrices, OutputFisher(), parts=some):
+                keep = partial(stored, spill=self.spill) if self.spill else Tensor.cpu
+                for sample in reverse_walk(self.model, ids, self.matrices, OutputFisher(), parts=some, keep=keep):
                     name, value = sample.matrix.name, sample.value.cpu() * (sample.sequences / len(ids))
                     sums[name].add(chunks[sample.batch], name, value)
                     step(name)
