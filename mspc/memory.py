@@ -1,5 +1,6 @@
 """Free memory of a device, within the limits of the cgroups of the process."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +11,8 @@ import torch
 from mspc import cgroups, ranks
 
 FREE_UNKNOWN = 4 * 2**30
+LITTLE = 4 * 2**30
+"""Free bytes below which memory that the C library keeps for later goes back to the system."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -21,6 +24,16 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     sharing = ranks.place().local_size if ranks.size() > 1 else 1
     return max(0, min([_of_machine(), *_of_cgroups()])) // sharing
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, if little of it is free there; only glibc can.
+
+    Small objects that outlive a block of a model lie between its tensors, so glibc keeps most of what the block took.
+    """
+    if free_memory(torch.device("cpu")) < LITTLE:
+        with suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _of_machine() -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mspc.errors import InputError, in_brief
+from mspc.memory import give_back
 from mspc.model.auto_class import auto_class
 from mspc.model.config_checks import check_sizes, check_tensor, count_blocks, setting_of
 from mspc.model.experts import IMPLEMENTATION
@@ -102,6 +103,7 @@ class StreamedModel:
             yield block
         finally:
             drop(block, [name for name, _ in named_tensors(block)])
+            give_back()
 
     @contextmanager
     def loaded_outer(self) -> Iterator[PreTrainedModel]:
