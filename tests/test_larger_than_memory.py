@@ -22,7 +22,8 @@ MEMORY = 1_200_000_000
 LAYERS = 256
 CONFIG = LlamaConfig(
     hidden_size=512, intermediate_size=1408, num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=8,
-    vocab_size=4096, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, dtype="bfloat16",
+    vocab_size=4096, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    dtype="bfloat16",
 )  # fmt: skip
 OPTIONS = {"sparsity": 0.5, "num_sequences": 16, "sequence_length": 128, "only": (r"layers\.\d*[07]\.",)}
 """A fifth of the blocks, so that it takes minutes; every pass goes through all of them."""

@@ -254,8 +254,7 @@ def reverse_walk(
     in the whole text, and `keep` holds the states before a block until gradients pass it. Raises ActivationError when
     a gradient is not finite, and InputError for a block without derivatives.
     """
-    size = measure.batch_size
-    batches = batches_of(model, ids, batch_size=size) if parts is None else batches_of_parts(model, parts)
+    batches = batches_of(model, ids, batch_size=measure.batch_size) if parts is None else batches_of_parts(model, parts)
     kept = [[measure.start(batch.hidden)] for batch in batches]  # the states before the blocks, then before the head
     layouts = [[Layout(Piece.of(batch.hidden))] for batch in batches]
 

@@ -123,24 +123,13 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
     grams = sum(group[0].shape[1] ** 2 for groups in load.groups for group in groups)
     plans = 1 + len(INTERPOLATIONS)
     curves = settings.needs_curves
-    at_once_tokens = min(measured / load.parts, load.batch_tokens * load.threads)
-    states = at_once_tokens * load.hidden * (load.blocks + 2) * load.itemsize
     at_once = min(load.threads, FEW)
     return {
         "Checking weights": _Parts(mapped=min(load.source_bytes / len(load.model.source.shards()), SHARD)),
         "Trying the dense model": _Parts(
             load.batch_tokens * load.hidden * load.itemsize, max(block + passing, outer + scored)
         ),
-        "Gradients": _Parts(
-            states * (load.spill is None) + WAITING * kept_factors(load),
-            max(
-                block + 2 * passing * min(measured / load.batch_tokens, 1),
-                outer + HEAD_COPIES * min(measured, load.batch_tokens) * load.vocabulary * 4 * load.threads,
-            ),
-            mapped=states * (load.spill is not None) + WAITING * (fisher_bytes(load) - kept_factors(load)),
-        )
-        if settings.needs_fisher or curves
-        else None,
+        "Gradients": _gradients(load, block, passing, outer) if settings.needs_fisher or curves else None,
         "Loss curves": _Parts(
             measured / load.parts * load.hidden * load.itemsize,
             block * (load.ranks > 1) + block + passing + at_once * solver_bytes(widest.shape),
@@ -170,6 +159,18 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         if settings.eval
         else None,
     }
+
+
+def _gradients(load: Workload, block: float, passing: float, outer: float) -> _Parts:
+    at_once = min(load.measured_tokens / load.parts, load.batch_tokens * load.threads)
+    states = at_once * load.hidden * (load.blocks + 2) * load.itemsize
+    summed = WAITING * fisher_bytes(load)
+    measured = min(load.measured_tokens, load.batch_tokens)
+    device = max(
+        block + 2 * passing * measured / load.batch_tokens,
+        outer + HEAD_COPIES * measured * load.vocabulary * 4 * load.threads,
+    )
+    return _Parts(states + summed, device) if load.spill is None else _Parts(device=device, mapped=states + summed)
 
 
 def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -> _Parts:
