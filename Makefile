@@ -64,7 +64,7 @@ models: $(VENV)/installed-dev
 # A trained mixture of experts of 5.9 M parameters (half an hour to an hour), and what compression costs it.
 TINY_MOE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mspc/tiny-moe
 tiny-moe: $(TINY_MOE)/model.safetensors
-	$(BIN)/python benchmarks/quality.py $(TINY_MOE) --results out/quality-moe.json --settings 50% 2:4 50%+int4 '3.125 bits' --methods 'obs uniform' fast default
+	$(BIN)/python benchmarks/quality.py $(TINY_MOE) --results out/quality-moe.json --settings 50% 70% 2:4 50%+int4 '3.125 bits' --methods 'obs uniform' fast default
 
 $(TINY_MOE)/model.safetensors: | $(VENV)/installed-dev
 	$(BIN)/python examples/train_tiny.py --moe --out $(TINY_MOE) --tokens 4000000
