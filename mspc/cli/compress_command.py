@@ -40,7 +40,11 @@ MeasurementsOption = Annotated[
 ]  # fmt: skip
 SpillOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Keep activations and Fisher factors in files here, not in memory.", rich_help_panel=ADVANCED),
+    typer.Option(
+        metavar="DIR",
+        help="Keep activations and Fisher factors in files here, not in memory.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 ExportOption = Annotated[
     list[str] | None,
