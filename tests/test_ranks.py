@@ -6,6 +6,7 @@ The ranks are processes with gloo, started by `--ranks`. What goes wrong on one 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,21 @@ def said(process: subprocess.CompletedProcess[str]) -> str:
     (message,) = (line for line in process.stderr.splitlines() if line.startswith("Error: "))
     assert "Traceback" not in process.stderr
     return message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [os.kill, os.killpg], ids=["launcher", "all"])
+def test_an_interrupt_is_said_once(signalled, told, tmp_path):
+    """Oracle: one message and the exit code of a shell, whoever gets the signal."""
+    command = [sys.executable, "-m", "mspc", *told(tmp_path / "out", "--sparsity", 0.5, "--ranks", 2)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if "Gradients" in line)
+        signalled(process.pid, signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.count("Interrupted.") == 1
+    assert "Traceback" not in rest
 
 
 @pytest.mark.parametrize(

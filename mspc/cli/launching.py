@@ -52,8 +52,6 @@ def _launch(number: int) -> int:
             f"rank {rank} was ended by {signal.Signals(-codes[rank]).name}. Nothing that was finished is lost: run the "
             "command again with --resume."
         ) from error
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
+    except SignalException as error:  # each rank has got it too, and the first one says so
         return 128 + int(error.sigval)
     return 0
