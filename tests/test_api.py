@@ -370,6 +370,7 @@ def test_a_model_in_memory_and_a_name_need_a_tokenizer(model, test_text):
         mspc.evaluate(model, test_text, sequence_length=32, progress=False)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     """Oracle: what its cells print and write, on a model of a moment."""
     model = tiny.build(tmp_path / "model", "llama", hidden_size=64, max_position_embeddings=256)

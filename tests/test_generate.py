@@ -523,6 +523,7 @@ def started() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process(started):
     process = started()
     first = process.stdout.read(1)

@@ -77,7 +77,8 @@ def test_families_in_every_runtime(family, artifact_of, tmp_path):
         assert result["relative_error"] < 1e-5
 
 
-@pytest.mark.parametrize("weights", ["qdq", pytest.param("float16", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["qdq", "float16"])
 def test_weights_in_every_runtime(weights, artifact_of, tmp_path):
     for result in export(artifact_of("llama"), tmp_path / "out", weights=weights).values():
         assert result["status"] == "verified"
@@ -169,6 +170,7 @@ def gptq(artifact: mspc.Artifact, out: Path) -> dict[str, object]:
     return json.loads((out / "verification.json").read_text())["runtimes"]["onnxruntime-genai"]
 
 
+@pytest.mark.slow
 def test_gptq_in_genai(only_genai, artifact_of, tmp_path):
     result = gptq(artifact_of("llama", bits=8), tmp_path / "out")
     assert result["status"] == "verified"

@@ -142,7 +142,7 @@ def source_keys(artifact: mspc.Artifact) -> list[str]:
     ("family", "format_name"),
     [
         ("llama", "dense"), ("gpt2", "dense"), ("llama", "gptq"), ("llama", "compressed-tensors"),
-        ("gemma2", "compressed-tensors"), ("bundled", "gguf"),
+        ("gemma2", "compressed-tensors"), pytest.param("bundled", "gguf", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_exports_are_verified_in_the_loader_of_transformers(family, format_name, made, tmp_path, monkeypatch):

@@ -421,6 +421,7 @@ def test_attention_of_a_mixture_of_experts(calibration, tmp_path):
 LOAD_PLAINLY = "from transformers import AutoModelForCausalLM as M; model = M.from_pretrained('path/to/this/folder')"
 
 
+@pytest.mark.slow
 def test_the_readme_of_an_export_says_what_works_and_what_does_not(pruned, tmp_path):
     """Oracle: its own code, and code without its import, in fresh interpreters; logits of the export as it is read."""
     export = Path(shutil.copytree(pruned[0][1], tmp_path / "path" / "to" / "this" / "folder"))
