@@ -127,12 +127,10 @@ def export_of(artifact: mspc.Artifact, tmp_path_factory: pytest.TempPathFactory)
     return get
 
 
-MADE = ["artifact", *FORMATS]
+MADE = ["artifact", *(pytest.param(name, marks=pytest.mark.slow) if name == "onnx" else name for name in FORMATS)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "onnx" else name for name in MADE]
-)
+@pytest.mark.parametrize("name", MADE)
 def test_all_files_that_belong_are_in_the_artifact_and_in_each_export(name, awkward, export_of):
     before, after = carried(awkward), carried(export_of(name))
     assert set(TRAVEL) <= before.keys()
