@@ -1,4 +1,4 @@
-"""Decoding on a CPU, end to end and in turns: mspc's kernels, torch, llama.cpp, and ONNX Runtime.
+"""Decoding on a CPU, end to end and in turns: mspc's kernels, torch, llama.cpp, ONNX Runtime and OpenVINO.
 
     python benchmarks/cpu_peers.py --out results.json                           # random weights, shapes of Llama-3.2-1B
     python benchmarks/cpu_peers.py --only 'mspc 2:4+int4' 'llama.cpp Q4_0'
@@ -74,6 +74,39 @@ def of_onnx(folder: Path, threads: int) -> Decode:
     return decode
 
 
+def of_openvino(folder: Path, threads: int) -> Decode:
+    """An ONNX export in OpenVINO as it is by default, with inputs rounded to 8 bits; its cache is copied by Python."""
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(folder / "model.onnx", "CPU", options)
+    caches = {one.any_name: one.partial_shape for one in model.inputs if one.any_name.startswith("past_key_values.")}
+
+    def step(ids: Any, past: dict[str, Any]) -> dict[str, Any]:
+        length = next(iter(past.values())).shape[2]
+        total = length + ids.shape[1]
+        places = np.arange(length, total)[None]
+        feeds = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": places}
+        found = model(feeds | past, share_inputs=True, share_outputs=True)
+        return {name: found[name.replace("past_key_values", "present")] for name in caches}
+
+    none = {name: np.zeros((1, shape[1].get_length(), 0, shape[3].get_length()), np.float32)
+            for name, shape in caches.items()}  # fmt: skip
+    prompt = step(np.array([[100 + number % 50 for number in range(CONTEXT)]]), none)
+    prompt = {name: np.array(value) for name, value in prompt.items()}
+
+    def decode(count: int) -> float:
+        past = prompt
+
+        def next_one() -> None:
+            nonlocal past
+            past = {name: np.array(value) for name, value in step(np.array([[100]]), past).items()}
+
+        return _seconds(next_one, count)
+
+    return decode
+
+
 def _seconds(step: Callable[[], Any], count: int) -> float:
     before = time.perf_counter()
     for _ in range(count):
@@ -111,14 +144,21 @@ def _of_random_gguf(kind: str, given: argparse.Namespace, stack: ExitStack) -> t
 
 
 def real_contenders(given: argparse.Namespace, stack: ExitStack) -> dict[str, Callable[[], tuple[Decode, int]]]:
-    return {str(path): lambda path=path: _of_path(path, given, stack) for path in given.models}
+    made = {str(path): lambda path=path: _of_path(path, given, stack) for path in given.models}
+    for path in given.openvino:
+        made[f"openvino {path}"] = lambda path=path: (of_openvino(path, given.threads), _onnx_bytes(path))
+    return made
+
+
+def _onnx_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.onnx*"))
 
 
 def _of_path(path: Path, given: argparse.Namespace, stack: ExitStack) -> tuple[Decode, int]:
     if path.suffix == ".gguf":
         return of_llamacpp(path, given.threads, stack), path.stat().st_size
     if (path / "genai_config.json").is_file():
-        return of_onnx(path, given.threads), sum(file.stat().st_size for file in path.glob("*.onnx*"))
+        return of_onnx(path, given.threads), _onnx_bytes(path)
     step, num_bytes = model_step(path, CONTEXT)
     return of_step(step), num_bytes
 
@@ -155,6 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names")
     parser.add_argument("--models", nargs="+", type=Path, help="real models in place of random weights")
+    parser.add_argument(
+        "--openvino", nargs="+", type=Path, default=[], help="ONNX exports to time there, with --models"
+    )
     parser.add_argument("--mixture", type=Path, help="an artifact whose formats are taken for the shapes")
     parser.add_argument("--mixture-name", default="mixture")
     parser.add_argument("--head-bits", type=int, default=4, choices=(4, 8, 16))
