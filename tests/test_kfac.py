@@ -203,7 +203,7 @@ def test_equal_and_independent_outputs_are_alps():
         plain = admm(case.weight, case.stats, Target(pattern), SolverOptions(), "q")
         assert float((found.mask == plain.mask).float().mean()) > 0.95
         gram = damped(case.stats.gram, 0.01)
-        assert loss(found.weight - case.weight, gram) == pytest.approx(loss(plain.weight - case.weight, gram), rel=0.01)
+        assert loss(found.weight - case.weight, gram) == pytest.approx(loss(plain.weight - case.weight, gram), rel=0.05)
 
 
 def test_a_matrix_that_nothing_depends_on():
