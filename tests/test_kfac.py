@@ -130,17 +130,22 @@ def test_one_step_finds_a_support_as_good_as_the_exact_solution(pattern, seed, m
 
 
 def test_one_factor_of_the_gram_serves_all(monkeypatch):
-    """By counting: matrices with one input, every rho and every pattern factor their Gram once."""
+    """By counting: matrices with one input, every rho and every pattern factor their Gram once, and by Cholesky.
+
+    LAPACK has no eigenvectors of a matrix of more than 32,766 columns, so only output factors may be decomposed.
+    """
     case = problem(0, 16, 32)
-    factored: list[torch.Size] = []
-    cholesky = torch.linalg.cholesky_ex
+    factored, decomposed = list[torch.Size](), list[torch.Size]()
+    cholesky, eigh = torch.linalg.cholesky_ex, torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: factored.append(a.shape) or cholesky(a))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: decomposed.append(a.shape) or eigh(a))
     for seed in range(3):
         solve(case, fisher(seed, 2, 8), Unstructured(0.5))
         stats = replace(case.stats, output_fisher=fisher(seed, 2, 8))
         form = quadratic(case.weight, stats, stats.output_fisher, 0.01, "q")
         list(error_path(form, [Unstructured(0.3), NM(2, 4)]))
     assert factored == [torch.Size([32, 32])]
+    assert set(decomposed) == {torch.Size([2, 8, 8])}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)

@@ -111,10 +111,11 @@ def _gram(load: Workload, work: Work, tokens: int, *, shift: bool = False) -> No
                 work.operations(float(load.batch_tokens) * width, 2 * tokens / load.batch_tokens, ways)
 
 
-def _eigen(load: Workload, work: Work, ways: float = 1) -> None:
+def _preconditioners(load: Workload, work: Work, ways: float = 1) -> None:
+    """The factor of every Gram by which the search takes its steps."""
     for groups in load.groups:
         for group in groups:
-            work.add("eigen", group[0].shape[1] ** 3, ways)
+            work.add("factor", group[0].shape[1] ** 3, ways)
             work.operations(group[0].shape[1] ** 2, 6)
 
 
@@ -204,7 +205,7 @@ def _curves(load: Workload, work: Work) -> None:
     _dense_walk(load, work)
     estimates = settings.allocator == ESTIMATE
     if not estimates and settings.solver in ("kfac", "fisher", "admm"):
-        _eigen(load, work, FEW)
+        _preconditioners(load, work, FEW)
     if settings.has_budget:
         for groups in load.groups:
             for group in groups:
@@ -223,7 +224,7 @@ def _validating(load: Workload, work: Work) -> None:
         _read(load, work, 1)
     else:
         _dense_walk(load, work)
-        _eigen(load, work, FEW)
+        _preconditioners(load, work, FEW)
     patterns = [load.plan[0].target.pattern] * plans
     for matrix in load.flat:
         own = MatrixWork(work, matrix.shape, FEW)
@@ -260,7 +261,7 @@ def _compressing(load: Workload, work: Work) -> None:
         for group in groups:
             width = group[0].shape[1]
             if kfac:
-                work.add("eigen", width**3)
+                work.add("factor", width**3)
             if inverts:
                 work.add("factor", width**3)
             work.operations(width**2, 12)

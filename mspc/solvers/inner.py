@@ -9,8 +9,8 @@ make the rows independent:
 The eigenvectors of G would solve them for every rho, too. But they take much longer than a Cholesky factor, and LAPACK
 finds none of more than 32,766 inputs. So X is not solved for, but takes one step from where it was: preconditioned
 conjugate gradients, stopped after the first of them, as in inexact ADMM (Boyd et al. 2011, section 3.4.4). The
-preconditioner (G + `SHIFT`)^-1 is the same for all outputs and every rho, as each row has a step size of its own, the
-one that is best for it. So a Gram is factored once, and the step takes two products with it, as the exact solution does.
+preconditioner (G + `SHIFT`)^-1 is the same for all outputs and every rho, as each row has the step size that is best
+for it. So a Gram is factored once, and a step takes two products of its size, as the exact solution does.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Inner = Callable[[Tensor, float], Tensor]
 def inner(form: Quadratic, wanted: Tensor) -> Inner:
     """The inner problem of `form`, with B0 as its first X. `wanted` is S B0 G (O, I).
 
-    Raises SingularGramError for a Gram or an output factor that is none.
+    Raises SingularGramError for a Gram that is not positive definite with `SHIFT` on its diagonal.
     """
     return form.solve if form.outputs is None else Steps(form, wanted)
 
@@ -37,13 +37,8 @@ class Steps:
     """X (O, I) in the eigenvectors of S, and a step of it at every call. Raises SingularGramError as `inner` does."""
 
     def __init__(self, form: Quadratic, wanted: Tensor) -> None:
-        assert form.outputs is not None
-        try:
-            eigenvalues, self.vectors = torch.linalg.eigh(form.outputs)
-        except RuntimeError as error:  # LinAlgError is one, and torch does not export it
-            raise form.singular(f"has no eigendecomposition ({error})") from error
-        self.form, self.inverse = form, form.preconditioner()
-        self.of_outputs = eigenvalues.clamp_min(0.0).flatten()[:, None]
+        of_outputs, self.vectors = form.output_spectrum()
+        self.form, self.inverse, self.of_outputs = form, form.preconditioner(), of_outputs[:, None]
         self.values = form.between(self.vectors.mT, form.target)
         self.image = form.between(self.vectors.mT, wanted)
 

@@ -27,7 +27,7 @@ from mspc.types import GramStats
 OUTPUT_DAMP = 0.3
 """Damping of S as a share of its mean diagonal. It is large because few sequences estimate S."""
 SHIFT = 0.3
-"""What the preconditioner of `inner` adds to the diagonal of the scaled H, which is 1. The best of 0.1, 0.3 and 0.6."""
+"""Damping of the scaled H, whose diagonal is 1, in the preconditioner of `inner`. The best of 0.1, 0.3 and 0.6."""
 WEIGHTS_HELD, GRAMS_HELD = 20, 5
 """Copies of a weight and of a Gram in float32 that a solver holds at most, estimated."""
 
@@ -56,6 +56,7 @@ class Quadratic:
     """A tensor that broadcasts to (O, I): scaled weights = weights * scale."""
     inverses: dict[float, Tensor] = field(default_factory=dict)
     """(G + rho)^-1 by rho, for the latest rho only. Used if `outputs` is None."""
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def apply(self, values: Tensor) -> Tensor:
         """S X H of scaled values (O, I)."""
@@ -66,6 +67,17 @@ class Quadratic:
         if factor is None:
             return values
         return matmul(factor, values.view(len(factor), -1, values.shape[1])).view_as(values)
+
+    def output_spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (O,) and vectors (K, B, B) of `outputs`, computed once."""
+        assert self.outputs is not None
+        if not self.found:
+            try:
+                eigenvalues, vectors = torch.linalg.eigh(self.outputs)
+            except RuntimeError as error:  # LinAlgError is one, and torch does not export it
+                raise self._singular(f"has no eigendecomposition ({error})") from error
+            self.found.append((eigenvalues.clamp_min(0.0).flatten(), vectors))
+        return self.found[0]
 
     def solve(self, values: Tensor, rho: float) -> Tensor:
         """Solve X G + rho X = values for X (O, I), where S is 1."""
@@ -90,10 +102,10 @@ class Quadratic:
         damped.diagonal().add_(shift)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info):
-            raise self.singular(f"is not positive definite with {shift:g} on its diagonal")
+            raise self._singular(f"is not positive definite with {shift:g} on its diagonal")
         return torch.cholesky_inverse(lower)
 
-    def singular(self, what: str) -> SingularGramError:
+    def _singular(self, what: str) -> SingularGramError:
         return SingularGramError(
             f"{self.name}: a matrix of its statistics ({len(self.inputs.gram)} inputs) {what}. Calibrate on more text "
             "(--num-sequences, --sequence-length) or raise --damp."
