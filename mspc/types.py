@@ -105,7 +105,7 @@ class GramStats:
     output_fisher: Tensor | None = None
     borrowed_tokens: int = 0
     scaled_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
-    """The scaled Grams of `solvers.quadratic`: matrices with the same input share their eigendecomposition."""
+    """The scaled Grams of `solvers.quadratic`: matrices with the same input share their preconditioner."""
     inverses_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
     """The factors of `numerics.linalg.inverse_factor`, which they share, too."""
     lock: AbstractContextManager[Any] = field(default_factory=RLock, repr=False, compare=False)

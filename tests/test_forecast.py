@@ -348,15 +348,12 @@ def test_the_remedy_fits(llama, monkeypatch):
     assert mspc.forecast(llama, recipe, device="cpu", spill="spill").problems == ()
 
 
-def test_a_gram_too_wide_for_lapack_is_a_problem(tmp_path):
-    """Oracle: 1 + 6 n + 2 n^2 numbers of workspace, in 32 bits."""
-    assert 1 + 6 * forecasting.WIDEST_ON_CPU + 2 * forecasting.WIDEST_ON_CPU**2 < 2**31
+def test_a_gram_too_wide_for_lapack_is_no_problem(tmp_path):
+    """LAPACK's eigenvectors end at 32,766 inputs, and the solver needs none of a Gram."""
     wide = config_alone("llama", tmp_path / "wide", intermediate_size=32_768)
     recipe = mspc.Recipe(sparsity=0.5, num_sequences=2)
-    assert any("32,768 inputs" in problem for problem in mspc.forecast(wide, recipe, device="cpu").problems)
+    assert not any("inputs" in problem for problem in mspc.forecast(wide, recipe, device="cpu").problems)
     assert mspc.forecast(wide, recipe, device="h200").problems == ()
-    fast = mspc.Recipe(sparsity=0.5, num_sequences=2, effort="fast")
-    assert not any("inputs" in problem for problem in mspc.forecast(wide, fast, device="cpu").problems)
 
 
 @pytest.mark.parametrize("device", ["h200", "a100"])

@@ -1,7 +1,9 @@
 """The Fisher-weighted solver against dense Kronecker products in float64, all supports of a small matrix, and ALPS."""
 
+import importlib
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from mspc.errors import InputError
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import admm, error_path, kfac
 from mspc.solvers.error_compensation import compensated
+from mspc.solvers.inner import inner
 from mspc.solvers.quadratic import OUTPUT_DAMP, quadratic
 from mspc.types import NM, CompressedLinear, GramStats, Grid, Pattern, Target, Unstructured
 
@@ -56,11 +59,93 @@ def test_the_form_is_the_kronecker_product(num_blocks):
     values = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
     flat = values.double().flatten()
     torch.testing.assert_close(form.apply(values).double().flatten(), dense @ flat, rtol=1e-3, atol=1e-4)
-    solved = torch.linalg.solve(dense + 0.3 * torch.eye(96, dtype=torch.float64), flat)
-    torch.testing.assert_close(form.solve(values, 0.3).double().flatten(), solved, rtol=1e-3, atol=1e-4)
     error = flat - form.target.double().flatten()
     assert form.loss(values) == pytest.approx(float(error @ dense @ error), rel=1e-4)
     torch.testing.assert_close(form.weight(form.target), case.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+@pytest.mark.parametrize("rho", [0.1, 1.0])
+def test_steps_descend_to_the_exact_solution(num_blocks, rho):
+    """Oracle: the dense (S x H + rho)^-1 in float64, and its quadratic function, which no step may raise."""
+    case, blocks = problem(0, 12, 8), fisher(1, num_blocks, 12 // num_blocks)
+    form = quadratic(case.weight, case.stats, blocks, 0.01, "q")
+    dense = torch.kron(whole(blocks), damped(case.stats.gram, 0.01))
+    scale = dense.diagonal().sqrt()
+    dense = dense / scale[:, None] / scale + rho * torch.eye(96, dtype=torch.float64)
+    values = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
+    exact = torch.linalg.solve(dense, values.double().flatten())
+
+    def excess(found: Tensor) -> float:
+        error = found.double().flatten() - exact
+        return float(error @ dense @ error)
+
+    step = inner(form, form.apply(form.target))
+    excesses = [excess(form.target), *(excess(step(values, rho)) for _ in range(60))]
+    rounding = 1e-8 * excesses[0]
+    assert all(later <= former + rounding for former, later in pairwise(excesses))
+    assert excesses[1] < 0.5 * excesses[0]  # one step is most of the way
+    torch.testing.assert_close(step(values, rho).double().flatten(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_moves_with_what_changes():
+    """Oracle: the dense solution of the last right side. What came before is no more than a start."""
+    case, blocks = problem(1, 12, 8), fisher(2, 3, 4)
+    form = quadratic(case.weight, case.stats, blocks, 0.01, "q")
+    dense = torch.kron(whole(blocks), damped(case.stats.gram, 0.01))
+    scale = dense.diagonal().sqrt()
+    dense = dense / scale[:, None] / scale
+    step, generator = inner(form, form.apply(form.target)), torch.Generator().manual_seed(3)
+    for rho in (0.1, 0.3, 0.9):
+        values = torch.randn(12, 8, generator=generator)
+        for _ in range(60):
+            found = step(values, rho)
+        exact = torch.linalg.solve(dense + rho * torch.eye(96, dtype=torch.float64), values.double().flatten())
+        torch.testing.assert_close(found.double().flatten(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_step_finds_a_support_as_good_as_the_exact_solution(pattern, seed, monkeypatch):
+    """Oracle: the same search with the dense (S x H + rho)^-1 in float64 in place of every step."""
+    case, blocks = problem(seed, 16, 32), fisher(seed, 2, 8)
+    outputs, gram = whole(blocks), damped(case.stats.gram, 0.01)
+    dense = torch.kron(outputs, gram)
+    scale = dense.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(dense / scale[:, None] / scale)
+
+    def exact(*_: object) -> Callable[[Tensor, float], Tensor]:
+        def solved(wanted: Tensor, rho: float) -> Tensor:
+            return (vectors @ (vectors.T @ wanted.double().flatten() / (values + rho))).float().view_as(wanted)
+
+        return solved
+
+    by_steps = solve(case, blocks, pattern)
+    monkeypatch.setattr(importlib.import_module("mspc.solvers.admm"), "inner", exact)
+    by_solutions = solve(case, blocks, pattern)
+    of_steps, of_solutions = (
+        model_loss(found.weight - case.weight, outputs, gram) for found in (by_steps, by_solutions)
+    )
+    assert of_steps < 1.05 * of_solutions
+
+
+def test_one_factor_of_the_gram_serves_all(monkeypatch):
+    """By counting: matrices with one input, every rho and every pattern factor their Gram once, and by Cholesky.
+
+    LAPACK has no eigenvectors of a matrix of more than 32,766 columns, so only output factors may be decomposed.
+    """
+    case = problem(0, 16, 32)
+    factored, decomposed = list[torch.Size](), list[torch.Size]()
+    cholesky, eigh = torch.linalg.cholesky_ex, torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a: factored.append(a.shape) or cholesky(a))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: decomposed.append(a.shape) or eigh(a))
+    for seed in range(3):
+        solve(case, fisher(seed, 2, 8), Unstructured(0.5))
+        stats = replace(case.stats, output_fisher=fisher(seed, 2, 8))
+        form = quadratic(case.weight, stats, stats.output_fisher, 0.01, "q")
+        list(error_path(form, [Unstructured(0.3), NM(2, 4)]))
+    assert factored == [torch.Size([32, 32])]
+    assert set(decomposed) == {torch.Size([2, 8, 8])}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
@@ -116,14 +201,14 @@ def test_near_the_best_of_all_supports():
 
 
 def test_equal_and_independent_outputs_are_alps():
-    """Oracle: `admm`, which has S = 1."""
+    """Oracle: `admm`, which has S = 1, and solves every iteration exactly."""
     case = problem(5, 16, 32)
     for pattern in PATTERNS:
         found = solve(case, torch.eye(8).expand(2, 8, 8), pattern)
         plain = admm(case.weight, case.stats, Target(pattern), SolverOptions(), "q")
-        assert float((found.mask == plain.mask).float().mean()) > 0.99
+        assert float((found.mask == plain.mask).float().mean()) > 0.95
         gram = damped(case.stats.gram, 0.01)
-        assert loss(found.weight - case.weight, gram) == pytest.approx(loss(plain.weight - case.weight, gram), rel=0.01)
+        assert loss(found.weight - case.weight, gram) == pytest.approx(loss(plain.weight - case.weight, gram), rel=0.05)
 
 
 def test_a_matrix_that_nothing_depends_on():

@@ -117,7 +117,7 @@ class DenseWalk:
     """The visits of a walk that changes nothing; it can be iterated several times.
 
     The statistics of the first full iteration are kept if they fit in `memory` bytes (None: a quarter of the free
-    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram, its eigenvectors and an
+    memory). Otherwise every iteration passes the model again. Solvers add a normalized Gram, a preconditioner and an
     inverse to each kept Gram, hence the factor 4.
     """
 

@@ -25,7 +25,7 @@ from mspc.pipeline.workload import Workload
 from mspc.planning.allocation import allocate, check_plan, choose_group_size
 from mspc.planning.plan_file import read_plan
 from mspc.recipe import Recipe
-from mspc.settings import ESTIMATE, Settings
+from mspc.settings import Settings
 from mspc.sizes import in_words
 from mspc.types import MatricesByBlock, PlannedMatrix, flatten
 
@@ -34,8 +34,6 @@ MEMORY_ERROR = 0.1
 MEASURED, OF_TABLE = (0.8, 1.4), (0.4, 2.5)
 """The range of the seconds as factors, by rates that were measured here and by those of a table."""
 HERE, CPU = "here", "cpu"
-WIDEST_ON_CPU = 32766
-"""Inputs of a matrix up to which LAPACK can decompose its Gram: its workspace is counted in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -227,15 +225,6 @@ def _problems(load: Workload, demand: Demand, place: Place) -> Iterator[str]:
                 f"The run needs about {in_words(need)} of {what}, and {in_words(free)} are free. "
                 f"{_remedy(load, what, free)}"
             )
-    widest = max(matrix.shape[1] for matrix in load.flat)
-    settings = load.settings
-    by_curves = settings.needs_curves and settings.allocator != ESTIMATE
-    decomposes = by_curves or (settings.solver == "kfac" and settings.needs_fisher)
-    if place.device.type == "cpu" and widest > WIDEST_ON_CPU and decomposes:
-        yield (
-            f"A matrix has {widest:,} inputs, and on a CPU the eigendecomposition of its Gram works up to "
-            f"{WIDEST_ON_CPU:,}. Use a GPU, or --effort fast with a --sparsity, which needs none."
-        )
 
 
 def _remedy(load: Workload, what: str, free: int) -> str:

@@ -17,8 +17,8 @@ from mspc.types import NM, Pattern, Target
 
 OF_PRODUCT = 0.4
 """Operations that the result of a product takes, as a new tensor."""
-OF_ITERATION, OF_STEP, OF_LOSS = 11, 9, 3
-"""Operations of an ADMM iteration, of a step of conjugate gradients, and of a loss."""
+OF_ITERATION, OF_INNER, OF_STEP, OF_LOSS = 11, 11, 9, 3
+"""Operations of an ADMM iteration, of its inner step, of a step of conjugate gradients, and of a loss."""
 BLOCK = 128
 """Columns that a sweep settles before it updates the others."""
 CALLS, CALLS_WITH_CODES, CALLS_OF_POLISH = 6, 17, 14
@@ -76,10 +76,10 @@ class MatrixWork:
         self.blocks(count, kfac)
 
     def solved(self, count: float, kfac: bool) -> None:
-        """`Quadratic.solve`, without the decompositions that it needs."""
+        """The inner problem of each iteration, without the decompositions that it needs."""
         self.products(2 * count if kfac else count)
         self.blocks(2 * count, kfac)
-        self.operations(4 * count if kfac else 0)
+        self.operations(OF_INNER * count if kfac else 0)
 
     def selected(self, count: float, pattern: Pattern) -> None:
         """The largest weights by a threshold, or of every group."""
@@ -100,6 +100,11 @@ class MatrixWork:
         self.applied(1 + steps, kfac)
         self.operations(4 + OF_STEP * steps)
 
+    def started(self, kfac: bool) -> None:
+        """The right side of the first iteration, and what the inner problem starts from."""
+        self.applied(1, kfac)
+        self.blocks(2, kfac)
+
     def iterated(self, iterations: int, pattern: Pattern, kfac: bool, *, changes_rho: int = 0) -> None:
         self.solved(iterations, kfac)
         self.operations(OF_ITERATION * iterations)
@@ -111,7 +116,7 @@ class MatrixWork:
 
     def path(self, patterns: list[Pattern], kfac: bool) -> None:
         """`error_path`, with the loss at its end."""
-        self.applied(1, kfac)
+        self.started(kfac)
         for pattern in patterns:
             if pattern.sparsity < 1:
                 self.iterated(PATH_ITERATIONS, pattern, kfac)
@@ -126,7 +131,7 @@ class MatrixWork:
         if not settings.keep_zeros:
             # Without zeros the first round changes nothing.
             iterations = settings.iterations if target.pattern.sparsity > 0 else min(ROUND, settings.iterations)
-            self.applied(1, kfac)
+            self.started(kfac)
             self.iterated(iterations, target.pattern, kfac, changes_rho=ROUND)
             self.selected(2, target.pattern)
             self.operations(6)

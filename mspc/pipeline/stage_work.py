@@ -122,10 +122,11 @@ def _sum(load: Workload, work: Work, numbers: float) -> None:
             work.add("exchange", 8 * numbers)
 
 
-def _eigen(load: Workload, work: Work, ways: float = 1) -> None:
+def _preconditioners(load: Workload, work: Work, ways: float = 1) -> None:
+    """The factor of every Gram by which the search takes its steps."""
     for groups in load.groups:
         for group in groups:
-            work.add("eigen", group[0].shape[1] ** 3, ways)
+            work.add("factor", group[0].shape[1] ** 3, ways)
             work.operations(group[0].shape[1] ** 2, 6)
 
 
@@ -235,7 +236,7 @@ def _measured(load: Workload, work: Work) -> None:
     settings, patterns = load.settings, patterns_of(load.settings)
     estimates = settings.allocator == ESTIMATE
     if not estimates and settings.solver in ("kfac", "fisher", "admm"):
-        _eigen(load, work, FEW)
+        _preconditioners(load, work, FEW)
     if settings.has_budget:
         for groups in load.groups:
             for group in groups:
@@ -255,7 +256,7 @@ def _validating(load: Workload, work: Work) -> None:
     else:
         _dense_walk(load, work)
         with work.shared(_by_blocks(load)):
-            _eigen(load, work, FEW)
+            _preconditioners(load, work, FEW)
     patterns = [load.plan[0].target.pattern] * plans
     for matrix in load.flat:
         with work.shared(_by_blocks(load)):
@@ -296,7 +297,7 @@ def _compressing(load: Workload, work: Work) -> None:
         for group in groups:
             width = group[0].shape[1]
             if kfac:
-                work.add("eigen", width**3)
+                work.add("factor", width**3)
             if inverts:
                 work.add("factor", width**3)
             work.operations(width**2, 12)

@@ -5,10 +5,11 @@ the multiplier and Z the sparse copy of B, one iteration is
 
     S B G + rho B = S B0 G - V + rho Z, solved for B;   Z = the largest of B + V / rho;   V = V + rho (B - Z)
 
-and rho grows until the support does not change. One eigendecomposition of each factor serves every rho. `admm` is
-ALPS, which minimizes the squared error of the layer. `kfac` minimizes the loss of the model, where errors at outputs of
-little influence cost little; `fisher` does so with the diagonal of S, and takes no longer than `admm`. If the target
-has a grid, the OBS sweep quantizes the weights on the support found here.
+and rho grows until the support does not change. With an output factor, B takes only a step towards that solution
+(`inner`), by one Cholesky factor of the Gram. `admm` is ALPS, which minimizes the squared error of the layer. `kfac`
+minimizes the loss of the model, where errors at outputs of little influence cost little; `fisher` does so with the
+diagonal of S, and takes no longer than `admm`. If the target has a grid, the OBS sweep quantizes the weights on the
+support found here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from mspc.errors import InputError
 from mspc.numerics.linalg import precise_matmul
 from mspc.numerics.masking import check_divides, kth_lowest, num_pruned, select
+from mspc.solvers.inner import Inner, inner
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.solvers.polish import polish
@@ -99,6 +101,7 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
     """Weights (O, I) and their loss for patterns of growing sparsity, a few iterations after the one before."""
     with precise_matmul():
         wanted, multiplier, sparse = form.apply(form.target), torch.zeros_like(form.target), form.target
+        solve = inner(form, wanted)
         for pattern in patterns:
             if pattern.sparsity == 1:
                 nothing = torch.zeros_like(form.target)
@@ -106,7 +109,7 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
                 continue
             rho = PATH_RHO
             for _ in range(PATH_ITERATIONS):
-                _, support, sparse = _iterate(form, wanted, multiplier, sparse, rho, pattern)
+                _, support, sparse = _iterate(solve, wanted, multiplier, sparse, rho, pattern)
                 rho *= PATH_GROWTH
             values = refine(form, support, sparse, PATH_CG_STEPS)
             yield form.weight(values), form.loss(values)
@@ -115,10 +118,10 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
 def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:
     """Mask and scaled weights (O, I), after `iterations`, or after a round that did not change the support."""
     wanted, multiplier = form.apply(form.target), torch.zeros_like(form.target)
-    settled = _largest(form.target, pattern)
+    solve, settled = inner(form, wanted), _largest(form.target, pattern)
     sparse, shifted, rho = form.target * settled, form.target, FIRST_RHO
     for iteration in range(1, iterations + 1):
-        shifted, support, sparse = _iterate(form, wanted, multiplier, sparse, rho, pattern)
+        shifted, support, sparse = _iterate(solve, wanted, multiplier, sparse, rho, pattern)
         if iteration % ROUND == 0:
             changed = float((support != settled).float().mean())
             if changed == 0:
@@ -132,10 +135,10 @@ def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor,
 
 
 def _iterate(
-    form: Quadratic, wanted: Tensor, multiplier: Tensor, sparse: Tensor, rho: float, pattern: Pattern
+    solve: Inner, wanted: Tensor, multiplier: Tensor, sparse: Tensor, rho: float, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration: B + V / rho, its support, and Z; `multiplier` changes in place."""
-    dense = form.solve(wanted - multiplier + rho * sparse, rho)
+    dense = solve(wanted - multiplier + rho * sparse, rho)
     shifted = dense + multiplier / rho
     support = _largest(shifted, pattern)
     sparse = shifted * support
