@@ -112,7 +112,7 @@ void make(Case &made) {
   describe(m);
   int64_t blocks = num_blocks(m), count = m.rows * m.columns, bytes = has_codes(m) ? 1 : m.content == kFloat32 ? 4 : 2;
   Memory keep, entries, starts;
-  keep.take(count), entries.take(count * bytes), starts.take(8 * (2 * blocks + 1));
+  keep.take(count), entries.take(count * bytes), starts.take(8 * (blocks + 1));
   choose_kept(m, keep.start);
   entries.fill();
   for (int64_t i = 0; has_codes(m) && i < count; i++) entries.start[i] &= uint8_t((1 << m.content) - 1);

@@ -162,49 +162,41 @@ struct TwoFourLines {
   }
 };
 
-// Behind a bitmap: every field of the bytes is a stream of its own. Absent weights get the code of zero.
+// Behind a bitmap: absent bytes of the dense lines hold the code of zero in all fields.
 template <int64_t kBits>
 struct Expanded {
   static constexpr bool kOfKept = false;
-  const uint8_t *stream[kFields<kBits>], *masks, *high;
-  int64_t high_bit = 0;
+  const uint8_t *stream, *masks;
   __m512i zeros;
 
   Expanded(const mspc_matrix &m, int64_t block)
-      : masks(m.marks + block * num_positions(m) * 2), high(m.kept + m.starts[2 * block + 1]) {
-    for (int64_t i = 0; i < kFields<kBits>; i++) stream[i] = m.kept + m.starts[2 * block];
-  }
-  inline void set_zeros(__m512i of_rows) { zeros = _mm512_mullo_epi32(of_rows, _mm512_set1_epi32(0x01010101)); }
-
-  // The next bits of the high plane, spread to the places of a mask.
-  inline uint64_t spread(uint64_t mask, int64_t count) {
-    uint64_t bits;
-    __builtin_memcpy(&bits, high + high_bit / 8, 8);
-    int64_t skipped = high_bit % 8;
-    if (skipped) bits = bits >> skipped | uint64_t(high[high_bit / 8 + 8]) << (64 - skipped);
-    high_bit += count;
-    return _pdep_u64(bits, mask);
+      : stream(m.kept + m.starts[block]), masks(m.marks + block * num_positions(m) * kBits / 4) {}
+  inline void set_zeros(__m512i of_rows) {
+    constexpr int32_t repeat = kBits == 8 ? 0x01010101 : kBits == 4 ? 0x11111111 : 0x55555555;
+    zeros = _mm512_mullo_epi32(of_rows, _mm512_set1_epi32(repeat));
   }
 
-  template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
-  inline void step(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
+  // The steps of a line, which are number kFirst and so on of their unit.
+  template <int64_t kFirst, int64_t kTokens, int64_t kPlanes, class Sums>
+  inline void line(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
+    constexpr int64_t kSteps = kFields<kBits>;
     uint64_t mask;
-    __builtin_memcpy(&mask, masks + 8 * kStep, 8);
-    const uint8_t *&from = stream[kStep % kFields<kBits>];
-    int64_t count = int64_t(__builtin_popcountll(mask));
-    if (kStep % 2 == 0) fetch(from + kFar);
-    __m512i codes = _mm512_mask_expand_epi8(zeros, mask, field<kBits, kStep>(_mm512_loadu_si512(from)));
-    from += count;
-    if (kBits == 3) codes = _mm512_or_si512(codes, _mm512_maskz_mov_epi8(spread(mask, count), _mm512_set1_epi8(4)));
-    add_products<kStep>(codes, x, position, sums);
+    __builtin_memcpy(&mask, masks + 8 * (kFirst / kSteps), 8);
+    fetch(stream + kFar);
+    __m512i bytes = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(stream));
+    stream += __builtin_popcountll(mask);
+    add_products<kFirst>(field<kBits, 0>(bytes), x, position, sums);
+    if constexpr (kSteps > 1) add_products<kFirst + 1>(field<kBits, 1>(bytes), x, position, sums);
+    if constexpr (kSteps > 2) add_products<kFirst + 2>(field<kBits, 2>(bytes), x, position, sums);
+    if constexpr (kSteps > 2) add_products<kFirst + 3>(field<kBits, 3>(bytes), x, position, sums);
+    if constexpr (kFirst + kSteps < 8) line<kFirst + kSteps>(x, position, sums);
   }
 
   template <int64_t kTokens, int64_t kPlanes, class Sums>
   inline void unit(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
     fetch(masks + kFar);
-    step<0>(x, position, sums), step<1>(x, position, sums), step<2>(x, position, sums), step<3>(x, position, sums);
-    step<4>(x, position, sums), step<5>(x, position, sums), step<6>(x, position, sums), step<7>(x, position, sums);
-    masks += 64;
+    line<0>(x, position, sums);
+    masks += 8 * kBits;
   }
 };
 
@@ -263,7 +255,7 @@ struct Values {
 
   Values(const mspc_matrix &m, int64_t block) : marks(m.marks) {
     int64_t of_block = num_positions(m) / kUnit;
-    lines = m.kept + (kStructure == kBitmap ? m.starts[2 * block] : block * of_block * kLines * 64);
+    lines = m.kept + (kStructure == kBitmap ? m.starts[block] : block * of_block * kLines * 64);
     if (kStructure != kDense) marks += block * of_block * 64;  // a bit a position, or two bits a kept weight
   }
 
