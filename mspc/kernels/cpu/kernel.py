@@ -37,13 +37,11 @@ DENSE, TWO_FOUR, BITMAP = 0, 1, 2
 PARTS = "kept", "marks", "starts", "scales", "zeros"
 VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 """Numbers of dtypes in the library, where codes have their bits."""
+MOST_BEHIND_BITMAP = {8: 0.7, 4: 0.7, 3: 0.5}
+"""By bits, the share of bytes up to which a bitmap is faster than dense codes with AVX-512: measured (LOG.md, "bitmaps
+of bytes"). Dense codes of 2 bits are always faster, and without AVX-512 all are."""
 STRIP = 2**18
 """Weights that are expanded at a time: one MB in float32, which a cache of the second level holds."""
-
-
-def is_faster_dense(share: float, content: int, name: str) -> bool:
-    """Tell if dense lines of `content` are faster than a bitmap that keeps a share of the bytes, on an instruction set."""
-    return share > 0.75
 
 
 class Checked(NamedTuple):
@@ -86,7 +84,7 @@ def group_of(matrix: StoredMatrix) -> int:
 
 
 class Layout(NamedTuple):
-    """How a matrix is repacked."""
+    """Structure and content of a repacked matrix."""
 
     structure: int
     content: int
@@ -149,9 +147,9 @@ def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]
     layout, repacked = Layout.of(matrix, has_zeros(matrix)), dict(of_grid)
     if layout.structure == BITMAP:
         starts = _starts(stored, of_grid, matrix, layout)
-        kept_bytes, dense = int(starts[-1]), Layout.of(matrix, is_bitmap=False)
-        if is_faster_dense(kept_bytes / layout.bytes_of_lines(matrix), dense.content, ISAS[isa()]):
-            layout = dense
+        kept_bytes = int(starts[-1])
+        if is_faster_dense(matrix, kept_bytes / layout.bytes_of_lines(matrix)):
+            layout = Layout.of(matrix, is_bitmap=False)
         else:
             repacked["starts"] = starts
     if layout.structure != BITMAP:
@@ -175,8 +173,15 @@ def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]
     return repacked
 
 
+def is_faster_dense(matrix: StoredMatrix, share: float) -> bool:
+    """Tell if dense lines are faster than a bitmap of this share of their bytes, on the instruction set in use."""
+    if matrix.grid is None:
+        return False
+    return ISAS[isa()] != "avx512" or share > MOST_BEHIND_BITMAP.get(matrix.grid.bits, 0.0)
+
+
 def gaps_of(places: Tensor, end: int) -> Tensor:
-    """Ascending integers below `end` to uint8: the gaps before each and before the end. 255 is a part of a larger gap."""
+    """Ascending integers below `end` as uint8: gaps before each and before the end. 255 is a part of a larger gap."""
     gaps = pad(places, (1, 1), value=-1)
     gaps[-1] = end
     gaps = gaps.diff() - 1
@@ -278,9 +283,10 @@ def check(repacked: dict[str, Tensor], matrix: StoredMatrix) -> None:
     types = layout.types(matrix, kept_bytes)
     found = types_of({part: repacked[part] for part in types if part in repacked})
     if layout.has_nulls(matrix):
-        types["nulls"] = torch.uint8, (len(repacked.get("nulls", ())),)
-        found |= types_of({"nulls": repacked[part] for part in ("nulls",) if part in repacked})
-    plain = all(repacked[part].is_contiguous() and repacked[part].device.type == "cpu" for part in found)
+        nulls = repacked.get("nulls", torch.empty(0))
+        types["nulls"] = torch.uint8, (nulls.numel(),)
+        found |= types_of({"nulls": nulls})
+    plain = all(repacked[p].is_contiguous() and repacked[p].device.type == "cpu" for p in found if p in repacked)
     if found != types or not plain or not _fits(repacked, matrix, layout):
         raise MspcError(
             f"The repacked tensors of a matrix of {matrix.shape} do not fit it: {found}, and it needs {types}. "
