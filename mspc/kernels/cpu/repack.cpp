@@ -81,15 +81,18 @@ void pack_codes(const Rows &rows, int64_t block, Stream &stream) {
   Shape shape(m);
   int64_t bits = field_bits(m.content), fields = 8 / bits, lines = num_lines(m);
   for (int64_t line = 0; line < lines; line++) {
-    for (int64_t lane = 0; lane < shape.lanes; lane++) {
-      int64_t row = shape.row(lane), position = line * fields * shape.slots + shape.slot(lane);
-      int64_t group = position / padded_group(m);
+    int64_t first = line * fields * shape.slots, group = first / padded_group(m);  // a group has whole lines
+    for (int64_t row = 0; row < rows.count; row++) {
       uint32_t zero = m.zeros ? m.zeros[(block * num_groups(m) + group) * kRows + row] : 1u << (m.content - 1);
-      uint8_t byte = byte_of_zeros(m.content, zero), of_zeros = byte;
-      for (int64_t i = 0; i < fields; i++)
-        if (row < rows.count && rows.columns[position + i * shape.slots] >= 0)
-          byte = uint8_t(byte ^ ((rows.entry(row, position + i * shape.slots) ^ zero) << (i * bits)));
-      if (byte != of_zeros) stream.add(line * shape.lanes + lane, &byte, 1);
+      const uint8_t *codes = rows.entries + row * m.columns, of_zeros = byte_of_zeros(m.content, zero);
+      for (int64_t slot = 0; slot < shape.slots; slot++) {
+        uint8_t byte = of_zeros;
+        for (int64_t i = 0; i < fields; i++) {
+          int64_t column = rows.columns[first + slot + i * shape.slots];
+          if (column >= 0) byte = uint8_t(byte ^ ((codes[column] ^ zero) << (i * bits)));
+        }
+        if (byte != of_zeros) stream.add(line * shape.lanes + shape.lane(row, slot), &byte, 1);
+      }
     }
   }
 }
