@@ -15,7 +15,8 @@
 extern "C" {
 int64_t mspc_has(int64_t isa);
 int64_t mspc_fits(const mspc_matrix *, const int64_t *bytes);
-void mspc_lengths(const mspc_matrix *, const uint8_t *keep, int64_t first_row, int64_t num_rows, int64_t *lengths);
+void mspc_lengths(const mspc_matrix *, const uint8_t *entries, const uint8_t *keep, int64_t first_row, int64_t num_rows,
+                  int64_t *lengths);
 void mspc_pack(const mspc_matrix *, const uint8_t *entries, const uint8_t *keep, int64_t first, int64_t rows);
 void mspc_unpack(const mspc_matrix *, int64_t first_row, int64_t num_rows, uint8_t *entries, uint8_t *keep);
 void mspc_expand(const mspc_matrix *, int64_t first_row, int64_t num_rows, float *out, int64_t threads);
@@ -95,6 +96,7 @@ void describe(mspc_matrix &m) {
   m.group = m.structure == kTwoFour || below(2) ? one_of(groups) : 1 + below(140);
   m.columns = m.group * (1 + below(m.group < 32 ? 9 : 3));
   if (!has_codes(m)) m.group = m.columns;
+  if (m.structure == kBitmap && m.content == 3) m.content = 4;
 }
 
 // Some of the weights; at 2:4 any two of each four.
@@ -107,29 +109,42 @@ void choose_kept(const mspc_matrix &m, uint8_t *keep) {
   }
 }
 
+// Pruned weights have the zero point.
+void choose_codes(const mspc_matrix &m, const uint8_t *keep, uint8_t *codes) {
+  for (int64_t i = 0; i < m.rows * m.columns; i++) {
+    int64_t row = i / m.columns, at = (row / kRows * num_groups(m) + i % m.columns / m.group) * kRows + row % kRows;
+    codes[i] = keep[i] ? codes[i] & uint8_t((1 << m.content) - 1) : m.zeros ? m.zeros[at] : uint8_t(1 << (m.content - 1));
+  }
+}
+
 void make(Case &made) {
   mspc_matrix &m = made.m;
   describe(m);
   int64_t blocks = num_blocks(m), count = m.rows * m.columns, bytes = has_codes(m) ? 1 : m.content == kFloat32 ? 4 : 2;
   Memory keep, entries, starts;
-  keep.take(count), entries.take(count * bytes), starts.take(8 * (2 * blocks + 1));
+  keep.take(count), entries.take(count * bytes), starts.take(8 * (blocks + 1));
   choose_kept(m, keep.start);
   entries.fill();
-  for (int64_t i = 0; has_codes(m) && i < count; i++) entries.start[i] &= uint8_t((1 << m.content) - 1);
+  if (has_codes(m)) {
+    made.parts[3].take(blocks * num_groups(m) * kRows * 2), made.parts[3].fill();
+    if (below(2)) made.parts[4].take(blocks * num_groups(m) * kRows), made.parts[4].fill();
+    for (int64_t i = 0; i < made.parts[4].bytes; i++) made.parts[4].start[i] &= uint8_t((1 << m.content) - 1);
+    made.point();
+    choose_codes(m, keep.start, entries.start);
+  }
   if (m.structure == kBitmap) {
     int64_t *from = reinterpret_cast<int64_t *>(starts.start);
-    mspc_lengths(&m, keep.start, 0, m.rows, from + 1);
-    for (int64_t i = 1; i <= 2 * blocks; i++) from[i] += from[i - 1];
-    made.parts[0].take(from[2 * blocks] + 128);
+    mspc_lengths(&m, entries.start, keep.start, 0, m.rows, from + 1);
+    for (int64_t i = 1; i <= blocks; i++) from[i] += from[i - 1];
+    made.parts[0].take(from[blocks] + 128);
     made.parts[2].take(starts.bytes);
     memcpy(made.parts[2].start, starts.start, size_t(starts.bytes));
   } else {
     int64_t kept = num_positions(m) / (m.structure == kTwoFour ? 2 : 1) * kRows;  // entries of a block
     made.parts[0].take(blocks * (has_codes(m) ? kept * m.content / 8 : kept * bytes) + 128);
   }
-  if (m.structure != kDense) made.parts[1].take(blocks * num_positions(m) * 2);
-  if (has_codes(m)) made.parts[3].take(blocks * num_groups(m) * kRows * 2), made.parts[3].fill();
-  if (has_codes(m) && below(2)) made.parts[4].take(blocks * num_groups(m) * kRows), made.parts[4].fill();
+  int64_t eighths = m.structure == kBitmap && has_codes(m) ? m.content : 8;  // of two bytes of marks a position
+  if (m.structure != kDense) made.parts[1].take(blocks * num_positions(m) / 4 * eighths);
   made.point();
   mspc_pack(&m, entries.start, keep.start, 0, m.rows);
   keep.release(), entries.release(), starts.release();

@@ -65,6 +65,18 @@ def built() -> None:
         pytest.skip("there is no C++ compiler")
 
 
+def repacked_both_ways(tensors: dict[str, Tensor], matrix: StoredMatrix) -> list[dict[str, Tensor]]:
+    """Dense and behind a bitmap, whichever is faster, if the matrix can be either."""
+    ways = [True, False] if kernel.has_zeros(matrix) else [None]
+    found = []
+    for is_dense in ways:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "is_faster_dense", lambda *_, given=is_dense: given)
+            found.append(kernel.repack(tensors, matrix))
+        assert is_dense is None or ("starts" in found[-1]) != is_dense
+    return found
+
+
 def weight_of(tensors: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
     dtype = matrix.dtype if matrix.grid is None else FP32
     return layout.unpack(tensors, matrix.shape, matrix.target, dtype).weight
@@ -96,25 +108,57 @@ def chunks(tensor: Tensor, matrix: StoredMatrix) -> list[Tensor]:
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
 def test_unrepacked_is_what_was_stored(matrix, built):
+    """Kept weights that are zero, too: their codes are random, so some are the zero point."""
     tensors = stored(matrix)
-    repacked = kernel.repack(tensors, matrix)
-    found = kernel.unrepack(repacked, matrix)
-    assert found.keys() == tensors.keys()
-    assert all(found[part].dtype == tensors[part].dtype for part in tensors)
-    assert all(torch.equal(found[part], tensors[part]) for part in tensors)
-    out = torch.full(matrix.shape, torch.nan)
-    kernel.expand(repacked, matrix, out)
-    assert torch.equal(out, weight_of(tensors, matrix).float())
+    for repacked in repacked_both_ways(tensors, matrix):
+        found = kernel.unrepack(repacked, matrix)
+        assert found.keys() == tensors.keys()
+        assert all(found[part].dtype == tensors[part].dtype for part in tensors)
+        assert all(torch.equal(found[part], tensors[part]) for part in tensors)
+        out = torch.full(matrix.shape, torch.nan)
+        kernel.expand(repacked, matrix, out)
+        assert torch.equal(out, weight_of(tensors, matrix).float())
 
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
 def test_products_are_those_of_float64(matrix, isa):
     tensors = stored(matrix)
-    repacked, weight = kernel.repack(tensors, matrix), weight_of(tensors, matrix)
-    for num_tokens, planes in [(1, 2), (2, 2), (3, 2), (4, 2), (8, 2), (3, 1), (4, 1)]:
+    ways, weight = repacked_both_ways(tensors, matrix), weight_of(tensors, matrix)
+    for num_tokens, planes in [(1, 2), (2, 2), (3, 2), (4, 2), (8, 2), (1, 1), (3, 1), (4, 1)]:
         x = inputs(num_tokens, matrix.shape[1])
-        error = (kernel.product(x, repacked, matrix, planes).double() - x.double() @ weight.double().T).abs()
-        assert bool((error <= bound(x, weight, matrix, planes)).all())
+        expected, limit = x.double() @ weight.double().T, bound(x, weight, matrix, planes)
+        for repacked in ways:
+            assert bool(((kernel.product(x, repacked, matrix, planes).double() - expected).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(3, 64), Grid(3, 64, False), Grid(2, None, False)], ids=repr)
+def test_dense_codes_and_bitmaps_give_the_same_bits(grid, isa):
+    """Integers are the same, and so are the sums of floats."""
+    matrix = StoredMatrix((40, 384), Unstructured(0.7), grid, BF16)
+    dense, bitmap = repacked_both_ways(stored(matrix), matrix)
+    for num_tokens in (1, 3):
+        x = inputs(num_tokens, 384)
+        assert torch.equal(kernel.product(x, dense, matrix), kernel.product(x, bitmap, matrix))
+
+
+@pytest.mark.parametrize("grid", [None, Grid(8), Grid(4), Grid(3), Grid(2)], ids=repr)
+@pytest.mark.parametrize("sparsity", [1 / 32, 0.4, 0.75, 0.95])
+def test_the_faster_layout_is_chosen(grid, sparsity, isa):
+    """Oracle: the rule of docs/cpu-kernels.md, by the share of bytes in random masks: 1 - s^2 for two codes a byte."""
+    matrix = StoredMatrix((64, 1024), Unstructured(sparsity), grid, BF16)
+    share = 1 - sparsity if grid == Grid(8) else 1 - sparsity**2
+    limit = 0.0 if grid is None or isa != "avx512" else {8: 0.7, 4: 0.7, 3: 0.5, 2: 0.0}[grid.bits]
+    assert ("starts" in kernel.repack(stored(matrix), matrix)) == (grid is None or share < limit)
+
+
+def test_gaps_give_back_their_places():
+    """Oracle: by hand, and round trips of random places."""
+    assert kernel.gaps_of(torch.tensor([0, 2, 257, 767]), 768).tolist() == [0, 1, 254, 255, 254, 0]
+    assert kernel.gaps_of(torch.tensor([255]), 1000).tolist() == [255, 0, 255, 255, 234]
+    for seed, share in enumerate((0.0, 0.001, 0.1, 1.0)):
+        drawn = torch.rand(9000, generator=torch.Generator().manual_seed(seed))
+        places = (drawn < share).nonzero()[:, 0]
+        assert kernel.places_of(kernel.gaps_of(places, 9000)).tolist() == [*places.tolist(), 9000]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)

@@ -5,8 +5,9 @@
      "rest_ms": 1.5, "lookup_ms": 0.1,
      "products": [{"shape": [512, 2048], "kind": "mask", "numbers": "int4", "sparsity": 0.5, "ms": 0.05}, ...]}
 
-A product has one token. Its kind is `dense`, `2:4`, `mask` (any other zeros, which a CPU keeps behind a bitmap), or
-`torch` (the product of torch, of dense weights); its numbers are int8 to int2, or a dtype.
+A product has one token. Its kind is `dense`, `2:4`, `mask` (any other zeros, which a CPU keeps behind a bitmap, or as
+dense codes where these are faster), or `torch` (the product of torch, of dense weights); its numbers are int8 to int2,
+or a dtype.
 """
 
 import json
@@ -106,7 +107,7 @@ class Timings:
 
 
 def kind_of(target: Target) -> str:
-    """The kind of a product by its pattern. Every N:M but 2:4 is a bitmap on a CPU."""
+    """The kind of a product by its pattern. Every N:M but 2:4 is like a mask on a CPU."""
     if target.pattern.sparsity == 0:
         return DENSE
     return TWO_FOUR if target.pattern == NM(2, 4) else MASK

@@ -205,61 +205,51 @@ inline __m128i expand(const uint8_t *&from, const uint8_t *mask) {
   return _mm_or_si128(low, high);
 }
 
-// Behind a bitmap: every field of the bytes is a stream of its own. Absent weights get the code of zero.
+// Behind a bitmap: absent bytes of the dense lines hold the code of zero in all fields.
 template <int64_t kBits>
 struct Expanded {
   static constexpr bool kCentred = false;
-  const uint8_t *stream[kFields<kBits>], *masks, *high;
-  int64_t high_bit = 0;
+  const uint8_t *stream, *masks;
   __m256i zeros[2];
 
   Expanded(const mspc_matrix &m, int64_t block)
-      : masks(m.marks + block * num_positions(m) * 2), high(m.kept + m.starts[2 * block + 1]) {
-    for (int64_t i = 0; i < kFields<kBits>; i++) stream[i] = m.kept + m.starts[2 * block];
-  }
+      : stream(m.kept + m.starts[block]), masks(m.marks + block * num_positions(m) * kBits / 4) {}
   inline void set_zeros(const __m256i *of_rows) {
-    const __m256i four_times = _mm256_setr_epi64x(0x0404040400000000, 0x0c0c0c0c08080808,  // of a lane
-                                                  0x0404040400000000, 0x0c0c0c0c08080808);
-    for (int64_t half = 0; half < 2; half++) zeros[half] = _mm256_shuffle_epi8(of_rows[half], four_times);
+    constexpr int32_t repeat = kBits == 8 ? 0x01010101 : kBits == 4 ? 0x11111111 : 0x55555555;
+    for (int64_t half = 0; half < 2; half++) zeros[half] = _mm256_mullo_epi32(of_rows[half], _mm256_set1_epi32(repeat));
   }
 
-  // The next bits of the high plane, at the places of a mask.
-  inline uint64_t high_bits(uint64_t mask) {
-    uint64_t bits;
-    __builtin_memcpy(&bits, high + high_bit / 8, 8);
-    int64_t skipped = high_bit % 8;
-    if (skipped) bits = bits >> skipped | uint64_t(high[high_bit / 8 + 8]) << (64 - skipped);
-    high_bit += __builtin_popcountll(mask);
-    return _pdep_u64(bits, mask);
+  inline __m256i half_of_line(const uint8_t *mask, int64_t half) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, mask, 4);
+    __m128i lower = expand(stream, mask), upper = expand(stream, mask + 2);
+    return _mm256_or_si256(_mm256_set_m128i(upper, lower), _mm256_andnot_si256(spread(bits), zeros[half]));
   }
 
-  template <int64_t kStep>
-  inline Pairs codes(const uint8_t *&from, uint32_t mask, uint32_t high_mask, int64_t half) {
-    const uint8_t *bytes = masks + 8 * kStep + 4 * half;
-    __m128i lower = expand(from, bytes), upper = expand(from, bytes + 2);
-    __m256i codes = field<kBits, kStep>(_mm256_set_m128i(upper, lower));
-    if (kBits == 3) codes = with_high_bits(codes, high_mask);
-    return pairs_of(_mm256_or_si256(codes, _mm256_andnot_si256(spread(mask), zeros[half])));
+  // The steps of a line, which are number kFirst and so on of their unit.
+  template <int64_t kFirst, int64_t kTokens>
+  inline void line(const Integers<kTokens> &x, int64_t position, Sums *sums) {
+    constexpr int64_t kSteps = kFields<kBits>;
+    const uint8_t *mask = masks + 8 * (kFirst / kSteps);
+    fetch(stream + kFar);
+    __m256i upper = half_of_line(mask, 0), lower = half_of_line(mask + 4, 1);
+    add_fields<0>(upper, lower, x, position + 4 * kFirst, sums);
+    if constexpr (kFirst + kSteps < 8) line<kFirst + kSteps>(x, position, sums);
   }
 
   template <int64_t kStep, int64_t kTokens>
-  inline void step(const Integers<kTokens> &x, int64_t position, Sums *sums) {
-    uint64_t mask;
-    __builtin_memcpy(&mask, masks + 8 * kStep, 8);
-    uint64_t of_high = kBits == 3 ? high_bits(mask) : 0;
-    const uint8_t *&from = stream[kStep % kFields<kBits>];
-    if (kStep % 2 == 0) fetch(from + kFar);
-    Pairs upper = codes<kStep>(from, uint32_t(mask), uint32_t(of_high), 0);
-    Pairs lower = codes<kStep>(from, uint32_t(mask >> 32), uint32_t(of_high >> 32), 1);
-    add_step(upper, lower, x, position + 4 * kStep, sums);
+  inline void add_fields(__m256i upper, __m256i lower, const Integers<kTokens> &x, int64_t position, Sums *sums) {
+    constexpr int64_t shift = kStep * kBits;
+    add_step(Pairs{bits_of<shift, kBits>(upper), bits_of<shift + 8, kBits>(upper)},
+             Pairs{bits_of<shift, kBits>(lower), bits_of<shift + 8, kBits>(lower)}, x, position + 4 * kStep, sums);
+    if constexpr (kStep + 1 < kFields<kBits>) add_fields<kStep + 1>(upper, lower, x, position, sums);
   }
 
   template <int64_t kTokens>
   inline void unit(const Integers<kTokens> &x, int64_t position, Sums *sums) {
     fetch(masks + kFar);
-    step<0>(x, position, sums), step<1>(x, position, sums), step<2>(x, position, sums), step<3>(x, position, sums);
-    step<4>(x, position, sums), step<5>(x, position, sums), step<6>(x, position, sums), step<7>(x, position, sums);
-    masks += 64;
+    line<0>(x, position, sums);
+    masks += 8 * kBits;
   }
 };
 

@@ -28,7 +28,7 @@ struct Values {
 
   Values(const mspc_matrix &m, int64_t block) : marks(m.marks) {
     int64_t of_block = num_positions(m) / kUnit;
-    lines = m.kept + (kStructure == kBitmap ? m.starts[2 * block] : block * of_block * kLines * 64);
+    lines = m.kept + (kStructure == kBitmap ? m.starts[block] : block * of_block * kLines * 64);
     if (kStructure != kDense) marks += block * of_block * 64;  // a bit a position, or two bits a kept weight
   }
 

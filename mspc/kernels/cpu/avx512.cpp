@@ -5,23 +5,25 @@
 
 namespace {
 
-constexpr int64_t kNear = 2048, kFar = 16384;  // bytes to fetch ahead: of lines, of streams behind bitmaps
+constexpr int64_t kNear = 2048, kFar = 4096;  // bytes to fetch ahead: of lines, of bytes behind bitmaps
 constexpr bool kPlanesApart = true;
 
 inline void fetch(const void *from) { _mm_prefetch(static_cast<const char *>(from), _MM_HINT_NTA); }
 
-template <int64_t kBits, int64_t kStep>
+// Codes of one field of a line. With kInPlace, upper halves of bytes stay where they are: codes times 16.
+template <int64_t kBits, int64_t kStep, bool kInPlace = false>
 inline __m512i field(__m512i line) {
   constexpr int64_t shift = kStep % kFields<kBits> * kField<kBits>;
   if (kBits == 8) return line;
+  if (kInPlace) return _mm512_and_si512(line, _mm512_set1_epi8(int8_t(shift ? 0xf0 : 0x0f)));
   __m512i shifted = shift ? _mm512_srli_epi16(line, shift) : line;
   return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << kField<kBits>) - 1));
 }
 
 // The codes of step kStep of four steps, whose lines are at `lines`.
-template <int64_t kBits, int64_t kStep>
+template <int64_t kBits, int64_t kStep, bool kInPlace = false>
 inline __m512i codes_of(const uint8_t *lines) {
-  __m512i codes = field<kBits, kStep>(_mm512_loadu_si512(lines + kStep / kFields<kBits> * 64));
+  __m512i codes = field<kBits, kStep, kInPlace>(_mm512_loadu_si512(lines + kStep / kFields<kBits> * 64));
   if (kBits != 3) return codes;
   uint64_t high;
   __builtin_memcpy(&high, lines + 64 + 8 * kStep, 8);
@@ -29,12 +31,14 @@ inline __m512i codes_of(const uint8_t *lines) {
 }
 
 // Sums of one token: integers of the high plane, or the only one, and of the low plane; and of kept inputs at 2:4.
-// Successive steps add to different sums in turn, as one sum would wait for itself.
-template <int64_t kPlanes, bool kOfKept, int64_t kTurns>
+// Successive steps add to different sums in turn, as one sum would wait for itself. With kInPlace, those of odd steps are
+// 16 times as large.
+template <int64_t kPlanes, bool kOfKept, int64_t kTurns, bool kInPlace>
 struct Sums {
   __m512i of[kTurns][kPlanes], kept[kOfKept ? kTurns : 1][kPlanes];
 
   static constexpr int64_t kOfTurns = kTurns;
+  static constexpr bool kHasHalves = kInPlace;
 
   inline void clear() {
     UNROLLED
@@ -49,8 +53,8 @@ struct Sums {
     __m512i high = turns[0][0], low = turns[0][kPlanes - 1];
     UNROLLED
     for (int64_t i = 1; i < kTurns; i++) {
-      high = _mm512_add_epi32(high, turns[i][0]);
-      low = _mm512_add_epi32(low, turns[i][kPlanes - 1]);
+      high = _mm512_add_epi32(high, kInPlace ? _mm512_srai_epi32(turns[i][0], 4) : turns[i][0]);
+      low = _mm512_add_epi32(low, kInPlace ? _mm512_srai_epi32(turns[i][kPlanes - 1], 4) : turns[i][kPlanes - 1]);
     }
     return kPlanes == 1 ? high : _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
   }
@@ -75,17 +79,16 @@ struct Planes {
   }
 };
 
-inline __m512i four_inputs(const int8_t *x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, 4);
-  return _mm512_set1_epi32(four);
-}
+struct Four {
+  int8_t of[4];
+};
 
 inline __m512i sixteen_inputs(const int8_t *x) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x)));
 }
 
-// Add the products of the codes of a step, one for every position, with the inputs of all tokens.
+// Add the products of the codes of a step, one for every position, with the inputs of all tokens. Compilers would load
+// inputs in an instruction of its own.
 template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
 inline void add_products(__m512i codes, const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
   UNROLLED
@@ -93,7 +96,8 @@ inline void add_products(__m512i codes, const Planes<kTokens, kPlanes> &x, int64
     UNROLLED
     for (int64_t p = 0; p < kPlanes; p++) {
       __m512i &of = sums[t].of[kStep % Sums::kOfTurns][p];
-      of = _mm512_dpbusd_epi32(of, codes, four_inputs(x.of[p][t] + position + 4 * kStep));
+      const Four &four = *reinterpret_cast<const Four *>(x.of[p][t] + position + 4 * kStep);
+      __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(of) : "v"(codes), "m"(four));
     }
   }
 }
@@ -101,7 +105,7 @@ inline void add_products(__m512i codes, const Planes<kTokens, kPlanes> &x, int64
 // A stream of dense lines, four steps at a time.
 template <int64_t kBits>
 struct DenseLines {
-  static constexpr bool kOfKept = false;
+  static constexpr bool kOfKept = false, kHasHalves = kBits == 4;
   const uint8_t *lines;
 
   DenseLines(const mspc_matrix &m, int64_t block) : lines(m.kept + block * num_positions(m) * 2 * kBits) {}
@@ -109,7 +113,7 @@ struct DenseLines {
 
   template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
   inline void step(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
-    __m512i codes = codes_of<kBits, kStep % 4>(lines + kStep / 4 * 32 * kBits);
+    __m512i codes = codes_of<kBits, kStep % 4, Sums::kHasHalves>(lines + kStep / 4 * 32 * kBits);
     add_products<kStep>(codes, x, position, sums);
   }
 
@@ -125,7 +129,7 @@ struct DenseLines {
 // 2:4: two bits choose one of four inputs, within blocks of 16 that every 128-bit lane of x holds.
 template <int64_t kBits>
 struct TwoFourLines {
-  static constexpr bool kOfKept = true;
+  static constexpr bool kOfKept = true, kHasHalves = false;
   const uint8_t *lines, *places;
 
   TwoFourLines(const mspc_matrix &m, int64_t block)
@@ -162,49 +166,41 @@ struct TwoFourLines {
   }
 };
 
-// Behind a bitmap: every field of the bytes is a stream of its own. Absent weights get the code of zero.
+// Behind a bitmap: absent bytes of the dense lines hold the code of zero in all fields.
 template <int64_t kBits>
 struct Expanded {
-  static constexpr bool kOfKept = false;
-  const uint8_t *stream[kFields<kBits>], *masks, *high;
-  int64_t high_bit = 0;
+  static constexpr bool kOfKept = false, kHasHalves = kBits == 4;
+  const uint8_t *stream, *masks;
   __m512i zeros;
 
   Expanded(const mspc_matrix &m, int64_t block)
-      : masks(m.marks + block * num_positions(m) * 2), high(m.kept + m.starts[2 * block + 1]) {
-    for (int64_t i = 0; i < kFields<kBits>; i++) stream[i] = m.kept + m.starts[2 * block];
-  }
-  inline void set_zeros(__m512i of_rows) { zeros = _mm512_mullo_epi32(of_rows, _mm512_set1_epi32(0x01010101)); }
-
-  // The next bits of the high plane, spread to the places of a mask.
-  inline uint64_t spread(uint64_t mask, int64_t count) {
-    uint64_t bits;
-    __builtin_memcpy(&bits, high + high_bit / 8, 8);
-    int64_t skipped = high_bit % 8;
-    if (skipped) bits = bits >> skipped | uint64_t(high[high_bit / 8 + 8]) << (64 - skipped);
-    high_bit += count;
-    return _pdep_u64(bits, mask);
+      : stream(m.kept + m.starts[block]), masks(m.marks + block * num_positions(m) * kBits / 4) {}
+  inline void set_zeros(__m512i of_rows) {
+    constexpr int32_t repeat = kBits == 8 ? 0x01010101 : kBits == 4 ? 0x11111111 : 0x55555555;
+    zeros = _mm512_mullo_epi32(of_rows, _mm512_set1_epi32(repeat));
   }
 
-  template <int64_t kStep, int64_t kTokens, int64_t kPlanes, class Sums>
-  inline void step(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
+  // The steps of a line, which are number kFirst and so on of their unit.
+  template <int64_t kFirst, int64_t kTokens, int64_t kPlanes, class Sums>
+  inline void line(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
+    constexpr int64_t kSteps = kFields<kBits>;
     uint64_t mask;
-    __builtin_memcpy(&mask, masks + 8 * kStep, 8);
-    const uint8_t *&from = stream[kStep % kFields<kBits>];
-    int64_t count = int64_t(__builtin_popcountll(mask));
-    if (kStep % 2 == 0) fetch(from + kFar);
-    __m512i codes = _mm512_mask_expand_epi8(zeros, mask, field<kBits, kStep>(_mm512_loadu_si512(from)));
-    from += count;
-    if (kBits == 3) codes = _mm512_or_si512(codes, _mm512_maskz_mov_epi8(spread(mask, count), _mm512_set1_epi8(4)));
-    add_products<kStep>(codes, x, position, sums);
+    __builtin_memcpy(&mask, masks + 8 * (kFirst / kSteps), 8);
+    fetch(stream + kFar);
+    __m512i bytes = _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(stream));
+    stream += __builtin_popcountll(mask);
+    add_products<kFirst>(field<kBits, 0, Sums::kHasHalves>(bytes), x, position, sums);
+    if constexpr (kSteps > 1) add_products<kFirst + 1>(field<kBits, 1, Sums::kHasHalves>(bytes), x, position, sums);
+    if constexpr (kSteps > 2) add_products<kFirst + 2>(field<kBits, 2>(bytes), x, position, sums);
+    if constexpr (kSteps > 2) add_products<kFirst + 3>(field<kBits, 3>(bytes), x, position, sums);
+    if constexpr (kFirst + kSteps < 8) line<kFirst + kSteps>(x, position, sums);
   }
 
   template <int64_t kTokens, int64_t kPlanes, class Sums>
   inline void unit(const Planes<kTokens, kPlanes> &x, int64_t position, Sums *sums) {
     fetch(masks + kFar);
-    step<0>(x, position, sums), step<1>(x, position, sums), step<2>(x, position, sums), step<3>(x, position, sums);
-    step<4>(x, position, sums), step<5>(x, position, sums), step<6>(x, position, sums), step<7>(x, position, sums);
-    masks += 64;
+    line<0>(x, position, sums);
+    masks += 8 * kBits;
   }
 };
 
@@ -223,7 +219,7 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
     if (m.zeros) zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(m.zeros + grid)));
     lines.set_zeros(zeros);
     for (int64_t first = 0; first < padded; first += kChunk, chunk++) {
-      Sums<kPlanes, Lines::kOfKept, kTokens == 1 ? 2 : 1> sums[kTokens];
+      Sums<kPlanes, Lines::kOfKept, kTokens == 1 ? 2 : 1, kTokens == 1 && Lines::kHasHalves> sums[kTokens];
       UNROLLED
       for (int64_t t = 0; t < kTokens; t++) sums[t].clear();
       for (int64_t last = position + smaller(kChunk, padded - first); position < last; position += kUnit)
@@ -263,7 +259,7 @@ struct Values {
 
   Values(const mspc_matrix &m, int64_t block) : marks(m.marks) {
     int64_t of_block = num_positions(m) / kUnit;
-    lines = m.kept + (kStructure == kBitmap ? m.starts[2 * block] : block * of_block * kLines * 64);
+    lines = m.kept + (kStructure == kBitmap ? m.starts[block] : block * of_block * kLines * 64);
     if (kStructure != kDense) marks += block * of_block * 64;  // a bit a position, or two bits a kept weight
   }
 

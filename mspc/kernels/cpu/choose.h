@@ -23,7 +23,8 @@ template <int64_t kBits>
 Multiply codes_of_bits(const mspc_matrix &m, int64_t planes, int64_t tokens) {
   if (m.structure == kDense) return codes_in<DenseLines<kBits>>(planes, tokens);
   if (m.structure == kTwoFour) return codes_in<TwoFourLines<kBits>>(planes, tokens);
-  return codes_in<Expanded<kBits>>(planes, tokens);
+  if constexpr (kBits != 3) return codes_in<Expanded<kBits>>(planes, tokens);
+  return nullptr;  // no bitmap holds codes of three bits (`is_known`)
 }
 
 template <int64_t kStructure, int64_t kContent>

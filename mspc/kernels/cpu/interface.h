@@ -17,7 +17,7 @@ struct mspc_matrix {
   int64_t content;    // bits of a code (8, 4, 3, 2), or kBfloat16, kFloat16, kFloat32
   uint8_t *kept;      // lines of kept weights
   uint8_t *marks;     // bitmap, or places of 2:4; null if dense
-  int64_t *starts;    // with a bitmap: for each block of 16 rows the first byte of its stream and of its high bits
+  int64_t *starts;    // with a bitmap: for each block of 16 rows the first byte of its stream, and the end
   uint16_t *scales;   // float16 (blocks, groups, 16); null without codes
   uint8_t *zeros;     // (blocks, groups, 16); null if symmetric or without codes
 };

@@ -1,12 +1,14 @@
 """All formats on a CPU in C++, for a few tokens: the functions of `Kernel`. docs/cpu-kernels.md has the layouts.
 
     kept      uint8 (n,): lines of kept weights, and 128 bytes more, which may be read ahead
-    marks     uint8 (blocks, steps, lanes / 8): the bitmap; 2:4 (blocks, units, 64): two bits a kept weight
-    starts    int64 (2 blocks + 1,), with a bitmap: where in `kept` each block and its high bits begin, and the end
+    marks     uint8 (blocks, lines, lanes / 8): the bitmap; 2:4 (blocks, units, 64): two bits a kept weight
+    starts    int64 (blocks + 1,), with a bitmap: where in `kept` each block begins, and the end
     scales    float16 (blocks, groups, 16 rows), zeros uint8 of the same shape if asymmetric
+    nulls     uint8 (n,), where codes do not tell which weights are pruned: those kept ones that are zero (`gaps_of`)
 
-N:M patterns other than 2:4 become a bitmap. Codes are multiplied as integers. Inputs are rounded to 16 bits in each
-group (chunks of 128 at most) as two planes of 8; `planes=1` rounds them to 8. Values are multiplied in float32.
+Zeros of patterns other than 2:4 lie behind a bitmap, or in dense lines where these are faster (`is_faster_dense`).
+Codes are multiplied as integers. Inputs are rounded to 16 bits in each group (chunks of 128 at most) as two planes of
+8; `planes=1` rounds them to 8. Values are multiplied in float32.
 """
 
 import ctypes
@@ -21,7 +23,7 @@ from torch.nn.functional import linear, pad
 
 from mspc.errors import MspcError
 from mspc.formats.bits import pack_bits, pack_rows, unpack_rows
-from mspc.formats.decoding import decode_codes, decode_mask, decode_rows
+from mspc.formats.decoding import INTEGERS, decode_codes, decode_mask, decode_rows
 from mspc.formats.description import StoredMatrix, TensorType, index_bits, types_of
 from mspc.kernels.cpu import memory
 from mspc.kernels.cpu.library import ISAS, Matrix, fits, isa, library
@@ -35,6 +37,9 @@ DENSE, TWO_FOUR, BITMAP = 0, 1, 2
 PARTS = "kept", "marks", "starts", "scales", "zeros"
 VALUES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 """Numbers of dtypes in the library, where codes have their bits."""
+MOST_BEHIND_BITMAP = {8: 0.7, 4: 0.7, 3: 0.5}
+"""By bits, the share of bytes up to which a bitmap is faster than dense codes with AVX-512: measured (LOG.md, "bitmaps
+of bytes"). Dense codes of 2 bits are always faster, and without AVX-512 all are."""
 STRIP = 2**18
 """Weights that are expanded at a time: one MB in float32, which a cache of the second level holds."""
 
@@ -63,11 +68,14 @@ def supports(matrix: StoredMatrix, dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and min(matrix.shape) > 0 and library() is not None
 
 
-def structure_of(matrix: StoredMatrix) -> int:
-    if matrix.has_indices:
-        fours = matrix.grid is None or group_of(matrix) % 4 == 0
-        return TWO_FOUR if matrix.pattern == NM(2, 4) and fours else BITMAP
-    return BITMAP if matrix.has_mask else DENSE
+def is_two_four(matrix: StoredMatrix) -> bool:
+    """Tell if a matrix has two bits for each kept weight of 2:4."""
+    return matrix.pattern == NM(2, 4) and (matrix.grid is None or group_of(matrix) % 4 == 0)
+
+
+def has_zeros(matrix: StoredMatrix) -> bool:
+    """Tell if the places of the zeros depend on the matrix, and not in the way of 2:4."""
+    return (matrix.has_mask or matrix.has_indices) and not is_two_four(matrix)
 
 
 def group_of(matrix: StoredMatrix) -> int:
@@ -75,65 +83,118 @@ def group_of(matrix: StoredMatrix) -> int:
     return matrix.shape[1] // max(matrix.num_groups, 1)
 
 
-def content_of(matrix: StoredMatrix) -> int:
-    return VALUES[matrix.dtype] if matrix.grid is None else matrix.grid.bits
+class Layout(NamedTuple):
+    """Structure and content of a repacked matrix."""
+
+    structure: int
+    content: int
+    """Bits of a code, or the number of a dtype."""
+
+    @classmethod
+    def of(cls, matrix: StoredMatrix, is_bitmap: bool) -> "Layout":
+        structure = TWO_FOUR if is_two_four(matrix) else BITMAP if is_bitmap else DENSE
+        content = VALUES[matrix.dtype] if matrix.grid is None else matrix.grid.bits
+        return cls(structure, 4 if content == 3 and structure == BITMAP else content)
+
+    def sizes(self, matrix: StoredMatrix) -> tuple[int, int, int, int]:
+        """Blocks, positions of a row, entries of a step, and steps of a block."""
+        two_four = self.structure == TWO_FOUR
+        slots = 4 if self.content <= 8 else 2 if self.content < 32 or two_four else 1
+        group = group_of(matrix)
+        positions = matrix.shape[1] // group * ceil(group / UNIT) * UNIT
+        return ceil(matrix.shape[0] / ROWS), positions, ROWS * slots, positions // (2 * slots if two_four else slots)
+
+    def types(self, matrix: StoredMatrix, kept_bytes: int) -> dict[str, TensorType]:
+        """dtype and shape of each repacked tensor but `nulls`."""
+        blocks, positions, lanes, steps = self.sizes(matrix)
+        found: dict[str, TensorType] = {"kept": (torch.uint8, (kept_bytes + PADDING,))}
+        if self.structure == BITMAP:
+            found["marks"] = torch.uint8, (blocks, steps * min(self.content, 8) // 8, lanes // 8)
+            found["starts"] = torch.int64, (blocks + 1,)
+        elif self.structure == TWO_FOUR:
+            found["marks"] = torch.uint8, (blocks, positions // UNIT, 64)
+        if matrix.grid is not None:
+            found["scales"] = torch.float16, (blocks, matrix.num_groups, ROWS)
+            if not matrix.grid.symmetric:
+                found["zeros"] = torch.uint8, (blocks, matrix.num_groups, ROWS)
+        return found
+
+    def bytes_of_lines(self, matrix: StoredMatrix) -> int:
+        """Bytes of kept weights where there is no bitmap."""
+        blocks, _, lanes, steps = self.sizes(matrix)
+        content = self.content
+        return blocks * steps * (8 * content if content <= 8 else lanes * (4 if content == 32 else 2))
+
+    def shift(self, matrix: StoredMatrix) -> int:
+        """Added to codes, so that the zero point of symmetric grids stays in the middle of wider ones."""
+        return 4 if matrix.grid is not None and matrix.grid.symmetric and self.content > matrix.grid.bits else 0
+
+    def has_nulls(self, matrix: StoredMatrix) -> bool:
+        """Tell if entries do not say which weights are kept."""
+        return has_zeros(matrix) and (self.content <= 8 or self.structure == DENSE)
 
 
-def sizes_of(matrix: StoredMatrix) -> tuple[int, int, int, int]:
-    """Blocks, positions of a row, entries of a step, and steps of a block."""
-    content, two_four = content_of(matrix), structure_of(matrix) == TWO_FOUR
-    slots = 4 if content <= 8 else 2 if content < 32 or two_four else 1
-    group = group_of(matrix)
-    positions = matrix.shape[1] // group * ceil(group / UNIT) * UNIT
-    return ceil(matrix.shape[0] / ROWS), positions, ROWS * slots, positions // (2 * slots if two_four else slots)
-
-
-def types_in(matrix: StoredMatrix, kept_bytes: int) -> dict[str, TensorType]:
-    """dtype and shape of each repacked tensor."""
-    blocks, positions, lanes, steps = sizes_of(matrix)
-    found: dict[str, TensorType] = {"kept": (torch.uint8, (kept_bytes + PADDING,))}
-    if structure_of(matrix) == BITMAP:
-        found["marks"] = torch.uint8, (blocks, steps, lanes // 8)
-        found["starts"] = torch.int64, (2 * blocks + 1,)
-    elif structure_of(matrix) == TWO_FOUR:
-        found["marks"] = torch.uint8, (blocks, positions // UNIT, 64)
-    if matrix.grid is not None:
-        found["scales"] = torch.float16, (blocks, matrix.num_groups, ROWS)
-        if not matrix.grid.symmetric:
-            found["zeros"] = torch.uint8, (blocks, matrix.num_groups, ROWS)
-    return found
-
-
-def bytes_of_lines(matrix: StoredMatrix) -> int:
-    """Bytes of kept weights where there is no bitmap."""
-    blocks, _, lanes, steps = sizes_of(matrix)
-    content = content_of(matrix)
-    return blocks * steps * (8 * content if content <= 8 else lanes * (4 if content == 32 else 2))
+def layout_of(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Layout:
+    return Layout.of(matrix, "starts" in repacked)
 
 
 def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
-    repacked: dict[str, Tensor] = {}
-    kept_bytes = 0
-    if structure_of(matrix) == BITMAP:
-        repacked["starts"] = _starts(stored, matrix)
-        kept_bytes = int(repacked["starts"][-1])
-    else:
-        kept_bytes = bytes_of_lines(matrix)
-    types = types_in(matrix, kept_bytes)
+    of_grid: dict[str, Tensor] = {}
+    if matrix.grid is not None:
+        of_grid["scales"] = _by_blocks(stored["scales"])
+        if not matrix.grid.symmetric:
+            of_grid["zeros"] = _by_blocks(unpack_rows(stored["zeros"], matrix.grid.bits, matrix.num_groups))
+    layout, repacked = Layout.of(matrix, has_zeros(matrix)), dict(of_grid)
+    if layout.structure == BITMAP:
+        starts = _starts(stored, of_grid, matrix, layout)
+        kept_bytes = int(starts[-1])
+        if is_faster_dense(matrix, kept_bytes / layout.bytes_of_lines(matrix)):
+            layout = Layout.of(matrix, is_bitmap=False)
+        else:
+            repacked["starts"] = starts
+    if layout.structure != BITMAP:
+        kept_bytes = layout.bytes_of_lines(matrix)
+    types = layout.types(matrix, kept_bytes)
     for part in {"kept", "marks"} & types.keys():
         shape = types[part][1]
         repacked[part] = memory.zeros(torch.Size(shape).numel()).view(shape)
-    if matrix.grid is not None:
-        repacked["scales"] = _by_blocks(stored["scales"])
-        if not matrix.grid.symmetric:
-            repacked["zeros"] = _by_blocks(unpack_rows(stored["zeros"], matrix.grid.bits, matrix.num_groups))
     repacked = {part: repacked[part] for part in types}
-    described = _pointers(repacked, matrix)
+    described, has_nulls = _pointers(repacked, matrix, layout), layout.has_nulls(matrix)
+    of_zero, nulls = _zero_entries(of_grid, matrix, layout) if has_nulls else None, [torch.empty(0, dtype=torch.int64)]
     for first, last in _strips(matrix):
-        entries, keep = _entries(stored, matrix, first, last), _keep(stored, matrix, first, last)
+        entries, keep = _entries(stored, matrix, layout, first, last), _keep(stored, matrix, first, last)
         _call("pack", described, entries.data_ptr(), keep.data_ptr(), first, last - first)
+        if of_zero is not None:
+            is_null = (entries.view(of_zero.dtype) == of_zero[first:last]) & keep
+            nulls.append(is_null.flatten().nonzero()[:, 0] + first * matrix.shape[1])
+    if has_nulls:
+        repacked["nulls"] = gaps_of(torch.cat(nulls), matrix.shape[0] * matrix.shape[1])
     check(repacked, matrix)
     return repacked
+
+
+def is_faster_dense(matrix: StoredMatrix, share: float) -> bool:
+    """Tell if dense lines are faster than a bitmap of this share of their bytes, on the instruction set in use."""
+    if matrix.grid is None:
+        return False
+    return ISAS[isa()] != "avx512" or share > MOST_BEHIND_BITMAP.get(matrix.grid.bits, 0.0)
+
+
+def gaps_of(places: Tensor, end: int) -> Tensor:
+    """Ascending integers below `end` as uint8: gaps before each and before the end. 255 is a part of a larger gap."""
+    gaps = pad(places, (1, 1), value=-1)
+    gaps[-1] = end
+    gaps = gaps.diff() - 1
+    counts = gaps // 255 + 1
+    found = torch.full((int(counts.sum()),), 255, dtype=torch.uint8)
+    found[counts.cumsum(0) - 1] = (gaps % 255).to(torch.uint8)
+    return found
+
+
+def places_of(gaps: Tensor) -> Tensor:
+    """The integers that `gaps_of` was given, and their end."""
+    ends = gaps < 255
+    return gaps.long().cumsum(0)[ends] + torch.arange(int(ends.sum()))
 
 
 def _strips(matrix: StoredMatrix) -> list[tuple[int, int]]:
@@ -142,23 +203,32 @@ def _strips(matrix: StoredMatrix) -> list[tuple[int, int]]:
     return [(first, min(first + rows, matrix.shape[0])) for first in range(0, matrix.shape[0], rows)]
 
 
-def _entries(stored: dict[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
+def _entries(stored: dict[str, Tensor], matrix: StoredMatrix, layout: Layout, first: int, last: int) -> Tensor:
+    """Values, or codes; those of pruned weights are zero, or the zero point."""
     if matrix.grid is None:
         return decode_rows(stored, matrix, first, last).contiguous()
-    return decode_codes(stored, matrix, first, last).values.contiguous()
+    return decode_codes(stored, matrix, first, last).values.contiguous() + layout.shift(matrix)
 
 
 def _keep(stored: dict[str, Tensor], matrix: StoredMatrix, first: int, last: int) -> Tensor:
     return decode_mask(stored, matrix, first, last).contiguous()
 
 
-def _starts(stored: dict[str, Tensor], matrix: StoredMatrix) -> Tensor:
-    blocks = sizes_of(matrix)[0]
-    lengths, described = torch.zeros(2 * blocks, dtype=torch.int64), _pointers({}, matrix)
-    for first, last in _strips(matrix):
-        keep = _keep(stored, matrix, first, last)  # a name, so that it lives during the call
-        _call("lengths", described, keep.data_ptr(), first, last - first, lengths.data_ptr())
+def _starts(stored: dict[str, Tensor], of_grid: dict[str, Tensor], matrix: StoredMatrix, layout: Layout) -> Tensor:
+    lengths, described = torch.zeros(layout.sizes(matrix)[0], dtype=torch.int64), _pointers(of_grid, matrix, layout)
+    for first, last in _strips(matrix):  # names, so that both live during the call
+        entries, keep = _entries(stored, matrix, layout, first, last), _keep(stored, matrix, first, last)
+        _call("lengths", described, entries.data_ptr(), keep.data_ptr(), first, last - first, lengths.data_ptr())
     return pad(lengths.cumsum(0), (1, 0))
+
+
+def _zero_entries(of_grid: dict[str, Tensor], matrix: StoredMatrix, layout: Layout) -> Tensor:
+    """The entries (O, I) of weights that are zero: zero points, or the bits of the value."""
+    if matrix.grid is None:
+        return torch.zeros(1, 1, dtype=INTEGERS[matrix.dtype.itemsize]).expand(matrix.shape)
+    if matrix.grid.symmetric:
+        return torch.full((1, 1), 2 ** (layout.content - 1), dtype=torch.uint8).expand(matrix.shape)
+    return _by_rows(of_grid["zeros"], matrix.shape[0]).repeat_interleave(group_of(matrix), 1)
 
 
 def _by_blocks(of_rows: Tensor) -> Tensor:
@@ -169,11 +239,18 @@ def _by_blocks(of_rows: Tensor) -> Tensor:
 
 def unrepack(repacked: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
     repacked = {part: tensor.cpu() for part, tensor in repacked.items()}
-    described = describe(repacked, matrix).described
+    described, layout = describe(repacked, matrix).described, layout_of(repacked, matrix)
     grid, shape = matrix.grid, matrix.shape
     entries = torch.zeros(shape, dtype=matrix.dtype if grid is None else torch.uint8)
     keep = torch.zeros(shape, dtype=torch.bool)
     _call("unpack", described, 0, shape[0], entries.data_ptr(), keep.data_ptr())
+    if layout.has_nulls(matrix):
+        of_zero = _zero_entries(repacked, matrix, layout)
+        integers = entries.view(of_zero.dtype)
+        integers[:] = torch.where(keep, integers, of_zero)
+        keep &= integers != of_zero
+        keep.view(-1)[places_of(repacked["nulls"])[:-1]] = True
+        entries -= layout.shift(matrix)
     kept = entries[keep]
     rows = () if matrix.has_mask else (shape[0], -1)
     stored: dict[str, Tensor] = {}
@@ -199,22 +276,33 @@ def _by_rows(by_blocks: Tensor, num_rows: int) -> Tensor:
 
 def check(repacked: dict[str, Tensor], matrix: StoredMatrix) -> None:
     """Raises MspcError unless the library reads within these tensors: dtypes, shapes, places, lengths of streams."""
-    is_bitmap = structure_of(matrix) == BITMAP
-    starts = repacked.get("starts", torch.empty(0))
-    kept_bytes = int(starts[-1]) if is_bitmap and starts.dtype == torch.int64 and starts.numel() else -PADDING
-    types = types_in(matrix, kept_bytes if is_bitmap else bytes_of_lines(matrix))
+    layout = layout_of(repacked, matrix)
+    starts, kept_bytes = repacked.get("starts", torch.empty(0)), layout.bytes_of_lines(matrix)
+    if layout.structure == BITMAP:
+        kept_bytes = int(starts[-1]) if starts.dtype == torch.int64 and starts.numel() else -PADDING
+    types = layout.types(matrix, kept_bytes)
     found = types_of({part: repacked[part] for part in types if part in repacked})
-    plain = all(repacked[part].is_contiguous() and repacked[part].device.type == "cpu" for part in found)
-    if found != types or not plain or not _fits(repacked, matrix):
+    if layout.has_nulls(matrix):
+        nulls = repacked.get("nulls", torch.empty(0))
+        types["nulls"] = torch.uint8, (nulls.numel(),)
+        found |= types_of({"nulls": nulls})
+    plain = all(repacked[p].is_contiguous() and repacked[p].device.type == "cpu" for p in found if p in repacked)
+    if found != types or not plain or not _fits(repacked, matrix, layout):
         raise MspcError(
             f"The repacked tensors of a matrix of {matrix.shape} do not fit it: {found}, and it needs {types}. "
             "Load the model again."
         )
 
 
-def _fits(repacked: dict[str, Tensor], matrix: StoredMatrix) -> bool:
-    """Tell if sizes, and the lengths of streams that bitmaps count, agree."""
-    return fits(_pointers(repacked, matrix), [repacked[part].nbytes if part in repacked else 0 for part in PARTS])
+def _fits(repacked: dict[str, Tensor], matrix: StoredMatrix, layout: Layout) -> bool:
+    """Tell if sizes, the lengths of streams that bitmaps count, and the end of `nulls` agree."""
+    if layout.has_nulls(matrix):
+        gaps, numel = repacked["nulls"], matrix.shape[0] * matrix.shape[1]
+        ends = int(torch.count_nonzero(gaps < 255))
+        if not ends or gaps[-1] == 255 or int(gaps.sum()) + ends - 1 != numel:
+            return False
+    sizes = [repacked[part].nbytes if part in repacked else 0 for part in PARTS]
+    return fits(_pointers(repacked, matrix, layout), sizes)
 
 
 def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Checked:
@@ -224,7 +312,7 @@ def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Checked:
     if known is not None and is_known and (known.matrix is matrix or known.matrix == matrix):
         return known
     check(repacked, matrix)
-    kept, described = repacked["kept"], _pointers(repacked, matrix)
+    kept, described = repacked["kept"], _pointers(repacked, matrix, layout_of(repacked, matrix))
     key = id(kept)
 
     def forget(reference: object) -> None:
@@ -245,8 +333,8 @@ def _places(repacked: dict[str, Tensor]) -> list[Any]:
     return places
 
 
-def _pointers(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Matrix:
-    numbers = *matrix.shape, group_of(matrix), structure_of(matrix), content_of(matrix)
+def _pointers(repacked: dict[str, Tensor], matrix: StoredMatrix, layout: Layout) -> Matrix:
+    numbers = *matrix.shape, group_of(matrix), *layout
     return Matrix(*numbers, *(repacked[part].data_ptr() if part in repacked else None for part in PARTS))
 
 

@@ -106,7 +106,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     matrix = ctypes.POINTER(Matrix)
     loaded.mspc_fits.argtypes, loaded.mspc_fits.restype = [matrix, ctypes.POINTER(number)], number
     for name, arguments in {
-        "lengths": [matrix, pointer, number, number, pointer],
+        "lengths": [matrix, pointer, pointer, number, number, pointer],
         "pack": [matrix, pointer, pointer, number, number],
         "unpack": [matrix, number, number, pointer, pointer],
         "product": [matrix, number, pointer, number, number, pointer, number, number],

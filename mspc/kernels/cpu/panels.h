@@ -35,13 +35,25 @@ inline int64_t block_bytes(const mspc_matrix &m) {
   return has_codes(m) ? shape.steps * 8 * m.content : shape.steps * shape.lanes * value_bytes(m.content);
 }
 
+// Lines of a block behind a bitmap: values have one for each step, and codes one for each byte of kept codes.
+inline int64_t num_lines(const mspc_matrix &m) {
+  return Shape(m).steps / (has_codes(m) ? 8 / field_bits(m.content) : 1);
+}
+
+// The byte of kept codes in which all fields are the zero point.
+inline uint8_t byte_of_zeros(int64_t content, uint32_t zero) {
+  uint32_t byte = 0;
+  for (int64_t at = 0; at < 8; at += field_bits(content)) byte |= zero << at;
+  return uint8_t(byte);
+}
+
 // First byte of the lines of the four steps of codes that `step` belongs to.
 inline int64_t line_of_codes(int64_t content, int64_t step) {
   int64_t of_field = 8 / field_bits(content), bytes = content == 3 ? 96 : 64;
   return step / of_field * bytes;
 }
 
-// The entries of one block in turn. `field` are the streams behind a bitmap: one for each field of a byte.
+// The entries of one block in turn.
 template <int64_t kStructure, int64_t kContent>
 struct Reader {
   static constexpr bool kCodes = kContent <= 8;
@@ -52,16 +64,13 @@ struct Reader {
   static constexpr int64_t kLanes = kRows * kSlots;
   static constexpr int64_t kSpan = kStructure == kTwoFour ? 2 * kSlots : kSlots;
 
-  const uint8_t *kept, *marks, *high = nullptr, *field[4] = {};
-  int64_t high_bit = 0;
+  const uint8_t *kept, *marks;
+  uint32_t of_line[kStructure == kBitmap ? kLanes : 1];
 
   Reader(const mspc_matrix &m, int64_t block) {
-    Shape shape(m);
     if (kStructure == kBitmap) {
-      kept = m.kept + m.starts[2 * block];
-      high = m.kept + m.starts[2 * block + 1];
-      marks = m.marks + block * shape.steps * (shape.lanes / 8);
-      for (int64_t i = 0; i < kFields; i++) field[i] = kept;
+      kept = m.kept + m.starts[block];
+      marks = m.marks + block * num_lines(m) * (kLanes / 8);
     } else {
       kept = m.kept + block * block_bytes(m);
       marks = kStructure == kTwoFour ? m.marks + block * num_positions(m) / kUnit * 64 : nullptr;
@@ -100,19 +109,15 @@ struct Reader {
   }
 
   void next_of_bitmap(int64_t step, uint32_t *entries, int8_t *places) {
-    const uint8_t *mask = marks + step * (kLanes / 8);
-    int64_t which = kCodes ? step % kFields : 0, shift = kCodes ? which * kField : 0;
+    const uint8_t *mask = marks + step / kFields * (kLanes / 8);
+    int64_t shift = kCodes ? step % kFields * kField : 0;
     for (int64_t lane = 0; lane < kLanes; lane++) {
       places[lane] = -1;
       entries[lane] = 0;
       if (!(mask[lane / 8] >> (lane % 8) & 1)) continue;
+      if (step % kFields == 0) of_line[lane] = raw(kept), kept += kBytes;
       places[lane] = int8_t(kContent == kFloat32 ? lane / kRows : lane % kSlots);
-      entries[lane] = kCodes ? (uint32_t(*field[which]) >> shift) & ((1u << kField) - 1) : raw(field[0]);
-      if (kContent == 3) {
-        entries[lane] |= uint32_t(high[high_bit / 8] >> (high_bit % 8) & 1) << 2;
-        high_bit++;
-      }
-      field[kCodes ? which : 0] += kBytes;
+      entries[lane] = kCodes ? (of_line[lane] >> shift) & ((1u << kField) - 1) : of_line[lane];
     }
   }
 };

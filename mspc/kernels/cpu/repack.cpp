@@ -51,43 +51,57 @@ struct Rows {
   }
 };
 
-// Append to the streams of a block behind a bitmap.
-struct Streams {
-  const mspc_matrix &m;
-  uint8_t *kept, *high;  // null where bytes are only counted
-  int64_t lengths[4] = {}, num_high = 0;
+// The stream of a block behind a bitmap.
+struct Stream {
+  uint8_t *kept, *marks;  // null where bytes are only counted
+  int64_t length = 0;
 
-  void add(int64_t step, uint32_t entry) {
-    if (!has_codes(m)) {
-      if (kept) __builtin_memcpy(kept + lengths[0], &entry, size_t(value_bytes(m.content)));
-      lengths[0] += value_bytes(m.content);
-      return;
-    }
-    int64_t bits = field_bits(m.content), which = step % (8 / bits);
-    if (kept) kept[lengths[which]] |= uint8_t((entry & ((1u << bits) - 1)) << (which * bits));
-    lengths[which]++;
-    if (m.content == 3) {
-      if (kept) high[num_high / 8] |= uint8_t((entry >> 2) << (num_high % 8));
-      num_high++;
-    }
-  }
-  int64_t longest() const {
-    int64_t most = 0;
-    for (int64_t length : lengths) most = length > most ? length : most;
-    return most;
+  void add(int64_t lane_of_block, const void *entry, int64_t bytes) {
+    if (marks) marks[lane_of_block / 8] |= uint8_t(1 << (lane_of_block % 8));
+    if (kept) __builtin_memcpy(kept + length, entry, size_t(bytes));
+    length += bytes;
   }
 };
 
-void pack_bitmap(const Rows &rows, Streams &streams, uint8_t *marks) {
+void pack_values(const Rows &rows, Stream &stream) {
   Shape shape(rows.m);
   for (int64_t step = 0; step < shape.steps; step++) {
     for (int64_t lane = 0; lane < shape.lanes; lane++) {
       int64_t row = shape.row(lane), position = step * shape.span + shape.slot(lane);
       if (!rows.is_kept(row, position)) continue;
-      if (marks) marks[step * (shape.lanes / 8) + lane / 8] |= uint8_t(1 << (lane % 8));
-      streams.add(step, rows.entries ? rows.entry(row, position) : 0);
+      uint32_t entry = rows.entry(row, position);
+      stream.add(step * shape.lanes + lane, &entry, value_bytes(rows.m.content));
     }
   }
+}
+
+// Bytes of codes, if they have others than the zero point. Pruned weights have that code.
+void pack_codes(const Rows &rows, int64_t block, Stream &stream) {
+  const mspc_matrix &m = rows.m;
+  Shape shape(m);
+  int64_t bits = field_bits(m.content), fields = 8 / bits, lines = num_lines(m);
+  for (int64_t line = 0; line < lines; line++) {
+    int64_t first = line * fields * shape.slots, group = first / padded_group(m);  // a group has whole lines
+    for (int64_t row = 0; row < rows.count; row++) {
+      uint32_t zero = m.zeros ? m.zeros[(block * num_groups(m) + group) * kRows + row] : 1u << (m.content - 1);
+      const uint8_t *codes = rows.entries + row * m.columns, of_zeros = byte_of_zeros(m.content, zero);
+      for (int64_t slot = 0; slot < shape.slots; slot++) {
+        uint8_t byte = of_zeros;
+        for (int64_t i = 0; i < fields; i++) {
+          int64_t column = rows.columns[first + slot + i * shape.slots];
+          if (column >= 0) byte = uint8_t(byte ^ ((codes[column] ^ zero) << (i * bits)));
+        }
+        if (byte != of_zeros) stream.add(line * shape.lanes + shape.lane(row, slot), &byte, 1);
+      }
+    }
+  }
+}
+
+void pack_bitmap(const Rows &rows, int64_t block, Stream &stream) {
+  if (has_codes(rows.m))
+    pack_codes(rows, block, stream);
+  else
+    pack_values(rows, stream);
 }
 
 void store_in_line(const mspc_matrix &m, const Shape &shape, uint8_t *kept, int64_t step, int64_t lane,
@@ -162,15 +176,16 @@ struct Unpacking {
 
 extern "C" {
 
-// Bytes of the stream of each block behind a bitmap, and of its high bits: int64 (blocks, 2).
-EXPORTED void mspc_lengths(const mspc_matrix *m, const uint8_t *keep, int64_t first_row, int64_t num_rows, int64_t *lengths) {
+// Bytes of the stream of each block behind a bitmap: int64 (blocks,). Of codes the entries count, of values `keep`.
+EXPORTED void mspc_lengths(const mspc_matrix *m, const uint8_t *entries, const uint8_t *keep, int64_t first_row,
+                           int64_t num_rows, int64_t *lengths) {
   Columns columns(*m);
+  int64_t bytes = has_codes(*m) ? 1 : value_bytes(m->content);
   for (int64_t row = first_row; row < first_row + num_rows; row += kRows) {
-    int64_t count = smaller(kRows, first_row + num_rows - row);
-    Streams streams{*m, nullptr, nullptr};
-    pack_bitmap(Rows{*m, columns.of, nullptr, keep + (row - first_row) * m->columns, count}, streams, nullptr);
-    lengths[row / kRows * 2] = streams.longest();
-    lengths[row / kRows * 2 + 1] = ceil_div(streams.num_high, 8);
+    int64_t count = smaller(kRows, first_row + num_rows - row), at = (row - first_row) * m->columns;
+    Stream stream{nullptr, nullptr};
+    pack_bitmap(Rows{*m, columns.of, entries + at * bytes, keep + at, count}, row / kRows, stream);
+    lengths[row / kRows] = stream.length;
   }
 }
 
@@ -184,8 +199,8 @@ EXPORTED void mspc_pack(const mspc_matrix *m, const uint8_t *entries, const uint
     int64_t block = row / kRows, at = (row - first_row) * m->columns;
     Rows rows{*m, columns.of, entries + at * bytes, keep + at, smaller(kRows, first_row + num_rows - row)};
     if (m->structure == kBitmap) {
-      Streams streams{*m, m->kept + m->starts[2 * block], m->kept + m->starts[2 * block + 1]};
-      pack_bitmap(rows, streams, m->marks + block * shape.steps * (shape.lanes / 8));
+      Stream stream{m->kept + m->starts[block], m->marks + block * num_lines(*m) * (shape.lanes / 8)};
+      pack_bitmap(rows, block, stream);
     } else {
       uint8_t *marks = m->marks ? m->marks + block * num_positions(*m) / kUnit * 64 : nullptr;
       pack_lines(rows, m->kept + block * block_bytes(*m), marks);
