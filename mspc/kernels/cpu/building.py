@@ -21,7 +21,7 @@ if sys.platform == "linux":
 """The runtime of C++ is inside, and shows none of its names, so that it cannot be mixed up with another one."""
 AVX512 = ("-mbmi2", "-mpopcnt", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi2", "vnni")))
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
-SOURCES = {"dispatch": (), "check": (), "portable": (), "repack": (), "avx2": AVX2, "avx512": AVX512}
+SOURCES = {"dispatch": (), "check": (), "portable": (), "repack": (), "onnx": (), "avx2": AVX2, "avx512": AVX512}
 """Files by name, with the flags of their instruction set."""
 ONLY_X86 = ("avx2", "avx512")
 
