@@ -15,6 +15,7 @@ import datetime
 import fnmatch
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from cpu_decoders import mixture_of, model_step, random_step
 from environments import environment
 from random_gguf import write
 
+import mspc
 from mspc.bench.models import SHAPES
 from mspc.bench.timing import describe_device, spread, versions
 from mspc.storage.files import write_atomically
@@ -59,7 +61,9 @@ def of_onnx(folder: Path, threads: int) -> Decode:
     import onnxruntime_genai as genai
 
     config = genai.Config(str(folder))
-    options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    options: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    if json.loads((folder / "mspc_export.json").read_text())["options"]["weights"] == "sparse":
+        shutil.copy(mspc.onnx_library(), folder)
     config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     model = genai.Model(config)
 

@@ -1,8 +1,10 @@
 """ONNX decoder with a key-value cache, for ONNX Runtime, ONNX Runtime GenAI, OpenVINO and TensorRT.
 
-Weights are float32, float16, or the codes of the solver: in MatMulNBits (ONNX Runtime's own operator) or behind the
-standard's DequantizeLinear (QDQ). Or they are what is kept of them, in an operator of mspc's own (sparse). Groups are those of the column order, so a `g_idx` is never needed; ONNX Runtime
-silently misreads one that comes with packed zero points.
+Weights are float32, float16, or the codes of the solver: in MatMulNBits (ONNX Runtime's own operator), or behind the
+standard's DequantizeLinear (QDQ). Sparse weights are for mspc's own operator.
+
+Groups are those of the column order, so a `g_idx` is never needed; ONNX Runtime silently misreads one that comes with
+packed zero points.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,9 +54,8 @@ SESSIONS = {QDQ: EXACT_QDQ, SPARSE: SESSION}
 @dataclass(frozen=True)
 class Options:
     weights: str = FLOAT32
-    """One of float32, float16, matmulnbits, qdq and sparse. matmulnbits and qdq store matrices without a grid as float32;
-    sparse stores the kept weights or codes of every matrix, for mspc's C++ library. Codes of embeddings are those of
-    matmulnbits there, with the head that is tied to them.
+    """One of WEIGHTS. matmulnbits and qdq store matrices without a grid as float32. sparse stores kept weights or codes
+    of every matrix; codes of embeddings, and of a head that is tied to them, are stored as by matmulnbits.
     """
     accuracy_level: int = 0
     """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""

@@ -1,6 +1,6 @@
 """Matrices in an ONNX graph as mspc's C++ library multiplies them: the operator MatMul of the domain `ai.mspc`.
 
-Its inputs are x and the repacked tensors of docs/cpu-kernels.md, as initializers. So a runtime keeps the compressed weights
+Its inputs are x and the repacked tensors of docs/cpu-kernels.md, as initializers. So a runtime keeps compressed weights
 in memory and nothing else, and every instruction set reads the same file.
 """
 
@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx_outer import initializer, replace
+from mspc.formats.description import StoredMatrix
 from mspc.formats.layout import with_offsets
 from mspc.kernels.cpu import kernel
 from mspc.kernels.cpu.building import NAME
@@ -20,17 +21,17 @@ from mspc.storage.manifest import MatrixEntry
 DOMAIN, LAYOUT = "ai.mspc", 1
 """The library (onnx.cpp) refuses other layouts."""
 SESSION = {"custom_ops_library": NAME}
-"""Entry of genai_config.json. ONNX Runtime GenAI looks in the folder of the model, and takes no library from elsewhere."""
-README, README_NEXT_TO_ANOTHER = "README.md", "README.onnx.md"
-"""The second is written if the model has a README of its own."""
+"""Entry of genai_config.json: GenAI looks in the folder of the model, and takes no library from elsewhere."""
+README = "README.onnx.md"
 TYPES = {torch.uint8: ir.DataType.UINT8, torch.int64: ir.DataType.INT64, torch.float16: ir.DataType.FLOAT16}
 NOTE = (
-    "Its compressed matrices are multiplied by mspc's C++ library, which a session is told of by "
-    f"register_custom_ops_library(str(mspc.onnx_library())). {README} or {README_NEXT_TO_ANOTHER} says how."
+    "Its compressed matrices are multiplied by mspc's C++ library, so a session needs "
+    f"register_custom_ops_library(str(mspc.onnx_library())). {README} says how, also for ONNX Runtime GenAI."
 )
 README_TEXT = f"""# An ONNX model with compressed matrices of mspc
 
-Its matrices are multiplied by the operator `{DOMAIN}::MatMul`, which is in mspc's C++ library. In ONNX Runtime 1.17 or newer:
+Its matrices are multiplied by the operator `{DOMAIN}::MatMul`, which is in mspc's C++ library. ONNX Runtime 1.17 or
+newer loads it:
 
 ```python
 import mspc
@@ -54,6 +55,18 @@ model = onnxruntime_genai.Model("path/to/this/folder")
 """
 
 
+def attributes_of(matrix: StoredMatrix) -> dict[str, int]:
+    """Attributes of the operator for a matrix."""
+    return {
+        "layout": LAYOUT,
+        "rows": matrix.shape[0],
+        "columns": matrix.shape[1],
+        "group": kernel.group_of(matrix),
+        "structure": kernel.structure_of(matrix),
+        "content": kernel.content_of(matrix),
+    }
+
+
 def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry) -> None:
     """Put the operator in the place of the product with a matrix."""
     matrix, name = entry.stored, entry.address.parameter
@@ -66,20 +79,16 @@ def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry) -
     ]
     while operands[-1] is None:
         operands.pop()
-    attributes = {
-        "layout": LAYOUT,
-        "rows": matrix.shape[0],
-        "columns": matrix.shape[1],
-        "group": kernel.group_of(matrix),
-        "structure": kernel.structure_of(matrix),
-        "content": kernel.content_of(matrix),
-    }
     (old,) = graph.graph.initializers[name].consumers()
     assert old.op_type == "MatMul", f"{name} is used by {old}"
-    replace(graph, old, [ir.node("MatMul", [old.inputs[0], *operands], attributes, domain=DOMAIN, name=entry.name)])
+    replace(
+        graph,
+        old,
+        [ir.node("MatMul", [old.inputs[0], *operands], attributes_of(matrix), domain=DOMAIN, name=entry.name)],
+    )
     del graph.graph.initializers[name]
     graph.opset_imports[DOMAIN] = 1
 
 
 def write_readme(out: Path) -> None:
-    write_text(out / (README_NEXT_TO_ANOTHER if (out / README).is_file() else README), README_TEXT)
+    write_text(out / README, README_TEXT)

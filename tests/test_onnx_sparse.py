@@ -21,10 +21,13 @@ from mspc.types import NM, Grid
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # onnx's own
     pytest.mark.skipif(library.library() is None, reason="there is no C++ compiler"),
 ]
+
+from exporters.onnx_sparse import attributes_of  # noqa: E402
 
 FLOAT = onnx.TensorProto.FLOAT
 PATTERNS = {"dense": DENSE, "half": HALF, "2 of 4": NM(2, 4), "5 of 16": NM(5, 16)}
@@ -32,13 +35,6 @@ FLOAT32 = [Case(name, pattern, None, (37, 96), torch.float32) for name, pattern 
 MULTIPLIED = [CODES[1], CODES[6], CODES[10], SPARSE24[1], SPARSE24[4], GATHERED[1], BITMAP[4], BITMAP[8], *FLOAT32]
 LARGE = StoredMatrix((1024, 1024), HALF, Grid(4, 128), BF16)
 """Several pieces of work."""
-
-
-def attributes_of(matrix: StoredMatrix, **changed: int) -> dict[str, int]:
-    rows, columns = matrix.shape
-    numbers = kernel.group_of(matrix), kernel.structure_of(matrix), kernel.content_of(matrix)
-    given = dict(zip(("layout", "rows", "columns", "group", "structure", "content"), (1, rows, columns, *numbers)))
-    return given | changed
 
 
 def arrays_of(matrix: StoredMatrix) -> dict[str, np.ndarray]:
@@ -49,7 +45,7 @@ def model_of(matrix: StoredMatrix, tensors: list, given: tuple[str, ...] = (), *
     """A graph of one node. Inputs of the node in `given` are inputs of the graph as well, the others initializers."""
     there = {tensor.name for tensor in tensors} | set(given)
     names = [name if name in there else "" for name in kernel.PARTS]
-    node = onnx.helper.make_node("MatMul", ["x", *names], ["y"], domain="ai.mspc", **attributes_of(matrix, **changed))
+    node = onnx.helper.make_node("MatMul", ["x", *names], ["y"], domain="ai.mspc", **attributes_of(matrix) | changed)
     inputs = [onnx.helper.make_tensor_value_info("x", FLOAT, ["batch", "tokens", "columns"])]
     inputs += [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [None]) for name in given]
     outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, ["batch", "tokens", matrix.shape[0]])]
@@ -143,7 +139,7 @@ def test_weights_may_lie_anywhere_in_a_file(tmp_path):
 
 
 def spoiled(name: str) -> dict[str, np.ndarray]:
-    """Weights of `LARGE` of which one part was changed."""
+    """Weights of `LARGE`, with one part changed."""
     arrays = {part: array.copy() for part, array in arrays_of(LARGE).items()}
     if name == "starts":
         arrays[name][5] += 2**40
@@ -238,4 +234,4 @@ def test_without_the_library_the_remedy_is_named(monkeypatch, tmp_path):
 def test_a_layout_of_another_version_is_not_read():
     arrays = arrays_of(CODES[0].matrix)
     with pytest.raises(InputError, match="its layout is 2, and this mspc reads 1"):
-        reading.decoded(attributes_of(CODES[0].matrix, layout=2), lambda part: arrays[part])
+        reading.decoded(attributes_of(CODES[0].matrix) | {"layout": 2}, lambda part: arrays[part])

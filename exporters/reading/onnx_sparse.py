@@ -1,4 +1,4 @@
-"""Reader of the operator `ai.mspc::MatMul`, written from docs/cpu-kernels.md alone: numpy, one loop over blocks of rows."""
+"""Reader of the operator `ai.mspc::MatMul`, from docs/cpu-kernels.md alone: numpy, one loop over blocks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def decoded(attributes: Mapping[str, int], part: Part) -> Decoded:
     if attributes["layout"] != 1:
         raise InputError(f"its layout is {attributes['layout']}, and this mspc reads 1")
     panel = Panel(*(attributes[name] for name in ("rows", "columns", "group", "structure", "content")))
-    present = np.ones((panel.blocks, panel.steps, ROWS * panel.slots), bool)
+    present: NDArray[np.bool_] = np.ones((panel.blocks, panel.steps, ROWS * panel.slots), bool)
     if panel.structure == BITMAP:
         marks = part("marks").reshape(panel.blocks, panel.steps, -1)
         present = np.unpackbits(marks, axis=2, bitorder="little").astype(bool)

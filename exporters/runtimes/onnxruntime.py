@@ -44,7 +44,7 @@ def tolerance_of(manifest: ExportManifest) -> float:
 
 
 def library() -> Path:
-    """The library of this mspc, and never one that lies in the folder. Raises Unsupported, with the remedy, if there is none."""
+    """The file of this mspc, never one in the folder. Raises Unsupported, with the remedy, if it cannot be had."""
     try:
         return onnx_library()
     except InputError as missing:

@@ -51,7 +51,7 @@ def check_there() -> None:
 
 
 def onnx_library() -> Path:
-    """The file for `register_custom_ops_library` of ONNX Runtime: the library, which has the operator `ai.mspc::MatMul`.
+    """The file for `register_custom_ops_library` of ONNX Runtime: the library has the operator `ai.mspc::MatMul`.
 
     It is built at the first call where it was not shipped. Raises InputError, with the remedy, if it cannot be had.
     """
