@@ -33,7 +33,21 @@ from mspc.kernels.cpu import kernel
 from mspc.storage.files import write_atomically
 
 SHAPE = 8192, 2048
-OURS = ("int4", "int3", "2:4+int4", "2:4+int3", "60%+int4", "70%+int4", "int8", "dense", "2:4", "60%")
+IN_8_BITS = ", int8 activations"
+OURS = (
+    "int4",
+    "int4, int8 activations",
+    "2:4+int4, int8 activations",
+    "int3",
+    "2:4+int4",
+    "2:4+int3",
+    "60%+int4",
+    "70%+int4",
+    "int8",
+    "dense",
+    "2:4",
+    "60%",
+)
 NBITS = {"MatMulNBits int4, float32": 0, "MatMulNBits int4, int8 activations": 4}
 FLOAT32 = "MatMul float32"
 BASE = "MatMulNBits int4, int8 activations"
@@ -45,11 +59,17 @@ def contender(name: str) -> tuple[str, str, dict[str, int], Arrays]:
     source = Source.seeded(0, torch.device("cpu"))
     if name == FLOAT32:
         return "MatMul", "", {}, {"weight": source.normal((SHAPE[1], SHAPE[0]), 0.02, torch.float32).numpy()}
-    matrix = describe(SHAPE, parse_format("int4" if name in NBITS else name), name)
+    planes, of = 1 if name.endswith(IN_8_BITS) else 2, name.removesuffix(IN_8_BITS)
+    matrix = describe(SHAPE, parse_format("int4" if name in NBITS else of), name)
     stored = random_stored(matrix, source)
     if name not in NBITS:
         repacked = kernel.repack(stored, matrix)
-        return "MatMul", "ai.mspc", attributes_of(matrix), {part: tensor.numpy() for part, tensor in repacked.items()}
+        return (
+            "MatMul",
+            "ai.mspc",
+            attributes_of(matrix, planes),
+            {part: tensor.numpy() for part, tensor in repacked.items()},
+        )
     codes = layout.decode(stored, matrix, name).codes
     assert codes is not None
     parts = pack_matmul_nbits(codes, 4, symmetric=True)

@@ -58,7 +58,9 @@ class Options:
     of every matrix; codes of embeddings, and of a head that is tied to them, are stored as by matmulnbits.
     """
     accuracy_level: int = 0
-    """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""
+    """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs.
+    Sparse weights take 0 and 4; 0 rounds activations to 16 bits.
+    """
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
@@ -66,7 +68,9 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {options.weights!r}.")
     if options.accuracy_level not in range(5):
         raise InputError(f"accuracy_level must be 0 to 4, not {options.accuracy_level}.")
-    if options.accuracy_level and options.weights != MATMUL_NBITS:
+    if options.weights == SPARSE and options.accuracy_level not in (0, 4):
+        raise InputError(f"accuracy_level of sparse weights is 0 or 4, not {options.accuracy_level}.")
+    if options.accuracy_level and options.weights not in (MATMUL_NBITS, SPARSE):
         raise InputError(f"accuracy_level has no effect with weights={options.weights}. Leave it out.")
     if DYNAMIC in rope_types(config):
         raise InputError(
@@ -134,7 +138,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
             step(key)
             entry = artifact.whole.get(key)
             if entry and options.weights == SPARSE and entry.role != EMBEDDINGS:
-                use_library(graph, artifact, entry)
+                use_library(graph, artifact, entry, planes=1 if options.accuracy_level == 4 else 2)
             elif entry and entry.name in grids:
                 _pack(graph, artifact, entry, grids[entry.name], options)
         for names, stored in outer.items():

@@ -55,8 +55,8 @@ model = onnxruntime_genai.Model("path/to/this/folder")
 """
 
 
-def attributes_of(matrix: StoredMatrix) -> dict[str, int]:
-    """Attributes of the operator for a matrix."""
+def attributes_of(matrix: StoredMatrix, planes: int = 2) -> dict[str, int]:
+    """Attributes of the operator. Inputs of codes are rounded to 16 bits with two planes, to 8 with one."""
     return {
         "layout": LAYOUT,
         "rows": matrix.shape[0],
@@ -64,10 +64,11 @@ def attributes_of(matrix: StoredMatrix) -> dict[str, int]:
         "group": kernel.group_of(matrix),
         "structure": kernel.structure_of(matrix),
         "content": kernel.content_of(matrix),
+        "planes": planes,
     }
 
 
-def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry) -> None:
+def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry, planes: int) -> None:
     """Put the operator in the place of the product with a matrix."""
     matrix, name = entry.stored, entry.address.parameter
     repacked = kernel.repack(with_offsets(artifact.stored(entry), matrix, entry.name), matrix)
@@ -84,7 +85,7 @@ def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry) -
     replace(
         graph,
         old,
-        [ir.node("MatMul", [old.inputs[0], *operands], attributes_of(matrix), domain=DOMAIN, name=entry.name)],
+        [ir.node("MatMul", [old.inputs[0], *operands], attributes_of(matrix, planes), domain=DOMAIN, name=entry.name)],
     )
     del graph.graph.initializers[name]
     graph.opset_imports[DOMAIN] = 1

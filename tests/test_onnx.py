@@ -133,8 +133,8 @@ def test_dequantize_linear_is_what_the_standard_computes():
         (planned(None), {"weights": "qdq"}, "no matrix has a grid; use float32 or float16"),
         (
             planned(Grid(4, 32)),
-            {"weights": "sparse", "accuracy_level": 4},
-            "no effect with weights=sparse. Leave it out",
+            {"weights": "sparse", "accuracy_level": 3},
+            "of sparse weights is 0 or 4, not 3",
         ),
         (planned(Grid(4, 8)), {"weights": "qdq"}, "multiple of 16 inputs, not of 8"),
         (planned(Grid(4, None), (8, 72)), {"weights": "qdq"}, "multiple of 16 inputs, not of 72"),

@@ -106,6 +106,18 @@ def test_a_product(case):
         assert y.equal(kernel.product(x, kernel.repack(stored(matrix), matrix), matrix))
 
 
+@pytest.mark.parametrize("case", [CODES[1], SPARSE24[1], BITMAP[8]], ids=str)
+def test_inputs_in_8_bits(case):
+    """Oracle: the bits of `kernel.product`, and float64 within what 8 bits explain."""
+    matrix = case.matrix
+    x, weight = inputs(matrix, 1, 5), case.weight().double()
+    running = session(model_of(matrix, initializers(arrays_of(matrix)), planes=1))
+    y = torch.from_numpy(running.run(None, {"x": x.numpy()})[0])
+    expected = x.double() @ weight.T
+    assert 1e-3 * expected.norm() < (y - expected).norm() < 2e-2 * expected.norm()
+    assert y.equal(kernel.product(x, kernel.repack(stored(matrix), matrix), matrix, planes=1))
+
+
 def test_threads_of_the_session_change_no_bit():
     x = inputs(LARGE, 1, 5)
     assert product(LARGE, x, 2).equal(product(LARGE, x, 1))
@@ -164,6 +176,7 @@ def test_weights_that_would_be_read_out_of_bounds_are_refused(name):
         ({"structure": 9}, "do not fit its attributes"),
         ({"rows": -16}, "do not fit its attributes"),
         ({"columns": 2**40}, "do not fit its attributes"),
+        ({"planes": 3}, "do not fit its attributes"),
         ({"group": 0}, "do not fit its attributes"),
     ],
 )

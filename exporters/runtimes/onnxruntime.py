@@ -38,9 +38,9 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
 def tolerance_of(manifest: ExportManifest) -> float:
     options = manifest.options
-    if options["weights"] == "sparse":
-        return ROUNDED
-    return HALF if options["weights"] == "float16" or options["accuracy_level"] > 1 else EXACT
+    if options["weights"] == "float16" or options["accuracy_level"] > 1:
+        return HALF
+    return ROUNDED if options["weights"] == "sparse" else EXACT
 
 
 def library() -> Path:

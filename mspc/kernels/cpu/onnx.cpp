@@ -1,7 +1,7 @@
 // The operator MatMul of the domain ai.mspc for ONNX Runtime, which loads this library by register_custom_ops_library.
 //
-// Its weights are initializers in the layouts of docs/cpu-kernels.md. They are multiplied where ONNX Runtime holds them, and
-// the threads are those of its session.
+// Its weights are initializers in the layouts of docs/cpu-kernels.md. They are multiplied where ONNX Runtime holds them,
+// and the threads are those of its session.
 #include <pthread.h>
 
 #include <cstdio>
@@ -22,7 +22,7 @@ namespace {
 using namespace onnx_abi;
 
 constexpr int64_t kLayout = 1;        // of repacked weights; exporters/onnx_sparse.py writes it
-constexpr int64_t kMostAtOnce = 64;   // tokens, whose prepared inputs take 2 bytes a weight's column each
+constexpr int64_t kMostAtOnce = 64;   // tokens
 constexpr size_t kMostAxes = 8;
 constexpr const char *kIsas[] = {"portable", "avx2", "avx512"};
 constexpr size_t kX = 0, kParts = 5, kInputs = 1 + kParts;  // x, kept, marks, starts, scales, zeros
@@ -58,10 +58,10 @@ class ShapeOf {
 struct MatMul {
   Api api;
   mspc_matrix matrix;
-  int64_t isa;
+  int64_t isa, planes;  // 2: inputs of codes in 16 bits; 1: in 8
   void *copies[kParts];  // of parts that do not lie as their type must
 
-  explicit MatMul(void *const *table) : api(table), matrix(), isa(0), copies() {}
+  explicit MatMul(void *const *table) : api(table), matrix(), isa(0), planes(0), copies() {}
   ~MatMul() {
     for (void *copy : copies) free(copy);
   }
@@ -74,15 +74,16 @@ struct MatMul {
     for (isa = 2; isa >= 0; isa--)
       if (any ? mspc_has(isa) : !strcmp(asked, kIsas[isa])) break;
     if (isa >= 0 && mspc_has(isa)) return nullptr;
-    return failure(api, kInvalidArgument, "MSPC_CPU_ISA=%.64s is not to be had on this machine. Unset it.", asked ? asked : "");
+    return failure(api, kInvalidArgument, "MSPC_CPU_ISA=%.64s is not to be had on this machine. Unset it.",
+                   asked ? asked : "");
   }
 
   Status *read(const KernelInfo *info) {
     int64_t layout = 0;
-    const char *const names[] = {"layout", "rows", "columns", "group", "structure", "content"};
-    int64_t *const numbers[] = {&layout,       &matrix.rows,      &matrix.columns,
-                                &matrix.group, &matrix.structure, &matrix.content};
-    for (size_t i = 0; i < 6; i++) {
+    const char *const names[] = {"layout", "rows", "columns", "group", "structure", "content", "planes"};
+    int64_t *const numbers[] = {&layout,           &matrix.rows,    &matrix.columns, &matrix.group,
+                                &matrix.structure, &matrix.content, &planes};
+    for (size_t i = 0; i < 7; i++) {
       if (Status *status = api.attribute(info, names[i], numbers[i])) return status;
       if (i == 0 && layout != kLayout)
         return failure(api, kInvalidGraph, "ai.mspc MatMul: its weights have%s layout %lld, and this library reads 1. "
@@ -98,7 +99,7 @@ struct MatMul {
     matrix.kept = static_cast<uint8_t *>(parts[0]), matrix.marks = static_cast<uint8_t *>(parts[1]);
     matrix.starts = static_cast<int64_t *>(parts[2]), matrix.scales = static_cast<uint16_t *>(parts[3]);
     matrix.zeros = static_cast<uint8_t *>(parts[4]);
-    if (mspc_fits(&matrix, bytes)) return nullptr;
+    if ((planes == 1 || planes == 2) && mspc_fits(&matrix, bytes)) return nullptr;
     return failure(api, kInvalidGraph, "ai.mspc MatMul: its weights do not fit its attributes. Export the model again.");
   }
 
@@ -136,10 +137,12 @@ struct MatMul {
     ShapeOf shape(api, x);
     if (shape.status()) return shape.status();
     if (Status *status = api.rank(shape.get(), &rank)) return status;
-    if (rank < 1 || rank > kMostAxes) return failure(api, kInvalidArgument, "ai.mspc MatMul: x has%s %lld axes.", "", static_cast<long long>(rank));
+    if (rank < 1 || rank > kMostAxes)
+      return failure(api, kInvalidArgument, "ai.mspc MatMul: x has%s %lld axes.", "", static_cast<long long>(rank));
     if (Status *status = api.sizes(shape.get(), sizes, rank)) return status;
     if (sizes[rank - 1] != matrix.columns)
-      return failure(api, kInvalidArgument, "ai.mspc MatMul: x has%s %lld columns, which are not those of the weight.", "", sizes[rank - 1]);
+      return failure(api, kInvalidArgument, "ai.mspc MatMul: x has%s %lld columns, which are not those of the weight.",
+                     "", sizes[rank - 1]);
     int64_t tokens = 1;
     for (size_t axis = 0; axis + 1 < rank; axis++) tokens *= sizes[axis];
     sizes[rank - 1] = matrix.rows;
@@ -182,8 +185,8 @@ void share_in_session(const Sharer &sharer, int64_t count, void (*work)(void *, 
 Status *MatMul::product(Context *context, const float *x, float *y, int64_t tokens) const {
   Session session{api, context, nullptr};
   for (int64_t first = 0; first < tokens && !session.status; first += kMostAtOnce)
-    multiply(matrix, isa, x + first * matrix.columns, 0, smaller(kMostAtOnce, tokens - first), y + first * matrix.rows, 2,
-             Sharer{share_in_session, &session});
+    multiply(matrix, isa, x + first * matrix.columns, 0, smaller(kMostAtOnce, tokens - first), y + first * matrix.rows,
+             planes, Sharer{share_in_session, &session});
   return session.status;
 }
 
@@ -241,7 +244,8 @@ extern "C" {
 EXPORTED Status *RegisterCustomOps(SessionOptions *options, const Base *base) {
   void *const *table = base->table(kVersion);
   if (!table)
-    return failure(Api(base->table(1)), kFailed, "mspc needs ONNX Runtime 1.17 or newer, and this is %.32s. Upgrade it.", base->version());
+    return failure(Api(base->table(1)), kFailed, "mspc needs ONNX Runtime 1.17 or newer, and this is %.32s. Upgrade it.",
+                   base->version());
   Api api(table);
   Domain *domain = nullptr;
   if (Status *status = api.create_domain("ai.mspc", &domain)) return status;

@@ -1,8 +1,8 @@
 // The few things of ONNX Runtime's C interface that onnx.cpp needs, by their places in memory.
 //
-// ONNX Runtime hands out a table of functions that only grows: a function keeps its place in all later versions. So neither
-// its headers nor its library are needed to build this one, and whoever loads it brings both. Version 17 is the first that
-// lets an operator use the threads of its session; 1.17 and every newer ONNX Runtime have it.
+// ONNX Runtime hands out a table of functions that only grows: a function keeps its place in all later versions. So
+// neither its headers nor its library are needed to build this one. Version 17 is the first that lets an operator use the
+// threads of its session; 1.17 and every newer ONNX Runtime have it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -72,8 +72,12 @@ class Api {
   explicit Api(void *const *table) : table_(table) {}
 
   Status *fail(int code, const char *message) const { return at<Status *, int, const char *>(0)(code, message); }
-  Status *create_domain(const char *name, Domain **out) const { return at<Status *, const char *, Domain **>(26)(name, out); }
-  Status *add(Domain *domain, const Operator *op) const { return at<Status *, Domain *, const Operator *>(27)(domain, op); }
+  Status *create_domain(const char *name, Domain **out) const {
+    return at<Status *, const char *, Domain **>(26)(name, out);
+  }
+  Status *add(Domain *domain, const Operator *op) const {
+    return at<Status *, Domain *, const Operator *>(27)(domain, op);
+  }
   Status *add(SessionOptions *options, Domain *domain) const {
     return at<Status *, SessionOptions *, Domain *>(28)(options, domain);
   }
