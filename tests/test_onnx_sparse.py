@@ -5,6 +5,8 @@ made-up ONNX Runtime that is too old.
 """
 
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -248,3 +250,32 @@ def test_a_layout_of_another_version_is_not_read():
     arrays = arrays_of(CODES[0].matrix)
     with pytest.raises(InputError, match="its layout is 2, and this mspc reads 1"):
         reading.decoded(attributes_of(CODES[0].matrix) | {"layout": 2}, lambda part: arrays[part])
+
+
+UNLOADED = """
+import gc, sys, threading
+import numpy, onnxruntime
+
+def work():
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.register_custom_ops_library(sys.argv[1])
+    session = onnxruntime.InferenceSession(sys.argv[2], options)
+    session.run(None, {"x": numpy.ones((1, 2, 512), numpy.float32)})
+    del session, options
+    gc.collect()
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print("it goes on")
+"""
+
+
+def test_a_thread_outlives_the_session(tmp_path):
+    """ONNX Runtime unloads the library of its last session, whose code would free the memory of the thread."""
+    matrix = CODES[0].matrix
+    (tmp_path / "model.onnx").write_bytes(model_of(matrix, initializers(arrays_of(matrix))).SerializeToString())
+    command = [sys.executable, "-c", UNLOADED, str(library.onnx_library()), str(tmp_path / "model.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "it goes on\n"), done.stderr

@@ -93,7 +93,7 @@ class Subject:
 def card_of(subject: Subject, repo: str) -> str:
     """The card as a README.md for the hub: Markdown after a block of YAML."""
     parts = [f"# {escaped(repo.rpartition('/')[2])}", _lead(subject)]
-    parts += [_results(subject), _method(subject), _loading(subject, repo)]
+    parts += [_results(subject), _method(subject), loading(subject, repo)]
     return f"---\n{_metadata(subject)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -208,7 +208,8 @@ def _kinds(matrices: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
         yield pattern, bits, f"{zeros:.1%}", str(len(rows)), f"{size / sum(size_of.values()):.1%}"
 
 
-def _loading(subject: Subject, repo: str) -> str:
+def loading(subject: Subject, repo: str) -> str:
+    """The section of a card that says how to load what is in `repo`."""
     first = "import mspc.hf  # before the model is loaded\n"
     parts = []
     is_sparse = subject.kind == "onnx" and subject.manifest.get("options", {}).get("weights") == "sparse"
