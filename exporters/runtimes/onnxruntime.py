@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from exporters.manifest import ExportManifest
-from exporters.runtimes import EXACT, HALF, ROUNDED, Runner, Unsupported
+from exporters.runtimes import EIGHT_BITS, EXACT, HALF, ROUNDED, Runner, Unsupported
 from mspc.errors import InputError
 from mspc.kernels.cpu.library import onnx_library
 
@@ -38,9 +38,9 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
 def tolerance_of(manifest: ExportManifest) -> float:
     options = manifest.options
-    if options["weights"] == "float16" or options["accuracy_level"] > 1:
-        return HALF
-    return ROUNDED if options["weights"] == "sparse" else EXACT
+    if options["weights"] == "sparse":
+        return EIGHT_BITS if options["accuracy_level"] else ROUNDED
+    return HALF if options["weights"] == "float16" or options["accuracy_level"] > 1 else EXACT
 
 
 def library() -> Path:
