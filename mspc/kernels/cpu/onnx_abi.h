@@ -100,7 +100,6 @@ class Api {
   Status *output(Context *context, size_t index, const int64_t *sizes, size_t rank, Value **out) const {
     return at<Status *, Context *, size_t, const int64_t *, size_t, Value **>(91)(context, index, sizes, rank, out);
   }
-  void release(Status *status) const { at<void, Status *>(93)(status); }
   void release(Shape *shape) const { at<void, Shape *>(99)(shape); }
   Status *constant(const KernelInfo *info, size_t index, int *is_constant, const Value **out) const {
     return at<Status *, const KernelInfo *, size_t, int *, const Value **>(249)(info, index, is_constant, out);
