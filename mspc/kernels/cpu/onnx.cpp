@@ -2,7 +2,7 @@
 //
 // Its weights are initializers in the layouts of docs/cpu-kernels.md. They are multiplied where ONNX Runtime holds them,
 // and the threads are those of its session.
-#include <pthread.h>
+#include <sys/mman.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -34,6 +34,19 @@ Status *failure(const Api &api, int code, const char *format, const char *what =
   char message[256];
   snprintf(message, sizeof message, format, what, number);
   return api.fail(code, message);
+}
+
+// Pages of 2 MB, with which a product misses the TLB hundreds of times less often. Linux copies to them what is there
+// already. Where it has none, or cannot, everything stays as it is.
+void ask_for_huge_pages(const void *memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  constexpr int kCollapse = 25;  // of Linux 6.1, which older headers do not name
+  uintptr_t first = reinterpret_cast<uintptr_t>(memory), last = first + uintptr_t(bytes);
+  for (uintptr_t page = first / kPage * kPage; page < last; page += kPage)
+    if (madvise(reinterpret_cast<void *>(page), kPage, kCollapse)) continue;
+#endif
+  (void)memory, (void)bytes;
 }
 
 // The shape of a value for as long as it is asked.
@@ -99,7 +112,11 @@ struct MatMul {
     matrix.kept = static_cast<uint8_t *>(parts[0]), matrix.marks = static_cast<uint8_t *>(parts[1]);
     matrix.starts = static_cast<int64_t *>(parts[2]), matrix.scales = static_cast<uint16_t *>(parts[3]);
     matrix.zeros = static_cast<uint8_t *>(parts[4]);
-    if ((planes == 1 || planes == 2) && mspc_fits(&matrix, bytes)) return nullptr;
+    if ((planes == 1 || planes == 2) && mspc_fits(&matrix, bytes)) {
+      ask_for_huge_pages(matrix.kept, bytes[0]);
+      ask_for_huge_pages(matrix.marks, bytes[1]);
+      return nullptr;
+    }
     return failure(api, kInvalidGraph, "ai.mspc MatMul: its weights do not fit its attributes. Export the model again.");
   }
 
