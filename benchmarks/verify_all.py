@@ -55,6 +55,7 @@ ARTIFACTS = {
 EXPORTS: dict[str, tuple[str, dict[str, object]]] = {name: (name, {}) for name in formats.FORMATS} | {
     "onnx matmulnbits": ("onnx", {"weights": "matmulnbits"}),
     "onnx qdq": ("onnx", {"weights": "qdq"}),
+    "onnx sparse": ("onnx", {"weights": "sparse"}),
 }
 
 

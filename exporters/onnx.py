@@ -1,8 +1,10 @@
 """ONNX decoder with a key-value cache, for ONNX Runtime, ONNX Runtime GenAI, OpenVINO and TensorRT.
 
-Weights are float32, float16, or the codes of the solver: in MatMulNBits (ONNX Runtime's own operator) or behind the
-standard's DequantizeLinear (QDQ). Groups are those of the column order, so a `g_idx` is never needed; ONNX Runtime
-silently misreads one that comes with packed zero points.
+Weights are float32, float16, or the codes of the solver: in MatMulNBits (ONNX Runtime's own operator), or behind the
+standard's DequantizeLinear (QDQ). Sparse weights are for mspc's own operator.
+
+Groups are those of the column order, so a `g_idx` is never needed; ONNX Runtime silently misreads one that comes with
+packed zero points.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +22,12 @@ from exporters.genai import genai_config
 from exporters.limits import DYNAMIC, LONGROPE
 from exporters.onnx_graph import decoder_graph
 from exporters.onnx_outer import INTEGERS, STORED, initializer, rename_shared, replace, store_in_16_bits, use_codes
+from exporters.onnx_sparse import NOTE, SESSION, use_library, write_readme
 from exporters.packed import BLOCKS, grids_of
 from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
+from mspc.kernels.cpu.library import check_there
 from mspc.model.special_ids import special_ids, text_config
 from mspc.progress import Step, log
 from mspc.storage.artifact import ArtifactSource
@@ -34,8 +38,8 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.types import EMBEDDINGS, HEAD, Grid, PlannedMatrix
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-FLOAT32, FLOAT16, MATMUL_NBITS, QDQ = "float32", "float16", "matmulnbits", "qdq"
-WEIGHTS = (FLOAT32, FLOAT16, MATMUL_NBITS, QDQ)
+FLOAT32, FLOAT16, MATMUL_NBITS, QDQ, SPARSE = "float32", "float16", "matmulnbits", "qdq", "sparse"
+WEIGHTS = (FLOAT32, FLOAT16, MATMUL_NBITS, QDQ, SPARSE)
 FLOATS = (FLOAT32, FLOAT16)
 CODE_BITS = (2, 4, 8)
 ROLES = (*BLOCKS, HEAD, EMBEDDINGS)
@@ -43,14 +47,20 @@ LARGEST_FILE = 2_000_000_000
 """Bytes of weights; a protobuf message ends at 2 GiB, so more weights go to a file of their own."""
 EXACT_QDQ = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Setting of a session; without it ONNX Runtime rounds activations to int8 after DequantizeLinear."""
+SESSIONS = {QDQ: EXACT_QDQ, SPARSE: SESSION}
+"""Settings of a session, by weights."""
 
 
 @dataclass(frozen=True)
 class Options:
     weights: str = FLOAT32
-    """One of float32, float16, matmulnbits and qdq; the last two store matrices without a grid as float32."""
+    """One of WEIGHTS. matmulnbits and qdq store matrices without a grid as float32. sparse stores kept weights or codes
+    of every matrix; codes of embeddings, and of a head that is tied to them, are stored as by matmulnbits.
+    """
     accuracy_level: int = 0
-    """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs."""
+    """Arithmetic of MatMulNBits: 0 and 1 compute in float32, 4 rounds activations to int8 and is fastest on CPUs.
+    Sparse weights take 0 and 4; 0 rounds activations to 16 bits.
+    """
 
 
 def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Options, folder: Path) -> None:
@@ -58,7 +68,9 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {options.weights!r}.")
     if options.accuracy_level not in range(5):
         raise InputError(f"accuracy_level must be 0 to 4, not {options.accuracy_level}.")
-    if options.accuracy_level and options.weights != MATMUL_NBITS:
+    if options.weights == SPARSE and options.accuracy_level not in (0, 4):
+        raise InputError(f"accuracy_level of sparse weights is 0 or 4, not {options.accuracy_level}.")
+    if options.accuracy_level and options.weights not in (MATMUL_NBITS, SPARSE):
         raise InputError(f"accuracy_level has no effect with weights={options.weights}. Leave it out.")
     if DYNAMIC in rope_types(config):
         raise InputError(
@@ -67,13 +79,15 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
         )
     if options.weights in FLOATS:
         return
-    if not any(matrix.target.grid for matrix in matrices):
+    if options.weights == SPARSE:
+        check_there()
+    elif not any(matrix.target.grid for matrix in matrices):
         raise InputError(
             f"{options.weights} holds quantized weights, and no matrix has a grid; use float32 or float16."
         )
     for matrix in matrices:
         grid = matrix.target.grid
-        if grid is None:
+        if grid is None or (options.weights == SPARSE and matrix.role != EMBEDDINGS):
             continue
         if grid.bits not in CODE_BITS:
             raise InputError(
@@ -104,7 +118,7 @@ def rope_types(config: Any) -> set[str]:
 
 
 def notes(entries: Sequence[MatrixEntry], options: Options) -> list[str]:
-    return []
+    return [NOTE] if options.weights == SPARSE else []
 
 
 def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) -> None:
@@ -123,12 +137,14 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
         for key in artifact.keys():  # noqa: SIM118  not a dict
             step(key)
             entry = artifact.whole.get(key)
-            if entry and entry.name in grids:
+            if entry and options.weights == SPARSE and entry.role != EMBEDDINGS:
+                use_library(graph, artifact, entry, planes=1 if options.accuracy_level == 4 else 2)
+            elif entry and entry.name in grids:
                 _pack(graph, artifact, entry, grids[entry.name], options)
         for names, stored in outer.items():
             if options.weights not in FLOATS and stored in STORED:
                 store_in_16_bits(graph, names[0], stored)
-        if grids and options.weights == MATMUL_NBITS:
+        if any(node.domain == "com.microsoft" for node in graph.graph):
             graph.opset_imports["com.microsoft"] = 1
         write_atomically(out / MODEL, partial(write, graph))
     carry(artifact.folder, out)
@@ -142,9 +158,10 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
             "The model changes its rotary embedding (longrope) beyond its original context. The cache of a text that "
             "grows beyond it keeps keys of the shorter one: run the whole text again there, as transformers does."
         )
-    session = EXACT_QDQ if options.weights == QDQ else {}
+    if options.weights == SPARSE:
+        write_readme(out)
     ids = special_ids(artifact.folder, text["vocab_size"])
-    write_json(out / "genai_config.json", genai_config(text, ids, _cache(graph), session))
+    write_json(out / "genai_config.json", genai_config(text, ids, _cache(graph), SESSIONS.get(options.weights, {})))
 
 
 def _outer(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[tuple[str, ...], torch.dtype]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StorageError,
         VerificationError,
     )
+    from mspc.kernels.cpu.library import onnx_library
     from mspc.pages.page import report
     from mspc.passes.perplexity import Perplexity
     from mspc.pipeline.forecasting import Forecast
@@ -43,6 +44,7 @@ _HOME = {
         "ActivationError", "InputError", "MspcError", "SingularGramError", "Stopped", "StorageError",
         "VerificationError",
     ),
+    "mspc.kernels.cpu.library": ("onnx_library",),
     "mspc.pages.page": ("report",),
     "mspc.passes.perplexity": ("Perplexity",),
     "mspc.pipeline.forecasting": ("Forecast",),
@@ -60,7 +62,7 @@ __all__ = [
     "ActivationError", "Artifact", "Event", "Forecast", "InputError", "KeepZeros", "MspcError", "Perplexity", "Push",
     "Recipe", "Recovery", "SingularGramError", "Stopped", "StorageError", "TaskResult", "TaskScore",
     "VerificationError", "__version__", "compress", "evaluate", "evaluate_tasks", "export", "forecast", "generate",
-    "load", "masks", "push", "recover", "report", "time_products", "verify",
+    "load", "masks", "onnx_library", "push", "recover", "report", "time_products", "verify",
 ]  # fmt: skip
 
 

@@ -118,7 +118,11 @@ def test_dequantize_linear_is_what_the_standard_computes():
 @pytest.mark.parametrize(
     ("matrix", "options", "message"),
     [
-        (planned(Grid(4, 32)), {"weights": "int4"}, "must be one of float32, float16, matmulnbits, qdq, not 'int4'"),
+        (
+            planned(Grid(4, 32)),
+            {"weights": "int4"},
+            "must be one of float32, float16, matmulnbits, qdq, sparse, not 'int4'",
+        ),
         (planned(Grid(4, 32)), {"weights": "qdq", "accuracy_level": 9}, "accuracy_level must be 0 to 4, not 9"),
         (
             planned(Grid(4, 32)),
@@ -127,6 +131,11 @@ def test_dequantize_linear_is_what_the_standard_computes():
         ),
         (planned(Grid(3, 32)), {"weights": "matmulnbits"}, "up_proj: matmulnbits takes 2, 4 or 8 bits, not 3"),
         (planned(None), {"weights": "qdq"}, "no matrix has a grid; use float32 or float16"),
+        (
+            planned(Grid(4, 32)),
+            {"weights": "sparse", "accuracy_level": 3},
+            "of sparse weights is 0 or 4, not 3",
+        ),
         (planned(Grid(4, 8)), {"weights": "qdq"}, "multiple of 16 inputs, not of 8"),
         (planned(Grid(4, None), (8, 72)), {"weights": "qdq"}, "multiple of 16 inputs, not of 72"),
     ],

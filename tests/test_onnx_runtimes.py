@@ -17,6 +17,7 @@ from torch import nn
 import mspc
 from exporters import exporting, formats, verification
 from mspc.errors import InputError, MspcError
+from mspc.kernels.cpu import building, library
 from mspc.progress import Silent
 from mspc.storage.manifest import MatrixEntry
 
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.onnx and the runti
 
 from exporters import onnx as exporter  # noqa: E402
 from exporters import onnx_graph  # noqa: E402
+from exporters.runtimes import Unsupported  # noqa: E402
+from exporters.runtimes import onnxruntime as ort_runtime  # noqa: E402
 from exporters.runtimes import onnxruntime_genai as genai_runtime  # noqa: E402
 
 SLOW = pytest.mark.slow
@@ -83,6 +86,62 @@ def test_weights_in_every_runtime(weights, artifact_of, tmp_path):
     for result in export(artifact_of("llama"), tmp_path / "out", weights=weights).values():
         assert result["status"] == "verified"
         assert result["relative_error"] < (0.01 if weights == "float16" else 1e-5)
+
+
+NEEDS_LIBRARY = pytest.mark.skipif(library.library() is None, reason="there is no C++ compiler")
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"bits": 3}),
+        ("llama", {"asymmetric": True}),
+        pytest.param("llama", {"bits": 16, "pattern": "2:4"}, marks=SLOW),
+        pytest.param("gpt2", {}, marks=SLOW),
+        pytest.param("bundled", {"head_bits": 8}, marks=SLOW),
+    ],
+)
+def test_sparse_weights_in_the_runtimes_that_take_operators(family, options, artifact_of, tmp_path, monkeypatch):
+    """With weights in a file of their own, and a file in the place of the library, which must not be run."""
+    monkeypatch.setattr(exporter, "LARGEST_FILE", 1000)
+    out, artifact = tmp_path / "out", artifact_of(family, **options)
+    exporting.export(artifact.path, "onnx", out, verified=False, options={"weights": "sparse"})
+    (out / building.NAME).write_text("no library")
+    results = verification.verify(out, artifact.path, Silent())["runtimes"]
+    assert [results[name]["status"] for name in RUNTIMES] == ["verified", "verified", "unsupported"]
+    assert results["onnxruntime"]["relative_error"] < 3e-4
+    with pytest.raises(RuntimeError, match=r"ai\.mspc"):
+        openvino.Core().compile_model(out / "model.onnx", "CPU")
+    graph = onnx.load(out / "model.onnx").graph
+    ours = [node.name for node in graph.node if node.domain == "ai.mspc"]
+    assert ours == [row["name"] for row in artifact.manifest["matrices"] if row.get("role", "") != "embeddings"]
+
+
+@NEEDS_LIBRARY
+def test_wrong_sparse_weights_are_noticed(artifact_of, tmp_path, monkeypatch):
+    """Codes of one matrix, with every bit changed: nothing is out of bounds, and the runtime says nothing."""
+    export(artifact_of("llama", bits=3), tmp_path / "out", weights="sparse")
+
+    def change(folder: Path) -> None:
+        model = onnx.load(folder / "model.onnx")
+        (kept,) = [one for one in model.graph.initializer if one.name == "model.layers.0.mlp.up_proj.weight.kept"]
+        kept.raw_data = bytes(255 - byte for byte in kept.raw_data)
+        onnx.save(model, folder / "model.onnx")
+
+    monkeypatch.setitem(formats.FORMATS, "onnx", replace(formats.FORMATS["onnx"], runtimes=("onnxruntime",)))
+    report = verification.verify(spoiled(tmp_path / "out", tmp_path, change), None, Silent())
+    (wrong,) = report["weights"]["wrong"]
+    assert wrong.startswith("model.layers.0.mlp.up_proj: ")
+    assert report["runtimes"]["onnxruntime"]["status"] == "mismatch"
+
+
+def test_without_the_library_sparse_weights_are_not_run(monkeypatch):
+    monkeypatch.setenv("MSPC_CPU_ISA", "torch")
+    with pytest.raises(Unsupported, match="MSPC_CPU_ISA=torch leaves out mspc's C.. library.* Unset it"):
+        ort_runtime.library()
+    with pytest.raises(InputError, match="MSPC_CPU_ISA=torch"):
+        exporter.check([], {}, exporter.Options("sparse"), Path())
 
 
 @pytest.mark.parametrize("weights", ["matmulnbits", pytest.param("qdq", marks=SLOW)])

@@ -16,7 +16,7 @@ from upload_hub import Hub
 import mspc
 from mspc.cli.main import app
 from mspc.errors import InputError, StorageError
-from mspc.publish.card import escaped
+from mspc.publish.card import Subject, escaped, loading
 
 # The client's own call of httpx.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -115,6 +115,13 @@ def test_the_card_says_what_it_is(kind, library, loads, sources):
     assert ("| perplexity |" in card) == (evaluation is not None)
     assert card.count("```") % 2 == 0
     assert "{" not in card.replace("{REPO}", "")
+
+
+@pytest.mark.parametrize(("weights", "named"), [("sparse", True), ("qdq", False)])
+def test_the_card_of_sparse_weights_in_onnx_names_their_library(weights, named):
+    found = loading(Subject("onnx", {"options": {"weights": weights}}, None, {}, 0), REPO)
+    assert ("shutil.copy(mspc.onnx_library(), folder)" in found) == named
+    assert f'snapshot_download("{REPO}")' in found
 
 
 def test_results_are_those_of_the_manifest(folder):

@@ -130,7 +130,7 @@ def test_a_wheel_needs_the_c_library_only(with_library, tmp_path):
     assert needed <= {"libc.so.6", "ld-linux-x86-64.so.2"}
     names = re.findall(r"^\w+ g .* (\w+)$", run("objdump", "-T", library), re.MULTILINE)
     assert names
-    assert all(name.startswith("mspc_") for name in names)
+    assert [name for name in names if not name.startswith("mspc_")] == ["RegisterCustomOps"]
 
 
 def test_an_sdist_installs_without_a_compiler(plain, tmp_path):

@@ -9,13 +9,15 @@ import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from exporters.reading import Decoded, Reader, from_grid, little_endian_fields
+from exporters.reading import Decoded, Reader, from_grid, little_endian_fields, onnx_sparse
 from mspc.errors import InputError
 from mspc.storage.manifest import MatrixEntry
 
 TYPES = {1: np.float32, 2: np.uint8, 7: np.int64, 10: np.float16}
 """Types by their number in TensorProto.DataType; 21 and 25 are packed unsigned integers of 4 and 2 bits."""
 PACKED_BITS = {21: 4, 25: 2}
+OURS, INPUTS = "ai.mspc", ("x", "kept", "marks", "starts", "scales", "zeros")
+"""The domain of mspc's own operator, and its inputs."""
 LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape"}
 
 
@@ -41,6 +43,10 @@ def reader(folder: Path) -> Reader:
         if name in dense:
             weight = array(name) if entry.role == "embeddings" else array(name).T
             return Decoded(np.ascontiguousarray(weight.astype(np.float32)), str(weight.dtype))
+        if (node := user_of.get(f"{name}.kept")) is not None and node.domain == OURS:
+            names = {part: value for part, value in zip(INPUTS, node.input, strict=False) if value}
+            numbers = {attribute.name: attribute.i for attribute in node.attribute}
+            return onnx_sparse.decoded(numbers, lambda part: array(names[part]))
         node = user_of.get(f"{name}.codes")
         size = entry.shape[1] if grid is None else grid.group_size or entry.shape[1]
         if grid is not None and entry.role == "embeddings" and users_of.get(f"{name}.codes", set()) & LOOKUPS:

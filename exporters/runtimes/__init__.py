@@ -64,9 +64,13 @@ RUNTIMES = {
 
 EXACT = 1e-4
 """Only the order of float32 sums differs."""
+ROUNDED = 1e-3
+"""Inputs of codes are rounded to 16 bits before every product."""
 FLOAT32 = 1e-2
 """Products of a grid may be rounded to the model's dtype on the way; a wrong layout is off by 0.1 and more."""
 HALF = 3e-2
+EIGHT_BITS = 8e-2
+"""Inputs of codes are rounded to 8 bits in each group before every product."""
 
 
 def load(name: str, folder: Path, manifest: ExportManifest) -> Runner:

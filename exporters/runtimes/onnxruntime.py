@@ -10,7 +10,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from exporters.manifest import ExportManifest
-from exporters.runtimes import EXACT, HALF, Runner
+from exporters.runtimes import EIGHT_BITS, EXACT, HALF, ROUNDED, Runner, Unsupported
+from mspc.errors import InputError
+from mspc.kernels.cpu.library import onnx_library
 
 Feeds = dict[str, NDArray[Any]]
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -22,6 +24,8 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its threads would burn a busy machine
     # Where it fuses DequantizeLinear with MatMul it would otherwise round activations to int8.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if manifest.options["weights"] == "sparse":
+        options.register_custom_ops_library(str(library()))
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     inputs = {item.name: (item.shape, DTYPES[item.type]) for item in session.get_inputs()}
     outputs = [item.name for item in session.get_outputs()]
@@ -34,7 +38,17 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
 
 def tolerance_of(manifest: ExportManifest) -> float:
     options = manifest.options
+    if options["weights"] == "sparse":
+        return EIGHT_BITS if options["accuracy_level"] else ROUNDED
     return HALF if options["weights"] == "float16" or options["accuracy_level"] > 1 else EXACT
+
+
+def library() -> Path:
+    """The file of this mspc, never one in the folder. Raises Unsupported, with the remedy, if it cannot be had."""
+    try:
+        return onnx_library()
+    except InputError as missing:
+        raise Unsupported(str(missing)) from missing
 
 
 def cached_runner(

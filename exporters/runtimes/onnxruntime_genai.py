@@ -1,5 +1,7 @@
 """ONNX Runtime GenAI on the CPU: an ONNX folder by its genai_config.json, a GPTQ folder through its model builder."""
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from transformers import AutoConfig
 from exporters.limits import limits_of, ropes, windows_of
 from exporters.manifest import ExportManifest
 from exporters.runtimes import FLOAT32, Runner, Unsupported
-from exporters.runtimes.onnxruntime import tolerance_of
+from exporters.runtimes.onnxruntime import library, tolerance_of
 from mspc.model.config_checks import setting_of
 
 ROPE_TYPES = {"default", "llama3"}
@@ -24,6 +26,10 @@ NOT_ROUNDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:
+    if manifest.options.get("weights") == "sparse":
+        with TemporaryDirectory(prefix="mspc-genai-", dir=folder.parent) as linked:
+            link_with_library(folder, Path(linked))
+            return runner_of(genai.Model(linked), tolerance_of(manifest))
     if manifest.format != "gptq":
         return runner_of(genai.Model(str(folder)), tolerance_of(manifest))
     _check_gptq(folder, manifest)
@@ -32,6 +38,21 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         windows = [limit.tokens for limit in limits_of(config) if limit in windows_of(config)]
         return runner_of(genai.Model(built), FLOAT32, max(windows, default=0) + 1)
+
+
+def link_with_library(folder: Path, out: Path) -> None:
+    """Fill a folder with the files of an export and the library of this mspc: GenAI takes one from no other folder.
+
+    A library that lies in the export is not run. Names of one file are no copies, where the file system has them.
+    """
+    wanted = library()
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix != wanted.suffix:
+            try:
+                os.link(path, out / path.name)
+            except OSError:
+                shutil.copy(path, out / path.name)
+    shutil.copy(wanted, out / wanted.name)
 
 
 def _check_gptq(folder: Path, manifest: ExportManifest) -> None:

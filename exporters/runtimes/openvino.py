@@ -20,6 +20,8 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
     grids = [entry.target.grid for entry in manifest.entries if entry.target.grid]
     if manifest.options["weights"] == "qdq" and any(grid.bits == 2 for grid in grids):
         raise Unsupported("it has no DequantizeLinear of 2 bits")
+    if manifest.options["weights"] == "sparse":
+        raise Unsupported("it does not know mspc's operator ai.mspc::MatMul")
     model = openvino.Core().compile_model(folder / "model.onnx", "CPU", EXACT_CONFIG)
     inputs: dict[str, tuple[list[int | None], Any]] = {
         item.any_name: (

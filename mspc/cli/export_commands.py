@@ -35,7 +35,7 @@ def export(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="onnx: float32, float16, matmulnbits or qdq. (default: float32)",
+            help="onnx: float32, float16, matmulnbits, qdq or sparse. (default: float32)",
             show_default=False,
             rich_help_panel=OF_FORMAT,
         ),
@@ -43,7 +43,7 @@ def export(
     accuracy_level: Annotated[
         int | None,
         typer.Option(
-            help="onnx, matmulnbits: 0 is exact, 4 rounds activations to int8. (default: 0)",
+            help="onnx, matmulnbits and sparse: 4 rounds activations to int8. (default: 0)",
             show_default=False,
             rich_help_panel=OF_FORMAT,
         ),

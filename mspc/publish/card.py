@@ -41,6 +41,18 @@ from huggingface_hub import snapshot_download
 model = onnxruntime_genai.Model(snapshot_download("{repo}"))
 tokenizer = onnxruntime_genai.Tokenizer(model)
 """
+GENAI_SPARSE = """import shutil
+
+import mspc
+import onnxruntime_genai
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo}")
+shutil.copy(mspc.onnx_library(), folder)  # onnxruntime_genai takes it from there only
+model = onnxruntime_genai.Model(folder)
+tokenizer = onnxruntime_genai.Tokenizer(model)
+"""
+ONNX_SPARSE = "onnx sparse"
 HOW = {
     ARTIFACT: (("python", "With mspc, which keeps the matrices compressed in memory:", MSPC),),
     "sparse": (
@@ -54,6 +66,7 @@ HOW = {
         ("python", "With transformers, where compressed-tensors is installed:", TRANSFORMERS),
     ),
     "onnx": (("python", "With ONNX Runtime GenAI:", GENAI),),
+    ONNX_SPARSE: (("python", "With ONNX Runtime GenAI, and the library of mspc:", GENAI_SPARSE),),
     "gguf": (("", "With llama.cpp, which downloads the file:", "llama-cli -hf {repo}\n"),),
 }  # fmt: skip
 """The ways to load each kind: language, introduction, code."""
@@ -80,7 +93,7 @@ class Subject:
 def card_of(subject: Subject, repo: str) -> str:
     """The card as a README.md for the hub: Markdown after a block of YAML."""
     parts = [f"# {escaped(repo.rpartition('/')[2])}", _lead(subject)]
-    parts += [_results(subject), _method(subject), _loading(subject, repo)]
+    parts += [_results(subject), _method(subject), loading(subject, repo)]
     return f"---\n{_metadata(subject)}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -195,10 +208,12 @@ def _kinds(matrices: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
         yield pattern, bits, f"{zeros:.1%}", str(len(rows)), f"{size / sum(size_of.values()):.1%}"
 
 
-def _loading(subject: Subject, repo: str) -> str:
+def loading(subject: Subject, repo: str) -> str:
+    """The section of a card that says how to load what is in `repo`."""
     first = "import mspc.hf  # before the model is loaded\n"
     parts = []
-    for language, introduction, code in HOW[subject.kind]:
+    is_sparse = subject.kind == "onnx" and subject.manifest.get("options", {}).get("weights") == "sparse"
+    for language, introduction, code in HOW[ONNX_SPARSE if is_sparse else subject.kind]:
         text = code.replace("{first}{first}", first).replace("{first}", "")
         text = text.replace("{class}", subject.auto_class).replace("{repo}", repo)
         parts.append(f"{introduction}\n\n```{language}\n{text}```")

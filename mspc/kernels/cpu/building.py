@@ -17,11 +17,12 @@ NAME = "libmspc_cpu.so"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions")
 LINK: tuple[str, ...] = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 if sys.platform == "linux":
-    LINK += ("-Wl,-s", "-Wl,--exclude-libs,ALL")
-"""The runtime of C++ is inside, and shows none of its names, so that it cannot be mixed up with another one."""
+    LINK += ("-Wl,-s", "-Wl,--exclude-libs,ALL", "-Wl,-z,nodelete")
+"""The runtime of C++ is inside, and shows none of its names, so that it cannot be mixed up with another one. The
+library stays when ONNX Runtime unloads it: at their end, threads still call what frees their memory."""
 AVX512 = ("-mbmi2", "-mpopcnt", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi2", "vnni")))
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
-SOURCES = {"dispatch": (), "check": (), "portable": (), "repack": (), "avx2": AVX2, "avx512": AVX512}
+SOURCES = {"dispatch": (), "check": (), "portable": (), "repack": (), "onnx": (), "avx2": AVX2, "avx512": AVX512}
 """Files by name, with the flags of their instruction set."""
 ONLY_X86 = ("avx2", "avx512")
 

@@ -238,7 +238,22 @@ struct Expansion {
 
 constexpr int64_t kWeightsOfPiece = 1 << 17;  // about 10 microseconds; waking a thread takes as long
 
+void share_among(const Sharer &sharer, int64_t count, void (*work)(void *, int64_t), void *context) {
+  share(*static_cast<const int64_t *>(sharer.threads), count, work, context);
+}
+
 }  // namespace
+
+void multiply(const mspc_matrix &m, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens, void *y,
+              int64_t planes, const Sharer &sharer) {
+  const Kernels &kernels = kernels_of(isa);
+  Inputs in = inputs_in(scratch_of_thread(), m, tokens, planes);
+  for (int64_t token = 0; token < tokens; token++) kernels.prepare(m, x, is_bfloat16, token, planes, &in);
+  Outputs out{y, is_bfloat16};
+  int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(m));
+  Job job{m, kernels, in, out, per_piece};
+  sharer.share(sharer, ceil_div(num_blocks(m), per_piece), Job::work, &job);
+}
 
 extern "C" {
 
@@ -264,13 +279,7 @@ EXPORTED int64_t mspc_has(int64_t isa) {
 // x (tokens, columns) -> y (tokens, rows), float32 or bfloat16. `planes` of inputs of codes: 2 are int16, 1 is int8.
 EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens,
                   void *y, int64_t planes, int64_t threads) {
-  const Kernels &kernels = kernels_of(isa);
-  Inputs in = inputs_in(scratch_of_thread(), *m, tokens, planes);
-  for (int64_t token = 0; token < tokens; token++) kernels.prepare(*m, x, is_bfloat16, token, planes, &in);
-  Outputs out{y, is_bfloat16};
-  int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(*m));
-  Job job{*m, kernels, in, out, per_piece};
-  share(threads, ceil_div(num_blocks(*m), per_piece), Job::work, &job);
+  multiply(*m, isa, x, is_bfloat16, tokens, y, planes, Sharer{share_among, &threads});
 }
 
 // The weight of some rows, first of them a whole block: float32 (rows, columns), codes times scales rounded once.

@@ -47,6 +47,16 @@ struct Kernels {
   void (*product)(const mspc_matrix &, const Inputs &, int64_t first_block, int64_t last_block, const Outputs &);
 };
 
+// Calls work(context, piece) for pieces 0 to count - 1, on threads that it has.
+struct Sharer {
+  void (*share)(const Sharer &, int64_t count, void (*work)(void *, int64_t), void *context);
+  const void *threads;  // its own
+};
+
+// x (tokens, columns) -> y (tokens, rows), float32 or bfloat16, by the pieces that a sharer gets.
+void multiply(const mspc_matrix &, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens, void *y,
+              int64_t planes, const Sharer &);
+
 // In each file on its own: the linker must never merge code that was compiled for different instruction sets.
 // For the same reason these files use no inline functions of the standard library.
 namespace {

@@ -24,6 +24,8 @@ OPENMP = re.compile(r"lib(gomp|omp|iomp5)\b")
 ISAS = ("portable", "avx2", "avx512")
 """Instruction sets, the best last. The library knows them by their number here."""
 
+REMEDY = f"Install g++ 11 or newer, or a wheel of mspc that holds {building.NAME}."
+
 
 class Matrix(ctypes.Structure):
     """`mspc_matrix` of interface.h."""
@@ -38,6 +40,26 @@ def may_be_had() -> bool:
     """Tell if `library` should find the library, or a compiler to build it with."""
     shipped = (building.FOLDER / building.NAME).is_file()
     return os.environ.get("MSPC_CPU_ISA") != "torch" and (shipped or building.compiler() is not None)
+
+
+def check_there() -> None:
+    """Raises InputError, with the remedy, if the library is not wanted, or cannot be had."""
+    if os.environ.get("MSPC_CPU_ISA") == "torch":
+        raise InputError("MSPC_CPU_ISA=torch leaves out mspc's C++ library, which ONNX weights need. Unset it.")
+    if not may_be_had():
+        raise InputError(f"Weights in ONNX need mspc's C++ library, and there is no C++ compiler. {REMEDY}")
+
+
+def onnx_library() -> Path:
+    """The file for `register_custom_ops_library` of ONNX Runtime: the library has the operator `ai.mspc::MatMul`.
+
+    It is built at the first call where it was not shipped. Raises InputError, with the remedy, if it cannot be had.
+    """
+    check_there()
+    loaded = _loaded()
+    if loaded is None:
+        raise InputError(f"mspc's C++ library cannot be built or loaded here. {REMEDY}")
+    return Path(loaded._name)
 
 
 def library() -> ctypes.CDLL | None:
@@ -87,8 +109,8 @@ def _loaded() -> ctypes.CDLL | None:
         return _opened(_built())
     except (OSError, subprocess.SubprocessError) as error:
         log.warning(
-            "Compressed layers run in plain torch on this CPU, many times slower than in C++: %s. Install g++ 11 or "
-            "newer, or a wheel of mspc that holds %s.", in_brief(error), building.NAME,
+            "Compressed layers run in plain torch on this CPU, many times slower than in C++: %s. %s",
+            in_brief(error), REMEDY,
         )  # fmt: skip
         return None
 
