@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names")
     parser.add_argument("--layers", type=int, default=CONFIG.num_hidden_layers)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt, of latencies")
     parser.add_argument("--short-prompt", type=int, default=32, help="tokens of the prompts, of throughputs")
     parser.add_argument("--new", type=int, default=32, help="tokens that follow")

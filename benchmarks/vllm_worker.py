@@ -30,7 +30,7 @@ class Held:
 
 @cache
 def parser() -> Any:
-    """Of the options of `vllm bench latency`; it takes a while to make."""
+    """The options of `vllm bench latency`, whose parser takes a while to make."""
     from vllm.benchmarks import latency as module
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

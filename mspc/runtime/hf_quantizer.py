@@ -33,6 +33,17 @@ NO_SLICE = r"(?![\w\[])"
 """An end for patterns of names of parameters, so that they do not match `gate_up_proj[0].codes`."""
 
 
+def _without_slices(found: WeightConverter) -> WeightConverter:
+    sources, targets = found._original_source_patterns, found._original_target_patterns
+    made = WeightConverter(
+        [pattern + NO_SLICE for pattern in sources], [pattern + NO_SLICE for pattern in targets], found.operations
+    )
+    for name in ("force_cpu", "scope_prefix", "base_model_prefix"):  # newer versions have a method `copy` for them
+        if hasattr(found, name):
+            setattr(made, name, getattr(found, name))
+    return made
+
+
 @register_quantization_config(QUANT_METHOD)
 class SparseConfig(QuantizationConfigMixin):
     """The `quantization_config` of a sparse export, as in its config.json."""
@@ -101,19 +112,18 @@ class SparseQuantizer(HfQuantizer):
         prepare(model, model.dtype, on_cpu=True)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> Any:
-        """Conversions that transpose a parameter must not take the tensors of its compressed slices."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> Any:
+        """Conversions that transpose a parameter must not take the tensors of its compressed slices.
+
+        Older versions of transformers (5.19) give no model.
+        """
         own = [
-            found.copy(
-                [pattern + NO_SLICE for pattern in found._original_source_patterns],
-                [pattern + NO_SLICE for pattern in found._original_target_patterns],
-                operations=found.operations,
-            )
+            _without_slices(found)
             if isinstance(found, WeightConverter) and any(isinstance(op, Transpose) for op in found.operations)
             else found
             for found in weight_conversions
         ]
-        return super().update_weight_conversions(own, model)
+        return super().update_weight_conversions(own, *model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Rename the matrices in the config of a model that is about to be saved, as its tensors will be named.
