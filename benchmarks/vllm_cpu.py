@@ -82,7 +82,7 @@ def workloads(given: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
         "first token": ("latency", 1, given.prompt, 1),
         "latency": ("latency", 1, given.prompt, given.new),
     }
-    return found | {f"throughput {n}": ("throughput", n, given.short_prompt, given.new) for n in given.batches}
+    return found | {f"throughput {n}": ("throughput", n, given.short_prompt, given.short_new) for n in given.batches}
 
 
 def in_turns(
@@ -175,12 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt, of latencies")
     parser.add_argument("--short-prompt", type=int, default=32, help="tokens of the prompts, of throughputs")
-    parser.add_argument("--new", type=int, default=32, help="tokens that follow")
+    parser.add_argument("--new", type=int, default=64, help="tokens that follow, of latencies")
+    parser.add_argument("--short-new", type=int, default=32, help="tokens that follow, of throughputs")
     parser.add_argument("--batches", type=int, nargs="*", default=[4, 8], help="requests of throughputs")
     parser.add_argument(
         "--compiled", action="store_true", help="by Inductor, as vLLM does by default; takes minutes more"
     )
-    parser.add_argument("--work", type=Path, default=Path("out/vllm_cpu"), help="folder of the models, 5 GB")
+    parser.add_argument("--work", type=Path, default=Path("out/vllm_cpu"), help="folder of the models, 6 GB")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     result = measure(given)
