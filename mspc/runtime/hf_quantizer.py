@@ -90,9 +90,7 @@ class SparseQuantizer(HfQuantizer):
             if row.get("tied"):
                 head = _module_of(model, row["tied"].removesuffix(".weight"))
                 self.head_of |= {module_name: head} if take_head(model, head, matrix, name) else {}
-        replaced = {f"{module}.weight" for module in (*self.name_of, *self.head_of.values())}
-        ties = model.all_tied_weights_keys.items()
-        model.all_tied_weights_keys = {a: b for a, b in ties if a not in replaced and b not in replaced}
+        forget_ties(model, {f"{module}.weight" for module in (*self.name_of, *self.head_of.values())})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for module_name, name in self.name_of.items():
@@ -213,6 +211,18 @@ def take_head(model: PreTrainedModel, module_name: str, matrix: StoredMatrix, na
     placeholder.register_parameter("bias", layer.bias)
     model.set_submodule(module_name, placeholder)
     return True
+
+
+def forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
+    """Parameters that are no more are tied neither while the model is loaded nor by a later `model.tie_weights()`."""
+
+    def left(ties: dict[str, str], prefix: str = "") -> dict[str, str]:
+        return {a: b for a, b in ties.items() if prefix + a not in gone and prefix + b not in gone}
+
+    model.all_tied_weights_keys = left(model.all_tied_weights_keys)
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part._tied_weights_keys:
+            part._tied_weights_keys = left(part._tied_weights_keys, f"{name}." if name else "")
 
 
 def _module_of(model: PreTrainedModel, name: str) -> str:
