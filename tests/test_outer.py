@@ -118,6 +118,7 @@ def test_the_sparse_export_is_loaded_and_saved_by_transformers(family, made, tmp
     exported = artifact.export("sparse", tmp_path / "sparse", progress=False)
     assert tiny_size(exported) <= artifact.manifest["bytes"]["sparse_export"]
     first = AutoModelForCausalLM.from_pretrained(exported)
+    first.tie_weights()  # as lm-evaluation-harness does
     first.save_pretrained(tmp_path / "saved")
     again = mspc.load(tmp_path / "saved", device="cpu")
     with torch.no_grad():

@@ -25,9 +25,12 @@ import torch
 from in_vllm import ENVIRONMENT, TEXTS, Answer, answers, gaps
 from safetensors.torch import load_file, save_file
 
+from mspc.bench.formats import Source, describe, parse_format, random_stored
 from mspc.errors import InputError
 from mspc.model.open import open_model
 from mspc.planning.plan_file import write_plan
+from mspc.runtime.joined import joined
+from mspc.runtime.linear import SparseLinear, prepare
 from mspc.types import NM, Grid, PlannedMatrix, Target, Unstructured
 
 pytestmark = [
@@ -156,6 +159,28 @@ def test_compressed_embeddings_and_head_compiled(calibration, tmp_path):
     folder = exported(tiny.build(tmp_path / "model", "llama", **changes), tmp_path, calibration, **recipe)
     found = in_a_process(folder, tmp_path / "out.json", {"VLLM_CPU_CI_ENV": "1"}, enforce_eager=False)
     assert gaps(folder, found) == []
+
+
+def test_a_layer_compiled_by_inductor():
+    """As vLLM compiles for a CPU: q, k and v of two kinds in one graph for any number of tokens, without guards."""
+    source = Source.seeded(0, torch.device("cpu"))
+    matrices = [describe((96, 128), parse_format(name), name) for name in ("2:4+int4", "2:4+int4", "50%")]
+    layer = joined([SparseLinear.of(random_stored(matrix, source), matrix) for matrix in matrices])
+    prepare(layer, torch.bfloat16, on_cpu=True)
+
+    def between(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(layer(x * 2)).float()
+
+    compiled = torch.compile(
+        between, fullgraph=True, dynamic=False, backend="inductor",
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp.dynamic_threads": True},
+    )  # fmt: skip
+    for num_tokens in (64, 3, 1, 200):
+        x = source.normal((num_tokens, 128), 1.0, torch.bfloat16)
+        if num_tokens == 64:
+            torch._dynamo.mark_dynamic(x, 0)
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(x), between(x), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["mixture", "50% int4"])

@@ -33,6 +33,17 @@ NO_SLICE = r"(?![\w\[])"
 """An end for patterns of names of parameters, so that they do not match `gate_up_proj[0].codes`."""
 
 
+def _without_slices(found: WeightConverter) -> WeightConverter:
+    sources, targets = found._original_source_patterns, found._original_target_patterns
+    made = WeightConverter(
+        [pattern + NO_SLICE for pattern in sources], [pattern + NO_SLICE for pattern in targets], found.operations
+    )
+    for name in ("force_cpu", "scope_prefix", "base_model_prefix"):  # newer versions have a method `copy` for them
+        if hasattr(found, name):
+            setattr(made, name, getattr(found, name))
+    return made
+
+
 @register_quantization_config(QUANT_METHOD)
 class SparseConfig(QuantizationConfigMixin):
     """The `quantization_config` of a sparse export, as in its config.json."""
@@ -79,9 +90,7 @@ class SparseQuantizer(HfQuantizer):
             if row.get("tied"):
                 head = _module_of(model, row["tied"].removesuffix(".weight"))
                 self.head_of |= {module_name: head} if take_head(model, head, matrix, name) else {}
-        replaced = {f"{module}.weight" for module in (*self.name_of, *self.head_of.values())}
-        ties = model.all_tied_weights_keys.items()
-        model.all_tied_weights_keys = {a: b for a, b in ties if a not in replaced and b not in replaced}
+        forget_ties(model, {f"{module}.weight" for module in (*self.name_of, *self.head_of.values())})
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for module_name, name in self.name_of.items():
@@ -101,19 +110,18 @@ class SparseQuantizer(HfQuantizer):
         prepare(model, model.dtype, on_cpu=True)
         model.requires_grad_(False)  # a gradient would keep the decoded weights for the backward pass
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> Any:
-        """Conversions that transpose a parameter must not take the tensors of its compressed slices."""
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> Any:
+        """Conversions that transpose a parameter must not take the tensors of its compressed slices.
+
+        Older versions of transformers (5.19) give no model.
+        """
         own = [
-            found.copy(
-                [pattern + NO_SLICE for pattern in found._original_source_patterns],
-                [pattern + NO_SLICE for pattern in found._original_target_patterns],
-                operations=found.operations,
-            )
+            _without_slices(found)
             if isinstance(found, WeightConverter) and any(isinstance(op, Transpose) for op in found.operations)
             else found
             for found in weight_conversions
         ]
-        return super().update_weight_conversions(own, model)
+        return super().update_weight_conversions(own, *model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Rename the matrices in the config of a model that is about to be saved, as its tensors will be named.
@@ -203,6 +211,18 @@ def take_head(model: PreTrainedModel, module_name: str, matrix: StoredMatrix, na
     placeholder.register_parameter("bias", layer.bias)
     model.set_submodule(module_name, placeholder)
     return True
+
+
+def forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
+    """Parameters that are no more are tied neither while the model is loaded nor by a later `model.tie_weights()`."""
+
+    def left(ties: dict[str, str], prefix: str = "") -> dict[str, str]:
+        return {a: b for a, b in ties.items() if prefix + a not in gone and prefix + b not in gone}
+
+    model.all_tied_weights_keys = left(model.all_tied_weights_keys)
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part._tied_weights_keys:
+            part._tied_weights_keys = left(part._tied_weights_keys, f"{name}." if name else "")
 
 
 def _module_of(model: PreTrainedModel, name: str) -> str:

@@ -315,9 +315,9 @@ def describe(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Checked:
     kept, described = repacked["kept"], _pointers(repacked, matrix, layout_of(repacked, matrix))
     key = id(kept)
 
-    def forget(reference: object) -> None:
-        if key in _checked and _checked[key].kept is reference:
-            del _checked[key]
+    def forget(reference: object, held: dict[int, Checked] = _checked) -> None:  # globals are gone when Python ends
+        if key in held and held[key].kept is reference:
+            del held[key]
 
     loaded, reference = library(), weakref.ref(kept, forget)
     assert loaded is not None
