@@ -320,7 +320,7 @@ def said_dense(model: StreamedModel, irregular: set[str]) -> set[str]:
     return set(model.route.outside) | {
         f"{model.block_name(block.index)}.{name}".removesuffix(".weight")
         for block in blocks
-        for name in (*block.others, *block.selectors)
+        for name in (*block.others, *block.selectors, *block.unread)
     }
 
 

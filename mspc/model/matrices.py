@@ -34,6 +34,8 @@ class BlockMatrices:
     """No linear layers, as many weights as matrices have: convolutions, state matrices, fused experts, routers."""
     selectors: dict[str, int] = field(default_factory=dict)
     """Linear layers that stay dense unless they are asked for: routers, indexers and gates of experts."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Linear layers that text never uses, such as those of attention to an encoder."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vectors: int = 0
     """Number of weights in biases, norms and the like."""
@@ -70,12 +72,12 @@ class Selection:
 
 def sort_block(
     index: int, prefix: str, block: nn.Module, config: PreTrainedConfig, selection: Selection,
-    unreached: Collection[str],
+    unreached: Collection[str], unread: Collection[str] = (),
 ) -> BlockMatrices:  # fmt: skip
     """Sort the parameters of a block by what mspc can do with them. Those not in the selection appear nowhere.
 
     `prefix` comes before the names in the block; `unreached` are full names of weights of layers that are never
-    called, or that are no tensor of the checkpoint.
+    called, or that are no tensor of the checkpoint, and `unread` those of layers that text does not use at all.
     """
     found = BlockMatrices(index)
     for name, parameter in block.named_parameters():
@@ -88,6 +90,8 @@ def sort_block(
             found.matrices += taken_experts(full, experts, selection)
         elif not selection.takes(full):
             continue
+        elif is_linear and full in unread:
+            found.unread[name] = parameter.numel()
         elif not is_linear or full in unreached or not is_plain(owner):
             found.others[name], found.shapes[name] = parameter.numel(), tuple(parameter.shape)
         elif is_selector(name, block, parameter.shape[0], config) and not selection.includes(full):
@@ -219,6 +223,17 @@ def dense_notes(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
         yield (
             f"Note: layers that choose experts or tokens stay dense, {dense / numel:.2%} of the weights of the blocks: "
             f"{', '.join(selectors)}. --include compresses them."
+        )
+    yield from unread_note(blocks)
+
+
+def unread_note(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
+    """A note about linear layers that text does not use, with their share."""
+    if names := _names(name.removesuffix(".weight") for block in blocks for name in block.unread):
+        share = sum(sum(block.unread.values()) for block in blocks) / sum(block.numel for block in blocks)
+        yield (
+            f"Note: text alone does not use {', '.join(names)}. They stay dense, {share:.1%} of the weights of the "
+            "blocks."
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mspc import ranks
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
+from mspc.model.config_checks import largest_setting
 from mspc.model.experts import experts_per_token
 from mspc.model.streamed import Route, StreamedModel
 from mspc.passes.route import MOST_OUTPUTS, EarlyExit, as_outputs, find_route, replaced_forwards
@@ -241,7 +242,7 @@ def scores_bytes(model: StreamedModel, ids: Tensor) -> int:
     """Bytes of the attention scores of sequences (B, T) in float32. Only eager attention has them all at once."""
     if model.model.config._attn_implementation != "eager":
         return 0
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
+    heads = largest_setting(model.config, "num_attention_heads")
     return torch.float32.itemsize * heads * ids.numel() * ids.shape[1]
 
 
