@@ -182,8 +182,11 @@ def whole(key: str, folder: Path, attention: str | None = "eager") -> Any:
 def built(key: str, folder: Path) -> tuple[Path, Any]:
     """A checkpoint of a type, and its model."""
     config = tiny_config(key, NEEDED.get(key, {}))
-    model = randomized(auto_class(key).from_config(config, attn_implementation="eager")).eval()
-    source = tiny.save(model, folder / "model")
+    made = auto_class(key).from_config(config, attn_implementation="eager")
+    if key in MULTIMODAL and type(made.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        # The text model alone has no auto class. Released checkpoints have the towers as well.
+        made = transformers.AutoModelForMultimodalLM.from_config(config, attn_implementation="eager")
+    source = tiny.save(randomized(made).eval(), folder / "model")
     return source, whole(key, source)
 
 

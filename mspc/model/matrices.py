@@ -19,6 +19,8 @@ from mspc.types import Matrix
 LINEAR = (nn.Linear, Conv1D)
 SMALL_SHARE = 0.25
 """Share of a block that may stay dense. With more, a user would wonder why the model stays large."""
+LEAST_INPUTS = 8
+"""Inputs of a matrix below which it stays dense: a code needs a scale, and scales of fewer weights save nothing."""
 SELECTORS = ("router", "indexer", "selector", "expert_gate", "experts_gate")
 """Parts of the names of layers, or of their classes, that decide which experts or tokens are used."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -99,7 +101,10 @@ def sort_block(
         else:
             transposed = isinstance(owner, Conv1D)
             num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
-            found.matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
+            if num_in < LEAST_INPUTS:
+                found.others[name], found.shapes[name] = parameter.numel(), tuple(parameter.shape)
+            else:
+                found.matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
     return found
 
 

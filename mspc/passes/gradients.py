@@ -34,6 +34,7 @@ from mspc.passes.blocks import (
     hidden_of,
     logits_bytes,
     pass_bytes,
+    route_of,
     token_losses,
     without_blocks,
 )
@@ -85,6 +86,9 @@ class BlockRun:
 
     def __call__(self, state: Tensor, weights: Weights) -> Tensor:
         before, given = self.layouts[self.index], self.batch.calls[self.index]
+        if self.index in route_of(self.model).skipped:
+            self.layouts[self.index + 1 :] = [before]
+            return state
         hidden, values = before.unpack(state)
         call = with_entries(given, before, values)
         output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)

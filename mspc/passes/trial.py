@@ -14,7 +14,7 @@ from mspc.errors import InputError
 from mspc.model.experts import PROJECTIONS, Product, expert_matrices, projections
 from mspc.model.matrices import LINEAR, outside_note
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import batches_of, run_block, without_blocks
+from mspc.passes.blocks import batches_of, route_of, run_block, without_blocks
 from mspc.passes.shared import Sharing
 
 TOKENS = 8
@@ -46,7 +46,8 @@ def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
     found, unread = set[str](), set[str]()
     sharing = Sharing(list(batch.calls))
     for index, block in enumerate(model.blocks):
-        kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
+        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        kind = (type(block), shapes, index in route_of(model).skipped)
         if all_blocks or kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
