@@ -168,7 +168,12 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def auto_class(key: str) -> Any:
-    return AutoModelForCausalLM if key in CAUSAL else transformers.AutoModelForMultimodalLM
+    """The class that loads what it saves: the language models of some have a config that no auto class knows."""
+    if key in CAUSAL:
+        own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[key]].config_class
+        if key not in MULTIMODAL or own in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM
 
 
 def whole(key: str, folder: Path, attention: str | None = "eager") -> Any:
@@ -182,11 +187,8 @@ def whole(key: str, folder: Path, attention: str | None = "eager") -> Any:
 def built(key: str, folder: Path) -> tuple[Path, Any]:
     """A checkpoint of a type, and its model."""
     config = tiny_config(key, NEEDED.get(key, {}))
-    made = auto_class(key).from_config(config, attn_implementation="eager")
-    if key in MULTIMODAL and type(made.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        # The text model alone has no auto class. Released checkpoints have the towers as well.
-        made = transformers.AutoModelForMultimodalLM.from_config(config, attn_implementation="eager")
-    source = tiny.save(randomized(made).eval(), folder / "model")
+    model = randomized(auto_class(key).from_config(config, attn_implementation="eager")).eval()
+    source = tiny.save(model, folder / "model")
     return source, whole(key, source)
 
 

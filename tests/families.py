@@ -48,7 +48,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 257, "<|extra_200|>": 256}},
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": [128] * 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
     "gemma4_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
@@ -57,6 +57,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "glm4v": _of_images(4, 2, 2),
     "glm4v_moe": _of_images(2, 1, 1),
     "glm_ocr": _of_images(4, 2, 2),
+    "inkling_text": {"n_routed_experts": 8, "rel_extent": 32, "n_shared_experts": 1},
     "inkling2_loop_text": {"unpadded_vocab_size": 258},
     "inkling2_text": {"unpadded_vocab_size": 258, "num_hidden_layers": 3, "n_layers_per_attn_res_block": 2},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},

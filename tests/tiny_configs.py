@@ -83,10 +83,7 @@ def _nested(default: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(inner, dict):
             continue
         given = needed.pop(name, {})
-        if name in DECODERS:
-            of_inner = _nested(inner, given)
-        else:
-            of_inner = _tower(inner)
+        of_inner = _nested(inner, given) if name in DECODERS else _tower(inner)
         values[name] = of_inner | given | {"model_type": inner.get("model_type")}
     return values
 

@@ -141,7 +141,8 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
         model.model(input_ids=ids.to(model.device), use_cache=False)
     if len(calls) < len(order):
         raise InputError(
-            f"{model.block_name(order[len(calls)])} is not run for every text. Give a model that runs all of its blocks."
+            f"{model.block_name(order[len(calls)])} is not run for every text. Give a model that runs the same blocks "
+            "for each."
         )
     return first[0], [calls.get(index, Call((), {})) for index in range(len(model.blocks))]
 

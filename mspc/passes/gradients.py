@@ -85,19 +85,19 @@ class BlockRun:
     """Those of the states before this block and the blocks before it, and after a run of that after it, too."""
 
     def __call__(self, state: Tensor, weights: Weights) -> Tensor:
-        before, given = self.layouts[self.index], self.batch.calls[self.index]
-        if self.index in route_of(self.model).skipped:
-            self.layouts[self.index + 1 :] = [before]
-            return state
+        after = before = self.layouts[self.index]
         hidden, values = before.unpack(state)
-        call = with_entries(given, before, values)
-        output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
-        hand_over(self.model, self.batch, self.index, output)
-        after, values = written(call, before, given)
+        if self.index not in route_of(self.model).skipped:
+            given = self.batch.calls[self.index]
+            call = with_entries(given, before, values)
+            output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
+            hand_over(self.model, self.batch, self.index, output)
+            after, values = written(call, before, given)
+            hidden = hidden_of(self.model, self.batch, output)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
         self.layouts[self.index + 1 :] = [after]
-        return after.pack(hidden_of(self.model, self.batch, output), values)
+        return after.pack(hidden, values)
 
     def gradients(self, state: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
         """Gradients of the block's input and of its weights."""

@@ -2,8 +2,8 @@
 
 Passes run one block at a time, in the order of the list. That is right only if the model does the same: it calls each
 block once and in order, hands on what a block returns as it is and to the next block alone, and reads nothing but the
-last output at the end. Blocks that it does not call at all are passed by. In the trial each block returns random numbers, so that what arrives at blocks and at the logits
-shows all of this.
+last output at the end. Blocks that it does not call at all are passed by. In the trial each block returns random
+numbers, so that what arrives at blocks and at the logits shows all of this.
 """
 
 from collections import Counter
