@@ -59,7 +59,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "glm_ocr": _of_images(4, 2, 2),
     "inkling_text": {"n_routed_experts": 8, "rel_extent": 32, "n_shared_experts": 1},
     "inkling2_loop_text": {"unpadded_vocab_size": 258},
-    "inkling2_text": {"unpadded_vocab_size": 258, "num_hidden_layers": 3, "n_layers_per_attn_res_block": 2},
+    "inkling2_text": {
+        "unpadded_vocab_size": 258, "n_layers_per_attn_res_block": 1, "num_hidden_layers": 3,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    },
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},

@@ -350,6 +350,17 @@ def test_linear_layers_are_known_by_what_they_compute(kind, plain, bias):
     assert layer.weight.is_meta
 
 
+def test_matrices_of_few_inputs_stay_dense(source_of):
+    """Oracle: the shapes of transformers' own model. A group of 16 weights would not fit in a row of 4."""
+    model, whole = opened(source_of("gemma3n_text")), tiny.reference(source_of("gemma3n_text"))
+    few = {name for name, p in whole.named_parameters() if ".layers." in name and p.ndim == 2 and p.shape[1] < 8}
+    irregular = irregular_layers(model)
+    blocks = model.sorted_blocks((), irregular)
+    assert few
+    assert few <= {f"{model.block_name(block.index)}.{name}" for block in blocks for name in block.others}
+    assert few.isdisjoint(matrix.parameter for of_block in model.matrices((), irregular) for matrix in of_block)
+
+
 def said_dense(model: StreamedModel, irregular: set[str]) -> set[str]:
     """The linear layers that a note names."""
     blocks = model.sorted_blocks((), irregular)

@@ -44,7 +44,6 @@ from mspc.types import Matrix
 
 T = TypeVar("T")
 R = TypeVar("R")
-
 Weights = dict[str, Tensor]  # by name within the block
 
 TYPICAL = 0.8
@@ -88,12 +87,10 @@ class BlockRun:
         after = before = self.layouts[self.index]
         hidden, values = before.unpack(state)
         if self.index not in route_of(self.model).skipped:
-            given = self.batch.calls[self.index]
-            call = with_entries(given, before, values)
+            call = with_entries(given := self.batch.calls[self.index], before, values)
             output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
             hand_over(self.model, self.batch, self.index, output)
-            after, values = written(call, before, given)
-            hidden = hidden_of(self.model, self.batch, output)
+            (after, values), hidden = written(call, before, given), hidden_of(self.model, self.batch, output)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
         self.layouts[self.index + 1 :] = [after]
