@@ -168,7 +168,12 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def auto_class(key: str) -> Any:
-    return AutoModelForCausalLM if key in CAUSAL else transformers.AutoModelForMultimodalLM
+    """The class that loads what it saves: the language models of some have a config that no auto class knows."""
+    if key in CAUSAL:
+        own = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[key]].config_class
+        if key not in MULTIMODAL or own in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM
 
 
 def whole(key: str, folder: Path, attention: str | None = "eager") -> Any:

@@ -11,6 +11,15 @@ def _of_images(first: int, second: int, third: int, **vision: Any) -> dict[str, 
     return {"text_config": {"rope_parameters": rope}, "vision_config": vision}
 
 
+_WINDOWED = {
+    "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 24,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "qk_rope_head_dim": 8,
+}  # fmt: skip
+"""The last of three blocks of Dots 3, whose heads have other sizes."""
+_INDEXED = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+    "indexer_compress_ratio": 2, "ngram_vocab_size_base": 100, "hc_lowrank": 16,
+}  # fmt: skip
 NEEDED: dict[str, dict[str, Any]] = {
     "blt": {"patch_in_forward": False, "encoder_hash_byte_group_vocab": 50, "vocab_size": 260}
     | {f"{part}_config": _PATCHES for part in ("encoder", "decoder", "patcher", "global")},
@@ -24,13 +33,22 @@ NEEDED: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
+    "dots3_note": {
+        "vision_config": {
+            "mlp_layer_types": ["dense"], "per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": 64,
+        },
+        "audio_config": {"downsample_hidden_size": 32, "adapter_input_size": 32, "adapter_out_dim": 64},
+        "text_config": {"per_layer_config": {2: _WINDOWED}},
+    },
+    "dots3_note_text": {"per_layer_config": {2: _WINDOWED}},
     "dory": {
         "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "emu3": {"vocabulary_map": {"<image>": 257, "<|extra_200|>": 256}},
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": [128] * 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
     "gemma4_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
@@ -39,19 +57,26 @@ NEEDED: dict[str, dict[str, Any]] = {
     "glm4v": _of_images(4, 2, 2),
     "glm4v_moe": _of_images(2, 1, 1),
     "glm_ocr": _of_images(4, 2, 2),
+    "inkling_text": {"n_routed_experts": 8, "rel_extent": 32, "n_shared_experts": 1},
     "inkling2_loop_text": {"unpadded_vocab_size": 258},
-    "inkling2_text": {"unpadded_vocab_size": 258},
+    "inkling2_text": {
+        "unpadded_vocab_size": 258, "n_layers_per_attn_res_block": 1, "num_hidden_layers": 3,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    },
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mllama": {
+        "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"max_num_tiles": 4, "num_global_layers": 1, "intermediate_layers_indices": [0]},
+    },
     "mistral3": {"vision_config": {"image_size": 56}},
     "qwen2_5_vl": _of_images(4, 2, 2),
     "qwen2_vl": _of_images(4, 2, 2, mlp_ratio=2),
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
-        "indexer_compress_ratio": 2, "ngram_vocab_size_base": 100, "hc_lowrank": 16,
-    },
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
+    "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

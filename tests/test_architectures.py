@@ -181,3 +181,26 @@ def test_parts_of_a_tensor_are_read_and_refused_with_the_remedy(tmp_path):
         shutil.copy(file, again)
     artifact = tiny.compress(again, tmp_path / "out", text, **options)
     assert any(re.search(r"in_proj_qkv$", row["name"]) for row in artifact.manifest["matrices"])
+
+
+def test_layers_that_text_does_not_use_stay_dense_in_a_line_of_their_own(tmp_path, caplog):
+    """Oracles: hooks on transformers' own model, and the tensors of the source, bit by bit."""
+    source, oracle = architectures.built("bart", tmp_path)
+    linear = [name for name, module in oracle.named_modules() if isinstance(module, torch.nn.Linear)]
+    called = set(tiny.inputs_of(oracle, tiny.ids(1), linear))
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(2400, seed=1))
+    with caplog.at_level("INFO", logger="mspc"):
+        artifact = tiny.compress(source, tmp_path / "out", text, effort="fast", exports=["dense"])
+    names = {row["name"] for row in artifact.manifest["matrices"]}
+    inside = {name for name in linear if ".layers." in name}
+    assert names == inside & called
+    unused = inside - called
+    assert {name.rpartition(".")[2] for name in unused} == {"k_proj", "v_proj", "q_proj", "out_proj"}
+    (line,) = [record.getMessage() for record in caplog.records if "text alone does not use" in record.getMessage()]
+    assert "encoder_attn.k_proj, encoder_attn.v_proj, encoder_attn.q_proj, encoder_attn.out_proj" in line
+    of_blocks = sum(parameter.numel() for name, parameter in oracle.named_parameters() if ".layers." in name)
+    share = sum(oracle.get_parameter(f"{name}.weight").numel() for name in unused) / of_blocks
+    assert f"They stay dense, {share:.1%} of the weights of the blocks." in line
+    before, after = tiny.tensors(source), tiny.tensors(artifact.path / "exports" / "dense")
+    assert all(torch.equal(before[f"{name}.weight"], after[f"{name}.weight"]) for name in unused)

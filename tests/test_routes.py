@@ -171,7 +171,7 @@ ROUTES: dict[str, Callable[[nn.ModuleList, Call, Tensor], Tensor]] = {
         blocks, call, in_a_row(blocks, call, hidden)
     ),
     "it runs model.layers.1 before model.layers.0": lambda blocks, call, hidden: in_a_row(blocks[::-1], call, hidden),
-    "it never runs model.layers.1": lambda blocks, call, hidden: call(blocks[0], hidden),
+    "it never runs model.layers.0, model.layers.1": lambda blocks, call, hidden: hidden,
     "something comes between model.layers.0 and model.layers.1": lambda blocks, call, hidden: call(
         blocks[1], call(blocks[0], hidden).mul_(2)
     ),
@@ -211,6 +211,42 @@ def test_the_usual_route_is_not_refused(llama, monkeypatch):
     expected = list(perplexity.measure(open_model(llama, device=CPU), tiny.ids(2)))[-1]
     reroute(monkeypatch, in_a_row)
     assert list(perplexity.measure(open_model(llama, device=CPU), tiny.ids(2)))[-1] == expected
+
+
+def test_a_block_that_text_does_not_run_is_passed_by(llama, monkeypatch):
+    """Oracles: hooks and one autograd pass of the same rewritten model in whole."""
+    reroute(monkeypatch, lambda blocks, call, hidden: call(blocks[1], hidden))
+    model, whole, ids = opened(llama), tiny.reference(llama), tiny.ids(2)
+    matrices = model.matrices((), irregular_layers(model))
+    assert not matrices[0]
+    assert set(model.sorted_blocks((), ())[0].unread) == {
+        name for name, _ in whole.model.layers[0].named_parameters() if "norm" not in name
+    }
+    assert matrices[1] == opened(llama).matrices(())[1]
+    expected = tiny.inputs_of(whole, ids, [matrix.name for matrix in matrices[1]])
+    visits = list(walk(model, batches_of(model, ids, batch_size=1), matrices))
+    assert [visit.matrix for visit in visits] == matrices[1]
+    for visit in visits:
+        assert_gram(visit, expected[visit.matrix.name])
+    *_, found = perplexity.measure(model, ids)
+    assert found.nll == pytest.approx(float(tiny.losses(whole, ids).double().mean()), rel=1e-5)
+    weights = [whole.get_parameter(matrix.parameter).requires_grad_(True) for matrix in matrices[1]]
+    wanted = torch.autograd.grad(tiny.losses(whole, ids[:1]).mean(), weights)
+    squares = {s.matrix: float(s.value) for s in reverse_walk(model, ids[:1], matrices, SquaredGradient())}
+    assert list(squares.values()) == pytest.approx(
+        [float(dict(zip(matrices[1], wanted, strict=True))[m].double().square().mean()) for m in squares], rel=1e-4
+    )
+
+
+def test_a_block_that_only_other_texts_run_is_an_error(llama, monkeypatch):
+    """Texts of more than 8 tokens, which the trial does not have, run the first block as well."""
+
+    def run(blocks: nn.ModuleList, call: Call, hidden: Tensor) -> Tensor:
+        return in_a_row(blocks if hidden.shape[1] > 8 else blocks[1:], call, hidden)
+
+    reroute(monkeypatch, run)
+    with pytest.raises(InputError, match=r"model\.layers\.0 runs after 0 blocks, but not for another text"):
+        batches_of(opened(llama), tiny.ids(2))
 
 
 def test_a_route_that_depends_on_the_text_is_refused(llama, monkeypatch):
@@ -314,13 +350,24 @@ def test_linear_layers_are_known_by_what_they_compute(kind, plain, bias):
     assert layer.weight.is_meta
 
 
+def test_matrices_of_few_inputs_stay_dense(source_of):
+    """Oracle: the shapes of transformers' own model. A group of 16 weights would not fit in a row of 4."""
+    model, whole = opened(source_of("gemma3n_text")), tiny.reference(source_of("gemma3n_text"))
+    few = {name for name, p in whole.named_parameters() if ".layers." in name and p.ndim == 2 and p.shape[1] < 8}
+    irregular = irregular_layers(model)
+    blocks = model.sorted_blocks((), irregular)
+    assert few
+    assert few <= {f"{model.block_name(block.index)}.{name}" for block in blocks for name in block.others}
+    assert few.isdisjoint(matrix.parameter for of_block in model.matrices((), irregular) for matrix in of_block)
+
+
 def said_dense(model: StreamedModel, irregular: set[str]) -> set[str]:
     """The linear layers that a note names."""
     blocks = model.sorted_blocks((), irregular)
     return set(model.route.outside) | {
         f"{model.block_name(block.index)}.{name}".removesuffix(".weight")
         for block in blocks
-        for name in (*block.others, *block.selectors)
+        for name in (*block.others, *block.selectors, *block.unread)
     }
 
 

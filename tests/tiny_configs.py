@@ -56,6 +56,8 @@ VISION: dict[str, Any] = {
     "projector_output_dim": HIDDEN, "num_key_value_heads": 2, "hidden_dim": 32, "encoder_layers": 1,
     "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32, "num_global_layers": 1,
     "intermediate_layers_indices": [0], "max_num_tiles": 1, "output_dim": HIDDEN, "vocab_size": VOCABULARY,
+    "num_blocks": 1, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
+    "base_channels": 32, "codebook_size": 32, "output_channels": 32, "mlp_dim": 64, "downsample_channels": [32, 32],
 }  # fmt: skip
 """Sizes of towers, which are smaller than the decoder."""
 DECODERS = ("text_config", "language_config", "decoder", "llm_config", "thinker_config", "decoder_config")
@@ -81,11 +83,19 @@ def _nested(default: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(inner, dict):
             continue
         given = needed.pop(name, {})
-        if name in DECODERS:
-            of_inner = _nested(inner, given)
-        else:
-            of_inner = {key: VISION[key] for key in inner if key in VISION and inner[key] is not None}
+        of_inner = _nested(inner, given) if name in DECODERS else _tower(inner)
         values[name] = of_inner | given | {"model_type": inner.get("model_type")}
+    return values
+
+
+def _tower(default: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tower for images or sound, and of towers within it."""
+    values = {key: VISION[key] for key in default if key in VISION and default[key] is not None}
+    for name, inner in default.items():
+        if isinstance(inner, dict) and "model_type" in inner:
+            values[name] = _tower(inner) | {"model_type": inner["model_type"]}
+        elif name == "layer_types" and isinstance(inner, list):
+            values[name] = inner[:1]
     return values
 
 

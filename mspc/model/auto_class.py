@@ -12,8 +12,14 @@ from transformers import (
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:
-    """Tell if only `AutoModelForMultimodalLM` makes a model of a config. Those that both make are language models."""
-    return type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    """Tell if `AutoModelForMultimodalLM` makes the model of a config. Those that both make are language models.
+
+    The language models of some (Emu3, Llama 3.2 with images) have a config that no auto class would load again.
+    """
+    kind = type(config)
+    if kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return kind in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return MODEL_FOR_CAUSAL_LM_MAPPING[kind].config_class not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -39,6 +39,14 @@ def setting_of(config: PreTrainedConfig, name: str) -> Any:
         return None
 
 
+def largest_setting(config: PreTrainedConfig, name: str) -> int:
+    """An integer of the config of the language model, the largest where layers differ; 0 without it."""
+    text: Any = config.get_text_config()
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else []
+    found = [setting_of(config, name), *(getattr(of_layer, name, None) for of_layer in layers)]
+    return max((value for value in found if isinstance(value, int)), default=0)
+
+
 def check_task(config: PreTrainedConfig, folder: Path) -> None:
     """Raises InputError for a model that is no decoder-only language model."""
     named = getattr(config, "architectures", None)

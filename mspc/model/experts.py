@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mspc.model.config_checks import setting_of
+from mspc.model.config_checks import largest_setting
 from mspc.types import Matrix
 
 IMPLEMENTATION = "mspc"
@@ -52,7 +52,7 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 def experts_per_token(config: PreTrainedConfig) -> int:
     """The most experts that a token is routed to, 1 for a model without experts."""
-    return max((value for name in CHOSEN if isinstance(value := setting_of(config, name), int)), default=1)
+    return max(1, *(largest_setting(config, name) for name in CHOSEN))
 
 
 def layer_name(parameter: str, expert: int) -> str:

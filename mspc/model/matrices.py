@@ -19,6 +19,8 @@ from mspc.types import Matrix
 LINEAR = (nn.Linear, Conv1D)
 SMALL_SHARE = 0.25
 """Share of a block that may stay dense. With more, a user would wonder why the model stays large."""
+LEAST_INPUTS = 8
+"""Inputs of a matrix below which it stays dense: a code needs a scale, and scales of fewer weights save nothing."""
 SELECTORS = ("router", "indexer", "selector", "expert_gate", "experts_gate")
 """Parts of the names of layers, or of their classes, that decide which experts or tokens are used."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -34,6 +36,8 @@ class BlockMatrices:
     """No linear layers, as many weights as matrices have: convolutions, state matrices, fused experts, routers."""
     selectors: dict[str, int] = field(default_factory=dict)
     """Linear layers that stay dense unless they are asked for: routers, indexers and gates of experts."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Linear layers that text never uses, such as those of attention to an encoder."""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vectors: int = 0
     """Number of weights in biases, norms and the like."""
@@ -70,12 +74,12 @@ class Selection:
 
 def sort_block(
     index: int, prefix: str, block: nn.Module, config: PreTrainedConfig, selection: Selection,
-    unreached: Collection[str],
+    unreached: Collection[str], unread: Collection[str] = (),
 ) -> BlockMatrices:  # fmt: skip
     """Sort the parameters of a block by what mspc can do with them. Those not in the selection appear nowhere.
 
     `prefix` comes before the names in the block; `unreached` are full names of weights of layers that are never
-    called, or that are no tensor of the checkpoint.
+    called, or that are no tensor of the checkpoint, and `unread` those of layers that text does not use at all.
     """
     found = BlockMatrices(index)
     for name, parameter in block.named_parameters():
@@ -88,6 +92,8 @@ def sort_block(
             found.matrices += taken_experts(full, experts, selection)
         elif not selection.takes(full):
             continue
+        elif is_linear and full in unread:
+            found.unread[name] = parameter.numel()
         elif not is_linear or full in unreached or not is_plain(owner):
             found.others[name], found.shapes[name] = parameter.numel(), tuple(parameter.shape)
         elif is_selector(name, block, parameter.shape[0], config) and not selection.includes(full):
@@ -95,7 +101,10 @@ def sort_block(
         else:
             transposed = isinstance(owner, Conv1D)
             num_out, num_in = reversed(parameter.shape) if transposed else parameter.shape
-            found.matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
+            if num_in < LEAST_INPUTS:
+                found.others[name], found.shapes[name] = parameter.numel(), tuple(parameter.shape)
+            else:
+                found.matrices.append(Matrix(full, (num_out, num_in), transposed=transposed))
     return found
 
 
@@ -219,6 +228,17 @@ def dense_notes(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
         yield (
             f"Note: layers that choose experts or tokens stay dense, {dense / numel:.2%} of the weights of the blocks: "
             f"{', '.join(selectors)}. --include compresses them."
+        )
+    yield from unread_note(blocks)
+
+
+def unread_note(blocks: Sequence[BlockMatrices]) -> Iterator[str]:
+    """A note about linear layers that text does not use, with their share."""
+    if names := _names(name.removesuffix(".weight") for block in blocks for name in block.unread):
+        share = sum(sum(block.unread.values()) for block in blocks) / sum(block.numel for block in blocks)
+        yield (
+            f"Note: text alone does not use {', '.join(names)}. They stay dense, {share:.1%} of the weights of the "
+            "blocks."
         )
 
 

@@ -44,6 +44,8 @@ class Route:
     """Linear layers that run outside of the blocks, without the head."""
     to_next: tuple[tuple[int, str], ...] = ()
     """Returned values that the next block alone gets: places in the tuple, and names of its arguments."""
+    skipped: frozenset[int] = frozenset()
+    """Blocks that text alone does not run, such as those of attention to images."""
 
 
 class StreamedModel:
@@ -77,6 +79,7 @@ class StreamedModel:
         self.route: Route | None = None
         """Found when the model runs (`mspc.passes.route`)."""
         self.shares = False  # True if blocks write what later ones read; found by `mspc.passes.trial`
+        self.unread: set[str] = set()  # weights of linear layers that text does not use, found there as well
         self.source_dtypes: dict[str, torch.dtype] = {}  # of the parameters read so far
 
     def _check_types(self, types: Mapping[str, StoredType]) -> None:
@@ -314,9 +317,9 @@ class StreamedModel:
             for name, origin in self.source_tensors.items()
             if origin.converter is not None and not self.rows(name) and self.flips(name) is None
         }
+        parts = self.config, selection, converted.union(irregular), self.unread
         return [
-            sort_block(index, self.block_name(index) + ".", block, self.config, selection, converted.union(irregular))
-            for index, block in enumerate(self.blocks)
+            sort_block(index, self.block_name(index) + ".", block, *parts) for index, block in enumerate(self.blocks)
         ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mspc import ranks
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
+from mspc.model.config_checks import largest_setting
 from mspc.model.experts import experts_per_token
 from mspc.model.streamed import Route, StreamedModel
 from mspc.passes.route import MOST_OUTPUTS, EarlyExit, as_outputs, find_route, replaced_forwards
@@ -114,11 +115,12 @@ def embedded(model: StreamedModel, parts: Sequence[Tensor], spill: Path | None =
 def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
     """The first block's input and the calls of all blocks, from a forward pass in which blocks return their input."""
     route = route_of(model)
+    order = [index for index in range(len(model.blocks)) if index not in route.skipped]
     first: list[Tensor] = []
-    calls: list[Call] = []
+    calls: dict[int, Call] = {}
 
     def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if index != len(calls):
+        if index != order[len(calls)]:
             raise InputError(
                 f"{model.block_name(index)} runs after {len(calls)} blocks, but not for another text. Give a model "
                 "that runs its blocks in one order."
@@ -129,19 +131,20 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
                 "Give a model whose blocks pass hidden states on from one to the next."
             )
         first.append(hidden)
-        calls.append(Call(args, kwargs))
-        if len(calls) == len(model.blocks):
+        calls[index] = Call(args, kwargs)
+        if len(calls) == len(order):
             raise EarlyExit
         return as_outputs(hidden, route.num_outputs)
 
     what = f"{type(model.model).__name__} cannot be run one block at a time, as mspc does"
     with replaced_forwards(model.blocks, record), suppress(EarlyExit), _in_words(what):
         model.model(input_ids=ids.to(model.device), use_cache=False)
-    if len(calls) < len(model.blocks):
+    if len(calls) < len(order):
         raise InputError(
-            f"{model.block_name(len(calls))} is not run for every text. Give a model that runs all of its blocks."
+            f"{model.block_name(order[len(calls)])} is not run for every text. Give a model that runs the same blocks "
+            "for each."
         )
-    return first[0], calls
+    return first[0], [calls.get(index, Call((), {})) for index in range(len(model.blocks))]
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
@@ -171,6 +174,8 @@ def _in_words(what: str) -> Iterator[None]:
 
 def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) -> Tensor:
     """Hidden states (B, T, D) of a batch after block `index`, which is loaded."""
+    if index in route_of(model).skipped:
+        return batch.hidden.to(model.device)
     call = batch.calls[index]
     with _in_words(f"{model.block_name(index)} cannot be run by itself, as mspc does"):
         output = block(batch.hidden.to(model.device), *call.args, **call.kwargs)
@@ -241,7 +246,7 @@ def scores_bytes(model: StreamedModel, ids: Tensor) -> int:
     """Bytes of the attention scores of sequences (B, T) in float32. Only eager attention has them all at once."""
     if model.model.config._attn_implementation != "eager":
         return 0
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
+    heads = largest_setting(model.config, "num_attention_heads")
     return torch.float32.itemsize * heads * ids.numel() * ids.shape[1]
 
 

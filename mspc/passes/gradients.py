@@ -34,6 +34,7 @@ from mspc.passes.blocks import (
     hidden_of,
     logits_bytes,
     pass_bytes,
+    route_of,
     token_losses,
     without_blocks,
 )
@@ -43,7 +44,6 @@ from mspc.types import Matrix
 
 T = TypeVar("T")
 R = TypeVar("R")
-
 Weights = dict[str, Tensor]  # by name within the block
 
 TYPICAL = 0.8
@@ -84,16 +84,17 @@ class BlockRun:
     """Those of the states before this block and the blocks before it, and after a run of that after it, too."""
 
     def __call__(self, state: Tensor, weights: Weights) -> Tensor:
-        before, given = self.layouts[self.index], self.batch.calls[self.index]
+        after = before = self.layouts[self.index]
         hidden, values = before.unpack(state)
-        call = with_entries(given, before, values)
-        output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
-        hand_over(self.model, self.batch, self.index, output)
-        after, values = written(call, before, given)
+        if self.index not in route_of(self.model).skipped:
+            call = with_entries(given := self.batch.calls[self.index], before, values)
+            output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
+            hand_over(self.model, self.batch, self.index, output)
+            (after, values), hidden = written(call, before, given), hidden_of(self.model, self.batch, output)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
         self.layouts[self.index + 1 :] = [after]
-        return after.pack(hidden_of(self.model, self.batch, output), values)
+        return after.pack(hidden, values)
 
     def gradients(self, state: Tensor, weights: Weights, cotangent: Tensor) -> tuple[Tensor, Weights]:
         """Gradients of the block's input and of its weights."""

@@ -2,8 +2,8 @@
 
 Passes run one block at a time, in the order of the list. That is right only if the model does the same: it calls each
 block once and in order, hands on what a block returns as it is and to the next block alone, and reads nothing but the
-last output at the end. In the trial each block returns random numbers, so that what arrives at blocks and at the logits
-shows all of this.
+last output at the end. Blocks that it does not call at all are passed by. In the trial each block returns random
+numbers, so that what arrives at blocks and at the logits shows all of this.
 """
 
 from collections import Counter
@@ -121,8 +121,8 @@ class _Trial:
         """The reason why passes of one block at a time would be wrong; None if they are right."""
         calls, blocks = Counter(self.called), self.model.blocks
         found = []
-        if missing := [index for index in range(len(blocks)) if not calls[index]]:
-            found.append(f"it never runs {self.named(missing)}")
+        if not calls:
+            found.append(f"it never runs {self.named(range(len(blocks)))}")
         if repeated := [index for index, count in calls.items() if count > 1]:
             most = max(calls.values())
             found.append(f"it runs {self.named(repeated)} more than once, up to {most} times")
@@ -157,7 +157,8 @@ def find_route(model: StreamedModel) -> Route:
                 found = {n: _handed_on(model, n) for n in range(2, MOST_OUTPUTS + 1)}
                 handed_on = frozenset(n for n, places in found.items() if places is None or places)
                 to_next = tuple(found.get(num_outputs) or ())
-                return Route(num_outputs, trial.axis, handed_on, tuple(dict.fromkeys(trial.outside)), to_next)
+                skipped = frozenset(range(len(model.blocks))).difference(trial.called)
+                return Route(num_outputs, trial.axis, handed_on, tuple(dict.fromkeys(trial.outside)), to_next, skipped)
             reasons.insert(0, fault)
     raise InputError(
         f"{type(model.model).__name__} cannot be run one block at a time, as mspc does ({reasons[0]}). Give a model "
@@ -184,7 +185,7 @@ def _fault_of_values(model: StreamedModel, trial: _Trial, logits: Tensor) -> str
             return _logits(model, ids), given
 
     found, given = head(ids, output)
-    for index, (one, other) in enumerate(zip(given, trial.given, strict=True)):
+    for index, one, other in zip(trial.called, given, trial.given, strict=True):
         if len(one) != len(other) or not all(map(torch.equal, one, other)):
             return f"{model.block_name(index)} is given more than the last output of the blocks before it"
     if not _is_close(found, logits, SAME_SIZES):

@@ -3,15 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mspc.errors import InputError
 from mspc.model.experts import PROJECTIONS, Product, expert_matrices, projections
 from mspc.model.matrices import LINEAR, outside_note
 from mspc.model.streamed import StreamedModel
-from mspc.passes.blocks import batches_of, run_block, without_blocks
+from mspc.passes.blocks import batches_of, route_of, run_block, without_blocks
 from mspc.passes.shared import Sharing
 
 TOKENS = 8
@@ -39,23 +42,42 @@ def outside_notes(model: StreamedModel) -> Iterator[str]:
 
 def _tried(model: StreamedModel, *, all_blocks: bool) -> set[str]:
     (batch,) = batches_of(model, torch.zeros(1, TOKENS, dtype=torch.int64))
-    known: dict[object, set[str]] = {}
-    found: set[str] = set()
+    known: dict[object, tuple[set[str], set[str]]] = {}
+    found, unread = set[str](), set[str]()
     sharing = Sharing(list(batch.calls))
     for index, block in enumerate(model.blocks):
-        kind = (type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters()))
+        shapes = tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+        kind = (type(block), shapes, index in route_of(model).skipped)
         if all_blocks or kind not in known:
             with model.loaded(index) as loaded, torch.no_grad():
                 known[kind] = _irregular(loaded, partial(run_block, model, loaded, batch, index))
-        found |= {f"{model.block_name(index)}.{name}" for name in known[kind]}
+        for names, of_block in zip((found, unread), known[kind], strict=True):
+            names |= {f"{model.block_name(index)}.{name}" for name in of_block}
+    model.unread = unread
     model.shares = sharing.found(type(model.model).__name__) or bool(model.route and model.route.to_next)
     with without_blocks(model) as logits_of, torch.no_grad():
         logits_of(batch)
     return found
 
 
-def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
-    """Weights of the layers and experts that a run of their block does not multiply with exactly once."""
+class _Reads(TorchDispatchMode):
+    """The storages of the tensors that operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_leaves((args, kwargs))
+        self.storages |= {leaf.untyped_storage().data_ptr() for leaf in given if isinstance(leaf, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> tuple[set[str], set[str]]:
+    """Weights of the layers and experts that a run of their block does not multiply with exactly once.
+
+    Then those of layers among them that no operation of the run reads.
+    """
     layers = {
         name: layer
         for name, layer in block.named_modules()
@@ -76,13 +98,19 @@ def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> set[str]:
     for name, module in experts.items():
         module.before_product = partial(_count, calls, name)
     try:
-        run()
+        with _Reads() as reads:
+            run()
     finally:
         for handle in handles:
             handle.remove()
         for module in experts.values():
             module.before_product = None
-    return {name for name in weights if calls[name] != 1}
+    unread = {
+        f"{name}.weight"
+        for name, layer in layers.items()
+        if layer.weight.untyped_storage().data_ptr() not in reads.storages
+    }
+    return {name for name in weights if calls[name] != 1}, unread
 
 
 def _count(calls: Counter[str], name: str, product: Product) -> None:
