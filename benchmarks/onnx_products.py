@@ -67,8 +67,8 @@ def contender(name: str) -> tuple[str, str, dict[str, int], Arrays]:
         return (
             "MatMul",
             "ai.mspc",
-            attributes_of(matrix, planes),
-            {part: tensor.numpy() for part, tensor in repacked.items()},
+            attributes_of(matrix, repacked, planes),
+            {part: tensor.numpy() for part, tensor in repacked.items() if part in kernel.PARTS},
         )
     codes = layout.decode(stored, matrix, name).codes
     assert codes is not None

@@ -55,16 +55,22 @@ model = onnxruntime_genai.Model("path/to/this/folder")
 """
 
 
-def attributes_of(matrix: StoredMatrix, planes: int = 2) -> dict[str, int]:
-    """Attributes of the operator. Inputs of codes are rounded to 16 bits with two planes, to 8 with one."""
+def attributes_of(matrix: StoredMatrix, repacked: dict[str, torch.Tensor], planes: int = 2) -> dict[str, int]:
+    """Attributes of the operator for a matrix and its tensors.
+
+    Inputs of codes are rounded to 16 bits with two planes, to 8 with one. `bits` are those of the grid, for readers:
+    codes may lie in more (`content`).
+    """
+    layout = kernel.layout_of(repacked, matrix)
     return {
         "layout": LAYOUT,
         "rows": matrix.shape[0],
         "columns": matrix.shape[1],
         "group": kernel.group_of(matrix),
-        "structure": kernel.structure_of(matrix),
-        "content": kernel.content_of(matrix),
+        "structure": layout.structure,
+        "content": layout.content,
         "planes": planes,
+        "bits": 0 if matrix.grid is None else matrix.grid.bits,
     }
 
 
@@ -85,7 +91,15 @@ def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry, p
     replace(
         graph,
         old,
-        [ir.node("MatMul", [old.inputs[0], *operands], attributes_of(matrix, planes), domain=DOMAIN, name=entry.name)],
+        [
+            ir.node(
+                "MatMul",
+                [old.inputs[0], *operands],
+                attributes_of(matrix, repacked, planes),
+                domain=DOMAIN,
+                name=entry.name,
+            )
+        ],
     )
     del graph.graph.initializers[name]
     graph.opset_imports[DOMAIN] = 1

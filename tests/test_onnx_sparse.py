@@ -39,15 +39,27 @@ LARGE = StoredMatrix((1024, 1024), HALF, Grid(4, 128), BF16)
 """Several pieces of work."""
 
 
+@pytest.fixture(autouse=True)
+def bitmaps(monkeypatch):
+    """Codes with zeros lie behind bitmaps, also where dense lines are faster. Those are the lines of dense matrices."""
+    monkeypatch.setattr(kernel, "is_faster_dense", lambda matrix, share: False)
+
+
 def arrays_of(matrix: StoredMatrix) -> dict[str, np.ndarray]:
-    return {part: tensor.numpy() for part, tensor in kernel.repack(stored(matrix), matrix).items()}
+    return {
+        part: tensor.numpy() for part, tensor in kernel.repack(stored(matrix), matrix).items() if part in kernel.PARTS
+    }
+
+
+def attributes(matrix: StoredMatrix) -> dict[str, int]:
+    return attributes_of(matrix, kernel.repack(stored(matrix), matrix))
 
 
 def model_of(matrix: StoredMatrix, tensors: list, given: tuple[str, ...] = (), **changed: int):
     """A graph of one node. Inputs of the node in `given` are inputs of the graph as well, the others initializers."""
     there = {tensor.name for tensor in tensors} | set(given)
     names = [name if name in there else "" for name in kernel.PARTS]
-    node = onnx.helper.make_node("MatMul", ["x", *names], ["y"], domain="ai.mspc", **attributes_of(matrix) | changed)
+    node = onnx.helper.make_node("MatMul", ["x", *names], ["y"], domain="ai.mspc", **attributes(matrix) | changed)
     inputs = [onnx.helper.make_tensor_value_info("x", FLOAT, ["batch", "tokens", "columns"])]
     inputs += [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [None]) for name in given]
     outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, ["batch", "tokens", matrix.shape[0]])]
@@ -84,7 +96,7 @@ def test_the_reader_reads_what_was_repacked(case):
     dtype = matrix.dtype if matrix.grid is None else torch.float32
     expected = layout.unpack(stored(matrix), matrix.shape, matrix.target, dtype)
     arrays = arrays_of(matrix)
-    found = reading.decoded(attributes_of(matrix), lambda part: arrays[part])
+    found = reading.decoded(attributes(matrix), lambda part: arrays[part])
     assert np.array_equal(found.weight, expected.weight.float().numpy())
     assert found.dtype == str(dtype).removeprefix("torch.")
     if expected.codes is not None:
@@ -249,7 +261,7 @@ def test_without_the_library_the_remedy_is_named(monkeypatch, tmp_path):
 def test_a_layout_of_another_version_is_not_read():
     arrays = arrays_of(CODES[0].matrix)
     with pytest.raises(InputError, match="its layout is 2, and this mspc reads 1"):
-        reading.decoded(attributes_of(CODES[0].matrix) | {"layout": 2}, lambda part: arrays[part])
+        reading.decoded(attributes(CODES[0].matrix) | {"layout": 2}, lambda part: arrays[part])
 
 
 UNLOADED = """

@@ -22,13 +22,14 @@ Part = Callable[[str], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Panel:
-    """Attributes of the operator, and the sizes that follow from them."""
+    """Attributes of the operator, and the sizes that follow from them. `bits` are those of the grid of the codes."""
 
     rows: int
     columns: int
     group: int
     structure: int
     content: int
+    bits: int
 
     @property
     def is_codes(self) -> bool:
@@ -63,14 +64,13 @@ def decoded(attributes: Mapping[str, int], part: Part) -> Decoded:
     """The matrix of a node. Raises InputError, or an error of numpy, for tensors that do not fit."""
     if attributes["layout"] != 1:
         raise InputError(f"its layout is {attributes['layout']}, and this mspc reads 1")
-    panel = Panel(*(attributes[name] for name in ("rows", "columns", "group", "structure", "content")))
-    present: NDArray[np.bool_] = np.ones((panel.blocks, panel.steps, ROWS * panel.slots), bool)
+    panel = Panel(*(attributes[name] for name in ("rows", "columns", "group", "structure", "content", "bits")))
     if panel.structure == BITMAP:
-        marks = part("marks").reshape(panel.blocks, panel.steps, -1)
-        present = np.unpackbits(marks, axis=2, bitorder="little").astype(bool)
-        lines = _streams(panel, part("kept"), part("starts"), present)
+        kept_lines, marked = _behind_bitmap(panel, part("kept"), part("starts"), part("marks"))
+        lines, present = _lines(panel, kept_lines), _lines(panel, marked) != 0
     else:
         lines = _lines(panel, part("kept")[:-PADDING].reshape(panel.blocks, -1))
+        present = np.ones(lines.shape, bool)
     entries, kept = _by_rows(panel, lines), _by_rows(panel, present)
     if panel.structure == TWO_FOUR:
         entries, kept = _spread(panel, entries, part("marks"))
@@ -82,6 +82,8 @@ def decoded(attributes: Mapping[str, int], part: Part) -> Decoded:
         zeros = _of_groups(panel, part("zeros"))
     except KeyError:  # symmetric
         zeros = np.full(scales.shape, 2 ** (panel.content - 1), np.uint8)
+        shift = np.uint8(zeros.flat[0] - 2 ** (panel.bits - 1))  # the middle of wider codes is that of the grid
+        entries, zeros = np.where(kept, entries - shift, 0), zeros - shift
     codes = np.where(kept, entries, np.repeat(zeros, panel.group, axis=1)).astype(np.uint8)
     return from_grid(codes, scales, zeros)
 
@@ -100,23 +102,17 @@ def _lines(panel: Panel, kept: NDArray[np.uint8]) -> NDArray[Any]:
     return entries.reshape(panel.blocks, panel.steps, 64)
 
 
-def _streams(panel: Panel, kept: NDArray[np.uint8], starts: NDArray[np.int64], present: NDArray[np.bool_]) -> Any:
-    """Entries (blocks, steps, lanes) of streams behind a bitmap; absent ones are 0."""
-    bits = FLOATS[panel.content][0] if not panel.is_codes else np.uint8
-    found = np.zeros(present.shape, bits)
-    field = 2 if panel.content == 3 else panel.content
-    fields = 8 // field if panel.is_codes else 1
-    for block in range(panel.blocks):
-        stream, high = kept[starts[2 * block] : starts[2 * block + 1]], kept[starts[2 * block + 1] :]
-        for number in range(fields):
-            mask = present[block, number::fields]
-            values = stream.view(bits)[: mask.sum()]
-            found[block, number::fields][mask] = values >> number * field & (2**field - 1) if panel.is_codes else values
-        if panel.content == 3:
-            mask = present[block]
-            count = int(mask.sum())
-            found[block][mask] |= np.unpackbits(high[: -(-count // 8)], bitorder="little")[:count] << 2
-    return found
+def _behind_bitmap(
+    panel: Panel, kept: NDArray[np.uint8], starts: NDArray[np.int64], marks: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Lines (blocks, bytes) with the bytes of codes, or the values, that the bitmap marks; and with ones there."""
+    unit: type[Any] = np.uint8 if panel.is_codes else FLOATS[panel.content][0]
+    marked = np.unpackbits(marks.reshape(panel.blocks, -1), axis=1, bitorder="little").astype(bool)
+    lines: NDArray[Any] = np.zeros(marked.shape, unit)
+    for block, mask in enumerate(marked):
+        num_bytes = int(mask.sum()) * lines.itemsize
+        lines[block, mask] = kept[starts[block] : starts[block + 1]][:num_bytes].view(unit)
+    return lines.view(np.uint8), np.where(marked, np.iinfo(unit).max, 0).astype(unit).view(np.uint8)
 
 
 def _by_rows(panel: Panel, lines: NDArray[Any]) -> NDArray[Any]:
