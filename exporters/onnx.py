@@ -27,7 +27,7 @@ from exporters.packed import BLOCKS, grids_of
 from exporters.reference import exact_model
 from mspc.errors import InputError
 from mspc.formats.onnx import SMALLEST_BLOCK, block_size, pack_dequantize_linear, pack_matmul_nbits
-from mspc.kernels.cpu.library import check_there
+from mspc.kernels.cpu.library import onnx_library
 from mspc.model.special_ids import special_ids, text_config
 from mspc.progress import Step, log
 from mspc.storage.artifact import ArtifactSource
@@ -80,7 +80,7 @@ def check(matrices: Sequence[PlannedMatrix], config: dict[str, Any], options: Op
     if options.weights in FLOATS:
         return
     if options.weights == SPARSE:
-        check_there()
+        onnx_library()
     elif not any(matrix.target.grid for matrix in matrices):
         raise InputError(
             f"{options.weights} holds quantized weights, and no matrix has a grid; use float32 or float16."

@@ -70,6 +70,7 @@ def attributes_of(matrix: StoredMatrix, repacked: dict[str, torch.Tensor], plane
         "structure": layout.structure,
         "content": layout.content,
         "planes": planes,
+        "has_zeros": int("zeros" in repacked),
         "bits": 0 if matrix.grid is None else matrix.grid.bits,
     }
 
@@ -77,7 +78,8 @@ def attributes_of(matrix: StoredMatrix, repacked: dict[str, torch.Tensor], plane
 def use_library(graph: ir.Model, artifact: ArtifactSource, entry: MatrixEntry, planes: int) -> None:
     """Put the operator in the place of the product with a matrix."""
     matrix, name = entry.stored, entry.address.parameter
-    repacked = kernel.repack(with_offsets(artifact.stored(entry), matrix, entry.name), matrix)
+    stored = with_offsets(artifact.stored(entry), matrix, entry.name)
+    repacked = kernel.repack(stored, matrix, "avx512")  # a file is not for this machine alone, and this is the smallest
     operands = [
         initializer(graph, f"{name}.{part}", repacked[part], TYPES[repacked[part].dtype], repacked[part].shape)
         if part in repacked

@@ -22,8 +22,11 @@ def free_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    sharing = ranks.place().local_size if ranks.size() > 1 else 1
-    return max(0, min([_of_machine(), *_of_cgroups()])) // sharing
+    return _of_host() // (ranks.place().local_size if ranks.size() > 1 else 1)
+
+
+def _of_host() -> int:
+    return max(0, min([_of_machine(), *_of_cgroups()]))
 
 
 def give_back() -> None:
@@ -31,7 +34,7 @@ def give_back() -> None:
 
     Small objects that outlive a block of a model lie between its tensors, so glibc keeps most of what the block took.
     """
-    if free_memory(torch.device("cpu")) < LITTLE:
+    if _of_host() < LITTLE:
         with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
 

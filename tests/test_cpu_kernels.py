@@ -350,7 +350,7 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, tmp_path,
         assert layer.prepared_for is None
         assert [record.message for record in caplog.records] == [
             "Compressed layers run in plain torch on this CPU, many times slower than in C++: there is no C++ "
-            "compiler. Install g++ 11 or newer, or a wheel of mspc that holds nothing.so."
+            "compiler. Install g++ 11 or newer, or a wheel of mspc that holds libmspc_cpu.so."
         ]
     finally:
         library._loaded.cache_clear()

@@ -42,7 +42,7 @@ LARGE = StoredMatrix((1024, 1024), HALF, Grid(4, 128), BF16)
 @pytest.fixture(autouse=True)
 def bitmaps(monkeypatch):
     """Codes with zeros lie behind bitmaps, also where dense lines are faster. Those are the lines of dense matrices."""
-    monkeypatch.setattr(kernel, "is_faster_dense", lambda matrix, share: False)
+    monkeypatch.setattr(kernel, "is_faster_dense", lambda *_: False)
 
 
 def arrays_of(matrix: StoredMatrix) -> dict[str, np.ndarray]:
@@ -216,9 +216,10 @@ def test_inputs_of_another_width_are_an_error():
 
 
 def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    model = model_of(CODES[0].matrix, initializers(arrays_of(CODES[0].matrix)))
     monkeypatch.setenv("MSPC_CPU_ISA", "mmx")
     with pytest.raises(Exception, match="MSPC_CPU_ISA=mmx is not to be had on this machine. Unset it."):
-        session(model_of(CODES[0].matrix, initializers(arrays_of(CODES[0].matrix))))
+        session(model)
 
 
 def test_an_older_onnx_runtime_is_told_to_be_upgraded():

@@ -78,9 +78,9 @@ def decoded(attributes: Mapping[str, int], part: Part) -> Decoded:
     if not panel.is_codes:
         return _values(panel, np.where(kept, entries, 0))
     scales = _of_groups(panel, part("scales"))
-    try:
+    if attributes["has_zeros"]:
         zeros = _of_groups(panel, part("zeros"))
-    except KeyError:  # symmetric
+    else:
         zeros = np.full(scales.shape, 2 ** (panel.content - 1), np.uint8)
         shift = np.uint8(zeros.flat[0] - 2 ** (panel.bits - 1))  # the middle of wider codes is that of the grid
         entries, zeros = np.where(kept, entries - shift, 0), zeros - shift

@@ -1,10 +1,11 @@
 """ONNX Runtime GenAI on the CPU: an ONNX folder by its genai_config.json, a GPTQ folder through its model builder."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,15 +20,22 @@ from exporters.limits import limits_of, ropes, windows_of
 from exporters.manifest import ExportManifest
 from exporters.runtimes import FLOAT32, Runner, Unsupported
 from exporters.runtimes.onnxruntime import library, tolerance_of
+from mspc.errors import InputError
+from mspc.kernels.cpu.building import NAME
 from mspc.model.config_checks import setting_of
 
+LIBRARY = "custom_ops_library"
 ROPE_TYPES = {"default", "llama3"}
 NOT_ROUNDED = "/lm_head/MatMul,/model/embed_tokens/Gather"
 
 
 def load(folder: Path, manifest: ExportManifest) -> Runner:
-    if manifest.options.get("weights") == "sparse":
-        with TemporaryDirectory(prefix="mspc-genai-", dir=folder.parent) as linked:
+    is_sparse = manifest.options.get("weights") == "sparse"
+    if manifest.format != "gptq":
+        check_libraries(folder, is_sparse)
+    if is_sparse:
+        beside = folder.parent if os.access(folder.parent, os.W_OK) else None
+        with TemporaryDirectory(prefix="mspc-genai-", dir=beside) as linked:
             link_with_library(folder, Path(linked))
             return runner_of(genai.Model(linked), tolerance_of(manifest))
     if manifest.format != "gptq":
@@ -40,14 +48,34 @@ def load(folder: Path, manifest: ExportManifest) -> Runner:
         return runner_of(genai.Model(built), FLOAT32, max(windows, default=0) + 1)
 
 
+def check_libraries(folder: Path, is_sparse: bool) -> None:
+    """Raises InputError if GenAI would run another library than that of this mspc, for sparse weights."""
+
+    def asked(value: Any) -> Iterator[Any]:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(part, dict | list):
+                yield from asked(part)
+            elif key == LIBRARY:
+                yield part
+
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    for name in asked(config if isinstance(config, dict) else {}):
+        if not is_sparse or name != NAME:
+            raise InputError(
+                f"{folder / 'genai_config.json'} asks for the library {name}, and mspc runs none of an export. Delete "
+                f"{LIBRARY} there."
+            )
+
+
 def link_with_library(folder: Path, out: Path) -> None:
     """Fill a folder with the files of an export and the library of this mspc: GenAI takes one from no other folder.
 
-    A library that lies in the export is not run. Names of one file are no copies, where the file system has them.
+    A library of that name in the export is not taken, and `check_libraries` sees to others. Names of one file are no
+    copies, where the file system has them.
     """
     wanted = library()
     for path in folder.iterdir():
-        if path.is_file() and path.suffix != wanted.suffix:
+        if path.is_file() and path.name != wanted.name:
             try:
                 os.link(path, out / path.name)
             except OSError:
@@ -99,11 +127,12 @@ def runner_of(model: Any, tolerance: float, least: int = 1) -> Runner:
         return np.array(running.get_output("logits")).astype(np.float32)
 
     def generate(prompt: Sequence[int], count: int) -> list[int]:
-        running = generator(1, len(prompt) + count)
-        running.append_tokens(np.array([list(prompt)], np.int32))
-        for _ in range(count):
-            running.generate_next_token()
-        return [int(token) for token in running.get_sequence(0)[len(prompt) :]]
+        running, ids, tokens = generator(1, len(prompt) + count), list(prompt), []
+        for _ in range(count):  # not by its own choice of tokens, which ends at an end token
+            running.append_tokens(np.array([ids], np.int32))
+            tokens.append(int(np.array(running.get_output("logits"))[0, -1].argmax()))
+            ids = tokens[-1:]
+        return tokens
 
     def last(ids: NDArray[np.int64], decoded: int, count: int) -> NDArray[np.float32]:
         length = ids.shape[1]

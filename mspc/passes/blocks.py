@@ -120,7 +120,7 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
     calls: dict[int, Call] = {}
 
     def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if index != order[len(calls)]:
+        if len(calls) == len(order) or index != order[len(calls)]:
             raise InputError(
                 f"{model.block_name(index)} runs after {len(calls)} blocks, but not for another text. Give a model "
                 "that runs its blocks in one order."
@@ -132,7 +132,7 @@ def _capture(model: StreamedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
             )
         first.append(hidden)
         calls[index] = Call(args, kwargs)
-        if len(calls) == len(order):
+        if len(calls) == len(order) and all(later < index for later in route.skipped):
             raise EarlyExit
         return as_outputs(hidden, route.num_outputs)
 

@@ -36,6 +36,8 @@ BASE = {"cpu": 550_000_000, "cuda": 2_500_000_000}
 """Bytes of a process that has loaded torch, transformers and a text, by type of device. On CUDA it is an estimate."""
 HEAD_COPIES, SCORED_COPIES, COMPARED_COPIES = 3, 3, 6
 """Copies of logits in float32: for their gradient, their loss, and the divergence of two models."""
+MOST_LOCAL = 8
+"""Ranks of one machine, where more take part."""
 WAITING = 3
 """Sums of chunks of the text that wait for others."""
 SHARD = 5e9
@@ -162,15 +164,23 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
 
 
 def _gradients(load: Workload, block: float, passing: float, outer: float) -> _Parts:
-    at_once = min(load.measured_tokens / load.parts, load.batch_tokens * load.threads)
-    states = at_once * load.hidden * (load.blocks + 2) * load.itemsize
+    states, hidden = states_of_gradients(load), states_of_gradients(load) / (load.blocks + 2)
     summed = WAITING * fisher_bytes(load)
     measured = min(load.measured_tokens, load.batch_tokens)
     device = max(
         block + 2 * passing * measured / load.batch_tokens,
         outer + HEAD_COPIES * measured * load.vocabulary * 4 * load.threads,
     )
-    return _Parts(states + summed, device) if load.spill is None else _Parts(device=device, mapped=states + summed)
+    spilled = load.spill is not None
+    return _Parts(2 * hidden, device, mapped=states + summed) if spilled else _Parts(states + summed, device)
+
+
+def states_of_gradients(load: Workload) -> float:
+    """Bytes of the states before all blocks, of the batches that are there at once; zero without gradients."""
+    if not fisher_bytes(load):
+        return 0.0
+    at_once = min(load.measured_tokens / load.parts, load.batch_tokens * load.threads)
+    return at_once * load.hidden * (load.blocks + 2) * load.itemsize
 
 
 def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -> _Parts:
@@ -201,8 +211,8 @@ def disk_bytes(load: Workload) -> int:
     """Bytes of the output, and of measurements and spilled activations next to it until the run is complete."""
     streams = 2 if load.settings.propagation or load.settings.reconstruct else 1
     spilled = streams * load.tokens * load.hidden * load.itemsize * (load.spill is not None)
-    waiting = (1 + WAITING) * (fisher_bytes(load) - kept_factors(load))
-    return output_bytes(load) + fisher_bytes(load) + spilled + waiting
+    of_rank = 0.0 if load.spill is None else states_of_gradients(load) + (1 + WAITING) * fisher_bytes(load)
+    return int(output_bytes(load) + fisher_bytes(load) + spilled + min(load.ranks, MOST_LOCAL) * of_rank)
 
 
 def free_disk(out: Path) -> int:

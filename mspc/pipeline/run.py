@@ -43,6 +43,7 @@ from mspc.planning.plan_file import read_plan, write_plan
 from mspc.planning.planner import PlanChoice, Planner, mixture_lines
 from mspc.progress import Progress, log
 from mspc.recipe import Recipe
+from mspc.solvers import REVISION
 from mspc.storage.artifact import MEASUREMENTS, OWN_TEXT, PLAN, RECIPE, UNCHANGED
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.config_json import config_digest
@@ -221,6 +222,7 @@ class Run:
         return {
             "format_version": FORMAT_VERSION,
             "mspc_version": __version__,
+            "solvers": REVISION,
             "source": {"name": self.source_name, "sha256": self.digests, "config": config_digest(self.source)},
             "recipe": self.recipe.to_dict(),
             **identity_of(self.settings, self.folder),

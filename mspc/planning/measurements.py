@@ -30,7 +30,8 @@ from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
 from mspc.settings import BY_ADMM, ESTIMATE, Settings
-from mspc.solvers.quadratic import OUTPUT_DAMP, SHIFT
+from mspc.solvers import REVISION
+from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.storage.files import write_json, write_tensors
 from mspc.threads import fitting
 from mspc.types import MatricesByBlock, Matrix, flatten
@@ -91,7 +92,7 @@ class Measurements:
             activation_order=settings.activation_order,
             sequences=settings.sensitivity_sequences,
             outputs=[TYPICAL, OUTPUT_DAMP],
-            inner=SHIFT,
+            solvers=REVISION,
             quantization=[settings.group_size, settings.asymmetric] if settings.has_budget else None,
             **({"estimated": True} if settings.allocator == ESTIMATE else {}),
         )

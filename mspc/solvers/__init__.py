@@ -10,7 +10,10 @@ from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
 from mspc.types import CompressedLinear, GramStats, Target
 
-__all__ = ["SOLVERS", "Solver", "SolverOptions"]
+__all__ = ["REVISION", "SOLVERS", "Solver", "SolverOptions"]
+
+REVISION = 2
+"""To be raised when the same statistics and options end with other weights: runs and curves of before are not mixed."""
 
 
 class Solver(Protocol):

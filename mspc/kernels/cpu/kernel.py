@@ -138,17 +138,20 @@ def layout_of(repacked: dict[str, Tensor], matrix: StoredMatrix) -> Layout:
     return Layout.of(matrix, "starts" in repacked)
 
 
-def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]:
+def repack(stored: dict[str, Tensor], matrix: StoredMatrix, isa_name: str | None = None) -> dict[str, Tensor]:
+    """The tensors above, as they are fastest on an instruction set; None: that in use. All sets read them."""
+    isa_name = ISAS[isa()] if isa_name is None else isa_name
     of_grid: dict[str, Tensor] = {}
     if matrix.grid is not None:
         of_grid["scales"] = _by_blocks(stored["scales"])
         if not matrix.grid.symmetric:
             of_grid["zeros"] = _by_blocks(unpack_rows(stored["zeros"], matrix.grid.bits, matrix.num_groups))
-    layout, repacked = Layout.of(matrix, has_zeros(matrix)), dict(of_grid)
+    may_be_bitmap = has_zeros(matrix) and not is_faster_dense(matrix, 0.0, isa_name)
+    layout, repacked = Layout.of(matrix, may_be_bitmap), dict(of_grid)
     if layout.structure == BITMAP:
         starts = _starts(stored, of_grid, matrix, layout)
         kept_bytes = int(starts[-1])
-        if is_faster_dense(matrix, kept_bytes / layout.bytes_of_lines(matrix)):
+        if is_faster_dense(matrix, kept_bytes / layout.bytes_of_lines(matrix), isa_name):
             layout = Layout.of(matrix, is_bitmap=False)
         else:
             repacked["starts"] = starts
@@ -173,11 +176,11 @@ def repack(stored: dict[str, Tensor], matrix: StoredMatrix) -> dict[str, Tensor]
     return repacked
 
 
-def is_faster_dense(matrix: StoredMatrix, share: float) -> bool:
-    """Tell if dense lines are faster than a bitmap of this share of their bytes, on the instruction set in use."""
+def is_faster_dense(matrix: StoredMatrix, share: float, isa_name: str) -> bool:
+    """Tell if dense lines are faster than a bitmap of this share of their bytes on an instruction set."""
     if matrix.grid is None:
         return False
-    return ISAS[isa()] != "avx512" or share > MOST_BEHIND_BITMAP.get(matrix.grid.bits, 0.0)
+    return isa_name != "avx512" or share > MOST_BEHIND_BITMAP.get(matrix.grid.bits, -1.0)
 
 
 def gaps_of(places: Tensor, end: int) -> Tensor:

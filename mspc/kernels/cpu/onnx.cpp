@@ -92,11 +92,11 @@ struct MatMul {
   }
 
   Status *read(const KernelInfo *info) {
-    int64_t layout = 0;
-    const char *const names[] = {"layout", "rows", "columns", "group", "structure", "content", "planes"};
+    int64_t layout = 0, has_zeros = 0;
+    const char *const names[] = {"layout", "rows", "columns", "group", "structure", "content", "planes", "has_zeros"};
     int64_t *const numbers[] = {&layout,           &matrix.rows,    &matrix.columns, &matrix.group,
-                                &matrix.structure, &matrix.content, &planes};
-    for (size_t i = 0; i < 7; i++) {
+                                &matrix.structure, &matrix.content, &planes,         &has_zeros};
+    for (size_t i = 0; i < 8; i++) {
       if (Status *status = api.attribute(info, names[i], numbers[i])) return status;
       if (i == 0 && layout != kLayout)
         return failure(api, kInvalidGraph, "ai.mspc MatMul: its weights have%s layout %lld, and this library reads 1. "
@@ -105,7 +105,7 @@ struct MatMul {
     void *parts[kParts] = {};
     int64_t bytes[kParts] = {};
     bool bitmap = matrix.structure == kBitmap, codes = has_codes(matrix);
-    bool present[kParts] = {true, matrix.structure != kDense, bitmap, codes, codes};
+    bool present[kParts] = {true, matrix.structure != kDense, bitmap, codes, has_zeros != 0};
     for (size_t part = 0; part < kParts; part++)
       if (present[part])
         if (Status *status = read_part(info, part, &parts[part], &bytes[part])) return status;
@@ -120,16 +120,14 @@ struct MatMul {
     return failure(api, kInvalidGraph, "ai.mspc MatMul: its weights do not fit its attributes. Export the model again.");
   }
 
-  // The memory of an initializer. Zero points may be left out.
+  // The memory of an initializer.
   Status *read_part(const KernelInfo *info, size_t part, void **out, int64_t *bytes) {
     const Value *value = nullptr;
     int is_constant = 0, type = 0;
     size_t count = 0;
     if (Status *status = api.constant(info, part + 1, &is_constant, &value)) return status;
-    if (!is_constant || !value) {
-      if (part + 1 == kParts) return nullptr;
+    if (!is_constant || !value)
       return failure(api, kInvalidGraph, "ai.mspc MatMul: its input %.16s is no initializer.", kNames[part + 1]);
-    }
     ShapeOf shape(api, value);
     if (shape.status()) return shape.status();
     if (Status *status = api.type(shape.get(), &type)) return status;
