@@ -40,13 +40,13 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def _panel(axis: Axes, found: list[dict[str, Any]], label: str, place: Any) -> None:
-    for point in found:
+    for order, point in enumerate(sorted(found, key=place)):  # neighbours have their names above and below
         ours = point["name"].startswith("mspc")
         axis.plot(place(point), point["loss"], "o" if ours else "s", color="tab:blue" if ours else "tab:gray")
-        axis.annotate(
-            point["name"], (place(point), point["loss"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-        )
+        axis.annotate(point["name"], (place(point), point["loss"]), xytext=(0, -12 if order % 2 else 6),
+                      textcoords="offset points", ha="center", fontsize=7)  # fmt: skip
     axis.set_yscale("log")
+    axis.margins(0.25, 0.12)
     axis.set_xlabel(label)
     axis.grid(alpha=0.3)
 
