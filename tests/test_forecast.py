@@ -300,6 +300,16 @@ def test_a_rank_needs_less_memory_and_has_its_part_of_it(llama, monkeypatch):
     assert len(mspc.forecast(llama, recipe, device="cpu", ranks=2).problems) == 1
 
 
+def test_every_rank_of_a_machine_spills_to_its_disk(llama):
+    """Oracle: with --spill each rank has its own states and sums of gradients there, and without it none."""
+    need = {
+        (ranks, spill): mspc.forecast(llama, HALF, device="cpu", ranks=ranks, spill=spill).demand.disk_need
+        for ranks in (1, 2)
+        for spill in (None, "spill")
+    }
+    assert need[1, None] == need[2, None] < need[1, "spill"] < need[2, "spill"]
+
+
 def test_a_number_of_ranks_that_cannot_be_is_refused(llama):
     with pytest.raises(InputError, match="3 ranks cannot share a run"):
         mspc.forecast(llama, HALF, ranks=3)

@@ -5,6 +5,7 @@ made-up ONNX Runtime that is too old.
 """
 
 import ctypes
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,25 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     monkeypatch.setenv("MSPC_CPU_ISA", "mmx")
     with pytest.raises(Exception, match="MSPC_CPU_ISA=mmx is not to be had on this machine. Unset it."):
         session(model)
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_no_library_of_an_export_is_run(is_sparse, tmp_path):
+    """Oracle: the name of mspc's own library, which sparse weights may ask for, and nothing else."""
+    check = pytest.importorskip("exporters.runtimes.onnxruntime_genai").check_libraries
+
+    def asked(name: str) -> None:
+        options = {"model": {"decoder": {"session_options": {"provider_options": [{}], "custom_ops_library": name}}}}
+        (tmp_path / "genai_config.json").write_text(json.dumps(options))
+        check(tmp_path, is_sparse)
+
+    with pytest.raises(InputError, match=r"asks for the library evil.so.1, and mspc runs none of an export"):
+        asked("evil.so.1")
+    if is_sparse:
+        asked(building.NAME)
+    else:
+        with pytest.raises(InputError):
+            asked(building.NAME)
 
 
 def test_an_older_onnx_runtime_is_told_to_be_upgraded():
