@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mspc.bench.decoder import Block, Cache, Decoder, Operations, OuterLayers, Shape
+from mspc.bench.decoder import Block, Decoder, Operations, OuterLayers, Shape
 from mspc.bench.formats import Source, describe, parse_format, random_stored
 from mspc.bench.models import EPS, SEED, copy_of, model_decoder, rotations, shape_of, tune
 from mspc.formats.description import StoredMatrix
@@ -130,6 +130,6 @@ def _outer(
 
 def step_of(decoder: Decoder, context: int) -> Callable[[], Tensor]:
     """One more token after `context` others, each the input of the next."""
-    cache = Cache(decoder.shape, 1, context + 1, decoder.outer.norm)
+    cache = decoder.cache(1, context + 1)
     ids = torch.zeros(1, 1, dtype=torch.long)
     return lambda: ids.copy_(decoder(ids, cache, context).argmax(-1, keepdim=True))

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from mspc.kernels.cpu.kernel import MAX_TOKENS
+from mspc.kernels.cpu.step import Layer, Step
 from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.linear import SparseLinear
+from mspc.runtime.stepping import layer_of, planes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +139,23 @@ class Block(nn.Module):
             self.register_buffer("q_norm", qk_norms[0])
             self.register_buffer("k_norm", qk_norms[1])
 
+    def layer(self) -> Layer | None:
+        """As a part of a step in C++, or None if a matrix does not run there."""
+        norms = self.attention_norm, self.mlp_norm
+        return layer_of([self.qkv], self.out, [self.gate_up], self.down, norms, self.qk_norms)
+
     @property
     def qk_norms(self) -> tuple[Tensor, Tensor] | None:
         return (self.q_norm, self.k_norm) if self.has_qk_norms else None
 
 
+@dataclass(frozen=True, slots=True)
 class Cache:
     """Keys and values (2, B, K, L, D) of every block, at the same addresses for all steps; random at first."""
 
-    def __init__(self, shape: Shape, batch: int, length: int, like: Tensor) -> None:
-        size = (2, batch, shape.kv_heads, length, shape.head_dim)
-        self.blocks = [like.new_empty(size).normal_() for _ in range(shape.blocks)]
+    blocks: list[Tensor]
+    step: Step | None
+    """One token through all blocks in C++."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +177,8 @@ class Decoder:
         last = first + ids.shape[1]
         cos, sin = outer.cos[first:last], outer.sin[first:last]
         x = outer.embedding[ids] if isinstance(outer.embedding, Tensor) else outer.embedding(ids)
+        if ids.shape[1] == 1 and cache.step is not None:
+            return self._logits(cache.step(x[:, 0], first))
         y = torch.zeros_like(x)
         for block, cached in zip(self.blocks, cache.blocks, strict=True):
             x, normed = operations.add_norm(x, y, block.attention_norm, outer.eps)
@@ -183,7 +194,22 @@ class Decoder:
             x, normed = operations.add_norm(x, y, block.mlp_norm, outer.eps)
             y = block.down(operations.gated(block.gate_up(normed)))
         _, normed = operations.add_norm(x[:, -1], y[:, -1], outer.norm, outer.eps)
-        return linear(normed, outer.head) if isinstance(outer.head, Tensor) else outer.head(normed)
+        return self._logits(normed)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        head = self.outer.head
+        return linear(normed, head) if isinstance(head, Tensor) else head(normed)
+
+    def cache(self, batch: int, length: int) -> Cache:
+        """A cache for texts of `length` tokens, whose steps run in C++ where all matrices of the blocks do."""
+        shape, outer = self.shape, self.outer
+        size = (2, batch, shape.kv_heads, length, shape.head_dim)
+        blocks = [outer.norm.new_empty(size).normal_() for _ in self.blocks]
+        layers = [block.layer() for block in self.blocks] if self.sparse_layers() else [None]
+        if None in layers or batch > MAX_TOKENS:
+            return Cache(blocks, None)
+        rotation, planes = (outer.cos[:length], outer.sin[:length]), planes_of(self.blocks)
+        return Cache(blocks, Step([one for one in layers if one], blocks, rotation, outer.norm, outer.eps, planes))
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted.

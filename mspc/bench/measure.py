@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mspc.bench.decoder import Cache, Decoder
+from mspc.bench.decoder import Decoder
 from mspc.bench.timing import Ceilings, captured, device_seconds, host_seconds, inverse, spread
 
 SEED = 0
@@ -28,7 +28,7 @@ def step_bytes(decoder: Decoder, batch: int, context: int) -> dict[str, int]:
 def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
     """Time a step of `batch` sequences after `context` tokens. Its tokens (argmax) are the input of the next step."""
     device = decoder.outer.norm.device
-    cache = Cache(decoder.shape, batch, context + 1, decoder.outer.norm)
+    cache = decoder.cache(batch, context + 1)
     ids = _random_ids(decoder, batch, 1)
 
     def step() -> Tensor:
@@ -65,7 +65,7 @@ def measure_decode(decoder: Decoder, batch: int, context: int, repeats: int, cei
 def measure_prefill(decoder: Decoder, tokens: int, repeats: int, ceilings: Ceilings) -> dict[str, Any]:
     """Time one prompt, from its tokens on the device to the first new token on the host."""
     device = decoder.outer.norm.device
-    cache = Cache(decoder.shape, 1, tokens, decoder.outer.norm)
+    cache = decoder.cache(1, tokens)
     ids = _random_ids(decoder, 1, tokens)
     step = captured(lambda: decoder(ids, cache, 0).argmax(-1), device)
     samples = host_seconds(lambda: int(step()), device, repeats)

@@ -1,4 +1,5 @@
-"""Text that a model in memory writes after a prompt, token by token, by `generate` of transformers.
+"""Text that a model in memory writes after a prompt, token by token: by steps in C++ where the model has them
+(`stepping`), and else by `generate` of transformers.
 
 `generate` runs in a greenlet that is suspended at every token, so that its tokens are an iterator without a thread.
 """
@@ -25,6 +26,7 @@ from mspc.passes.blocks import not_finite
 from mspc.passes.perplexity import evaluating
 from mspc.passes.sampling import draw
 from mspc.progress import Progress, log
+from mspc.runtime.stepping import Stepper, stepper_of
 from mspc.text.prompts import Pieces, prompt_ids
 from mspc.threads import of_torch
 
@@ -184,29 +186,49 @@ class Generation:
 
     def _tokens(self) -> Generator[int, None, None]:
         """Each token as soon as it is written."""
-        running = greenlet(self._generate)
-        try:
+        length = self.prompt_tokens + self.request.most
+        stepper = stepper_of(self.model, length) if self.model.device.type == "cpu" else None
+        with closing(self._by_generate() if stepper is None else self._by_steps(stepper)) as written:
             with self.progress.stage("Reading the prompt", 1) as step:
-                token, self.prefill_seconds = self._next(running)
+                token, self.prefill_seconds = self._next(written)
                 step()
             while token is not None:
                 self.ids.append(token)
                 yield token
-                token, seconds = self._next(running)
+                token, seconds = self._next(written)
                 self.decode_seconds += seconds if token is not None else 0.0
+
+    def _next(self, written: Iterator[int]) -> tuple[int | None, float]:
+        """The next token, or None after the last one, and the seconds that it took."""
+        begin = time.perf_counter()
+        # The modes of torch are set here, and not where tokens are written: that is suspended between two of them.
+        with of_torch(self.threads), torch.no_grad():
+            token = next(written, None)
+        return token, time.perf_counter() - begin
+
+    def _by_steps(self, stepper: Stepper) -> Generator[int, None, None]:
+        """Tokens of a model that has steps in C++."""
+        choosing = Choosing(self.model, self.model.device, self.temperature, self.seed)
+        ids = torch.tensor([self.request.prompt_ids])
+        logits = stepper.read(ids)
+        for number in range(self.request.most):
+            token = int(choosing(ids, logits).argmax(-1))
+            yield token
+            if token in self.request.ends or number + 1 == self.request.most:
+                return
+            logits = stepper.next(token)
+
+    def _by_generate(self) -> Generator[int, None, None]:
+        """Tokens of any model, by `generate` of transformers."""
+        running = greenlet(self._generate)
+        try:
+            while (token := running.switch()) is not None and not running.dead:
+                yield token
         finally:
             # As it unwinds, `generate` sets the mode that it found when it began, and this sets the caller's again.
             with torch.no_grad(), suppress(OtherThreadError):  # the thread has ended, and what was suspended with it
                 if running:
                     running.throw()
-
-    def _next(self, running: greenlet) -> tuple[int | None, float]:
-        """The next token, or None after the last one, and the seconds that it took."""
-        begin = time.perf_counter()
-        # The modes of torch are set out here: inside the greenlet they would stay set while it is suspended.
-        with of_torch(self.threads), torch.no_grad():
-            token = running.switch()
-        return None if running.dead else token, time.perf_counter() - begin
 
     def _generate(self) -> None:
         ends = list(self.request.ends)

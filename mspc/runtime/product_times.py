@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
 from mspc.kernels.cpu import building, memory
 from mspc.kernels.cpu.library import ISAS, isa, library
+from mspc.kernels.cpu.step import one_by_one
 from mspc.model.outline import outlined
 from mspc.pipeline.in_time import token_work
 from mspc.pipeline.rates import device_name
@@ -68,6 +71,7 @@ ROWS = 16
 SEED = 0
 COMPUTED = torch.float32
 """The dtype of inputs on a CPU."""
+Layers = TypeVar("Layers", bound=nn.Module)
 
 
 def known_or_measured(work: TokenWork, settings: Settings, asked: int | None, progress: Progress) -> Timings:
@@ -164,9 +168,9 @@ def measured(work: TokenWork, settings: Settings, number: int, progress: Progres
     )  # fmt: skip
 
 
-def _blocks(sizes: Sizes, settings: Settings) -> Iterator[list[nn.Module]]:
+def _blocks(sizes: Sizes, settings: Settings) -> Iterator[list[SparseLinear]]:
     """The layers of as many blocks as there is room for, two at least, at addresses of their own."""
-    first = {size: layer_of(Product(size, DENSE, REST_IN), settings) for size in set(sizes.linears)}
+    first = {size: _sparse_layer(Product(size, DENSE, REST_IN), settings) for size in set(sizes.linears)}
     num_bytes = sum(buffer.nbytes for size in sizes.linears for buffer in first[size].buffers())
     for _ in range(min(sizes.blocks, max(2, MOST_OF_BLOCKS // num_bytes))):
         yield [_copy_of(first[size]) for size in sizes.linears]
@@ -225,21 +229,31 @@ def seconds_of(product: Product, work: TokenWork, settings: Settings, clock: Cal
 
 
 def _seconds_of_call(layers: list[nn.Module], x: Tensor, clock: Callable[[], float]) -> float:
-    """The lower quartile over passes of the mean over layers, after a pass that warms up."""
-    found = []
+    """The lower quartile over passes of the mean over layers, after a pass that warms up.
+
+    Compressed layers run one after the other in C++, as in a step, and those of torch in Python.
+    """
+    found, sparse = [], [layer for layer in layers if isinstance(layer, SparseLinear)]
+    run: Callable[[], None] = partial(_run, layers, x)
+    if sparse:
+        run = one_by_one(x.flatten(), [layer.repacked() for layer in sparse], sparse[0].matrix)
     for _ in range(PASSES + 1):
         begin = clock()
-        for layer in layers:
-            layer(x)
+        run()
         found.append((clock() - begin) / len(layers))
     return quantiles(found[1:], n=4, method="inclusive")[0]
+
+
+def _run(layers: list[nn.Module], x: Tensor) -> None:
+    for layer in layers:
+        layer(x)
 
 
 def _inputs_of(product: Product) -> torch.dtype:
     return getattr(torch, product.numbers) if product.kind == TORCH else COMPUTED
 
 
-def _copy_of(layer: nn.Module) -> nn.Module:
+def _copy_of(layer: Layers) -> Layers:
     """A copy in other memory, in huge pages as all weights are that the bench measures."""
     twin = copy.copy(layer)  # a deep copy takes longer than all that is timed
     twin._buffers = {
@@ -250,10 +264,16 @@ def _copy_of(layer: nn.Module) -> nn.Module:
 
 def layer_of(product: Product, settings: Settings) -> nn.Module:
     """A layer with random weights, prepared for this CPU."""
-    generator = torch.Generator().manual_seed(SEED)
     if product.kind == TORCH:
-        weight = torch.randn(product.shape, generator=generator).to(getattr(torch, product.numbers))
+        weight = torch.randn(product.shape, generator=torch.Generator().manual_seed(SEED)).to(
+            getattr(torch, product.numbers)
+        )
         return DenseLinear(memory.copied(weight))
+    return _sparse_layer(product, settings)
+
+
+def _sparse_layer(product: Product, settings: Settings) -> SparseLinear:
+    generator = torch.Generator().manual_seed(SEED)
     mask, pattern = _mask_of(product, generator)
     grid, dtype, codes = None, torch.bfloat16, None
     weight = torch.randn(product.shape, generator=generator)

@@ -3,6 +3,7 @@
 // Codes and inputs meet as integers of 16 bits, two at a time: `even` are slots 0 and 2 of a row, `odd` 1 and 3.
 #include <immintrin.h>
 
+#include "between.h"
 #include "inputs.h"
 #include "places.h"
 
@@ -303,4 +304,4 @@ void multiply_codes(const mspc_matrix &m, const Inputs &in, int64_t token, int64
 #include "choose.h"
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = {prepare_integers, product};
+const Kernels avx2_kernels = {prepare_integers, product, kBetween};

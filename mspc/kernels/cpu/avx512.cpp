@@ -1,6 +1,7 @@
 // Products with AVX-512: VBMI2 expands bitmaps, VNNI multiplies codes. A lane of 32 bits is a row.
 #include <immintrin.h>
 
+#include "between.h"
 #include "inputs.h"
 
 namespace {
@@ -341,4 +342,4 @@ void multiply_values(const mspc_matrix &m, const Inputs &in, int64_t token, int6
 #include "choose.h"
 
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = {prepare, product};
+const Kernels avx512_kernels = {prepare, product, kBetween};

@@ -14,7 +14,16 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 NAME = "libmspc_cpu.so"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-exceptions")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fopenmp-simd",
+)
 LINK: tuple[str, ...] = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 if sys.platform == "linux":
     LINK += ("-Wl,-s", "-Wl,--exclude-libs,ALL", "-Wl,-z,nodelete")
@@ -22,7 +31,16 @@ if sys.platform == "linux":
 library stays when ONNX Runtime unloads it: at their end, threads still call what frees their memory."""
 AVX512 = ("-mbmi2", "-mpopcnt", *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi2", "vnni")))
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt")
-SOURCES = {"dispatch": (), "check": (), "portable": (), "repack": (), "onnx": (), "avx2": AVX2, "avx512": AVX512}
+SOURCES = {
+    "dispatch": (),
+    "check": (),
+    "portable": (),
+    "repack": (),
+    "step": (),
+    "onnx": (),
+    "avx2": AVX2,
+    "avx512": AVX512,
+}
 """Files by name, with the flags of their instruction set."""
 ONLY_X86 = ("avx2", "avx512")
 

@@ -145,19 +145,10 @@ void share(int64_t threads, int64_t count, void (*work)(void *, int64_t), void *
   team(take_pieces, &pieces, static_cast<unsigned>(smaller(threads, count)), 0);
 }
 
-const Kernels &kernels_of(int64_t isa) {
-#ifdef MSPC_X86
-  if (isa == kAvx2) return avx2_kernels;
-  if (isa == kAvx512) return avx512_kernels;
-#endif
-  (void)isa;
-  return portable_kernels;
-}
-
 // Memory of a thread for prepared inputs, which grows. All of it is zero when it is handed out.
 struct Scratch {
-  char *memory = nullptr;
-  size_t size = 0;
+  char *memory;
+  size_t size;
 
   char *zeroed(size_t bytes) {
     if (bytes > size) {
@@ -174,22 +165,23 @@ struct Scratch {
 pthread_once_t at_first_product = PTHREAD_ONCE_INIT;
 pthread_key_t scratch_key;
 
-void free_scratch(void *scratch) {
-  free(static_cast<Scratch *>(scratch)->memory);
-  free(scratch);
+void free_scratches(void *of_thread) {
+  for (int64_t i = 0; i < kMostFactors; i++) free(static_cast<Scratch *>(of_thread)[i].memory);
+  free(of_thread);
 }
 
-Scratch &scratch_of_thread() {
+// One for the inputs of each factor.
+Scratch *scratches_of_thread() {
   pthread_once(&at_first_product, [] {
-    if (pthread_key_create(&scratch_key, free_scratch)) abort();
+    if (pthread_key_create(&scratch_key, free_scratches)) abort();
   });
   void *found = pthread_getspecific(scratch_key);
   if (!found) {
-    found = malloc(sizeof(Scratch));
+    found = calloc(kMostFactors, sizeof(Scratch));
     if (!found) abort();
-    pthread_setspecific(scratch_key, new (found) Scratch);
+    pthread_setspecific(scratch_key, found);
   }
-  return *static_cast<Scratch *>(found);
+  return static_cast<Scratch *>(found);
 }
 
 size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -211,17 +203,27 @@ Inputs inputs_in(Scratch &scratch, const mspc_matrix &m, int64_t tokens, int64_t
   return in;
 }
 
+// Whether two matrices with the same columns read inputs that are prepared alike.
+bool reads_alike(const mspc_matrix &a, const mspc_matrix &b) {
+  bool same_order = (a.structure == kTwoFour) == (b.structure == kTwoFour);
+  return has_codes(a) == has_codes(b) && (!has_codes(a) || (a.group == b.group && same_order));
+}
+
 struct Job {
-  const mspc_matrix &m;
+  const Factor *factors;
   const Kernels &kernels;
-  const Inputs &in;
-  const Outputs &out;
-  int64_t blocks_of_piece;
+  const Inputs *inputs;
+  int64_t is_bfloat16;
+  int64_t blocks_of_piece[kMostFactors], end_of_pieces[kMostFactors];  // of the pieces of all factors
 
   static void work(void *context, int64_t piece) {
     const Job &job = *static_cast<Job *>(context);
-    int64_t first = piece * job.blocks_of_piece, last = smaller(first + job.blocks_of_piece, num_blocks(job.m));
-    job.kernels.product(job.m, job.in, first, last, job.out);
+    int64_t i = 0, begin = 0;
+    while (piece >= job.end_of_pieces[i]) begin = job.end_of_pieces[i++];
+    const mspc_matrix &m = *job.factors[i].matrix;
+    int64_t first = (piece - begin) * job.blocks_of_piece[i];
+    int64_t last = smaller(first + job.blocks_of_piece[i], num_blocks(m));
+    job.kernels.product(m, job.inputs[i], first, last, Outputs{job.factors[i].y, job.is_bfloat16});
   }
 };
 
@@ -244,15 +246,34 @@ void share_among(const Sharer &sharer, int64_t count, void (*work)(void *, int64
 
 }  // namespace
 
-void multiply(const mspc_matrix &m, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens, void *y,
+const Kernels &kernels_of(int64_t isa) {
+#ifdef MSPC_X86
+  if (isa == kAvx2) return avx2_kernels;
+  if (isa == kAvx512) return avx512_kernels;
+#endif
+  (void)isa;
+  return portable_kernels;
+}
+
+Sharer own_threads(const int64_t *threads) { return Sharer{share_among, threads}; }
+
+void multiply(const Factor *factors, int64_t count, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens,
               int64_t planes, const Sharer &sharer) {
   const Kernels &kernels = kernels_of(isa);
-  Inputs in = inputs_in(scratch_of_thread(), m, tokens, planes);
-  for (int64_t token = 0; token < tokens; token++) kernels.prepare(m, x, is_bfloat16, token, planes, &in);
-  Outputs out{y, is_bfloat16};
-  int64_t per_piece = 1 + kWeightsOfPiece / (kRows * num_positions(m));
-  Job job{m, kernels, in, out, per_piece};
-  sharer.share(sharer, ceil_div(num_blocks(m), per_piece), Job::work, &job);
+  Inputs inputs[kMostFactors];
+  Job job{factors, kernels, inputs, is_bfloat16, {}, {}};
+  int64_t pieces = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const mspc_matrix &m = *factors[i].matrix;
+    int64_t like = 0;  // the first factor whose inputs it shares
+    while (!reads_alike(*factors[like].matrix, m)) like++;
+    inputs[i] = like < i ? inputs[like] : inputs_in(scratches_of_thread()[i], m, tokens, planes);
+    for (int64_t token = 0; token < tokens && like == i; token++)
+      kernels.prepare(m, x, is_bfloat16, token, planes, &inputs[i]);
+    job.blocks_of_piece[i] = 1 + kWeightsOfPiece / (kRows * num_positions(m));
+    job.end_of_pieces[i] = pieces += ceil_div(num_blocks(m), job.blocks_of_piece[i]);
+  }
+  sharer.share(sharer, pieces, Job::work, &job);
 }
 
 extern "C" {
@@ -279,16 +300,23 @@ EXPORTED int64_t mspc_has(int64_t isa) {
 // x (tokens, columns) -> y (tokens, rows), float32 or bfloat16. `planes` of inputs of codes: 2 are int16, 1 is int8.
 EXPORTED void mspc_product(const mspc_matrix *m, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens,
                   void *y, int64_t planes, int64_t threads) {
-  multiply(*m, isa, x, is_bfloat16, tokens, y, planes, Sharer{share_among, &threads});
+  Factor factor{m, y};
+  multiply(&factor, 1, isa, x, is_bfloat16, tokens, planes, own_threads(&threads));
 }
 
-// The weight of some rows, first of them a whole block: float32 (rows, columns), codes times scales rounded once.
+// The products of one token, float32, with `count` matrices of one shape, one after the other, as a step has them.
+EXPORTED void mspc_products(const mspc_matrix *const *matrices, int64_t count, int64_t isa, const float *x, float *y,
+                            int64_t planes, int64_t threads) {
+  for (int64_t i = 0; i < count; i++) mspc_product(matrices[i], isa, x, 0, 1, y, planes, threads);
+}
+
 // Use the threads of an OpenMP library from now on, by its GOMP_parallel.
 EXPORTED void mspc_use_team(void *gomp_parallel) {
   watch_forks();
   the_team.store(reinterpret_cast<Team>(gomp_parallel));
 }
 
+// The weight of some rows, first of them a whole block: float32 (rows, columns), codes times scales rounded once.
 EXPORTED void mspc_expand(const mspc_matrix *m, int64_t first_row, int64_t num_rows, float *out, int64_t threads) {
   Expansion job{*m, first_row / kRows, out};
   share(threads, ceil_div(num_rows, kRows), Expansion::work, &job);

@@ -41,11 +41,24 @@ struct Outputs {
   int64_t is_bfloat16;  // else float32
 };
 
+// Operations of a decoder between its products (between.h).
+struct Between {
+  void (*norm)(const float *x, const float *weight, int64_t count, float eps, float *out);
+  void (*add)(float *x, const float *y, int64_t count);
+  void (*rotate)(const float *head, const float *cos, const float *sin, int64_t dim, float *out);
+  void (*gate)(const float *gates, const float *up, int64_t count, float *out);
+  void (*attend)(const float *q, const float *keys, const float *values, int64_t tokens, int64_t dim, float *weights,
+                 float *out);
+};
+
 // What each instruction set has.
 struct Kernels {
   void (*prepare)(const mspc_matrix &, const void *x, int64_t is_bfloat16, int64_t token, int64_t planes, Inputs *);
   void (*product)(const mspc_matrix &, const Inputs &, int64_t first_block, int64_t last_block, const Outputs &);
+  const Between &between;
 };
+
+const Kernels &kernels_of(int64_t isa);
 
 // Calls work(context, piece) for pieces 0 to count - 1, on threads that it has.
 struct Sharer {
@@ -53,8 +66,19 @@ struct Sharer {
   const void *threads;  // its own
 };
 
-// x (tokens, columns) -> y (tokens, rows), float32 or bfloat16, by the pieces that a sharer gets.
-void multiply(const mspc_matrix &, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens, void *y,
+// Threads of this library, or of torch; `threads` outlives the sharer.
+Sharer own_threads(const int64_t *threads);
+
+// A matrix that reads the same inputs as others, and where its outputs (tokens, rows) go.
+struct Factor {
+  const mspc_matrix *matrix;
+  void *y;
+};
+
+constexpr int64_t kMostFactors = 3;  // queries, keys and values
+
+// x (tokens, columns) -> y (tokens, rows) of each matrix, float32 or bfloat16, by the pieces that a sharer gets.
+void multiply(const Factor *factors, int64_t count, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens,
               int64_t planes, const Sharer &);
 
 // In each file on its own: the linker must never merge code that was compiled for different instruction sets.

@@ -132,10 +132,13 @@ def _opened(path: Path) -> ctypes.CDLL:
         "pack": [matrix, pointer, pointer, number, number],
         "unpack": [matrix, number, number, pointer, pointer],
         "product": [matrix, number, pointer, number, number, pointer, number, number],
+        "products": [ctypes.POINTER(matrix), number, number, pointer, pointer, number, number],
         "expand": [matrix, number, number, pointer, number],
+        "step": [pointer, pointer, number, pointer, number],
     }.items():
         function = getattr(loaded, f"mspc_{name}")
         function.argtypes, function.restype = arguments, None
+    loaded.mspc_step_floats.argtypes, loaded.mspc_step_floats.restype = [pointer], number
     loaded.mspc_use_team.argtypes, loaded.mspc_use_team.restype = [pointer], None
     if (team := _team_of_torch()) is not None:
         loaded.mspc_use_team(team)

@@ -199,9 +199,11 @@ void share_in_session(const Sharer &sharer, int64_t count, void (*work)(void *, 
 
 Status *MatMul::product(Context *context, const float *x, float *y, int64_t tokens) const {
   Session session{api, context, nullptr};
-  for (int64_t first = 0; first < tokens && !session.status; first += kMostAtOnce)
-    multiply(matrix, isa, x + first * matrix.columns, 0, smaller(kMostAtOnce, tokens - first), y + first * matrix.rows,
-             planes, Sharer{share_in_session, &session});
+  for (int64_t first = 0; first < tokens && !session.status; first += kMostAtOnce) {
+    Factor factor{&matrix, y + first * matrix.rows};
+    multiply(&factor, 1, isa, x + first * matrix.columns, 0, smaller(kMostAtOnce, tokens - first), planes,
+             Sharer{share_in_session, &session});
+  }
   return session.status;
 }
 

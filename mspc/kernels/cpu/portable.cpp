@@ -1,4 +1,5 @@
 // Products in plain C++, for every processor; and the dense weight.
+#include "between.h"
 #include "inputs.h"
 #include "panels.h"
 
@@ -121,7 +122,7 @@ struct Expansion {
 }  // namespace
 
 extern const Kernels portable_kernels;
-const Kernels portable_kernels = {prepare, product};
+const Kernels portable_kernels = {prepare, product, kBetween};
 
 void expand_block(const mspc_matrix &m, int64_t block, float *out);
 void expand_block(const mspc_matrix &m, int64_t block, float *out) { visit(m, Expansion{m, block, out}); }

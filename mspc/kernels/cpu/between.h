@@ -1,0 +1,91 @@
+// What a decoder computes between its products, in float32 and for one token: norms, rotations, attention, SwiGLU.
+//
+// Each instruction set compiles these loops for itself. The order of a sum depends on the set, and on nothing else.
+#pragma once
+#include "interface.h"
+
+namespace {
+
+// e^x to some 1e-7 of its value: e^x = 2^n e^r with |r| <= ln 2 / 2, and seven terms of the series. x beyond the range
+// of float32 counts as its end.
+inline float exp_of(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  float shifted = x * 1.44269504f + 12582912.0f;  // to the nearest integer, in the low bits
+  float n = shifted - 12582912.0f;
+  float r = (x - n * 0.693145751953125f) - n * 1.428606820309417e-6f;
+  float sum = 1.98412698e-4f;
+  sum = sum * r + 1.38888889e-3f;
+  sum = sum * r + 8.33333333e-3f;
+  sum = sum * r + 4.16666667e-2f;
+  sum = sum * r + 0.166666667f;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  return sum * float_of((bits_of(shifted) - bits_of(12582912.0f) + 127u) << 23);
+}
+
+inline float dot(const float *a, const float *b, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+// out = weight x / sqrt(mean x^2 + eps); out may be x.
+void norm(const float *x, const float *weight, int64_t count, float eps, float *out) {
+  float scale = 1.0f / __builtin_sqrtf(dot(x, x, count) / float(count) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// x += y
+void add(float *x, const float *y, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) x[i] += y[i];
+}
+
+// One head (D,) to its place: first halves and second halves turn against each other. cos and sin (D,).
+void rotate(const float *head, const float *cos, const float *sin, int64_t dim, float *out) {
+  int64_t half = dim / 2;
+#pragma omp simd
+  for (int64_t i = 0; i < half; i++) {
+    float first = head[i], second = head[half + i];
+    out[i] = first * cos[i] - second * sin[i];
+    out[half + i] = second * cos[half + i] + first * sin[half + i];
+  }
+}
+
+// silu(gate) up; out may be either.
+void gate(const float *gates, const float *up, int64_t count, float *out) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) out[i] = gates[i] / (1.0f + exp_of(-gates[i])) * up[i];
+}
+
+// softmax(q k^T / sqrt(D)) v of one head: q (D,), keys and values (tokens, D), weights (tokens,) for its own use.
+void attend(const float *q, const float *keys, const float *values, int64_t tokens, int64_t dim, float *weights,
+            float *out) {
+  float scale = 1.0f / __builtin_sqrtf(float(dim)), largest = -3.4e38f, total = 0;
+  for (int64_t t = 0; t < tokens; t++) {
+    weights[t] = scale * dot(q, keys + t * dim, dim);
+    largest = weights[t] > largest ? weights[t] : largest;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t t = 0; t < tokens; t++) {
+    weights[t] = exp_of(weights[t] - largest);
+    total += weights[t];
+  }
+  for (int64_t i = 0; i < dim; i++) out[i] = 0;
+  for (int64_t t = 0; t < tokens; t++) {
+    float weight = weights[t];
+    const float *value = values + t * dim;
+#pragma omp simd
+    for (int64_t i = 0; i < dim; i++) out[i] += weight * value[i];
+  }
+  float inverse = 1.0f / total;
+  for (int64_t i = 0; i < dim; i++) out[i] *= inverse;
+}
+
+constexpr Between kBetween = {norm, add, rotate, gate, attend};
+
+}  // namespace
