@@ -22,7 +22,7 @@ from test_cli import mspc_cli, refused
 import mspc
 from mspc.bench import run as bench_run
 from mspc.bench import timing
-from mspc.bench.decoder import Cache, Decoder, Operations, Shape, add_norm, gated, rotate
+from mspc.bench.decoder import Decoder, Operations, Shape, add_norm, gated, rotate
 from mspc.bench.formats import Source, describe, parse_format, random_stored
 from mspc.bench.measure import measure_decode, measure_prefill, step_bytes
 from mspc.bench.models import (
@@ -95,7 +95,7 @@ def compressed(
 
 def greatest_difference(decoder: Decoder, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> float:
     """From those of transformers (B, T, V): after a prompt, and after each token that is then given one by one."""
-    cache = Cache(decoder.shape, len(ids), ids.shape[1], decoder.outer.norm)
+    cache = decoder.cache(len(ids), ids.shape[1])
     with torch.no_grad():
         found = [decoder(ids[:, :prompt], cache, 0)]
         found += [decoder(ids[:, i : i + 1], cache, i) for i in range(prompt, ids.shape[1])]
@@ -228,7 +228,7 @@ def test_a_graph_repeats_the_step(name):
     """Oracle: the step run by itself."""
     device = torch.device("cuda")
     decoder = random_decoder(SMALL, name, random_outer(SMALL, 16, device), Operations())
-    cache, ids = Cache(SMALL, 2, 16, decoder.outer.norm), torch.randint(260, (2, 1), device=device)
+    cache, ids = decoder.cache(2, 16), torch.randint(260, (2, 1), device=device)
     with torch.no_grad():
         replay = timing.captured(lambda: decoder(ids, cache, 9), device)
         ids.copy_(torch.randint(260, (2, 1), device=device))

@@ -12,10 +12,8 @@ import tiny
 import torch
 from test_cli import mspc_cli, refused
 from test_resume import content
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mspc
-from mspc.bench.decoder import Block, Cache, Decoder, Operations, OuterLayers, Shape
 from mspc.bench.tables import predictions
 from mspc.errors import InputError
 from mspc.formats.targets import target_from_dict
@@ -545,61 +543,21 @@ def test_rows_that_are_left_out_count(monkeypatch):
     assert product_times.seconds_of(small, work, settings_of(speedup=2.0), lambda: seconds[0]) == pytest.approx(5.0)
 
 
-class Recorded(TorchDispatchMode):
-    """Counts the operations of torch by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Given(torch.nn.Module):
-    """A linear layer that gives what was made before."""
-
-    def __init__(self, *parts):
-        super().__init__()
-        self.parts = parts
-
-    def forward(self, x):
-        return torch.cat(self.parts, -1) if len(self.parts) > 1 else self.parts[0]
-
-
+@pytest.mark.skipif(product_times.library() is None, reason="needs the products in C++")
 @pytest.mark.parametrize("qk_norms", [False, True])
-def test_the_stand_in_does_what_the_bench_does_between_products(qk_norms):
-    """Oracle: the operations of torch that a step of the bench's decoder runs, head and bookkeeping apart."""
+def test_the_rest_of_a_token_is_the_whole_minus_the_products(qk_norms):
+    """Oracle: by hand, with a clock that counts its calls."""
     sizes = replace(SIZES, qk_norms=qk_norms)
-    made = stand_in.StandIn(sizes)
-    shape = Shape("s", 32, 64, 2, 4, 2, 8, 260, tied=False)
-    cos = torch.ones(129, 8)
-    outer = OuterLayers(torch.ones(260, 32), torch.ones(32), torch.ones(260, 32), cos, cos, 1e-5)
-    blocks = [
-        Block(
-            {"qkv": Given(made.q, made.k, made.v), "out": Given(made.out), "gate_up": Given(made.gate, made.up),
-             "down": Given(made.down)},
-            norms, made.qk_norms,
-        )
-        for norms in made.norms
-    ]  # fmt: skip
-    decoder, cache = Decoder(shape, outer, blocks, Operations()), Cache(shape, 1, 129, outer.norm)
-    with torch.no_grad(), Recorded() as of_bench:
-        decoder(made.ids, cache, 128)
-    with torch.no_grad(), Recorded() as of_stand_in:
-        made.seconds(lambda: 0.0)
-    free = {"slice", "select", "view", "transpose", "t", "expand", "unsqueeze", "alias", "detach", "_unsafe_view"}
-    bookkeeping = free | {"mm", "argmax", "remainder", "copy_"}  # the head, and the next id
-
-    def counted(recorded: Recorded) -> Counter:
-        names = Counter({name.split(".")[1]: 0 for name in recorded.names})
-        for name, count in recorded.names.items():
-            names[name.split(".")[1]] += count
-        return Counter({name: count for name, count in names.items() if name not in bookkeeping})
-
-    assert counted(of_stand_in) == counted(of_bench)
-    assert counted(of_bench)["silu"] == 2
+    blocks = list(product_times._blocks(sizes, settings_of(speedup=2.0)))
+    made = stand_in.StandIn(sizes, blocks)
+    assert (made.step.shape, made.step.length) == ((1, sizes.hidden), 129)
+    ticks = iter(range(1000))
+    # A call of the clock is a second: one passes in the blocks, and two outside of them.
+    assert made.seconds(lambda: float(next(ticks))) == (1.0, 2.0)
+    ticks = iter(range(1000))
+    of_products = 0.125
+    found = stand_in.rest_seconds(sizes, blocks, of_products, lambda: float(next(ticks)))
+    assert found == sizes.blocks * (1.0 / len(blocks) - of_products) + 2.0
 
 
 @pytest.mark.skipif(product_times.library() is None, reason="needs the products in C++")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import ON_CPU
 from mspc.kernels.cpu import kernel
 from mspc.kernels.cpu.step import Layer, Part, Step
+from mspc.passes.sampling import cache_keyword
 from mspc.planning.token_work import LIKE_LLAMA
 from mspc.runtime.joined import ConcatenatedLinear, DenseLinear
 from mspc.runtime.linear import SparseLinear
@@ -81,12 +81,12 @@ class Stepper:
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits (1, V) after a prompt (1, T), by the model's own forward."""
-        cache = DynamicCache(config=self.model.config)
-        logits: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         self.position = ids.shape[1]
-        for layer, held in zip(cache.layers, self.caches, strict=True):
+        for layer, held in zip(getattr(output, cache_keyword(self.model)).layers, self.caches, strict=True):
             held[0, :, :, : self.position], held[1, :, :, : self.position] = layer.keys, layer.values
-        return logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     def next(self, token: int) -> Tensor:
         """Logits (1, V) after one more token."""

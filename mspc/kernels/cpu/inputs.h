@@ -7,9 +7,11 @@ namespace {
 inline void load_inputs(const void *x, int64_t is_bfloat16, int64_t first, int64_t count, float *out) {
   if (is_bfloat16) {
     const uint16_t *from = static_cast<const uint16_t *>(x) + first;
+#pragma omp simd
     for (int64_t i = 0; i < count; i++) out[i] = from_bfloat16(from[i]);
   } else {
     const float *from = static_cast<const float *>(x) + first;
+#pragma omp simd
     for (int64_t i = 0; i < count; i++) out[i] = from[i];
   }
 }
@@ -19,6 +21,7 @@ inline float quantize_chunk(const float *values, int64_t count, int64_t planes, 
                             int32_t *sum) {
   float largest = 0;
   uint32_t special = 0;
+#pragma omp simd reduction(max : largest) reduction(| : special)
   for (int64_t i = 0; i < count; i++) {
     float size = float_of(bits_of(values[i]) & 0x7fffffff);
     largest = size > largest ? size : largest;
@@ -26,18 +29,24 @@ inline float quantize_chunk(const float *values, int64_t count, int64_t planes, 
   }
   float most = planes == 2 ? 32639.0f : 127.0f;  // 127 * 256 + 127
   float inverse = largest > 1e-33f && !special ? most / largest : 0.0f;
+  int32_t integers[kChunk];
   int32_t total = 0;
+#pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < count; i++) {
     float scaled = special ? 0.0f : values[i] * inverse;
     int32_t integer = int32_t(bits_of(scaled + 12582912.0f) & 0x7fffff) - 0x400000;  // to the nearest, ties to even
     total += integer;
-    if (planes == 2) {
-      int32_t upper = (integer + 128) >> 8;
+    integers[i] = integer;
+  }
+  if (planes == 2) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; i++) {
+      int32_t upper = (integers[i] + 128) >> 8;
       high[i] = int8_t(upper);
-      low[i] = int8_t(integer - upper * 256);
-    } else {
-      high[i] = int8_t(integer);
+      low[i] = int8_t(integers[i] - upper * 256);
     }
+  } else {
+    for (int64_t i = 0; i < count; i++) high[i] = int8_t(integers[i]);
   }
   *sum = total;
   return special ? float_of(0x7fc00000) : inverse == 0 ? 0.0f : largest / most;
