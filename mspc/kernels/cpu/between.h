@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int64_t kTogether = 64;  // keys or values that heads read in turn, so that they stay in the first cache
+
 // e^x to some 1e-7 of its value: e^x = 2^n e^r with |r| <= ln 2 / 2, and seven terms of the series. x beyond the range
 // of float32 counts as its end.
 inline float exp_of(float x) {
@@ -62,12 +64,34 @@ void gate(const float *gates, const float *up, int64_t count, float *out) {
   for (int64_t i = 0; i < count; i++) out[i] = gates[i] / (1.0f + exp_of(-gates[i])) * up[i];
 }
 
-// softmax(q k^T / sqrt(D)) v of one head: q (D,), keys and values (tokens, D), weights (tokens,) for its own use.
-void attend(const float *q, const float *keys, const float *values, int64_t tokens, int64_t dim, float *weights,
-            float *out) {
-  float scale = 1.0f / __builtin_sqrtf(float(dim)), largest = -3.4e38f, total = 0;
+// Products of q (D,) with four keys that follow each other: one alone would wait for its own sum.
+inline void dots(const float *q, const float *keys, int64_t dim, float *out) {
+  const float *second = keys + dim, *third = second + dim, *fourth = third + dim;
+  float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+  for (int64_t i = 0; i < dim; i++) {
+    a += q[i] * keys[i];
+    b += q[i] * second[i];
+    c += q[i] * third[i];
+    d += q[i] * fourth[i];
+  }
+  out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+}
+
+// out (D,) += the weighted sum of four values that follow each other.
+inline void add_weighted(const float *weights, const float *values, int64_t dim, float *out) {
+  const float *second = values + dim, *third = second + dim, *fourth = third + dim;
+  float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
+#pragma omp simd
+  for (int64_t i = 0; i < dim; i++) out[i] += (a * values[i] + b * second[i]) + (c * third[i] + d * fourth[i]);
+}
+
+// Products (tokens,) to e^(scale (x - the largest)), and their sum.
+inline float powers(float *weights, int64_t tokens, float scale) {
+  float largest = -3.4e38f, total = 0;
+#pragma omp simd reduction(max : largest)
   for (int64_t t = 0; t < tokens; t++) {
-    weights[t] = scale * dot(q, keys + t * dim, dim);
+    weights[t] *= scale;
     largest = weights[t] > largest ? weights[t] : largest;
   }
 #pragma omp simd reduction(+ : total)
@@ -75,15 +99,40 @@ void attend(const float *q, const float *keys, const float *values, int64_t toke
     weights[t] = exp_of(weights[t] - largest);
     total += weights[t];
   }
-  for (int64_t i = 0; i < dim; i++) out[i] = 0;
-  for (int64_t t = 0; t < tokens; t++) {
-    float weight = weights[t];
-    const float *value = values + t * dim;
-#pragma omp simd
-    for (int64_t i = 0; i < dim; i++) out[i] += weight * value[i];
+  return total;
+}
+
+// softmax(q k^T / sqrt(D)) v of some heads with the same keys and values (tokens, D): q (heads, D), in place. `weights`
+// (heads, length) is for its own use. What lies together is read once from memory, for all heads.
+void attend(float *heads, int64_t num_heads, const float *keys, const float *values, int64_t tokens, int64_t dim,
+            float *weights, int64_t length) {
+  for (int64_t first = 0; first < tokens; first += kTogether) {
+    int64_t last = smaller(first + kTogether, tokens), fours = first + (last - first) / 4 * 4;
+    for (int64_t head = 0; head < num_heads; head++) {
+      const float *q = heads + head * dim;
+      float *of_head = weights + head * length;
+      for (int64_t t = first; t < fours; t += 4) dots(q, keys + t * dim, dim, of_head + t);
+      for (int64_t t = fours; t < last; t++) of_head[t] = dot(q, keys + t * dim, dim);
+    }
   }
-  float inverse = 1.0f / total;
-  for (int64_t i = 0; i < dim; i++) out[i] *= inverse;
+  float scale = 1.0f / __builtin_sqrtf(float(dim));
+  for (int64_t head = 0; head < num_heads; head++) {
+    float *of_head = weights + head * length, inverse = 1.0f / powers(of_head, tokens, scale);
+    for (int64_t t = 0; t < tokens; t++) of_head[t] *= inverse;
+  }
+  for (int64_t i = 0; i < num_heads * dim; i++) heads[i] = 0;
+  for (int64_t first = 0; first < tokens; first += kTogether) {
+    int64_t last = smaller(first + kTogether, tokens), fours = first + (last - first) / 4 * 4;
+    for (int64_t head = 0; head < num_heads; head++) {
+      const float *of_head = weights + head * length;
+      float *out = heads + head * dim;
+      for (int64_t t = first; t < fours; t += 4) add_weighted(of_head + t, values + t * dim, dim, out);
+      for (int64_t t = fours; t < last; t++) {
+#pragma omp simd
+        for (int64_t i = 0; i < dim; i++) out[i] += of_head[t] * values[t * dim + i];
+      }
+    }
+  }
 }
 
 constexpr Between kBetween = {norm, add, rotate, gate, attend};

@@ -47,8 +47,8 @@ struct Between {
   void (*add)(float *x, const float *y, int64_t count);
   void (*rotate)(const float *head, const float *cos, const float *sin, int64_t dim, float *out);
   void (*gate)(const float *gates, const float *up, int64_t count, float *out);
-  void (*attend)(const float *q, const float *keys, const float *values, int64_t tokens, int64_t dim, float *weights,
-                 float *out);
+  void (*attend)(float *heads, int64_t num_heads, const float *keys, const float *values, int64_t tokens, int64_t dim,
+                 float *weights, int64_t length);
 };
 
 // What each instruction set has.

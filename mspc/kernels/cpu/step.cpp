@@ -88,12 +88,10 @@ struct Attention {
     self.turned(sequence, d.heads + kv_head, self.layer.k_norm, keys + self.first * dim);
     const float *value = self.qkv.at(sequence, (d.heads + d.kv_heads + kv_head) * dim);
     for (int64_t i = 0; i < dim; i++) values[self.first * dim + i] = value[i];
-    for (int64_t head = kv_head * of_kv; head < (kv_head + 1) * of_kv; head++) {
-      float *mixed = self.work.mixed + (sequence * d.heads + head) * dim;
-      float *weights = self.work.weights + (sequence * d.heads + head) * d.length;
-      self.turned(sequence, head, self.layer.q_norm, mixed);
-      self.between.attend(mixed, keys, values, self.first + 1, dim, weights, mixed);
-    }
+    float *heads = self.work.mixed + (sequence * d.heads + kv_head * of_kv) * dim;
+    float *weights = self.work.weights + (sequence * d.heads + kv_head * of_kv) * d.length;
+    for (int64_t i = 0; i < of_kv; i++) self.turned(sequence, kv_head * of_kv + i, self.layer.q_norm, heads + i * dim);
+    self.between.attend(heads, of_kv, keys, values, self.first + 1, dim, weights, d.length);
   }
 
   // A head of queries or keys, with its norm and rotation.
