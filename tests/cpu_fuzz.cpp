@@ -3,7 +3,7 @@
 //     cpu_fuzz ROUNDS SEED
 //
 // Every part of a matrix has memory of its own, of exactly its size. A sanitizer ends the process at the first fault.
-// The last number is a digest of all portable products, which is the same on every processor.
+// Steps of small decoders follow. The last number is a digest of all portable products, which is the same on every processor.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +22,8 @@ void mspc_unpack(const mspc_matrix *, int64_t first_row, int64_t num_rows, uint8
 void mspc_expand(const mspc_matrix *, int64_t first_row, int64_t num_rows, float *out, int64_t threads);
 void mspc_product(const mspc_matrix *, int64_t isa, const void *x, int64_t is_bfloat16, int64_t tokens, void *y,
                   int64_t planes, int64_t threads);
+int64_t mspc_step_floats(const mspc_decoder *);
+void mspc_step(const mspc_decoder *, float *x, int64_t first, float *workspace, int64_t threads);
 }
 
 namespace {
@@ -119,7 +121,6 @@ void choose_codes(const mspc_matrix &m, const uint8_t *keep, uint8_t *codes) {
 
 void make(Case &made) {
   mspc_matrix &m = made.m;
-  describe(m);
   int64_t blocks = num_blocks(m), count = m.rows * m.columns, bytes = has_codes(m) ? 1 : m.content == kFloat32 ? 4 : 2;
   Memory keep, entries, starts;
   keep.take(count), entries.take(count * bytes), starts.take(8 * (blocks + 1));
@@ -190,6 +191,45 @@ void use(const mspc_matrix &m) {
   out.release(), entries.release(), keep.release();
 }
 
+// A decoder of one block, with sizes that leave tails everywhere, and its matrices apart or joined.
+void step() {
+  int64_t batch = 1 + below(3), kv_heads = 1 + below(3), heads = kv_heads * (1 + below(3)), dim = 2 + 2 * below(20);
+  int64_t hidden = 1 + below(70), intermediate = 1 + below(70), length = 1 + below(140);
+  int64_t queries = heads * dim, keys = kv_heads * dim, qkv = below(2) ? 3 : 1, gate_up = 1 + below(2);
+  const int64_t contents[] = {8, 4, 3, 2, kBfloat16, kFloat32};
+  int64_t rows[] = {qkv == 3 ? queries : queries + 2 * keys, keys, keys, hidden,
+                    gate_up == 2 ? intermediate : 2 * intermediate, intermediate, hidden};
+  int64_t columns[] = {hidden, hidden, hidden, queries, hidden, hidden, intermediate};
+  Case cases[7];
+  Memory biases[7], of_layer[5], of_decoder[5];
+  mspc_part parts[7];
+  for (int64_t i = 0; i < 7; i++) {
+    mspc_matrix &m = cases[i].m;
+    m.rows = rows[i], m.columns = m.group = columns[i], m.content = one_of(contents);
+    make(cases[i]);
+    if (below(2)) biases[i].take(4 * m.rows);
+    parts[i] = mspc_part{&m, reinterpret_cast<float *>(biases[i].start)};
+  }
+  int64_t has_norms = below(2);
+  const int64_t floats_of_layer[] = {hidden, hidden, has_norms * dim, has_norms * dim, 2 * batch * keys * length};
+  for (int64_t i = 0; i < 5; i++)
+    if (floats_of_layer[i]) of_layer[i].take(4 * floats_of_layer[i]);
+  auto of = [](Memory &memory) { return reinterpret_cast<float *>(memory.start); };
+  mspc_layer layer{qkv, gate_up, {parts[0], parts[1], parts[2]}, parts[3], {parts[4], parts[5]}, parts[6],
+                   of(of_layer[0]), of(of_layer[1]), of(of_layer[2]), of(of_layer[3]), of(of_layer[4])};
+  of_decoder[0].take(4 * length * dim), of_decoder[1].take(4 * length * dim), of_decoder[2].take(4 * hidden);
+  mspc_decoder decoder{batch, hidden, intermediate, heads, kv_heads, dim, length, 1, 0, 1 + below(2), 1e-5,
+                       of(of_decoder[0]), of(of_decoder[1]), of(of_decoder[2]), &layer};
+  of_decoder[3].take(4 * mspc_step_floats(&decoder)), of_decoder[4].take(4 * batch * hidden);
+  for (int64_t isa = 0; isa < 3; isa++) {
+    decoder.isa = isa;
+    if (mspc_has(isa)) mspc_step(&decoder, of(of_decoder[4]), below(length), of(of_decoder[3]), 1 + below(2));
+  }
+  for (Memory &memory : biases) memory.release();
+  for (Memory &memory : of_layer) memory.release();
+  for (Memory &memory : of_decoder) memory.release();
+}
+
 }  // namespace
 
 int main(int count, char **given) {
@@ -198,6 +238,7 @@ int main(int count, char **given) {
   for (int64_t round = 0; round < rounds; round++) {
     Case made;
     engine.seed(uint64_t(2 * (seed * rounds + round)));
+    describe(made.m);
     make(made);
     if (!made.fits()) {
       printf("round %ld: a matrix that is whole was refused\n", long(round));
@@ -210,6 +251,7 @@ int main(int count, char **given) {
     taken++;
     use(made.m);
   }
+  for (int64_t round = 0; round < rounds / 4; round++) step();
   printf("%ld whole, %ld spoiled and taken, %ld refused, %016lx\n", long(rounds), long(taken), long(rounds - taken),
          (unsigned long)digest);
   return 0;

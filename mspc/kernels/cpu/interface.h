@@ -21,6 +21,30 @@ struct mspc_matrix {
   uint16_t *scales;   // float16 (blocks, groups, 16); null without codes
   uint8_t *zeros;     // (blocks, groups, 16); null if symmetric or without codes
 };
+
+// A matrix, and its bias or null.
+struct mspc_part {
+  const mspc_matrix *matrix;
+  const float *bias;
+};
+
+// Queries, keys and values in this order, each a matrix of its own or some of them joined; so gates and up.
+struct mspc_layer {
+  int64_t num_qkv, num_gate_up;
+  mspc_part qkv[3], out, gate_up[2], down;
+  const float *attention_norm, *mlp_norm;
+  const float *q_norm, *k_norm;  // (head_dim,), or null
+  float *cache;                  // keys and values (2, batch, kv_heads, length, head_dim)
+};
+
+struct mspc_decoder {
+  int64_t batch, hidden, intermediate, heads, kv_heads, head_dim, length, num_layers;
+  int64_t isa, planes;
+  double eps;
+  const float *cos, *sin;  // (length, head_dim)
+  const float *norm;       // of the last block's outputs
+  const mspc_layer *layers;
+};
 }
 
 // The inputs of a product in the order of positions, where padding is 0.
