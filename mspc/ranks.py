@@ -189,7 +189,7 @@ def _connected() -> Iterator[None]:
     except RuntimeError as error:
         raise LostRank(
             f"rank {rank()} lost its connection to another rank, which ended or left the network ({in_brief(error)}). "
-            "Nothing that was finished is lost: run the command again with --resume."
+            "Run the command again: `mspc compress` goes on with --resume."
         ) from error
 
 

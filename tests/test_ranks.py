@@ -146,6 +146,56 @@ def test_experts_are_shared(number, folder_of, alone, shared, tmp_path):
     assert content(tmp_path / str(number)) == content(tmp_path / "1")
 
 
+def evaluated(*options: object) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "mspc", "eval", *map(str, options), "--json", "--threads", "1"],
+        capture_output=True, text=True, timeout=600, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Perplexity: done") == 1
+    return json.loads(done.stdout)
+
+
+def test_windows_of_a_test_text_are_shared(llama, folder_of, calibration):
+    """Oracle: one process. Seven windows are four and three."""
+    options = (
+        llama,
+        "--text",
+        calibration,
+        "--sequence-length",
+        24,
+        "--max-windows",
+        7,
+        "--against",
+        folder_of("qwen2"),
+    )
+    expected, found = evaluated(*options), evaluated(*options, "--ranks", 2)
+    assert found.keys() == expected.keys()
+    assert (found["windows"], found["tokens"]) == (7, 7 * 23)
+    for name in ("perplexity", "divergence", "perplexity_interval", "divergence_interval", "reference_perplexity"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-windows", 2, "--ranks", 4), "4 ranks cannot share 2 windows"),
+        (("--inputs", "int8", "--ranks", 2), "--inputs has no effect with --ranks 2"),
+        (("--tasks", "arc_easy", "--ranks", 2), "--ranks has no effect with --tasks"),
+        (("--ranks", 3), "3 ranks cannot share a run"),
+    ],
+)
+def test_evaluations_that_ranks_cannot_share(options, message, llama, calibration, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mspc", "eval", *map(str, (llama, "--text", calibration, *options))],
+        capture_output=True, text=True, timeout=600, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in said(done)
+
+
 COLLECTIVES = """
 import torch
 from functools import partial

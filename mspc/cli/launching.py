@@ -49,8 +49,8 @@ def _launch(number: int) -> int:
         # Those that are left when one is killed get SIGTERM.
         rank = next((other for other, code in codes.items() if code != -signal.SIGTERM), rank)
         raise MspcError(
-            f"rank {rank} was ended by {signal.Signals(-codes[rank]).name}. Nothing that was finished is lost: run the "
-            "command again with --resume."
+            f"rank {rank} was ended by {signal.Signals(-codes[rank]).name}. Run the command again: "
+            "`mspc compress` goes on with --resume."
         ) from error
     except SignalException as error:  # each rank has got it too, and the first one says so
         return 128 + int(error.sigval)

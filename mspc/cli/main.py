@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mspc.cli.bench_command import bench
-from mspc.cli.compress_command import compress
+from mspc.cli.compress_command import RanksOption, compress
 from mspc.cli.console import (  # fmt: skip
     ArtifactArgument,
     ColumnOption,
@@ -29,12 +29,14 @@ from mspc.cli.console import (  # fmt: skip
 )
 from mspc.cli.export_commands import export, verify
 from mspc.cli.generate_command import generate
+from mspc.cli.launching import launched
 from mspc.cli.plan_command import plan
 from mspc.cli.push_command import push
 from mspc.cli.report_command import report
 from mspc.cli.tasks import TASKS, ask, refuse
 from mspc.cli.timings_command import timings
-from mspc.progress import log
+from mspc.progress import Silent, log
+from mspc.ranks import allow, is_first, start, stop
 from mspc.version import __version__
 
 app = typer.Typer(
@@ -109,6 +111,7 @@ def eval_(
     dtype: DtypeOption = None,
     inputs: InputsOption = None,
     threads: ThreadsOption = None,
+    ranks: RanksOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -131,14 +134,23 @@ def eval_(
     on_tasks = {"limit": limit, "num_fewshot": num_fewshot, "include_path": include_path, "batch_size": batch_size}
     shared: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "threads": threads}
     if tasks is not None:
+        with reported(debug):
+            refuse({"ranks": ranks}, "with --tasks")
         ask(paths, tasks, against, on_text, on_tasks | shared, as_json, debug)
         return
     results: list[tuple[str, dict[str, Any]]] = []
+    allow()
     with reported(debug):
         refuse(on_tasks, "without --tasks")
+        if ranks not in (None, 1):
+            refuse({"inputs": inputs}, f"with --ranks {ranks}, as the model is then loaded whole")
+        if (code := launched(ranks)) is not None:
+            raise typer.Exit(code)
         from mspc.api import evaluate
         from mspc.storage.manifest import was_recovered
 
+        start()
+        shared["progress"] = True if is_first() else Silent()
         try:
             for path in paths:
                 given: dict[str, Any] = {
@@ -151,7 +163,9 @@ def eval_(
                 row = {name: value for name, value in asdict(found).items() if value is not None}
                 results.append((path, row | ({"recovered": True} if was_recovered(Path(path)) else {})))
         finally:  # what was measured is shown when a later path fails
-            _show(results, against, as_json, several=len(paths) > 1)
+            if is_first():
+                _show(results, against, as_json, several=len(paths) > 1)
+        stop()
 
 
 def _show(results: list[tuple[str, dict[str, Any]]], against: str | None, as_json: bool, several: bool) -> None:

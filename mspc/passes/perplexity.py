@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -45,10 +45,19 @@ class Perplexity:
 def measure(
     model: StreamedModel, ids: Tensor, reference: StreamedModel | None = None, begin: int = 0
 ) -> Iterator[Perplexity | None]:
-    """Yield None after each block, for progress, and at last the perplexity of windows (N, T).
+    """Yield None after each block, for progress, and at last the perplexity of windows (N, T), which ranks share.
 
-    Each window begins with `begin` tokens that are no text, and that are not scored.
+    Each window begins with `begin` tokens that are no text, and that are not scored. Raises InputError if there are
+    fewer windows than ranks.
     """
+    if len(ids) < ranks.size():
+        raise InputError(
+            f"{ranks.size()} ranks cannot share {len(ids)} windows of the test text. Choose at most {len(ids)} with "
+            "--ranks, or give a longer --text or a shorter --sequence-length."
+        )
+    with ranks.together():
+        own, _ = ranks.share_of(len(ids))
+    ids = ids[own.start : own.stop]
     batches = batches_of(model, ids)
     reference_batches = [] if reference is None else batches_of(reference, ids)
     for index in range(len(model.blocks)):
@@ -57,7 +66,11 @@ def measure(
                 with one.loaded(index) as block:
                     advance(one, index, block, its_batches)
         yield None
-    result = score(model, batches, begin, reference, reference_batches)
+    sums = window_by_window(model, batches, begin, reference, reference_batches)
+    of_ranks = ranks.of_each([asdict(of_window) for of_window in sums])
+    result = means(
+        [Sums(**of_window) for of_rank in of_ranks for of_window in of_rank], ids.shape[1], first_scored(begin)
+    )
     if not math.isfinite(result.nll):
         with model.loaded_outer() as outer:
             error = not_finite(outer, "The head", model.dtype)
@@ -74,6 +87,18 @@ def score(
     reference_batches: Sequence[Batch] = (),
 ) -> Perplexity:
     """The perplexity of windows that have passed all blocks, those of the reference too."""
+    sums = window_by_window(model, batches, begin, reference, reference_batches)
+    return means(sums, batches[0].ids.shape[1], first_scored(begin))
+
+
+def window_by_window(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    begin: int = 0,
+    reference: StreamedModel | None = None,
+    reference_batches: Sequence[Batch] = (),
+) -> "list[Sums]":
+    """The sums of each window, as `score` needs them."""
     first, size = first_scored(begin), max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     windows = [window for batch in batches for window in batch.sequences()]
     expected = [window for batch in reference_batches for window in batch.sequences()]
@@ -93,8 +118,7 @@ def score(
         memory = min(logits_bytes(model, windows[0].ids), BUFFERS * 4 * LOGITS_AT_ONCE) * (
             1 if reference is None else 2
         )
-        sums = list(run(of_window, range(len(windows)), memory))
-    return means(sums, batches[0].ids.shape[1], first)
+        return list(run(of_window, range(len(windows)), memory))
 
 
 def first_scored(begin: int) -> int:
