@@ -1,5 +1,6 @@
 """Turns a request into a plan of measurements, and checks it before any model is made."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from mspc.bench.formats import DENSE, parse_format
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
+    TORCH16,
+    bytes_of_matrix,
     check_format,
     check_model,
     compute_dtype,
@@ -21,6 +24,8 @@ from mspc.bench.models import (
     random_bytes,
     shape_of,
 )
+from mspc.bench.peers.blocks import misfit
+from mspc.bench.peers.engines import AUTO, NONE, choose, formats_of
 from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
@@ -40,6 +45,9 @@ CONTEXTS = {"cuda": (128, 2048), "cpu": (128,)}
 MAX_WINDOWS = 20
 """Windows of a perplexity."""
 PREFILLS = {"cuda": (512, 2048), "cpu": (128,)}
+HEAD_BITS = {"cuda": 16, "cpu": 8}
+PEER_BYTES = {"Q4_0": 0.6, "Q4_K": 0.6, "Q8_0": 1.1, "int4": 1.2}
+"""Bytes a weight in the memory of another engine: an estimate, with room to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,9 @@ class Request:
     sequence_length: int | None = None
     threads: int | None = None
     inputs: str = INPUTS[0]
+    peers: str = NONE
+    """Other engines, as in `engines.choose`. The default of the command line is `auto`."""
+    head_bits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +95,8 @@ class Candidate:
     folder: Path | None = None
     baseline: str | None = None
     """Its name in BASELINES, if it is a baseline."""
+    peer: str | None = None
+    """The other engine that runs it, with random weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +110,13 @@ class Plan:
     repeats: int
     device: torch.device
     left_out: tuple[str, ...]
-    """The reasons why a baseline is not measured."""
+    """What is not measured, and why."""
     evaluation: Evaluation | None = None
     """None: no perplexity is measured."""
     inputs: str = INPUTS[0]
     """As in `load`."""
+    head_bits: int = 16
+    """Bits of the head of random weights in codes; 16 is a dense one."""
 
     @property
     def length(self) -> int:
@@ -118,12 +133,16 @@ def make_plan(request: Request) -> Plan:
     if device.type not in BATCHES:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")
     check_inputs(request.inputs, device)
+    head_bits = _head_bits(request, device)
+    engines, left_out = _engines(request, device, head_bits)
     shapes, limit = _shapes(request, device)
-    groups, left_out = [], []
+    groups = []
     for shape, paths in shapes:
         group, reason = _candidates(request, shape, paths)
-        groups.append(tuple(group))
-        left_out += [reason] if reason else []
+        peers, reasons = _peers(shape, engines, group)
+        groups.append((*group, *peers))
+        left_out += [f"torch's int4 is left out: {reason}"] if reason else []
+        left_out += reasons
     repeats = REPEATS[device.type] if request.repeats is None else request.repeats
     if repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {repeats}.")
@@ -132,7 +151,7 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out), _evaluation(request), request.inputs,
+        repeats, device, tuple(left_out), _evaluation(request), request.inputs, head_bits,
     )  # fmt: skip
     if request.inputs != INPUTS[0] and not any(has_codes(one) for group in plan.groups for one in group):
         raise InputError(f"--inputs {request.inputs} has no effect on matrices without codes. Leave it out.")
@@ -142,8 +161,10 @@ def make_plan(request: Request) -> Plan:
 
 def has_codes(candidate: Candidate) -> bool:
     """Tell if mspc multiplies codes of this candidate."""
+    if candidate.peer is not None or candidate.format in (TINYGEMM, TORCH16):
+        return False
     if candidate.format is not None:
-        return candidate.format != TINYGEMM and parse_format(candidate.format).grid is not None
+        return parse_format(candidate.format).grid is not None
     assert candidate.folder is not None
     return any(matrix.grid is not None for matrix in matrices_of(candidate.folder))
 
@@ -209,6 +230,51 @@ def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[
     return baselines + [Candidate(name, shape, name) for name in formats if name != DENSE], reason
 
 
+def _head_bits(request: Request, device: torch.device) -> int:
+    """Bits of the head of random weights in codes: on a CPU those that `compress` gives it, on CUDA a dense one."""
+    bits = HEAD_BITS[device.type] if request.head_bits is None else request.head_bits
+    if bits not in (4, 8, 16):
+        raise InputError(f"--head-bits must be 4, 8 or 16, not {bits}.")
+    return bits
+
+
+def _engines(request: Request, device: torch.device, head_bits: int) -> tuple[list[str], list[str]]:
+    """The other engines to measure, and lines about those that are not. Raises InputError for one that cannot be."""
+    if device.type != "cpu" and request.peers in (AUTO, NONE):
+        return [], []
+    engines, told = choose(request.peers)
+    for reason, is_so in (
+        (f"--peers measures other engines on a CPU, not on {device.type}. Leave it out, or add --device cpu.",
+         device.type != "cpu"),
+        ("--head-bits 16 is not for other engines, whose heads have 4 or 8. Leave it out, or choose --peers none.",
+         head_bits == 16),
+    ):  # fmt: skip
+        if is_so and engines:
+            if request.peers == AUTO:
+                return [], [reason]
+            raise InputError(reason)
+    return engines, [told] if told else []
+
+
+def _peers(shape: Shape, engines: list[str], group: list[Candidate]) -> tuple[list[Candidate], list[str]]:
+    """Rows of other engines for a shape, with what they are to be compared with; and what does not fit, and why."""
+    if not engines:
+        return [], []
+    found, left_out = [Candidate("bf16 (torch)", shape, TORCH16)], []
+    if not any(candidate.format == "int4" for candidate in group):
+        try:
+            check_format(shape, "int4")
+            found.append(Candidate("int4", shape, "int4"))
+        except InputError as error:
+            left_out.append(f"mspc's int4 is left out: {error}")
+    for engine, name in formats_of(engines):
+        if reason := misfit(shape, name):
+            left_out.append(f"{engine} {name} is left out: {shape.name} has {reason}.")
+        else:
+            found.append(Candidate(f"{engine} {name}", shape, name, peer=engine))
+    return found, left_out
+
+
 def _is_dense(folder: Path) -> bool:
     return not (is_artifact(folder) or is_sparse_export(folder))
 
@@ -248,6 +314,22 @@ def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most:
     return tuple(dict.fromkeys(asked))
 
 
+def needed_bytes(plan: Plan, candidate: Candidate) -> int:
+    """Bytes of the weights of a candidate in memory, without those that others share, and of its caches."""
+    shape, dtype = candidate.shape, compute_dtype(plan.device)
+    tokens = max(max(plan.batches) * (max(plan.contexts) + 1), *plan.prefills)
+    weights, head = shape.block_weights * shape.blocks, shape.hidden * shape.vocabulary
+    if candidate.folder is not None:
+        matrices = matrices_of(candidate.folder)
+        dense = dtype.itemsize * (weights - sum(math.prod(matrix.shape) for matrix in matrices))
+        stored = sum(bytes_of_matrix(matrix) for matrix in matrices)
+        return max(dense, 0) + stored + outer_bytes(shape, dtype) + shape.cache_bytes(tokens, dtype.itemsize)
+    if candidate.peer is not None:
+        return int(PEER_BYTES[candidate.format or ""] * weights) + 2 * head
+    assert candidate.format is not None
+    return random_bytes(shape, candidate.format, dtype) + 2 * head + shape.cache_bytes(tokens, dtype.itemsize)
+
+
 def check_memory(plan: Plan, free: int) -> None:
     """Raises InputError if the largest candidate with random weights and its cache do not fit."""
     dtype = compute_dtype(plan.device)
@@ -256,7 +338,7 @@ def check_memory(plan: Plan, free: int) -> None:
         tokens = max(max(plan.batches) * (max(plan.contexts) + 1), *plan.prefills)
         cache = shape.cache_bytes(tokens, dtype.itemsize)
         for candidate in group:
-            if candidate.format is None:
+            if candidate.format is None or candidate.peer is not None:
                 continue
             weights = random_bytes(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
             weights += copied_bytes(shape, candidate.format) if plan.device.type == "cuda" else 0
