@@ -41,7 +41,7 @@ from mspc.bench.models import (
     shape_of,
     stored_dtype,
 )
-from mspc.bench.request import Request, check_memory, make_plan
+from mspc.bench.request import Request, check_memory, make_plan, needed_bytes
 from mspc.bench.rows import compare
 from mspc.bench.run import bench
 from mspc.bench.tables import compared_with, gain, notes, tables, verdicts
@@ -379,9 +379,9 @@ def test_ratios_are_those_of_the_same_rounds():
     """Oracle: by hand. Two contenders that a busy machine slows in the same rounds differ by no noise."""
     one, other = [1.0, 5.0, 2.0, 9.0, 1.0], [2.0, 10.0, 4.0, 18.0, 2.0]
     rows = [{"round_seconds": seconds, "seconds": spread(seconds)} for seconds in (other, one)]
-    assert timing.ratios(*rows) == {"p10": 2.0, "median": 2.0, "p90": 2.0}
-    alone = [row | {"round_seconds": None} for row in rows]
-    found = timing.ratios(*alone)
+    assert timing.ratios(*rows, in_turns=True) == {"p10": 2.0, "median": 2.0, "p90": 2.0}
+    found = timing.ratios(*rows, in_turns=False)
+    assert found == timing.ratios(*(row | {"round_seconds": None} for row in rows), in_turns=True)
     assert found["p10"] == spread(other)["p10"] / spread(one)["p90"] < 1 < 2.0 == found["median"]
     assert found["p90"] == spread(other)["p90"] / spread(one)["p10"]
 
@@ -396,7 +396,10 @@ def test_ratios_are_those_of_the_same_rounds():
         (Request(shapes="from-model"), "--shapes from-model takes them from PATH. Give a PATH"),
         (Request(shapes="2b"), "Unknown shapes '2b': choose one of 1b, 8b, from-model."),
         (Request(shapes="1b", baseline="fp8"), "Unknown baseline 'fp8': choose one of bf16, int4."),
-        (Request(shapes="1b", formats=("2:4", "int5")), "Unknown format 'int5'. Choose dense, int8, int4, int3, int2,"),
+        (
+            Request(shapes="1b", formats=("2:4", "int5")),
+            "Unknown format 'int5'. Choose dense, bf16, int8, int4, int3, int2,",
+        ),
         (Request(shapes="1b", formats=("sparse",)), "Unknown format 'sparse'"),
         (Request(shapes="1b", formats=("2:4+",)), "Unknown format '2:4+'"),
         (Request(shapes="1b", formats=("2:4+50%+int4",)), "Unknown format '2:4+50%+int4'"),
@@ -418,15 +421,17 @@ def test_what_cannot_be_measured_is_said_first(request_, message):
         make_plan(request_)
 
 
-def test_what_models_do_not_allow(folder_of, wide, monkeypatch):
-    path = str(wide)
+def test_what_models_do_not_allow(folder_of, wide, tmp_path, monkeypatch):
+    path, narrow = str(wide), tiny.build(tmp_path / "narrow", "llama", hidden_size=48)
     refusals = {
         Request((path,), contexts=(128,)): "--context 128 is longer than the model allows (127). Lower it.",
         Request((path,), prefills=(129,)): "--prefill 129 is longer than the model allows (128). Lower it.",
         Request((path,), formats=("2:4",)): f"--format is for random weights, but {path} has its own. Add --shapes",
         Request((str(folder_of("gpt2")),)): "is a gpt2 model, but the bench runs llama, mistral, qwen2, qwen3",
         Request((str(folder_of("llama")),), baseline="int4"): "torch's int4 product needs outputs divisible by 16",
-        Request((str(folder_of("llama")),), shapes="from-model", formats=("int4",)): "int4: qkv of llama has 32 inputs",
+        Request(
+            (str(narrow),), shapes="from-model", formats=("int4",)
+        ): "int4: qkv of narrow has 48 inputs, but needs a multiple of 32 for groups of 32 that share a scale",
     }
     for request, message in refusals.items():
         with pytest.raises(InputError, match=re.escape(message)):
@@ -447,6 +452,26 @@ def test_a_model_that_does_not_fit_is_refused():
     )
     with pytest.raises(InputError, match=re.escape(message)):
         check_memory(plan, needed - 1)
+
+
+def test_rows_that_do_not_fit_at_once_are_measured_in_lots(wide, monkeypatch, caplog):
+    """Oracle: the sizes of the lots, from the memory that is free. Rows of other lots are compared by their spreads."""
+    request = Request((str(wide),), shapes="from-model", formats=("2:4",), contexts=(8,), prefills=(8,), repeats=3)
+    plan = make_plan(replace(request, device="cpu"))
+    (group,) = plan.groups
+    needed = {one.name: needed_bytes(plan, one) for one in group}
+    assert needed["int4 (torch)"] < needed["2:4"] < needed["dense"]
+    shared = outer_bytes(group[0].shape, torch.float32)
+    free = bench_run.TO_MAKE * (shared + needed["int4 (torch)"] + needed["2:4"] + 1)
+    monkeypatch.setattr(bench_run, "free_memory", lambda device: int(free))
+    with caplog.at_level("WARNING", logger="mspc"):
+        result = bench(replace(request, device="cpu"), progress=False)
+    assert "in 2 lots, and only those of one lot take turns" in caplog.text
+    dense, torch_int4, ours = result["rows"]
+    assert [row["lot"] for row in result["rows"]] == [1, 0, 0]
+    for base, together in ((dense, False), (torch_int4, True)):
+        found = ours["decode"][0]["speedup_spread"][base["baseline"]]
+        assert found == timing.ratios(base["decode"][0], ours["decode"][0], in_turns=together)
 
 
 def test_sizes_that_a_model_does_not_reach_are_left_out(wide):

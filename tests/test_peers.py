@@ -17,12 +17,15 @@ from test_bench import check_schema, small_ceilings  # noqa: F401  a fixture
 from test_cli import mspc_cli, refused
 
 from mspc.bench.decoder import Block, Cache, Decoder, Operations, OuterLayers, Shape
-from mspc.bench.models import EPS, rotations
-from mspc.bench.peers import engines
+from mspc.bench.mixtures import mixture_bytes, mixture_decoder, mixture_of
+from mspc.bench.models import EPS, random_outer, rotations
+from mspc.bench.peers import engines, files
 from mspc.bench.peers.blocks import block_of, misfit
 from mspc.bench.request import Request, make_plan
+from mspc.bench.run import bench
 from mspc.errors import InputError
 from mspc.runtime.joined import DenseLinear
+from mspc.types import Grid, Unstructured
 
 gguf = pytest.importorskip("gguf")
 SHAPE = Shape("small", 256, 512, 3, 4, 2, 64, 320, tied=True)
@@ -157,6 +160,87 @@ def test_blocks_are_the_longest_that_fit():
     assert misfit(odd, "Q4_K") == "rows of 576 weights are no multiple of 256"
     assert misfit(odd, "Q4_0") is misfit(odd, "int4") is None
     assert misfit(replace(SHAPE, hidden=40), "int4") == "rows of 40 weights are no multiple of 16"
+
+
+# Files
+
+
+def test_bytes_of_files_are_those_of_their_parts(tmp_path):
+    """Oracle: the bytes that were written. Embeddings are the head where there is no other one."""
+    from mspc.bench.peers.random_gguf import write
+
+    found = write(tmp_path / "random.gguf", SHAPE, "Q4_0", "Q8_0")
+    assert files.prepared(tmp_path / "random.gguf", "llama.cpp", tmp_path)[1] == found
+    sizes = [("model.layers.0.a.weight", 5), ("model.embed_tokens.weight", 7), ("model.norm.weight", 2), ("x", 1)]
+    heads = ("lm_head.", "model.embed_tokens.")
+    assert files.counted(sizes, "model.layers.", heads) == {"linears": 5, "norms": 2, "head": 7}
+    sizes.append(("lm_head.weight", 9))
+    assert files.counted(sizes, "model.layers.", heads) == {"linears": 5, "norms": 2, "head": 9}
+
+
+def test_files_are_run_as_they_are(artifact_of, tmp_path, monkeypatch):
+    """Oracle: the bytes of the codes of the artifact, whose GGUF file and ONNX model these are."""
+    for name in ("llama.cpp", "onnxruntime"):
+        needs(name)
+    artifact = artifact_of("llama", sparsity=0.0, bits=4, group_size=32)
+    folder = artifact.export("onnx", tmp_path / "onnx", weights="matmulnbits", verify=False, progress=False)
+    paths = (str(artifact.path), str(tmp_path / "onnx"))
+    assert folder
+    request = Request(
+        paths, contexts=(8,), prefills=(8,), repeats=1, perplexity=False, peers="onnxruntime", device="cpu"
+    )
+    rows = {row["name"]: row for row in bench(request, progress=False)["rows"]}
+    row = rows[f"onnxruntime {paths[1]}"]
+    assert not row["random_weights"]
+    weights = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in artifact.manifest["matrices"])
+    assert row["decode"][0]["bytes"]["linears"] == weights * (4 + 32 / 32) / 8
+    assert row["decode"][0]["seconds"]["median"] > 0
+    with pytest.raises(InputError, match="is an ONNX model, for onnxruntime and openvino on a CPU"):
+        make_plan(replace(request, peers="none"))
+    text = (tmp_path / "onnx" / "genai_config.json").read_text()
+    (tmp_path / "onnx" / "genai_config.json").write_text(
+        text.replace('"log_id"', '"custom_ops_library": "x.so", "log_id"')
+    )
+    with pytest.raises(InputError, match=r"asks for the library x\.so, and mspc runs none of an export"):
+        bench(request, progress=False)
+
+
+# Mixtures
+
+
+def test_a_mixture_has_the_formats_of_an_artifact(artifact_of):
+    """Oracle: the rows of its manifest, at the same relative depth."""
+    artifact = artifact_of("llama", sparsity=0.5)
+    rows = {row["name"]: row for row in artifact.manifest["matrices"]}
+    mixture = mixture_of(artifact.path, 3)
+    depth = 1 + max(int(name.split(".")[2]) for name in rows)
+    for number, of_block in enumerate(mixture):
+        assert len(of_block) == 7
+        for part, target in of_block.items():
+            row = rows[f"model.layers.{round(number * (depth - 1) / 2)}.{part}"]
+            assert target.pattern == Unstructured(row["sparsity"])
+            assert target.grid == (row["bits"] and Grid(row["bits"], 128))
+    outer = random_outer(SHAPE, 8, torch.device("cpu"))
+    decoder = mixture_decoder(SHAPE, str(artifact.path), outer, Operations())
+    assert decoder.weight_bytes()["linears"] == mixture_bytes(SHAPE, str(artifact.path))
+    with torch.inference_mode():
+        assert decoder(torch.zeros(1, 2, dtype=torch.long), Cache(SHAPE, 1, 8, outer.norm), 0).isfinite().all()
+
+
+def test_an_artifact_is_a_format_of_the_bench(artifact_of, wide):
+    artifact = artifact_of("llama", pattern="2:4", bits=4, group_size=16)
+    formats = (str(artifact.path), "2:4+int4")
+    request = Request((str(wide),), shapes="from-model", formats=formats, contexts=(8,), prefills=(8,), repeats=1)
+    mixture, same = bench(replace(request, device="cpu"), progress=False)["rows"][-2:]
+    assert mixture["name"] == str(artifact.path)
+    assert mixture["bits_per_weight"] == same["bits_per_weight"] == 3.125
+
+
+def test_an_artifact_of_a_part_is_no_format(artifact_of, wide):
+    artifact = artifact_of("llama", pattern="2:4", skip=["k_proj"])
+    request = Request((str(wide),), shapes="from-model", formats=(str(artifact.path),), device="cpu")
+    with pytest.raises(InputError, match="has no self_attn.k_proj in block 0, so it cannot be a format"):
+        make_plan(request)
 
 
 # The command

@@ -30,7 +30,7 @@ from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.dequantized import origin_note
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import descriptions, is_sparse_export, read_quantization_config
-from mspc.types import NM, Target
+from mspc.types import NM
 
 SHAPES = {
     "1b": Shape("1b", 2048, 8192, 16, 32, 8, 64, 128256, tied=True),
@@ -104,7 +104,7 @@ def bytes_of_matrix(matrix: StoredMatrix) -> int:
 
 def copied_bytes(shape: Shape, name: str) -> int:
     """Bytes of the copies for cuSPARSELt on a GPU, 9 bits a weight."""
-    is_copied = name != TINYGEMM and parse_format(name) == Target(NM(2, 4), None)
+    is_copied = name == str(NM(2, 4))
     return shape.block_weights * shape.blocks * 9 // 8 if is_copied else 0
 
 

@@ -10,6 +10,7 @@ import torch
 from mspc import threads
 from mspc.bench.decoder import Shape
 from mspc.bench.formats import DENSE, parse_format
+from mspc.bench.mixtures import is_mixture, mixture_bytes
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
@@ -26,6 +27,7 @@ from mspc.bench.models import (
 )
 from mspc.bench.peers.blocks import misfit
 from mspc.bench.peers.engines import AUTO, NONE, choose, formats_of
+from mspc.bench.peers.files import ONNX, RUN_BY, is_sparse, kind_of
 from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
@@ -96,7 +98,8 @@ class Candidate:
     baseline: str | None = None
     """Its name in BASELINES, if it is a baseline."""
     peer: str | None = None
-    """The other engine that runs it, with random weights."""
+    """The other engine that runs it, with random weights in `format`, or `file`."""
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class Plan:
     repeats: int
     device: torch.device
     left_out: tuple[str, ...]
-    """What is not measured, and why."""
+    """Lines about rows that are not measured, and why."""
     evaluation: Evaluation | None = None
     """None: no perplexity is measured."""
     inputs: str = INPUTS[0]
@@ -139,7 +142,7 @@ def make_plan(request: Request) -> Plan:
     groups = []
     for shape, paths in shapes:
         group, reason = _candidates(request, shape, paths)
-        peers, reasons = _peers(shape, engines, group)
+        peers, reasons = _peers(shape, engines, group, [] if request.shapes else paths)
         groups.append((*group, *peers))
         left_out += [f"torch's int4 is left out: {reason}"] if reason else []
         left_out += reasons
@@ -164,7 +167,7 @@ def has_codes(candidate: Candidate) -> bool:
     if candidate.peer is not None or candidate.format in (TINYGEMM, TORCH16):
         return False
     if candidate.format is not None:
-        return parse_format(candidate.format).grid is not None
+        return is_mixture(candidate.format) or parse_format(candidate.format).grid is not None
     assert candidate.folder is not None
     return any(matrix.grid is not None for matrix in matrices_of(candidate.folder))
 
@@ -197,7 +200,7 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
     for path in request.paths:
         folder = resolve(path)
         shape, limit = shape_of(folder)
-        if not request.shapes:
+        if not request.shapes and kind_of(path) != ONNX:
             try:
                 check_model(folder)
             except InputError as error:
@@ -210,7 +213,8 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
 
 def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[Candidate], str | None]:
     """The candidates of a shape, baselines first, and the reason if torch's int4 is left out."""
-    of_models = [] if request.shapes else [Candidate(path, shape, folder=resolve(path)) for path in paths]
+    models = [] if request.shapes else [path for path in paths if kind_of(path) != ONNX]
+    of_models = [Candidate(path, shape, folder=resolve(path)) for path in models]
     # A checkpoint that is measured anyway is the dense baseline itself.
     dense = next((model for model in of_models if model.folder and _is_dense(model.folder)), None)
     baselines = [replace(dense or Candidate(DENSE, shape, DENSE), baseline="bf16")]
@@ -226,7 +230,7 @@ def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[
         return baselines + [model for model in of_models if model is not dense], reason
     formats = dict.fromkeys(request.formats or FORMATS)
     for name in formats:
-        check_format(shape, name)
+        mixture_bytes(shape, name) if is_mixture(name) else check_format(shape, name)
     return baselines + [Candidate(name, shape, name) for name in formats if name != DENSE], reason
 
 
@@ -256,8 +260,18 @@ def _engines(request: Request, device: torch.device, head_bits: int) -> tuple[li
     return engines, [told] if told else []
 
 
-def _peers(shape: Shape, engines: list[str], group: list[Candidate]) -> tuple[list[Candidate], list[str]]:
-    """Rows of other engines for a shape, with what they are to be compared with; and what does not fit, and why."""
+def _peers(
+    shape: Shape, engines: list[str], group: list[Candidate], paths: list[str]
+) -> tuple[list[Candidate], list[str]]:
+    """Rows of other engines for a shape, with more to compare them with; and what does not fit, and why.
+
+    Raises InputError for a path that only another engine runs, and none of them is measured.
+    """
+    for path in paths:
+        if kind_of(path) == ONNX and not set(RUN_BY[ONNX]) & set(engines):
+            raise InputError(
+                f"{path} is an ONNX model, for {' and '.join(RUN_BY[ONNX])} on a CPU. Name one of them in --peers."
+            )
     if not engines:
         return [], []
     found, left_out = [Candidate("bf16 (torch)", shape, TORCH16)], []
@@ -269,9 +283,15 @@ def _peers(shape: Shape, engines: list[str], group: list[Candidate]) -> tuple[li
             left_out.append(f"mspc's int4 is left out: {error}")
     for engine, name in formats_of(engines):
         if reason := misfit(shape, name):
-            left_out.append(f"{engine} {name} is left out: {shape.name} has {reason}.")
+            left_out.append(f"{engine} {name} is left out of {shape.name}: {reason}.")
         else:
             found.append(Candidate(f"{engine} {name}", shape, name, peer=engine))
+    for path in paths:
+        for engine in RUN_BY.get(kind_of(path) or "", ()):
+            if engine == "openvino" and is_sparse(Path(path)):
+                left_out.append(f"openvino is left out of {path}: it does not know mspc's operator.")
+            elif engine in engines:
+                found.append(Candidate(f"{engine} {path}", shape, kind_of(path), peer=engine, file=Path(path)))
     return found, left_out
 
 
@@ -324,10 +344,17 @@ def needed_bytes(plan: Plan, candidate: Candidate) -> int:
         dense = dtype.itemsize * (weights - sum(math.prod(matrix.shape) for matrix in matrices))
         stored = sum(bytes_of_matrix(matrix) for matrix in matrices)
         return max(dense, 0) + stored + outer_bytes(shape, dtype) + shape.cache_bytes(tokens, dtype.itemsize)
+    if candidate.file is not None:
+        files = candidate.file.glob("*.onnx*") if candidate.file.is_dir() else [candidate.file]
+        return 2 * sum(file.stat().st_size for file in files)
     if candidate.peer is not None:
         return int(PEER_BYTES[candidate.format or ""] * weights) + 2 * head
     assert candidate.format is not None
-    return random_bytes(shape, candidate.format, dtype) + 2 * head + shape.cache_bytes(tokens, dtype.itemsize)
+    return _bytes_of_format(shape, candidate.format, dtype) + 2 * head + shape.cache_bytes(tokens, dtype.itemsize)
+
+
+def _bytes_of_format(shape: Shape, name: str, dtype: torch.dtype) -> int:
+    return mixture_bytes(shape, name) if is_mixture(name) else random_bytes(shape, name, dtype)
 
 
 def check_memory(plan: Plan, free: int) -> None:
@@ -340,7 +367,7 @@ def check_memory(plan: Plan, free: int) -> None:
         for candidate in group:
             if candidate.format is None or candidate.peer is not None:
                 continue
-            weights = random_bytes(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
+            weights = _bytes_of_format(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
             weights += copied_bytes(shape, candidate.format) if plan.device.type == "cuda" else 0
             if weights + cache > free:
                 raise InputError(

@@ -54,7 +54,7 @@ def peer_row(candidate: Candidate, contender: Contender, version: str) -> dict[s
         "model": shape.name,
         "shape": asdict(shape),
         "format": candidate.format,
-        "random_weights": True,
+        "random_weights": candidate.file is None,
         "peer": candidate.peer,
         "recovered": False,
         "stored_dtype": None,
@@ -78,7 +78,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
     It is the time of the other / its own.
     """
-    bases = {row["baseline"] or row["name"]: row for row in rows if row["baseline"] or row["peer"]}
+    bases = {row["baseline"] or row["name"]: row for row in rows if row["baseline"] or row.get("peer")}
     for row in rows:
         for stage, sizes in (("decode", ("batch", "context")), ("prefill", ("tokens",))):
             for step in row[stage]:
@@ -86,6 +86,6 @@ def compare(rows: list[dict[str, Any]]) -> None:
                 for name, base in bases.items():
                     for other in base[stage]:
                         if all(other[size] == step[size] for size in sizes):
-                            found[name] = ratios(other, step)
+                            found[name] = ratios(other, step, in_turns=base.get("lot") == row.get("lot"))
                 step["speedup_spread"] = found
                 step["speedup"] = {name: ratio["median"] for name, ratio in found.items()}

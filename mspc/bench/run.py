@@ -24,12 +24,14 @@ from mspc.bench.measure import (
     of_decoder,
     prefill_on_cuda,
 )
+from mspc.bench.mixtures import is_mixture, mixture_decoder
 from mspc.bench.models import (
     SEED,
     TINYGEMM,
     TORCH16,
     compute_dtype,
     model_decoder,
+    outer_bytes,
     random_decoder,
     random_outer,
     with_head,
@@ -47,6 +49,8 @@ from mspc.sizes import in_words
 TEXT = "builtin"
 """The text of perplexities."""
 SCHEMA = 1
+TO_MAKE = 1.25
+"""Memory that a row takes while it is made, relative to that which it keeps."""
 CPU_LABEL = "CPU, weights in huge pages"
 
 Rows = list[dict[str, Any]]
@@ -77,33 +81,45 @@ def run(request: Request, plan: Plan, progress: Progress, save: Save | None) -> 
     result = header(request, plan, kind, ceilings)
     for group in plan.groups:
         outer = None
-        of_group: Rows = []
-        for lot in lots(plan, group):
+        measured: dict[str, dict[str, Any]] = {}
+        for number, lot in enumerate(lots(plan, group)):
             if any(candidate.folder is not None for candidate in lot) and plan.device.type == "cuda":
                 outer = None  # a model has its own, and this would count as its memory
             elif outer is None and any(candidate.folder is None for candidate in lot):
                 outer = random_outer(lot[0].shape, plan.length, plan.device)
             rows = measure(lot, plan, outer, operations, ceilings, progress)
-            of_group += rows
-            result["rows"] += rows
+            before = len(result["rows"]) - len(measured)
+            measured |= {row["name"]: row for row in rows}
+            for row in rows:
+                row["lot"] = number
+            of_group = [measured[candidate.name] for candidate in group if candidate.name in measured]
+            result["rows"][before:] = of_group
             compare(of_group)
             evaluate_rows(lot, rows, plan, progress, save and (lambda new: save(result, new)))
     return result
 
 
-def lots(plan: Plan, group: Sequence[Candidate]) -> list[tuple[Candidate, ...]]:
-    """The candidates that are in memory and measured at once: all on a CPU if they fit, one on a GPU."""
-    singles: list[tuple[Candidate, ...]] = [(candidate,) for candidate in group]
-    if plan.device.type != "cpu" or len(group) == 1:
-        return singles
-    needed, free = sum(needed_bytes(plan, candidate) for candidate in group), free_memory(plan.device)
-    if needed <= free:
-        return [tuple(group)]
-    log.warning(
-        f"All rows of {group[0].shape.name} at once need {in_words(needed)}, and {in_words(free)} are free. They are "
-        "measured one after the other, not in turns. Choose fewer with --format and --peers."
-    )
-    return singles
+def lots(plan: Plan, group: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The candidates that are in memory and measured at once: one on a GPU, as many as fit on a CPU, smallest first."""
+    if plan.device.type != "cpu":
+        return [[candidate] for candidate in group]
+    shape, dtype = group[0].shape, compute_dtype(plan.device)
+    room = free_memory(plan.device) / TO_MAKE - outer_bytes(shape, dtype)
+    found: list[list[Candidate]] = [[]]
+    left = room
+    for candidate in sorted(group, key=lambda candidate: needed_bytes(plan, candidate)):
+        needed = needed_bytes(plan, candidate)
+        if found[-1] and needed > left:
+            found.append([])
+            left = room
+        found[-1].append(candidate)
+        left -= needed
+    if len(found) > 1:
+        log.warning(
+            f"There is no memory for all rows of {shape.name} at once, {in_words(max(0, int(room)))} are free for them. "
+            f"They are measured in {len(found)} lots, and only those of one lot take turns. Choose fewer with --format and --peers."
+        )
+    return [sorted(lot, key=group.index) for lot in found]
 
 
 def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) -> dict[str, Any]:
@@ -220,7 +236,8 @@ def decoder_of(candidate: Candidate, plan: Plan, outer: OuterLayers | None, oper
         return random_decoder(shape, DENSE, random_outer(shape, plan.length, plan.device, torch.bfloat16), operations)
     if plan.head_bits < 16 and (name == TINYGEMM or has_codes(candidate)):
         outer = with_head(outer, plan.head_bits, plan.inputs)
-    return random_decoder(shape, name, outer, operations, plan.inputs)
+    maker = mixture_decoder if is_mixture(name) else random_decoder
+    return maker(shape, name, outer, operations, plan.inputs)
 
 
 def measure_on_cuda(row: dict[str, Any], decoder: Decoder, plan: Plan, ceilings: Ceilings, step: Step) -> None:

@@ -100,7 +100,7 @@ def _bandwidth(rows: list[dict[str, Any]]) -> tuple[str, str]:
 def _same(
     rows: list[dict[str, Any]], stage: str, first: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The rows that have a step of these sizes, with it."""
+    """The rows that have a step of the same sizes, with it."""
     sizes = [size for size in ("batch", "context", "tokens") if size in first]
     for row in rows:
         yield from ((row, step) for step in row[stage] if all(step[size] == first[size] for size in sizes))
@@ -167,7 +167,9 @@ def compared_with(result: dict[str, Any]) -> str:
 def label(row: dict[str, Any]) -> str:
     """The name of a row, with its format if the name is a path, and whether it was recovered."""
     recovered = ", recovered" * bool(row.get("recovered"))  # older results do not say
-    return str(row["name"]) if row["random_weights"] else f"{row['name']} ({row['format']}{recovered})"
+    return (
+        str(row["name"]) if row["random_weights"] or row.get("peer") else f"{row['name']} ({row['format']}{recovered})"
+    )
 
 
 def milliseconds(seconds: dict[str, float]) -> str:

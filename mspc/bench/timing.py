@@ -40,14 +40,14 @@ def inverse(seconds: dict[str, float], amount: float) -> dict[str, float]:
     return {"p10": amount / seconds["p90"], "median": amount / seconds["median"], "p90": amount / seconds["p10"]}
 
 
-def ratios(base: dict[str, Any], own: dict[str, Any]) -> dict[str, float]:
-    """The spread of seconds of a baseline / own seconds: of the same rounds if both were measured in turns.
+def ratios(base: dict[str, Any], own: dict[str, Any], *, in_turns: bool) -> dict[str, float]:
+    """The spread of seconds of a baseline / own seconds, round by round if both took turns.
 
-    Without rounds p10 and p90 are those of the least and the most that the two spreads allow.
+    Otherwise p10 and p90 are the least and the most that the two spreads allow.
     """
-    rounds = base["round_seconds"], own["round_seconds"]
-    if None not in rounds:
-        return spread([other / one for other, one in zip(*rounds, strict=False)])
+    theirs, ours = base.get("round_seconds"), own.get("round_seconds")  # older results have none
+    if in_turns and theirs and ours:
+        return spread([other / one for other, one in zip(theirs, ours, strict=True)])
     other, one = base["seconds"], own["seconds"]
     pairs = {"p10": ("p10", "p90"), "median": ("median", "median"), "p90": ("p90", "p10")}
     return {name: other[a] / one[b] for name, (a, b) in pairs.items()}

@@ -51,8 +51,8 @@ def bench(
     formats: Annotated[
         str | None,
         option(
-            "Formats of random weights, separated by commas: dense; int8, int4, int3, int2; N:M such as 2:4; S% such "
-            "as 50%; a pattern with bits such as 2:4+int4.",
+            "Formats of random weights, separated by commas: dense, bf16; int8, int4, int3, int2; N:M such as 2:4; S% "
+            "such as 50%; a pattern with bits such as 2:4+int4; the path of an artifact, for its mixture.",
             "dense,int4,2:4,8:16,6:16,2:4+int4",
             "--format",
             rich_help_panel=WHAT,

@@ -25,7 +25,7 @@ BITS = 4
 LENGTH = 4096
 """Tokens that the rotations are for."""
 ROWS = 64
-"""Rows of the embeddings, of which a step reads one: token n has row n modulo ROWS."""
+"""Rows of the embeddings: token n has row n modulo ROWS, since a step reads one row only."""
 ROUNDED = 4
 """The accuracy level of MatMulNBits that rounds inputs to 8 bits, the fastest on CPUs."""
 MICROSOFT = "com.microsoft"
@@ -180,7 +180,7 @@ class Graph:
     def add(
         self, operator: str, inputs: Sequence[ir.Value], names: Sequence[str], domain: str = "", **numbers: float
     ) -> list[ir.Value]:
-        """A node, and its results of these names."""
+        """A node, and its results with their names."""
         node = ir.node(operator, inputs, numbers, domain=domain, num_outputs=len(names), name=names[0])
         for value, name in zip(node.outputs, names, strict=True):
             value.name = name

@@ -1,4 +1,4 @@
-"""A contender that another engine runs, with random weights in a shape."""
+"""A contender that another engine runs: random weights in a shape, or a file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,22 @@ import torch
 
 from mspc.bench.measure import TOKENS, Contender, Sample
 from mspc.bench.peers.engines import ENGINES, write_model
+from mspc.bench.peers.files import prepared
 from mspc.bench.request import Candidate, Plan
 
 
 @contextmanager
 def contender_of(candidate: Candidate, plan: Plan, folder: Path) -> Iterator[tuple[Contender, str]]:
-    """Write the model of a candidate to `folder` and start its engine: a contender, and the version of the engine."""
+    """Start the engine of a candidate: a contender, and the version of the engine.
+
+    Random weights are written to `folder`.
+    """
     assert candidate.peer is not None
     assert candidate.format is not None
-    file, weight_bytes = write_model(folder, candidate.shape, candidate.format, plan.head_bits)
+    if candidate.file is not None:
+        file, weight_bytes = prepared(candidate.file, candidate.peer, folder)
+    else:
+        file, weight_bytes = write_model(folder, candidate.shape, candidate.format, plan.head_bits)
     room = plan.length + TOKENS + 1
     with ENGINES[candidate.peer].start(file, torch.get_num_threads(), room) as running:
         yield (
