@@ -85,7 +85,7 @@ verify-architectures: $(VENV)/installed-dev
 verify-autogptq: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/verify_autogptq.py
 
-# GGUF exports in llama.cpp, in an environment of its own.
+# GGUF exports in llama.cpp.
 verify-llamacpp: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/verify_llamacpp.py
 

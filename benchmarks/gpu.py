@@ -32,6 +32,7 @@ import torch
 from gpu_parts import PARTS, TINY, Result, Slot
 
 from mspc.bench import formats, plots, run, tables, timing
+from mspc.bench.rows import compare
 from mspc.storage.files import write_atomically, write_json, write_text
 
 HERE = Path(__file__).parent
@@ -131,7 +132,7 @@ def where_it_stands(order: list[str], files: dict[str, Path], slot: Slot) -> Ite
 
 
 def write(result: Result, path: Path) -> None:
-    run.compare(bench_rows(result))
+    compare(bench_rows(result))
     write_json(path, result)
     write_text(path.with_suffix(".md"), markdown(result))
 

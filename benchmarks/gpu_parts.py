@@ -197,7 +197,7 @@ def decode(slot: Slot, name: str) -> Iterator[Unit]:
             outer.append(random_outer(shape, plan.length, slot.device))
         label = "int4 (torch)" if format_name == TINYGEMM else format_name
         candidate = Candidate(label, shape, format_name, baseline=baselines.get(format_name))
-        row = measure(candidate, plan, outer[0], slot.operations[0], slot.ceilings, slot.progress)
+        (row,) = measure((candidate,), plan, outer[0], slot.operations[0], slot.ceilings, slot.progress)
         least, greatest = predicted(shape, format_name, slot.ceilings.copy["median"])
         return {"bench": row, "predicted_seconds": [least, greatest]}
 

@@ -21,11 +21,12 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from cpu_decoders import PARTS, random_layer, step_of
 from torch import nn
 
 from mspc.bench.decoder import Block, Decoder, Operations
 from mspc.bench.formats import Source
+from mspc.bench.measure import decode_step
+from mspc.bench.mixtures import PARTS, random_layer
 from mspc.bench.models import SEED, copy_of, random_outer, shape_with
 from mspc.bench.timing import versions
 from mspc.formats.description import StoredMatrix
@@ -147,7 +148,7 @@ def seconds_of(plan: list[PlannedMatrix], budget: TimeBudget, clock: Any) -> lis
     outer = random_outer(shape, CONTEXT + 1, torch.device("cpu"))
     ones = torch.ones(shape.hidden)
     blocks = [Block(linears, (ones, ones.clone()), None) for linears in linears_of(plan, budget)]
-    step, found = step_of(Decoder(shape, outer, blocks, Operations()), CONTEXT), []
+    step, found = decode_step(Decoder(shape, outer, blocks, Operations()), 1, CONTEXT), []
     for _ in range(STEPS + 1):
         begin = clock()
         step()

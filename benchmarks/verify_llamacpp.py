@@ -1,8 +1,8 @@
 """Exported GGUF files in llama.cpp: logits, greedy tokens, tokens of texts, chat templates, and the end of a text.
 
-    python benchmarks/verify_llamacpp.py [--venv FOLDER] [--json FILE] [--models NAME ...]
+    python benchmarks/verify_llamacpp.py [--json FILE] [--models NAME ...]
 
-llama.cpp gets a virtual environment of its own, with the wheel that llamacpp-requirements.txt names. Models are
+llama.cpp is the wheel xllamacpp of the extra `bench`. Models are
 compressed and exported here and run there, on the CPU. The reference is the artifact in float32. The export compares
 what transformers makes of the same file with it too, so all three agree or one is named.
 
@@ -35,11 +35,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llamacpp
 import numpy as np
 import torch
 from gguf_copies import FAULTS, copy_as_float32, kinds_in
-from llamacpp import LlamaCpp, LlamaCppError, running
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import mspc
 from exporters.gguf import FILE
 from exporters.reference import exact_model
+from mspc.bench.peers.llamacpp import LlamaCpp, LlamaCppError, running
 from mspc.model.hub import load_config
 from mspc.model.special_ids import special_ids
 from mspc.storage.artifact import ArtifactSource
@@ -275,7 +274,7 @@ def make_models(names: Sequence[str], work: Path) -> Iterator[tuple[str, Path, l
             yield name, folder, list(ARTIFACTS)
 
 
-def verify(model: str, setting: str, checkpoint: Path, python: Path, work: Path) -> dict[str, Any]:
+def verify(model: str, setting: str, checkpoint: Path, work: Path) -> dict[str, Any]:
     """One row: of the file and of its copy in float32. Its `wrong` is empty if all is right."""
     row: dict[str, Any] = {"model": model, "artifact": setting}
     recipe = mspc.Recipe(**ARTIFACTS[setting], allocator="uniform", num_sequences=4, sequence_length=64)
@@ -292,7 +291,7 @@ def verify(model: str, setting: str, checkpoint: Path, python: Path, work: Path)
         runs = (("as_it_is", folder / FILE, FLOAT if exact else ROUNDED), ("in_float32", copy, FLOAT))
         for label, file, tolerance in runs:
             try:
-                with running(python, file, LENGTH + NEW_TOKENS) as loaded:
+                with running(file, LENGTH + NEW_TOKENS) as loaded:
                     row[label], wrong = check(loaded, expected, tolerance)
             except LlamaCppError as error:
                 wrong = {"loading": str(error)}
@@ -300,7 +299,7 @@ def verify(model: str, setting: str, checkpoint: Path, python: Path, work: Path)
     return row
 
 
-def make_faults(python: Path, work: Path) -> Iterator[dict[str, Any]]:
+def make_faults(work: Path) -> Iterator[dict[str, Any]]:
     """Every fault of `FAULTS` in the float32 copy of a small Llama, and the checks that notice it."""
     ((_, checkpoint, _),) = make_models(["llama"], work)
     recipe = mspc.Recipe(sparsity=0.5, allocator="uniform", num_sequences=4, sequence_length=64)
@@ -310,7 +309,7 @@ def make_faults(python: Path, work: Path) -> Iterator[dict[str, Any]]:
         for name, fault in FAULTS.items():
             file = copy_as_float32(folder / FILE, work / "fault.gguf", fault.fields, fault.change)
             try:
-                with running(python, file, LENGTH + NEW_TOKENS) as loaded:
+                with running(file, LENGTH + NEW_TOKENS) as loaded:
                     _, wrong = check(loaded, expected, FLOAT)
             except LlamaCppError as error:
                 wrong = {"loading": str(error)}
@@ -344,7 +343,6 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=Path, default=llamacpp.ROOT / ".venv-llamacpp")
     parser.add_argument("--json", type=Path, default=Path("out/verify_llamacpp.json"))
     parser.add_argument("--models", nargs="+", choices=["bundled", *MODELS])
     parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="folders, instead of --models")
@@ -354,16 +352,14 @@ def main() -> None:
         parser.error("--models has no effect with --checkpoints. Leave one of them out.")
     if args.artifacts and not args.checkpoints:
         parser.error("--artifacts has an effect with --checkpoints only. Give both, or leave it out.")
-    python = llamacpp.environment(args.venv, llamacpp.REQUIREMENTS)
-    ours = {name: version(name) for name in ("mspc", "torch", "transformers", "gguf", "numpy")}
-    theirs = {llamacpp.PACKAGE: llamacpp.version_in(python)}
+    packages = ("mspc", "torch", "transformers", "gguf", "numpy", "xllamacpp")
     rows: list[dict[str, Any]] = []
     faults: list[dict[str, Any]] = []
     result = {
         "date": datetime.date.today().isoformat(),
         "command": "make verify-llamacpp",
         "hardware": f"CPU, {platform.machine()}",
-        "versions": {"python": platform.python_version()} | ours | theirs,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "rows": rows,
         "faults": faults,
     }
@@ -372,10 +368,10 @@ def main() -> None:
         own = [(folder.resolve().name, folder, args.artifacts or list(ARTIFACTS)) for folder in args.checkpoints]
         for model, checkpoint, settings in own or make_models(args.models or ["bundled", *MODELS], work):
             for setting in settings:
-                rows.append(verify(model, setting, checkpoint, python, work))
+                rows.append(verify(model, setting, checkpoint, work))
                 write_json(args.json, result)  # now, so that an error later loses nothing
             Console(width=170).print(table_of(rows[-len(settings) :]))
-        for row in make_faults(python, work):
+        for row in make_faults(work):
             faults.append(row)
             write_json(args.json, result)
             print(f"made on purpose: {row['fault']}: noticed by {', '.join(row['noticed_by']) or 'nothing'}")

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from test_cli import mspc_cli, refused
 
 import mspc
+from mspc.bench import measure, timing
 from mspc.bench import run as bench_run
-from mspc.bench import timing
 from mspc.bench.decoder import Decoder, Operations, Shape, add_norm, gated, rotate
 from mspc.bench.formats import Source, describe, parse_format, random_stored
-from mspc.bench.measure import measure_decode, measure_prefill, step_bytes
+from mspc.bench.measure import Sample, in_turns, measure_decode, measure_prefill, of_decoder, step_bytes
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
@@ -40,7 +41,8 @@ from mspc.bench.models import (
     shape_of,
     stored_dtype,
 )
-from mspc.bench.request import Request, check_memory, make_plan
+from mspc.bench.request import Request, check_memory, make_plan, needed_bytes
+from mspc.bench.rows import compare
 from mspc.bench.run import bench
 from mspc.bench.tables import compared_with, gain, notes, tables, verdicts
 from mspc.bench.timing import Ceilings, device_seconds, spread
@@ -283,7 +285,7 @@ def test_the_int4_of_torch_multiplies_by_its_codes():
 @pytest.mark.parametrize("name", ["dense", TINYGEMM, *FORMATS[1:]])
 def test_bytes_of_a_step_are_those_of_the_tensors(name):
     decoder = random_decoder(SMALL, name, random_outer(SMALL, 40, CPU), Operations())
-    moved = step_bytes(decoder, batch=3, context=32)
+    moved = step_bytes(of_decoder(decoder), batch=3, context=32)
     states = [
         block.state_dict(keep_vars=True) for block in decoder.blocks
     ]  # kept, as tensors as stored are made for it
@@ -339,14 +341,49 @@ def test_what_is_slow_is_sampled_less_often(monkeypatch):
 
 def test_measurements_predict_from_bytes_and_operations():
     decoder = random_decoder(SMALL, "2:4", random_outer(SMALL, 40, CPU), Operations())
-    decoded = measure_decode(decoder, 2, 16, 3, CEILINGS)
-    total = sum(step_bytes(decoder, 2, 16).values())
+    contender = of_decoder(decoder)
+    (decoded,) = measure_decode([contender], 2, 16, 3, CEILINGS)
+    total = sum(step_bytes(contender, 2, 16).values())
     assert decoded["predicted_seconds"] == total / 1e10
     assert decoded["bytes_per_second"]["median"] == pytest.approx(total / decoded["seconds"]["median"])
     assert decoded["share_of_copy"] == pytest.approx(decoded["bytes_per_second"]["median"] / 1e10)
     assert decoded["tokens_per_second"]["median"] == pytest.approx(2 / decoded["seconds"]["median"])
+    assert decoded["share_of_read"] is decoded["round_seconds"] is None
     slow = Ceilings(CEILINGS.copy, dict.fromkeys(("p10", "median", "p90"), 1.0))
-    assert measure_prefill(decoder, 24, 3, slow)["predicted_seconds"] == SMALL.flops(1, 24, 0)
+    assert measure_prefill([contender], 24, 3, slow)[0]["predicted_seconds"] == SMALL.flops(1, 24, 0)
+    read = replace(CEILINGS, read=dict.fromkeys(("p10", "median", "p90"), 4e10))
+    (decoded,) = measure_decode([contender], 2, 16, 3, read)
+    assert decoded["predicted_seconds"] == total / 4e10
+    assert decoded["share_of_read"] == pytest.approx(decoded["share_of_copy"] / 4)
+
+
+def test_contenders_take_turns_and_the_first_round_is_left_out(monkeypatch):
+    """Oracle: a log of the calls, whose times are their places in it."""
+    calls = []
+
+    def contender(name):
+        def take(count):
+            calls.append((name, count))
+            return Sample(float(len(calls)))
+
+        return take
+
+    samples = in_turns([contender("a"), contender("b")], 3, 4)
+    assert calls == [("a", 4), ("b", 4)] * 4
+    assert [[sample.seconds for sample in found] for found in samples] == [[3, 5, 7], [4, 6, 8]]
+    monkeypatch.setattr(measure, "MOST_SECONDS", 0.0)
+    assert [len(found) for found in in_turns([contender("a")], 3, 4)] == [1]
+
+
+def test_ratios_are_those_of_the_same_rounds():
+    """Oracle: by hand. Two contenders that a busy machine slows in the same rounds differ by no noise."""
+    one, other = [1.0, 5.0, 2.0, 9.0, 1.0], [2.0, 10.0, 4.0, 18.0, 2.0]
+    rows = [{"round_seconds": seconds, "seconds": spread(seconds)} for seconds in (other, one)]
+    assert timing.ratios(*rows, in_turns=True) == {"p10": 2.0, "median": 2.0, "p90": 2.0}
+    found = timing.ratios(*rows, in_turns=False)
+    assert found == timing.ratios(*(row | {"round_seconds": None} for row in rows), in_turns=True)
+    assert found["p10"] == spread(other)["p10"] / spread(one)["p90"] < 1 < 2.0 == found["median"]
+    assert found["p90"] == spread(other)["p90"] / spread(one)["p10"]
 
 
 # Requests
@@ -359,7 +396,10 @@ def test_measurements_predict_from_bytes_and_operations():
         (Request(shapes="from-model"), "--shapes from-model takes them from PATH. Give a PATH"),
         (Request(shapes="2b"), "Unknown shapes '2b': choose one of 1b, 8b, from-model."),
         (Request(shapes="1b", baseline="fp8"), "Unknown baseline 'fp8': choose one of bf16, int4."),
-        (Request(shapes="1b", formats=("2:4", "int5")), "Unknown format 'int5'. Choose dense, int8, int4, int3, int2,"),
+        (
+            Request(shapes="1b", formats=("2:4", "int5")),
+            "Unknown format 'int5'. Choose dense, bf16, int8, int4, int3, int2,",
+        ),
         (Request(shapes="1b", formats=("sparse",)), "Unknown format 'sparse'"),
         (Request(shapes="1b", formats=("2:4+",)), "Unknown format '2:4+'"),
         (Request(shapes="1b", formats=("2:4+50%+int4",)), "Unknown format '2:4+50%+int4'"),
@@ -381,15 +421,17 @@ def test_what_cannot_be_measured_is_said_first(request_, message):
         make_plan(request_)
 
 
-def test_what_models_do_not_allow(folder_of, wide, monkeypatch):
-    path = str(wide)
+def test_what_models_do_not_allow(folder_of, wide, tmp_path, monkeypatch):
+    path, narrow = str(wide), tiny.build(tmp_path / "narrow", "llama", hidden_size=48)
     refusals = {
         Request((path,), contexts=(128,)): "--context 128 is longer than the model allows (127). Lower it.",
         Request((path,), prefills=(129,)): "--prefill 129 is longer than the model allows (128). Lower it.",
         Request((path,), formats=("2:4",)): f"--format is for random weights, but {path} has its own. Add --shapes",
         Request((str(folder_of("gpt2")),)): "is a gpt2 model, but the bench runs llama, mistral, qwen2, qwen3",
         Request((str(folder_of("llama")),), baseline="int4"): "torch's int4 product needs outputs divisible by 16",
-        Request((str(folder_of("llama")),), shapes="from-model", formats=("int4",)): "int4: qkv of llama has 32 inputs",
+        Request(
+            (str(narrow),), shapes="from-model", formats=("int4",)
+        ): "int4: qkv of narrow has 48 inputs, but needs a multiple of 32 for groups of 32 that share a scale",
     }
     for request, message in refusals.items():
         with pytest.raises(InputError, match=re.escape(message)):
@@ -412,6 +454,26 @@ def test_a_model_that_does_not_fit_is_refused():
         check_memory(plan, needed - 1)
 
 
+def test_rows_that_do_not_fit_at_once_are_measured_in_lots(wide, monkeypatch, caplog):
+    """Oracle: the sizes of the lots, from the memory that is free. Rows of other lots are compared by their spreads."""
+    request = Request((str(wide),), shapes="from-model", formats=("2:4",), contexts=(8,), prefills=(8,), repeats=3)
+    plan = make_plan(replace(request, device="cpu"))
+    (group,) = plan.groups
+    needed = {one.name: needed_bytes(plan, one) for one in group}
+    assert needed["int4 (torch)"] < needed["2:4"] < needed["dense"]
+    shared = outer_bytes(group[0].shape, torch.float32)
+    free = bench_run.TO_MAKE * (shared + needed["int4 (torch)"] + needed["2:4"] + 1)
+    monkeypatch.setattr(bench_run, "free_memory", lambda device: int(free))
+    with caplog.at_level("WARNING", logger="mspc"):
+        result = bench(replace(request, device="cpu"), progress=False)
+    assert "in 2 lots, and only those of one lot take turns" in caplog.text
+    dense, torch_int4, ours = result["rows"]
+    assert [row["lot"] for row in result["rows"]] == [1, 0, 0]
+    for base, together in ((dense, False), (torch_int4, True)):
+        found = ours["decode"][0]["speedup_spread"][base["baseline"]]
+        assert found == timing.ratios(base["decode"][0], ours["decode"][0], in_turns=together)
+
+
 def test_sizes_that_a_model_does_not_reach_are_left_out(wide):
     plan = make_plan(Request((str(wide),), shapes="from-model", formats=("2:4", "2:4", "dense")))
     assert (plan.contexts, plan.prefills, plan.batches) == ((127,), (128,), (1,))
@@ -423,7 +485,7 @@ def test_memory_that_runs_out_is_an_error_that_says_what_to_do(wide, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(bench_run, "measure_decode", full)
-    with pytest.raises(MspcError, match="dense: the memory of cpu was not enough .* Choose smaller --shapes"):
+    with pytest.raises(MspcError, match="all in turns: the memory of cpu was not enough .* Choose smaller --shapes"):
         bench(Request((str(wide),), shapes="from-model", formats=("2:4",)), progress=False)
 
 
@@ -435,9 +497,18 @@ def check_schema(result: dict[str, object]) -> None:
     assert set(result) == {"schema", "date", "label", "versions", "device", "configuration", "ceilings", "rows"}
     assert {"mspc", "torch", "triton", "transformers", "python", "cuda"} == set(result["versions"])
     assert {"type", "name", "clocks"} <= set(result["device"])
-    assert set(result["ceilings"]) == {"copy_bytes_per_second", "gemm_flops"}
-    both = {"samples", "seconds", "tokens_per_second", "predicted_seconds", "speedup"}
-    decode = both | {"batch", "context", "bytes", "bytes_per_second", "share_of_copy", "processor_seconds"}
+    assert set(result["ceilings"]) == {"copy_bytes_per_second", "read_bytes_per_second", "gemm_flops"}
+    both = {
+        "samples",
+        "seconds",
+        "round_seconds",
+        "tokens_per_second",
+        "predicted_seconds",
+        "speedup",
+        "speedup_spread",
+    }
+    decode = both | {"batch", "context", "bytes", "bytes_per_second", "share_of_copy", "share_of_read"}
+    decode |= {"processor_seconds"}
     for row in result["rows"]:
         for step in row["decode"] + row["prefill"]:
             assert set(step) == (decode if "bytes" in step else both | {"tokens"})
@@ -451,6 +522,7 @@ def test_random_weights_in_the_shapes_of_a_model(wide, tmp_path):
     files = tmp_path / "result.json", tmp_path / "result.png"
     options = ["--shapes", "from-model", "--format", "2:4,50%+int4", "--batch", "1,2", "--context", "16,32"]
     options += ["--prefill", "8", "--repeats", 2, "--device", "cpu", "--json", files[0], "--plot", files[1]]
+    options += ["--peers", "none"]
     shown = mspc_cli("bench", wide, *options)
     result = json.loads(files[0].read_text())
     check_schema(result)
@@ -459,8 +531,12 @@ def test_random_weights_in_the_shapes_of_a_model(wide, tmp_path):
     sizes = [(step["batch"], step["context"]) for step in result["rows"][0]["decode"]]
     assert sizes == [(1, 16), (2, 16), (1, 32), (2, 32)]
     dense, *_, last = result["rows"]
-    ratio = dense["decode"][1]["seconds"]["median"] / last["decode"][1]["seconds"]["median"]
-    assert last["decode"][1]["speedup"]["bf16"] == ratio
+    rounds = (row["decode"][1]["round_seconds"] for row in (dense, last))
+    ratio = spread([other / own for other, own in zip(*rounds, strict=True)])
+    assert last["decode"][1]["speedup_spread"]["bf16"] == ratio
+    assert last["decode"][1]["speedup"]["bf16"] == ratio["median"]
+    assert dense["decode"][0]["bytes"]["head"] == 260 * 128 * 4  # and codes of 8 bits with their scales
+    assert last["decode"][0]["bytes"]["head"] == 260 * 128 * 8.125 / 8
     assert set(dense["decode"][0]["speedup"]) == {"bf16", "int4"}
     assert result["rows"][2]["bits_per_weight"] == 9
     repacked = result["rows"][3]["repacked_bits_per_weight"]  # with whole bytes of streams, and 128 more
@@ -476,10 +552,10 @@ def test_models_have_a_perplexity(wide, compressed):
     artifact, saved = compressed(wide, pattern="2:4", bits=4), []
     paths = str(wide), str(artifact), str(artifact / "exports" / "sparse")
     request = Request(paths, baseline="int4", batches=(1,), contexts=(8,), prefills=(8,), repeats=1)
-    result = bench(request, progress=False, save=lambda found: saved.append(len(found["rows"])))
+    result = bench(request, progress=False, save=lambda found, new: saved.append((len(found["rows"]), len(new))))
     check_schema(result)
     dense, torch_int4, *rest = result["rows"]
-    assert saved == [1, 2, 3, 4]
+    assert saved == [(4, 1), *[(4, 1)] * 3]  # all are measured when the first perplexity begins
     assert (dense["name"], dense["baseline"], dense["format"]) == (str(wide), "bf16", "dense")
     assert torch_int4["random_weights"]
     assert [row["format"] for row in rest] == ["2:4+int4", "2:4+int4"]
@@ -521,18 +597,36 @@ def test_every_path_is_checked_before_anything_is_measured(of, damage, message, 
 
 def row_of(name: str, seconds: float, baseline: str | None = None) -> dict[str, object]:
     times = dict.fromkeys(("p10", "median", "p90"), seconds)
-    step = {"seconds": times, "tokens_per_second": timing.inverse(times, 1), "predicted_seconds": 0.5}
+    step = {
+        "seconds": times,
+        "round_seconds": None,
+        "tokens_per_second": timing.inverse(times, 1),
+        "predicted_seconds": 0.5,
+    }
     decoded = {"batch": 1, "context": 8, "bytes_per_second": times, "share_of_copy": 0.5, "bytes": {}, **step}
-    shared = {"model": "m", "random_weights": True, "perplexity": None, "peak_memory_bytes": None, "engine": "torch"}
+    shared = {
+        "model": "m",
+        "peer": None,
+        "random_weights": True,
+        "perplexity": None,
+        "peak_memory_bytes": None,
+        "engine": "torch",
+    }
     shared |= {"stored_dtype": None, "bits_per_weight": 9.0, "copied_bits_per_weight": 0.0, "weight_bytes": 10}
     return {"name": name, "baseline": baseline, "decode": [decoded], "prefill": [{"tokens": 8, **step}], **shared}
 
 
 def test_a_format_that_is_no_faster_is_called_no_gain(capsys):
     rows = [row_of("dense", 1.0, "bf16"), row_of("faster", 0.5), row_of("equal", 1 / 1.004), row_of("slower", 2.0)]
-    bench_run.compare(rows)
+    compare(rows)
     told = {row["name"]: gain(row, row["decode"][0], "bf16") for row in rows}
-    assert told == {"dense": "1", "faster": "2.00", "equal": "1.00 no gain", "slower": "0.50 no gain"}
+    assert told == {
+        "dense": "1", "faster": "2.00 2.00..2.00", "equal": "1.00 1.00..1.00 no gain",
+        "slower": "0.50 0.50..0.50 no gain",
+    }  # fmt: skip
+    noisy = {"speedup": {"bf16": 1.2}, "speedup_spread": {"bf16": {"p10": 0.98, "median": 1.2, "p90": 1.5}}}
+    assert gain(rows[1], noisy, "bf16") == "1.20 0.98..1.50 no gain"
+    assert gain(rows[1], {"speedup": {"bf16": 1.2}}, "bf16") == "1.20 1.20..1.20"  # an older result
     assert gain(rows[1], rows[1]["decode"][0], "int4") == "-"
     configuration = {"baseline": "bf16", "dtype": "bfloat16"}
     result = {"device": {"name": "d"}, "label": "l", "configuration": configuration, "rows": rows}

@@ -97,23 +97,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [tiny.build(folder / name, "llama", seed=seed, **sizes) for seed, name in enumerate(("first", "second"))]
 
 
-QUICK = ("--batch", "1", "--context", "8", "--prefill", "8", "--repeats", 1, "--device", "cpu")
+QUICK = ("--batch", "1", "--context", "8", "--prefill", "8", "--repeats", 1, "--device", "cpu", "--peers", "none")
 
 
 @pytest.mark.parametrize("error", [InputError("is damaged"), RuntimeError("broken"), KeyboardInterrupt()])
 def test_rows_that_were_measured_are_shown_when_a_later_path_fails(error, models, monkeypatch, tmp_path):
-    measure = bench_run.measure
+    perplexity_of = bench_run.perplexity_of
 
     def fail(candidate: Any, *rest: Any) -> Any:
         if candidate.name == str(models[1]):
             raise error
-        return measure(candidate, *rest)
+        return perplexity_of(candidate, *rest)
 
-    monkeypatch.setattr(bench_run, "measure", fail)
+    monkeypatch.setattr(bench_run, "perplexity_of", fail)
     code = {InputError: 2, RuntimeError: 1, KeyboardInterrupt: 130}[type(error)]
     shown = mspc_cli("bench", *models, *QUICK, "--json", tmp_path / "rows.json", code=code)
-    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
-    assert names == [str(models[0]), "int4 (torch)"]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [str(models[0]), "int4 (torch)", str(models[1])]
+    assert [row["perplexity"] is None for row in rows] == [False, True, True]
+    assert all(row["decode"] and row["prefill"] for row in rows)
     for table in ("sizes", "decoding", "prefill"):
         assert f"first: {table}" in shown.stdout
     assert shown.stdout.count("int4 (torch)") >= 3
@@ -147,32 +149,31 @@ def test_eval_shows_the_paths_before_the_one_that_fails(fault, as_json, place, m
 
 
 def test_each_row_is_shown_when_it_is_known(models, monkeypatch, capsys):
-    """On stderr, before the next one begins: the speeds of the last line are those of the JSON."""
-    measure, seen = bench_run.measure, []
+    """On stderr, when its perplexity is known, before the next one begins; rows without one before that."""
+    perplexity_of, seen = bench_run.perplexity_of, []
 
     def note(candidate: Any, *rest: Any) -> Any:
         seen.append(capsys.readouterr().err)
-        return measure(candidate, *rest)
+        return perplexity_of(candidate, *rest)
 
-    monkeypatch.setattr(bench_run, "measure", note)
+    monkeypatch.setattr(bench_run, "perplexity_of", note)
     with pytest.raises(SystemExit) as ended:
-        cli.app([str(word) for word in ("bench", *models, *QUICK, "--no-perplexity")])
+        cli.app([str(word) for word in ("bench", *models, *QUICK)])
     assert ended.value.code == 0
     seen.append(capsys.readouterr().err)
     names = [
-        f"first, {models[0]} (dense): 32.000 bits/weight, ",
         "first, int4 (torch): ",
+        f"first, {models[0]} (dense): 32.000 bits/weight, ",
         f"first, {models[1]} (dense): ",
     ]
-    assert len(seen) == 4
+    assert len(seen) == 3
     for number, text in enumerate(seen):
         lines = text.splitlines()
-        assert [any(line.startswith(name) for line in lines) for name in names] == [number == k + 1 for k in range(3)]
-        if number:
-            assert any(
-                line.startswith("  context 8, batch 1: ") and " tokens/s, x dense float32 " in line for line in lines
-            )
-            assert any(line.startswith("  prompt 8: ") for line in lines)
+        assert [any(line.startswith(name) for line in lines) for name in names] == [number == k for k in range(3)]
+        assert any(
+            line.startswith("  context 8, batch 1: ") and " tokens/s, x dense float32 " in line for line in lines
+        )
+        assert any(line.startswith("  prompt 8: ") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ masks and values lie as in an export.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from mspc.formats.description import StoredMatrix, index_bits, num_bytes
 from mspc.numerics.masking import num_pruned
 from mspc.types import NM, Grid, Target, Unstructured, parse_nm
 
-GROUP_SIZE = 128
-DENSE = "dense"
+GROUP_SIZES = (128, 64, 32)
+"""Weights that share a scale: the most that divide a row."""
+GROUP_SIZE = GROUP_SIZES[0]
+DENSE, BF16 = "dense", "bf16"
+"""Weights of the dtype of the computation, multiplied by torch; weights of 16 bits, multiplied by mspc."""
 ROW_SPREAD = 0.1
 """Standard deviation of the kept weights of a row, divided by their mean. Pruners that compare weights over the whole
 matrix leave some rows fuller than others; in the bundled model at 50% this is 0.09 (median of its matrices)."""
@@ -27,8 +30,8 @@ STRIP = 2**24
 
 
 def parse_format(name: str) -> Target:
-    """`dense`, `int4`, `2:4`, `50%` or a pattern with bits, such as `2:4+int4`. Raises InputError for others."""
-    patterns = [] if name == DENSE else name.split("+")
+    """`dense`, `bf16`, `int4`, `2:4`, `50%` or pattern and bits, such as `2:4+int4`. Raises InputError for others."""
+    patterns = [] if name in (DENSE, BF16) else name.split("+")
     grid = None
     if patterns and (bits := re.fullmatch(r"int([8432])", patterns[-1])):
         grid = Grid(int(bits[1]), GROUP_SIZE)
@@ -40,14 +43,20 @@ def parse_format(name: str) -> Target:
     if len(patterns) == 1 and re.fullmatch(r"[1-9]\d?%", patterns[0]):
         return Target(Unstructured(int(patterns[0][:-1]) / 100), grid)
     raise InputError(
-        f"Unknown format {name!r}. Choose dense, int8, int4, int3, int2, N:M such as 8:16, a share of zeros such as "
-        "50%, or one of the last two with bits, such as 2:4+int4."
+        f"Unknown format {name!r}. Choose dense, bf16, int8, int4, int3, int2, N:M such as 8:16, a share of zeros "
+        "such as 50%, one of the last two with bits, such as 2:4+int4, or an artifact."
     )
 
 
 def describe(shape: tuple[int, int], target: Target, what: str) -> StoredMatrix:
-    """A bfloat16 matrix of a target. Raises InputError, naming `what`, if the target does not fit the shape."""
+    """A bfloat16 matrix of a target, in groups that fit its rows.
+
+    Raises InputError, naming `what`, if the target does not fit the shape.
+    """
     num_columns = shape[1]
+    if target.grid is not None and target.grid.group_size == GROUP_SIZE:
+        size = next((size for size in GROUP_SIZES if num_columns % size == 0), GROUP_SIZES[-1])
+        target = replace(target, grid=replace(target.grid, group_size=size))
     needed = {}
     if isinstance(target.pattern, NM):
         needed[f"groups of {target.pattern}"] = target.pattern.of

@@ -1,6 +1,7 @@
 """Decoders to measure, with random weights in a format, or the weights of a checkpoint, artifact or sparse export."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.dequantized import origin_note
 from mspc.storage.manifest import is_artifact
 from mspc.storage.sparse_export import descriptions, is_sparse_export, read_quantization_config
-from mspc.types import NM, Target
+from mspc.types import NM
 
 SHAPES = {
     "1b": Shape("1b", 2048, 8192, 16, 32, 8, 64, 128256, tied=True),
@@ -38,6 +39,8 @@ SHAPES = {
 """Llama-3.2-1B and Llama-3.1-8B."""
 TINYGEMM = "tinygemm"
 """Name of the format of torch's own int4 product."""
+TORCH16 = "torch bf16"
+"""Name of the format of dense weights in bfloat16 where others compute in float32, multiplied by torch."""
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Types of rotary embedding that do not depend on the length of the text."""
 EPS, THETA = 1e-5, 500_000.0
@@ -86,20 +89,22 @@ def check_format(shape: Shape, name: str) -> None:
 
 def random_bytes(shape: Shape, name: str, dtype: torch.dtype) -> int:
     """Bytes of the linear layers of a model in this format."""
-    if name == DENSE:
-        return shape.block_weights * shape.blocks * dtype.itemsize
+    if name in (DENSE, TORCH16):
+        return shape.block_weights * shape.blocks * (2 if name == TORCH16 else dtype.itemsize)
     if name == TINYGEMM:
         return shape.blocks * sum(num_bytes(size, dtype) for size in shape.linears().values())
     target = parse_format(name)
-    matrices = [describe(size, target, layer) for layer, size in shape.linears().items()]
-    return shape.blocks * sum(
-        torch.Size(size).numel() * stored.itemsize for matrix in matrices for stored, size in matrix.tensors().values()
-    )
+    return shape.blocks * sum(bytes_of_matrix(describe(size, target, layer)) for layer, size in shape.linears().items())
+
+
+def bytes_of_matrix(matrix: StoredMatrix) -> int:
+    """Bytes of a matrix as it is stored."""
+    return sum(torch.Size(size).numel() * stored.itemsize for stored, size in matrix.tensors().values())
 
 
 def copied_bytes(shape: Shape, name: str) -> int:
     """Bytes of the copies for cuSPARSELt on a GPU, 9 bits a weight."""
-    is_copied = name != TINYGEMM and parse_format(name) == Target(NM(2, 4), None)
+    is_copied = name == str(NM(2, 4))
     return shape.block_weights * shape.blocks * 9 // 8 if is_copied else 0
 
 
@@ -107,14 +112,24 @@ def outer_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return shape.hidden * shape.vocabulary * dtype.itemsize * (1 if shape.tied else 2)
 
 
-def random_outer(shape: Shape, length: int, device: torch.device) -> OuterLayers:
+def random_outer(shape: Shape, length: int, device: torch.device, dtype: torch.dtype | None = None) -> OuterLayers:
     """Embeddings, norm and head, which all formats share, and rotations for `length` tokens."""
-    source, dtype = Source.seeded(SEED, device), compute_dtype(device)
+    source, dtype = Source.seeded(SEED, device), dtype or compute_dtype(device)
     size = (shape.vocabulary, shape.hidden)
     embedding = _in_huge_pages(source.normal(size, 1.0, dtype))
     head = embedding if shape.tied else _in_huge_pages(source.normal(size, 1.0, dtype))
     ones = torch.ones(shape.hidden, dtype=dtype, device=device)
     return OuterLayers(embedding, ones, head, *rotations(shape, length, dtype, device), EPS)
+
+
+def with_head(outer: OuterLayers, bits: int, inputs: str = INPUTS[0]) -> OuterLayers:
+    """The same with a random head in codes."""
+    assert isinstance(outer.embedding, Tensor)
+    rows, columns = outer.embedding.shape
+    source = Source.seeded(SEED, outer.norm.device)
+    head = random_linear((rows, columns), f"int{bits}", source, outer.norm.dtype, f"int{bits}: head", inputs)
+    assert isinstance(head, SparseLinear)
+    return replace(outer, head=head)
 
 
 def rotations(shape: Shape, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Turns a request into a plan of measurements, and checks it before any model is made."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,12 @@ import torch
 from mspc import threads
 from mspc.bench.decoder import Shape
 from mspc.bench.formats import DENSE, parse_format
+from mspc.bench.mixtures import is_mixture, mixture_bytes
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
+    TORCH16,
+    bytes_of_matrix,
     check_format,
     check_model,
     compute_dtype,
@@ -21,6 +25,9 @@ from mspc.bench.models import (
     random_bytes,
     shape_of,
 )
+from mspc.bench.peers.blocks import misfit
+from mspc.bench.peers.engines import AUTO, NONE, choose, formats_of
+from mspc.bench.peers.files import ONNX, RUN_BY, is_sparse, kind_of
 from mspc.bench.timing import REPEATS
 from mspc.errors import InputError, unknown
 from mspc.memory import free_memory
@@ -40,6 +47,9 @@ CONTEXTS = {"cuda": (128, 2048), "cpu": (128,)}
 MAX_WINDOWS = 20
 """Windows of a perplexity."""
 PREFILLS = {"cuda": (512, 2048), "cpu": (128,)}
+HEAD_BITS = {"cuda": 16, "cpu": 8}
+PEER_BYTES = {"Q4_0": 0.6, "Q4_K": 0.6, "Q8_0": 1.1, "int4": 1.2}
+"""Bytes a weight in the memory of another engine: an estimate, with room to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,9 @@ class Request:
     sequence_length: int | None = None
     threads: int | None = None
     inputs: str = INPUTS[0]
+    peers: str = NONE
+    """Other engines, as in `engines.choose`. The default of the command line is `auto`."""
+    head_bits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +97,9 @@ class Candidate:
     folder: Path | None = None
     baseline: str | None = None
     """Its name in BASELINES, if it is a baseline."""
+    peer: str | None = None
+    """The other engine that runs it, with random weights in `format`, or `file`."""
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +113,13 @@ class Plan:
     repeats: int
     device: torch.device
     left_out: tuple[str, ...]
-    """The reasons why a baseline is not measured."""
+    """Lines about rows that are not measured, and why."""
     evaluation: Evaluation | None = None
     """None: no perplexity is measured."""
     inputs: str = INPUTS[0]
     """As in `load`."""
+    head_bits: int = 16
+    """Bits of the head of random weights in codes; 16 is a dense one."""
 
     @property
     def length(self) -> int:
@@ -118,12 +136,16 @@ def make_plan(request: Request) -> Plan:
     if device.type not in BATCHES:
         raise InputError(f"The bench measures cuda and cpu, not {device.type}. Choose cuda or cpu with --device.")
     check_inputs(request.inputs, device)
+    head_bits = _head_bits(request, device)
+    engines, left_out = _engines(request, device, head_bits)
     shapes, limit = _shapes(request, device)
-    groups, left_out = [], []
+    groups = []
     for shape, paths in shapes:
         group, reason = _candidates(request, shape, paths)
-        groups.append(tuple(group))
-        left_out += [reason] if reason else []
+        peers, reasons = _peers(shape, engines, group, [] if request.shapes else paths)
+        groups.append((*group, *peers))
+        left_out += [f"torch's int4 is left out: {reason}"] if reason else []
+        left_out += reasons
     repeats = REPEATS[device.type] if request.repeats is None else request.repeats
     if repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {repeats}.")
@@ -132,7 +154,7 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out), _evaluation(request), request.inputs,
+        repeats, device, tuple(left_out), _evaluation(request), request.inputs, head_bits,
     )  # fmt: skip
     if request.inputs != INPUTS[0] and not any(has_codes(one) for group in plan.groups for one in group):
         raise InputError(f"--inputs {request.inputs} has no effect on matrices without codes. Leave it out.")
@@ -142,8 +164,10 @@ def make_plan(request: Request) -> Plan:
 
 def has_codes(candidate: Candidate) -> bool:
     """Tell if mspc multiplies codes of this candidate."""
+    if candidate.peer is not None or candidate.format in (TINYGEMM, TORCH16):
+        return False
     if candidate.format is not None:
-        return candidate.format != TINYGEMM and parse_format(candidate.format).grid is not None
+        return is_mixture(candidate.format) or parse_format(candidate.format).grid is not None
     assert candidate.folder is not None
     return any(matrix.grid is not None for matrix in matrices_of(candidate.folder))
 
@@ -176,7 +200,7 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
     for path in request.paths:
         folder = resolve(path)
         shape, limit = shape_of(folder)
-        if not request.shapes:
+        if not request.shapes and kind_of(path) != ONNX:
             try:
                 check_model(folder)
             except InputError as error:
@@ -189,7 +213,8 @@ def _shapes(request: Request, device: torch.device) -> tuple[list[tuple[Shape, l
 
 def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[Candidate], str | None]:
     """The candidates of a shape, baselines first, and the reason if torch's int4 is left out."""
-    of_models = [] if request.shapes else [Candidate(path, shape, folder=resolve(path)) for path in paths]
+    models = [] if request.shapes else [path for path in paths if kind_of(path) != ONNX]
+    of_models = [Candidate(path, shape, folder=resolve(path)) for path in models]
     # A checkpoint that is measured anyway is the dense baseline itself.
     dense = next((model for model in of_models if model.folder and _is_dense(model.folder)), None)
     baselines = [replace(dense or Candidate(DENSE, shape, DENSE), baseline="bf16")]
@@ -205,8 +230,69 @@ def _candidates(request: Request, shape: Shape, paths: list[str]) -> tuple[list[
         return baselines + [model for model in of_models if model is not dense], reason
     formats = dict.fromkeys(request.formats or FORMATS)
     for name in formats:
-        check_format(shape, name)
+        mixture_bytes(shape, name) if is_mixture(name) else check_format(shape, name)
     return baselines + [Candidate(name, shape, name) for name in formats if name != DENSE], reason
+
+
+def _head_bits(request: Request, device: torch.device) -> int:
+    """Bits of the head of random weights in codes: on a CPU those that `compress` gives it, on CUDA a dense one."""
+    bits = HEAD_BITS[device.type] if request.head_bits is None else request.head_bits
+    if bits not in (4, 8, 16):
+        raise InputError(f"--head-bits must be 4, 8 or 16, not {bits}.")
+    return bits
+
+
+def _engines(request: Request, device: torch.device, head_bits: int) -> tuple[list[str], list[str]]:
+    """The other engines to measure, and lines about those that are not. Raises InputError for one that cannot be."""
+    if device.type != "cpu" and request.peers in (AUTO, NONE):
+        return [], []
+    engines, told = choose(request.peers)
+    for reason, is_so in (
+        (f"--peers measures other engines on a CPU, not on {device.type}. Leave it out, or add --device cpu.",
+         device.type != "cpu"),
+        ("--head-bits 16 is not for other engines, whose heads have 4 or 8. Leave it out, or choose --peers none.",
+         head_bits == 16),
+    ):  # fmt: skip
+        if is_so and engines:
+            if request.peers == AUTO:
+                return [], [reason]
+            raise InputError(reason)
+    return engines, [told] if told else []
+
+
+def _peers(
+    shape: Shape, engines: list[str], group: list[Candidate], paths: list[str]
+) -> tuple[list[Candidate], list[str]]:
+    """Rows of other engines for a shape, with more to compare them with; and what does not fit, and why.
+
+    Raises InputError for a path that only another engine runs, and none of them is measured.
+    """
+    for path in paths:
+        if kind_of(path) == ONNX and not set(RUN_BY[ONNX]) & set(engines):
+            raise InputError(
+                f"{path} is an ONNX model, for {' and '.join(RUN_BY[ONNX])} on a CPU. Name one of them in --peers."
+            )
+    if not engines:
+        return [], []
+    found, left_out = [Candidate("bf16 (torch)", shape, TORCH16)], []
+    if not any(candidate.format == "int4" for candidate in group):
+        try:
+            check_format(shape, "int4")
+            found.append(Candidate("int4", shape, "int4"))
+        except InputError as error:
+            left_out.append(f"mspc's int4 is left out: {error}")
+    for engine, name in formats_of(engines):
+        if reason := misfit(shape, name):
+            left_out.append(f"{engine} {name} is left out of {shape.name}: {reason}.")
+        else:
+            found.append(Candidate(f"{engine} {name}", shape, name, peer=engine))
+    for path in paths:
+        for engine in RUN_BY.get(kind_of(path) or "", ()):
+            if engine == "openvino" and is_sparse(Path(path)):
+                left_out.append(f"openvino is left out of {path}: it does not know mspc's operator.")
+            elif engine in engines:
+                found.append(Candidate(f"{engine} {path}", shape, kind_of(path), peer=engine, file=Path(path)))
+    return found, left_out
 
 
 def _is_dense(folder: Path) -> bool:
@@ -248,6 +334,29 @@ def _sizes(option: str, asked: Sequence[int] | None, usual: Sequence[int], most:
     return tuple(dict.fromkeys(asked))
 
 
+def needed_bytes(plan: Plan, candidate: Candidate) -> int:
+    """Bytes of the weights of a candidate in memory, without those that others share, and of its caches."""
+    shape, dtype = candidate.shape, compute_dtype(plan.device)
+    tokens = max(max(plan.batches) * (max(plan.contexts) + 1), *plan.prefills)
+    weights, head = shape.block_weights * shape.blocks, shape.hidden * shape.vocabulary
+    if candidate.folder is not None:
+        matrices = matrices_of(candidate.folder)
+        dense = dtype.itemsize * (weights - sum(math.prod(matrix.shape) for matrix in matrices))
+        stored = sum(bytes_of_matrix(matrix) for matrix in matrices)
+        return max(dense, 0) + stored + outer_bytes(shape, dtype) + shape.cache_bytes(tokens, dtype.itemsize)
+    if candidate.file is not None:
+        files = candidate.file.glob("*.onnx*") if candidate.file.is_dir() else [candidate.file]
+        return 2 * sum(file.stat().st_size for file in files)
+    if candidate.peer is not None:
+        return int(PEER_BYTES[candidate.format or ""] * weights) + 2 * head
+    assert candidate.format is not None
+    return _bytes_of_format(shape, candidate.format, dtype) + 2 * head + shape.cache_bytes(tokens, dtype.itemsize)
+
+
+def _bytes_of_format(shape: Shape, name: str, dtype: torch.dtype) -> int:
+    return mixture_bytes(shape, name) if is_mixture(name) else random_bytes(shape, name, dtype)
+
+
 def check_memory(plan: Plan, free: int) -> None:
     """Raises InputError if the largest candidate with random weights and its cache do not fit."""
     dtype = compute_dtype(plan.device)
@@ -256,9 +365,9 @@ def check_memory(plan: Plan, free: int) -> None:
         tokens = max(max(plan.batches) * (max(plan.contexts) + 1), *plan.prefills)
         cache = shape.cache_bytes(tokens, dtype.itemsize)
         for candidate in group:
-            if candidate.format is None:
+            if candidate.format is None or candidate.peer is not None:
                 continue
-            weights = random_bytes(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
+            weights = _bytes_of_format(shape, candidate.format, dtype) + outer_bytes(shape, dtype)
             weights += copied_bytes(shape, candidate.format) if plan.device.type == "cuda" else 0
             if weights + cache > free:
                 raise InputError(

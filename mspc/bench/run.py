@@ -1,10 +1,12 @@
-"""`bench` measures the decoders of a request one after the other, and compares them with the baselines of the run."""
+"""`bench` measures the decoders and engines of a request, and compares them with the baselines of the run."""
 
 import datetime
 import gc
-from collections.abc import Callable
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,41 +14,58 @@ import torch
 from mspc import threads
 from mspc.api import evaluate
 from mspc.bench.decoder import Decoder, Operations, OuterLayers, add_norm, gated, rotate
-from mspc.bench.measure import measure_decode, measure_prefill
+from mspc.bench.formats import DENSE
+from mspc.bench.measure import (
+    TOKENS,
+    Contender,
+    decode_on_cuda,
+    measure_decode,
+    measure_prefill,
+    of_decoder,
+    prefill_on_cuda,
+)
+from mspc.bench.mixtures import is_mixture, mixture_decoder
 from mspc.bench.models import (
     SEED,
+    TINYGEMM,
+    TORCH16,
     compute_dtype,
-    engine_of,
-    format_of,
     model_decoder,
+    outer_bytes,
     random_decoder,
     random_outer,
-    stored_dtype,
+    with_head,
 )
-from mspc.bench.request import Candidate, Plan, Request, make_plan
+from mspc.bench.peers.running import contender_of
+from mspc.bench.request import Candidate, Plan, Request, has_codes, make_plan, needed_bytes
+from mspc.bench.rows import compare, empty_row, name_of, peer_row
 from mspc.bench.timing import WARM_UPS, Ceilings, clocks, describe_device, measure_ceilings, versions
 from mspc.errors import InputError, MspcError
-from mspc.progress import Console, Progress, log
+from mspc.memory import free_memory
+from mspc.progress import Console, Progress, Step, log
 from mspc.runtime.loading import INPUTS
-from mspc.storage.manifest import predicted_time, was_recovered
+from mspc.sizes import in_words
 
 TEXT = "builtin"
 """The text of perplexities."""
 SCHEMA = 1
+TO_MAKE = 1.25
+"""Memory that a row takes while it is made, relative to that which it keeps."""
 CPU_LABEL = "CPU, weights in huge pages"
 
-Save = Callable[[dict[str, Any]], None]
+Rows = list[dict[str, Any]]
+Save = Callable[[dict[str, Any], Rows], None]
 
 
 def bench(request: Request, *, progress: Progress | None = None, save: Save | None = None) -> dict[str, Any]:
-    """The result that docs/benchmark.md describes. `save` receives the result so far after each decoder.
+    """The result that docs/benchmark.md describes. `save` receives the result so far, and the rows that are new in it.
 
     Raises InputError for a request that cannot be measured, before it measures, and MspcError if memory runs out.
     """
     progress = progress or Console()
     plan = make_plan(request)
     for reason in plan.left_out:
-        log.info(f"torch's int4 is left out: {reason}")
+        log.info(reason)
     # Graphs and kernels run on the current device, which --device cuda:1 does not change.
     on_device = torch.cuda.device(plan.device) if plan.device.type == "cuda" else nullcontext()
     with on_device, threads.of_torch(request.threads):
@@ -62,19 +81,45 @@ def run(request: Request, plan: Plan, progress: Progress, save: Save | None) -> 
     result = header(request, plan, kind, ceilings)
     for group in plan.groups:
         outer = None
-        rows: list[dict[str, Any]] = []
-        for candidate in group:
-            if candidate.format is None:
+        measured: dict[str, dict[str, Any]] = {}
+        for number, lot in enumerate(lots(plan, group)):
+            if any(candidate.folder is not None for candidate in lot) and plan.device.type == "cuda":
                 outer = None  # a model has its own, and this would count as its memory
-            elif outer is None:
-                outer = random_outer(candidate.shape, plan.length, plan.device)
-            row = measure(candidate, plan, outer, operations, ceilings, progress)
-            rows.append(row)
-            result["rows"].append(row)
-            compare(rows)
-            if save is not None:
-                save(result)
+            elif outer is None and any(candidate.folder is None for candidate in lot):
+                outer = random_outer(lot[0].shape, plan.length, plan.device)
+            rows = measure(lot, plan, outer, operations, ceilings, progress)
+            before = len(result["rows"]) - len(measured)
+            measured |= {row["name"]: row for row in rows}
+            for row in rows:
+                row["lot"] = number
+            of_group = [measured[candidate.name] for candidate in group if candidate.name in measured]
+            result["rows"][before:] = of_group
+            compare(of_group)
+            evaluate_rows(lot, rows, plan, progress, save and (lambda new: save(result, new)))
     return result
+
+
+def lots(plan: Plan, group: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The candidates that are in memory and measured at once: one on a GPU, as many as fit on a CPU, smallest first."""
+    if plan.device.type != "cpu":
+        return [[candidate] for candidate in group]
+    shape, dtype = group[0].shape, compute_dtype(plan.device)
+    room = free_memory(plan.device) / TO_MAKE - outer_bytes(shape, dtype)
+    found: list[list[Candidate]] = [[]]
+    left = room
+    for candidate in sorted(group, key=lambda candidate: needed_bytes(plan, candidate)):
+        needed = needed_bytes(plan, candidate)
+        if found[-1] and needed > left:
+            found.append([])
+            left = room
+        found[-1].append(candidate)
+        left -= needed
+    if len(found) > 1:
+        log.warning(
+            f"There is no memory for all rows of {shape.name} at once, {in_words(max(0, int(room)))} are free for them. "
+            f"They are measured in {len(found)} lots, and only those of one lot take turns. Choose fewer with --format and --peers."
+        )
+    return [sorted(lot, key=group.index) for lot in found]
 
 
 def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) -> dict[str, Any]:
@@ -95,13 +140,19 @@ def header(request: Request, plan: Plan, operations: str, ceilings: Ceilings) ->
             "prefills": list(plan.prefills),
             "repeats": plan.repeats,
             "warm_ups": WARM_UPS[device.type],
+            "tokens_of_a_round": TOKENS if device.type == "cpu" else None,
+            "head_bits": plan.head_bits,
             "cuda_graphs": device.type == "cuda",
             "pieces": operations,
             "seed": SEED,
             "perplexity": None if plan.evaluation is None else {"text": TEXT, **asdict(plan.evaluation)},
             "left_out": list(plan.left_out),
         },
-        "ceilings": {"copy_bytes_per_second": ceilings.copy, "gemm_flops": ceilings.gemm},
+        "ceilings": {
+            "copy_bytes_per_second": ceilings.copy,
+            "read_bytes_per_second": ceilings.read,
+            "gemm_flops": ceilings.gemm,
+        },
         "rows": [],
     }
 
@@ -125,84 +176,110 @@ def choose_operations(device: torch.device) -> tuple[Operations, str]:
 
 
 def measure(
-    candidate: Candidate,
+    lot: Sequence[Candidate],
     plan: Plan,
     outer: OuterLayers | None,
     operations: Operations,
     ceilings: Ceilings,
     progress: Progress,
-) -> dict[str, Any]:
-    """One row of the result."""
-    device, steps = plan.device, len(plan.batches) * len(plan.contexts) + len(plan.prefills)
-    with progress.stage(f"{candidate.shape.name}, {candidate.name}", steps + 1) as step:
-        try:
-            decoder = make(candidate, plan, outer, operations)
-            step("made")
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            row = empty_row(candidate, decoder)
-            for context in plan.contexts:
-                for batch in plan.batches:
-                    row["decode"].append(measure_decode(decoder, batch, context, plan.repeats, ceilings))
-                    step(f"batch {batch}, context {context}")
-            row["clocks"] = clocks(device)
-            for tokens in plan.prefills:
-                row["prefill"].append(measure_prefill(decoder, tokens, plan.repeats, ceilings))
-                step(f"prefill {tokens}")
-        except torch.OutOfMemoryError as error:
-            raise MspcError(
-                f"{candidate.name}: the memory of {device} was not enough ({str(error).splitlines()[0]}). Choose "
-                "smaller --shapes, --batch, --context or --prefill. The --json file has the rows before this one."
-            ) from error
-    if device.type == "cuda":
-        row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    del decoder
-    if device.type == "cuda":
+) -> Rows:
+    """Rows of the result without perplexity: on a CPU measured in turns, on CUDA of a lot of one."""
+    names = lot[0].name if len(lot) == 1 else "all in turns"
+    try:
+        with ExitStack() as stack:
+            made = []
+            for candidate in lot:
+                with progress.stage(f"{candidate.shape.name}, {candidate.name}", 1) as step:
+                    made.append(make(candidate, plan, outer, operations, stack))
+                    step("made")
+            rows = [row for row, _ in made]
+            steps = len(plan.batches) * len(plan.contexts) + len(plan.prefills)
+            with progress.stage(f"{lot[0].shape.name}, {names}, measured", steps) as step:
+                if plan.device.type == "cuda":
+                    ((row, decoder),) = made
+                    assert isinstance(decoder, Decoder)
+                    measure_on_cuda(row, decoder, plan, ceilings, step)
+                else:
+                    contenders = [of_decoder(one) if isinstance(one, Decoder) else one for _, one in made]
+                    measure_on_cpu(rows, contenders, plan, ceilings, step)
+    except torch.OutOfMemoryError as error:
+        raise MspcError(
+            f"{names}: the memory of {plan.device} was not enough ({str(error).splitlines()[0]}). Choose smaller "
+            "--shapes, --batch, --context or --prefill. The --json file has the rows before."
+        ) from error
+    if plan.device.type == "cuda":
+        del made, decoder
         gc.collect()  # CUDA graphs, and the memory that they hold
         torch.cuda.empty_cache()
-    if candidate.folder is not None and plan.evaluation is not None:
-        inputs = plan.inputs if row["engine"].endswith("int8 inputs") else INPUTS[0]
-        row["perplexity"] = perplexity_of(candidate, plan, progress, inputs)
-    return row
+    return rows
 
 
-def make(candidate: Candidate, plan: Plan, outer: OuterLayers | None, operations: Operations) -> Decoder:
+def make(
+    candidate: Candidate, plan: Plan, outer: OuterLayers | None, operations: Operations, stack: ExitStack
+) -> tuple[dict[str, Any], Decoder | Contender]:
+    """The row of a candidate without measurements, and what is to be measured; `stack` ends its process, if any."""
+    if candidate.peer is not None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mspc-bench-")))
+        contender, version = stack.enter_context(contender_of(candidate, plan, folder))
+        return peer_row(candidate, contender, version), contender
+    decoder = decoder_of(candidate, plan, outer, operations)
+    return empty_row(candidate, decoder), decoder
+
+
+def decoder_of(candidate: Candidate, plan: Plan, outer: OuterLayers | None, operations: Operations) -> Decoder:
     if candidate.folder is not None:
         return model_decoder(candidate.folder, plan.length, plan.device, operations, plan.inputs)
-    assert candidate.format is not None
+    shape, name = candidate.shape, candidate.format
+    assert name is not None
     assert outer is not None
-    return random_decoder(candidate.shape, candidate.format, outer, operations, plan.inputs)
+    if name == TORCH16:
+        return random_decoder(shape, DENSE, random_outer(shape, plan.length, plan.device, torch.bfloat16), operations)
+    if plan.head_bits < 16 and (name == TINYGEMM or has_codes(candidate)):
+        outer = with_head(outer, plan.head_bits, plan.inputs)
+    maker = mixture_decoder if is_mixture(name) else random_decoder
+    return maker(shape, name, outer, operations, plan.inputs)
 
 
-def empty_row(candidate: Candidate, decoder: Decoder) -> dict[str, Any]:
-    """A row without measurements."""
-    shape = candidate.shape
-    weights = shape.block_weights * shape.blocks
-    return {
-        "name": candidate.name,
-        "model": shape.name,
-        "shape": asdict(shape),
-        "format": candidate.format or format_of(decoder),
-        "random_weights": candidate.folder is None,
-        "recovered": candidate.folder is not None and was_recovered(candidate.folder),
-        "stored_dtype": None if candidate.folder is None else name_of(stored_dtype(candidate.folder)),
-        "baseline": candidate.baseline,
-        "engine": engine_of(decoder),
-        "weight_bytes": decoder.stored_bytes(),
-        "bits_per_weight": 8 * decoder.weight_bytes()["linears"] / weights,
-        "repacked_bits_per_weight": 8 * decoder.repacked_bytes() / weights,
-        "copied_bits_per_weight": 8 * decoder.copied_bytes() / weights,
-        "peak_memory_bytes": None,
-        "clocks": None,
-        "perplexity": None,
-        "predicted": None if candidate.folder is None else predicted_time(candidate.folder),
-        "decode": [],
-        "prefill": [],
-    }
+def measure_on_cuda(row: dict[str, Any], decoder: Decoder, plan: Plan, ceilings: Ceilings, step: Step) -> None:
+    torch.cuda.reset_peak_memory_stats(plan.device)
+    for context in plan.contexts:
+        for batch in plan.batches:
+            row["decode"].append(decode_on_cuda(decoder, batch, context, plan.repeats, ceilings))
+            step(f"batch {batch}, context {context}")
+    row["clocks"] = clocks(plan.device)
+    for tokens in plan.prefills:
+        row["prefill"].append(prefill_on_cuda(decoder, tokens, plan.repeats, ceilings))
+        step(f"prefill {tokens}")
+    row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(plan.device)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def measure_on_cpu(rows: Rows, contenders: list[Contender], plan: Plan, ceilings: Ceilings, step: Step) -> None:
+    for context in plan.contexts:
+        for batch in plan.batches:
+            pairs = [(row, one) for row, one in zip(rows, contenders, strict=True) if one.takes(batch)]
+            found = measure_decode([one for _, one in pairs], batch, context, plan.repeats, ceilings)
+            for (row, _), of_row in zip(pairs, found, strict=True):
+                row["decode"].append(of_row)
+            step(f"batch {batch}, context {context}")
+    for tokens in plan.prefills:
+        for row, of_row in zip(rows, measure_prefill(contenders, tokens, plan.repeats, ceilings), strict=True):
+            row["prefill"].append(of_row)
+        step(f"prefill {tokens}")
+
+
+def evaluate_rows(
+    lot: Sequence[Candidate], rows: Rows, plan: Plan, progress: Progress, save: Callable[[Rows], None] | None
+) -> None:
+    """Add the perplexity of models, and tell each row when all of it is known."""
+    judged = [plan.evaluation is not None and candidate.folder is not None for candidate in lot]
+    if save is not None:
+        save([row for row, is_judged in zip(rows, judged, strict=True) if not is_judged])
+    for candidate, row, is_judged in zip(lot, rows, judged, strict=True):
+        if is_judged:
+            inputs = plan.inputs if row["engine"].endswith("int8 inputs") else INPUTS[0]
+            row["perplexity"] = perplexity_of(candidate, plan, progress, inputs)
+            if save is not None:
+                save([row])
 
 
 def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress, inputs: str = INPUTS[0]) -> float | None:
@@ -218,15 +295,3 @@ def perplexity_of(candidate: Candidate, plan: Plan, progress: Progress, inputs: 
         log.info(f"{candidate.name}: no perplexity. {error}")
         return None
     return measured.perplexity
-
-
-def compare(rows: list[dict[str, Any]]) -> None:
-    """Set the `speedup` of every step of the rows of one shape: time of each baseline / its own."""
-    baselines = {row["baseline"]: row for row in rows if row["baseline"]}
-    for row in rows:
-        for stage in ("decode", "prefill"):
-            for number, step in enumerate(row[stage]):
-                step["speedup"] = {
-                    name: baseline[stage][number]["seconds"]["median"] / step["seconds"]["median"]
-                    for name, baseline in baselines.items()
-                }

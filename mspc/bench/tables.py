@@ -23,6 +23,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     for model, rows in groups(result).items():
         yield _sizes(model, rows, result)
         yield _decode(model, rows, result)
+        yield from _beside(model, rows, result)
         if any(row["prefill"] for row in rows):
             yield _prefill(model, rows, result)
 
@@ -62,21 +63,19 @@ def _perplexity_cell(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[st
 
 def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
     baseline = result["configuration"]["baseline"]
+    rate, of_rate = _bandwidth(rows)
     headings = (
         "ms a token, 10%..90%",
         "tokens/s",
         "GB/s",
-        "of copy",
+        of_rate,
         "bytes alone, ms",
         f"x {compared_with(result)}",
         *_perplexity_heading(rows),
     )
     table = _titled(f"{model}: decoding", result, "context", "batch", "format", *headings)
-    for number in range(len(rows[0]["decode"])):
-        for row in rows:
-            if len(row["decode"]) <= number:
-                continue
-            step = row["decode"][number]
+    for first in rows[0]["decode"]:
+        for row, step in _same(rows, "decode", first):
             table.add_row(
                 str(step["context"]),
                 str(step["batch"]),
@@ -84,7 +83,7 @@ def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> T
                 milliseconds(step["seconds"]),
                 f"{step['tokens_per_second']['median']:,.1f}",
                 f"{step['bytes_per_second']['median'] / 1e9:,.1f}",
-                f"{step['share_of_copy']:.0%}",
+                f"{step[rate]:.0%}",
                 f"{step['predicted_seconds'] * 1e3:.3f}",
                 gain(row, step, baseline),
                 *_perplexity_cell(row, rows),
@@ -92,13 +91,46 @@ def _decode(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> T
     return table
 
 
+def _bandwidth(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The share of a bandwidth that a table shows, and its heading: read where that was measured."""
+    is_read = all(step.get("share_of_read") is not None for row in rows for step in row["decode"])
+    return ("share_of_read", "of read") if is_read else ("share_of_copy", "of copy")
+
+
+def _same(
+    rows: list[dict[str, Any]], stage: str, first: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows that have a step of the same sizes, with it."""
+    sizes = [size for size in ("batch", "context", "tokens") if size in first]
+    for row in rows:
+        yield from ((row, step) for step in row[stage] if all(step[size] == first[size] for size in sizes))
+
+
+def _beside(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Iterator[Table]:
+    """Speeds relative to other engines, at the sizes that these have."""
+    peers = [row["name"] for row in rows if row.get("peer")]  # older results do not say
+    for stage, words, columns in (
+        ("decode", "decoding", ("context", "batch")),
+        ("prefill", "prefill", ("tokens",)),
+    ):
+        firsts: list[dict[str, Any]] = next((row[stage] for row in rows if row.get("peer")), [])
+        if not firsts:
+            continue
+        table = _titled(f"{model}: {words}, times as fast as", result, *columns, "format", *peers)
+        for first in firsts:
+            for row, step in _same(rows, stage, first):
+                if not row.get("peer"):
+                    sizes = [str(step[column]) for column in columns]
+                    table.add_row(*sizes, label(row), *(gain(row, step, peer) for peer in peers))
+        yield table
+
+
 def _prefill(model: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> Table:
     baseline = result["configuration"]["baseline"]
     headings = ("ms to first token, 10%..90%", "tokens/s", "bytes and products alone, ms", f"x {compared_with(result)}")
     table = _titled(f"{model}: prefill", result, "prompt", "format", *headings)
-    for number in range(len(rows[0]["prefill"])):
-        for row in rows:
-            step = row["prefill"][number]
+    for first in rows[0]["prefill"]:
+        for row, step in _same(rows, "prefill", first):
             table.add_row(
                 str(step["tokens"]),
                 label(row),
@@ -135,7 +167,9 @@ def compared_with(result: dict[str, Any]) -> str:
 def label(row: dict[str, Any]) -> str:
     """The name of a row, with its format if the name is a path, and whether it was recovered."""
     recovered = ", recovered" * bool(row.get("recovered"))  # older results do not say
-    return str(row["name"]) if row["random_weights"] else f"{row['name']} ({row['format']}{recovered})"
+    return (
+        str(row["name"]) if row["random_weights"] or row.get("peer") else f"{row['name']} ({row['format']}{recovered})"
+    )
 
 
 def milliseconds(seconds: dict[str, float]) -> str:
@@ -143,18 +177,27 @@ def milliseconds(seconds: dict[str, float]) -> str:
 
 
 def gain(row: dict[str, Any], step: dict[str, Any], baseline: str) -> str:
-    """Speed of a step divided by that of the baseline, in words."""
-    if row["baseline"] == baseline:
+    """Speed of a step divided by that of a baseline or another engine, in words."""
+    if baseline in (row["baseline"], row["name"]):
         return "1"
-    ratio = step["speedup"].get(baseline)
+    ratio = _ratio(step, baseline)
     if ratio is None:
         return "-"
-    return f"{ratio:.2f}" if is_gain(ratio) else f"{ratio:.2f} no gain"
+    words = f"{ratio['median']:.2f} {ratio['p10']:.2f}..{ratio['p90']:.2f}"
+    return words if is_gain(ratio) else f"{words} no gain"
 
 
-def is_gain(ratio: float) -> bool:
-    """Tell if a speedup is above 1 in the two decimals that are shown."""
-    return round(ratio, 2) > 1
+def _ratio(step: dict[str, Any], baseline: str) -> dict[str, float] | None:
+    """The spread of a speedup. Older results have its median only."""
+    if baseline not in step["speedup"]:
+        return None
+    spreads = step.get("speedup_spread", {})
+    return spreads.get(baseline) or dict.fromkeys(("p10", "median", "p90"), step["speedup"][baseline])
+
+
+def is_gain(ratio: dict[str, float]) -> bool:
+    """Tell if a speedup is above 1 outside the noise: its 10th percentile, in the two decimals that are shown."""
+    return round(ratio["p10"], 2) > 1
 
 
 def notes(result: dict[str, Any]) -> Iterator[str]:
@@ -203,12 +246,13 @@ def verdicts(result: dict[str, Any]) -> Iterator[str]:
         for stage, words in (("decode", "decoding"), ("prefill", "prefill")):
             gained, lost = [], []
             for row in rows:
-                ratios = [step["speedup"].get(baseline) for step in row[stage]]
+                ratios = [_ratio(step, baseline) for step in row[stage]]
                 known = [ratio for ratio in ratios if ratio is not None]
                 if row["baseline"] == baseline or not known:
                     continue
-                if is_gain(max(known)):
-                    span = f"{min(known):.2f} to {max(known):.2f}" if len(known) > 1 else f"{known[0]:.2f}"
+                if any(is_gain(ratio) for ratio in known):
+                    medians = [ratio["median"] for ratio in known]
+                    span = f"{min(medians):.2f} to {max(medians):.2f}" if len(known) > 1 else f"{medians[0]:.2f}"
                     gained.append(f"{label(row)} {span}")
                 else:
                     lost.append(label(row))

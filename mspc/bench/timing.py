@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mspc.kernels.cpu import memory
+
 Step = Callable[[], Tensor]
 WARM_UPS = {"cuda": 20, "cpu": 1}
-REPEATS = {"cuda": 200, "cpu": 5}
+REPEATS = {"cuda": 200, "cpu": 9}
 MOST_SECONDS = 10.0
 """Most seconds of one measurement; a slower step is repeated less often."""
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
@@ -36,6 +38,19 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 def inverse(seconds: dict[str, float], amount: float) -> dict[str, float]:
     """The spread of `amount` / seconds."""
     return {"p10": amount / seconds["p90"], "median": amount / seconds["median"], "p90": amount / seconds["p10"]}
+
+
+def ratios(base: dict[str, Any], own: dict[str, Any], *, in_turns: bool) -> dict[str, float]:
+    """The spread of seconds of a baseline / own seconds, round by round if both took turns.
+
+    Otherwise p10 and p90 are the least and the most that the two spreads allow.
+    """
+    theirs, ours = base.get("round_seconds"), own.get("round_seconds")  # older results have none
+    if in_turns and theirs and ours:
+        return spread([other / one for other, one in zip(theirs, ours, strict=True)])
+    other, one = base["seconds"], own["seconds"]
+    pairs = {"p10": ("p10", "p90"), "median": ("median", "median"), "p90": ("p90", "p10")}
+    return {name: other[a] / one[b] for name, (a, b) in pairs.items()}
 
 
 def captured(step: Step, device: torch.device) -> Step:
@@ -107,21 +122,33 @@ class Ceilings:
 
     copy: dict[str, float]
     gemm: dict[str, float]
+    read: dict[str, float] | None = None
+    """Bytes read a second, on a CPU: a step of decoding writes next to nothing."""
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, read if that was measured, or else copied."""
+        return (self.read or self.copy)["median"]
 
     def seconds(self, num_bytes: float, flops: float) -> float:
         """The least time of a step that must move `num_bytes` and do `flops` operations."""
-        return max(num_bytes / self.copy["median"], flops / self.gemm["median"])
+        return max(num_bytes / self.bandwidth, flops / self.gemm["median"])
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> Ceilings:
     source = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
+    read = None
+    if device.type == "cpu":
+        source = memory.copied(source)
+        words = source.view(torch.int64)
+        read = inverse(spread(device_seconds(lambda: words.sum(), device, repeats)), source.nbytes)
     target = torch.empty_like(source)
     copied = device_seconds(captured(lambda: target.copy_(source), device), device, repeats)
     size = GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     # At most 20 repeats: products heat the device, which then runs slower than in decoding.
     multiplied = device_seconds(captured(lambda: a @ b, device), device, min(repeats, 20))
-    return Ceilings(inverse(spread(copied), 2 * source.nbytes), inverse(spread(multiplied), 2.0 * size**3))
+    return Ceilings(inverse(spread(copied), 2 * source.nbytes), inverse(spread(multiplied), 2.0 * size**3), read)
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

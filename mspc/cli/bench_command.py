@@ -51,8 +51,8 @@ def bench(
     formats: Annotated[
         str | None,
         option(
-            "Formats of random weights, separated by commas: dense; int8, int4, int3, int2; N:M such as 2:4; S% such "
-            "as 50%; a pattern with bits such as 2:4+int4.",
+            "Formats of random weights, separated by commas: dense, bf16; int8, int4, int3, int2; N:M such as 2:4; S% "
+            "such as 50%; a pattern with bits such as 2:4+int4; the path of an artifact, for its mixture.",
             "dense,int4,2:4,8:16,6:16,2:4+int4",
             "--format",
             rich_help_panel=WHAT,
@@ -66,6 +66,22 @@ def bench(
             rich_help_panel=WHAT,
         ),
     ] = "bf16",
+    head_bits: Annotated[
+        int | None,
+        option(
+            "Bits of the output head of random weights with codes, and of other engines: 4, 8, or 16 for a dense one.",
+            "8; with CUDA 16",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Other engines on a CPU, with random weights in the same shapes: llama.cpp, onnxruntime, openvino, "
+            "with commas between; auto (those that are installed) or none.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "auto",
     batch: Annotated[
         str | None, option("Numbers of sequences decoded together.", "1,4,8,32; on a CPU 1", rich_help_panel=HOW)
     ] = None,
@@ -77,7 +93,8 @@ def bench(
         str | None, option("Numbers of tokens in a prompt.", "512,2048; on a CPU 128", rich_help_panel=HOW)
     ] = None,
     repeats: Annotated[
-        int | None, option("Number of samples per measurement, within 10 s.", "200; on a CPU 5", rich_help_panel=HOW)
+        int | None,
+        option("Number of samples per measurement, within 10 s.", "200; on a CPU 9 rounds", rich_help_panel=HOW),
     ] = None,
     no_perplexity: Annotated[
         bool, typer.Option("--no-perplexity", help="Leave the perplexity of models out.", rich_help_panel=HOW)
@@ -120,10 +137,11 @@ def bench(
 
     Decoding is one new token per sequence; prefill is the whole prompt. On CUDA
     every step is one graph, and all formats share attention, head and fusions.
+    On a CPU all rows take turns, other engines in processes of their own.
     Each time is shown with the time that its bytes need at full bandwidth.
-    Formats that are not faster than the baseline are marked "no gain". Each row
-    is printed to stderr when it is known, and tables to stdout at the end. See
-    docs/benchmark.md.
+    What is not faster than the baseline in 90% of the rounds is marked "no
+    gain". Each row is printed to stderr when it is known, and tables to stdout
+    at the end. See docs/benchmark.md.
     """
     kept = "Figures measured so far are above" if json_file is None else f"Figures measured so far are in {json_file}"
     with reported(debug, f"{kept}."):
@@ -136,7 +154,7 @@ def bench(
         request = Request(
             tuple(paths or ()), baseline, shapes, None if formats is None else tuple(formats.split(",")),
             numbers("--batch", batch), numbers("--context", context), numbers("--prefill", prefill), repeats, device,
-            bos, not no_perplexity, max_windows, sequence_length, threads, inputs or "int16",
+            bos, not no_perplexity, max_windows, sequence_length, threads, inputs or "int16", peers, head_bits,
         )  # fmt: skip
         for file in (json_file, plot_file):
             if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
@@ -147,10 +165,11 @@ def bench(
             check_installed()
         found: dict[str, Any] = {}
 
-        def keep(result: dict[str, Any]) -> None:
+        def keep(result: dict[str, Any], new: list[dict[str, Any]]) -> None:
             found.update(result)
-            for line in lines_of(result["rows"][-1], result):
-                log.info(line)
+            for row in new:
+                for line in lines_of(row, result):
+                    log.info(line)
             if json_file is not None:
                 write_json(json_file, result)
 

@@ -1,7 +1,6 @@
-"""llama.cpp for benchmarks: an environment with it, and a client of its server that gives tokens, templates and logits.
+"""A client of llama.cpp's server, which gives tokens, templates, logits and times.
 
-    python = environment(ROOT / ".venv-llamacpp", REQUIREMENTS)
-    with running(python, Path("model.gguf"), context=256) as model:
+    with running(Path("model.gguf"), context=256) as model:
         ids = model.tokenize("Once upon a time")
         print(model.log_probabilities(ids, vocabulary=4096), model.generate(ids, 16))
 
@@ -9,7 +8,9 @@ The package is xllamacpp: a wheel without dependencies that holds llama.cpp and 
 """
 
 import json
+import os
 import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -21,17 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environments import environment, variables_of_its_own
 from numpy.typing import NDArray
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-REQUIREMENTS = HERE / "llamacpp-requirements.txt"
-PACKAGE = "xllamacpp"
+SERVER = Path(__file__).with_name("llamacpp_server.py")
 BIAS = 1e9
 """Added to a logit, it makes sampling take that token."""
-
-__all__ = ["PACKAGE", "REQUIREMENTS", "ROOT", "LlamaCpp", "LlamaCppError", "environment", "running", "version_in"]
 
 
 class LlamaCppError(Exception):
@@ -94,9 +89,9 @@ class LlamaCpp:
         answer = self._complete(ids, count)
         return list(answer["tokens"]), answer["stop_type"] == "eos"
 
-    def timings(self, ids: Sequence[int], count: int) -> dict[str, Any]:
+    def timings(self, ids: Sequence[int], count: int, *, known: bool = True) -> dict[str, Any]:
         """Milliseconds of `count` tokens after `ids`, as the server reports them; a prompt that it knows is kept."""
-        return dict(self._complete(ids, count, cache_prompt=True, ignore_eos=True)["timings"])
+        return dict(self._complete(ids, count, cache_prompt=known, ignore_eos=True)["timings"])
 
     def stops_at(self, token: int, ids: Sequence[int]) -> bool:
         """True if generation ends when this token is chosen."""
@@ -105,18 +100,16 @@ class LlamaCpp:
 
 
 @contextmanager
-def running(
-    python: Path, file: Path, context: int, threads: int = 1, variables: dict[str, str] | None = None
-) -> Iterator[LlamaCpp]:
+def running(file: Path, context: int, threads: int = 1, variables: dict[str, str] | None = None) -> Iterator[LlamaCpp]:
     """llama.cpp with this file, in a process of its own. `context` counts tokens. Raises LlamaCppError.
 
     `variables` are added to its environment variables.
     """
-    command = [str(python), str(HERE / "llamacpp_server.py"), str(file), str(context), str(threads)]
+    command = [sys.executable, str(SERVER), str(file), str(context), str(threads)]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables_of_its_own() | (variables or {})
+            command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=os.environ | (variables or {})
         )
         assert process.stdin
         assert process.stdout
@@ -131,10 +124,3 @@ def running(
             process.stdin.close()
             process.wait()
             process.stdout.close()
-
-
-def version_in(python: Path) -> str:
-    """The version of the package in that environment."""
-    program = f"from importlib.metadata import version; print(version({PACKAGE!r}))"
-    done = subprocess.run([str(python), "-c", program], env=variables_of_its_own(), capture_output=True, check=True)
-    return done.stdout.decode().strip()

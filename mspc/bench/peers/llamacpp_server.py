@@ -1,9 +1,9 @@
-"""One GGUF file in llama.cpp's own server on the CPU, for llamacpp.py and in the environment that it makes.
+"""One GGUF file in llama.cpp's own server on the CPU, for llamacpp.py. It imports nothing of mspc.
 
     python llamacpp_server.py FILE CONTEXT THREADS
 
 Prints the address that it listens at, and ends with standard input. Keys and values are kept in float32, and attention
-is computed without fused kernels, which would round them.
+is computed without fused kernels, which would round them. The file is read into memory, which can have pages of 2 MB.
 """
 
 import os
@@ -20,6 +20,7 @@ def main() -> None:
     params.n_parallel, params.port, params.warmup, params.use_jinja = 1, 0, False, True
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()

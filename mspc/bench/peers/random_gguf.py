@@ -1,4 +1,4 @@
-"""A GGUF file with random weights in the shapes of a Llama, for llama.cpp to be timed on. Needs the extra `gguf`."""
+"""A GGUF file with random weights in the shapes of a Llama, for llama.cpp to be timed on. Needs the package gguf."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ SCALES = {"Q4_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q3_K": [108]}
 SEED = 0
 
 
-def write(file: Path, shape: Shape, kind: str) -> int:
-    """Write the file unless it is there: all matrices of this type, and embeddings that are the head, of the same type.
+def write(file: Path, shape: Shape, kind: str, head_kind: str | None = None) -> dict[str, int]:
+    """Write the file: all matrices of this type, and embeddings that are the head, of the same or of another type.
 
-    Returns the bytes of weights that a step reads.
+    Returns the bytes of weights that a step reads. All blocks hold the same values.
     """
     sizes = {
         "q": (shape.heads * shape.head_dim, shape.hidden), "kv": (shape.kv_heads * shape.head_dim, shape.hidden),
@@ -33,17 +33,14 @@ def write(file: Path, shape: Shape, kind: str) -> int:
         "down": (shape.hidden, shape.intermediate),
     }  # fmt: skip
     quantized = gguf.GGMLQuantizationType[kind]
-    random, num_bytes = np.random.default_rng(SEED), 0
+    of_head = gguf.GGMLQuantizationType[head_kind or kind]
+    random = np.random.default_rng(SEED)
     drawn = {name: random_blocks(size, kind, random) for name, size in sizes.items()}
-    head = random_blocks((shape.vocabulary, shape.hidden), kind, random)
-    num_bytes = head.nbytes + shape.blocks * sum(drawn[of].nbytes for of in LAYERS.values())
-    if file.is_file():
-        return num_bytes
-    temporary = file.with_suffix(".part")
-    writer = gguf.GGUFWriter(temporary, "llama")
+    head = random_blocks((shape.vocabulary, shape.hidden), of_head.name, random)
+    writer = gguf.GGUFWriter(file, "llama")
     _describe(writer, shape)
     ones = np.ones(shape.hidden, np.float32)
-    writer.add_tensor("token_embd.weight", head, raw_dtype=quantized)
+    writer.add_tensor("token_embd.weight", head, raw_dtype=of_head)
     writer.add_tensor("output_norm.weight", ones)
     for number in range(shape.blocks):
         for layer, of in LAYERS.items():
@@ -54,8 +51,8 @@ def write(file: Path, shape: Shape, kind: str) -> int:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    temporary.rename(file)
-    return num_bytes
+    linears = shape.blocks * sum(drawn[of].nbytes for of in LAYERS.values())
+    return {"linears": linears, "norms": (2 * shape.blocks + 1) * ones.nbytes, "head": head.nbytes}
 
 
 def random_blocks(size: tuple[int, int], kind: str, random: np.random.Generator) -> NDArray[np.uint8]:
