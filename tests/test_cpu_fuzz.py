@@ -14,7 +14,16 @@ from mspc.kernels.cpu import building
 
 DRIVER = Path(__file__).with_name("cpu_fuzz.cpp")
 SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-COMMON = ("-std=c++17", "-pthread", "-ffp-contract=off", "-fopenmp-simd", "-Wall", "-Wextra", "-Werror", "-DMSPC_FINGERPRINT=1")
+COMMON = (
+    "-std=c++17",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fopenmp-simd",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-DMSPC_FINGERPRINT=1",
+)
 ROUNDS = 1500
 
 
