@@ -1,5 +1,7 @@
 """A token through all blocks in C++: logits and tokens against transformers, in float64 where values are exact."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -9,15 +11,18 @@ from torch.nn.functional import linear
 import mspc
 from mspc.errors import MspcError
 from mspc.kernels.cpu import library
-from mspc.kernels.cpu.step import Step
+from mspc.kernels.cpu.step import Constants, Step
 from mspc.runtime import generation, stepping
 from mspc.runtime.linear import SparseLinear
 from mspc.runtime.stepping import stepper_of
 
 BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 FAMILIES = {
     "llama": ("llama", {}), "biases": ("llama", BIASES), "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}),
+    "granite": ("granite", GRANITE), "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "gemma3": ("gemma3_text", {}),
 }  # fmt: skip
 QUICK = {"solver": "mask", "criterion": "magnitude", "allocator": "uniform", "num_sequences": 2}
 LENGTH = 40
@@ -176,13 +181,25 @@ def test_a_step_refuses_what_does_not_fit(loaded):
     for inputs, first in ((x, LENGTH), (x, -1), (x[:, 1:], 0), (x.double(), 0)):
         with pytest.raises(MspcError, match=f"caches of {LENGTH} tokens"):
             stepper.step(inputs, first)
-    layers, caches, rotation, norm = stepper.step._kept[:4]
+    layers, caches, rotations, norm = stepper.step._kept[:4]
+    short = [(cos[1:], sin) for cos, sin in rotations]
     for faulty in (
-        (layers, [cache[..., 1:] for cache in caches], rotation, norm),
-        (layers, caches, (rotation[0][1:], rotation[1]), norm), (layers, caches, rotation, norm.double()),
-    ):  # fmt: skip
+        (layers, [cache[..., 1:] for cache in caches], rotations, norm),
+        (layers, caches, short, norm),
+        (layers, caches, rotations, norm.double()),
+        ([replace(layers[0], qkv=layers[0].qkv[:2]), *layers[1:]], caches, rotations, norm),
+    ):
         with pytest.raises(MspcError):
-            Step(*faulty, 1e-5)
+            Step(*faulty, Constants(1e-5, 1.0))
+
+
+def test_steps_that_compute_something_else_are_noticed(artifact_of, monkeypatch, caplog):
+    """Oracle: the text of transformers. The fault is a scale of attention that the config does not tell."""
+    artifact, options = artifact_of("llama"), {"max_new_tokens": 12, "progress": False, "device": "cpu"}
+    expected = "".join(mspc.generate(artifact.path, "the other", **options))
+    monkeypatch.setattr(stepping, "Constants", lambda eps, scale, *more: Constants(eps, 20.0 * scale, *more))
+    assert "".join(mspc.generate(artifact.path, "the other", **options)) == expected
+    assert "computes other logits than its steps in C++" in caplog.text
 
 
 def test_a_long_text_and_heads_that_share_keys(tmp_path, calibration):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from mspc.kernels.cpu.kernel import MAX_TOKENS
-from mspc.kernels.cpu.step import Layer, Step
+from mspc.kernels.cpu.step import Constants, Layer, Step
 from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.linear import SparseLinear
 from mspc.runtime.stepping import layer_of, planes_of
@@ -208,8 +208,9 @@ class Decoder:
         layers = [block.layer() for block in self.blocks] if self.sparse_layers() else [None]
         if None in layers or batch > MAX_TOKENS:
             return Cache(blocks, None)
-        rotation, planes = (outer.cos[:length], outer.sin[:length]), planes_of(self.blocks)
-        return Cache(blocks, Step([one for one in layers if one], blocks, rotation, outer.norm, outer.eps, planes))
+        rotations = [(outer.cos[:length], outer.sin[:length])] * shape.blocks
+        constants = Constants(outer.eps, shape.head_dim**-0.5, planes=planes_of(self.blocks))
+        return Cache(blocks, Step([one for one in layers if one], blocks, rotations, outer.norm, constants))
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted.

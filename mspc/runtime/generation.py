@@ -211,6 +211,13 @@ class Generation:
         choosing = Choosing(self.model, self.model.device, self.temperature, self.seed)
         ids = torch.tensor([self.request.prompt_ids])
         logits = stepper.read(ids)
+        if logits is None:
+            log.warning(
+                f"{type(self.model).__name__} computes other logits than its steps in C++, so transformers writes the "
+                "text, more slowly. Please report this, with the config.json of the model."
+            )
+            yield from self._by_generate()
+            return
         for number in range(self.request.most):
             token = int(choosing(ids, logits).argmax(-1))
             yield token

@@ -4,6 +4,7 @@ Dense layers between compressed ones are repacked for it, too, and then lie in m
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,20 @@ from torch import Tensor, nn
 from mspc.formats.description import StoredMatrix
 from mspc.kernels import ON_CPU
 from mspc.kernels.cpu import kernel
-from mspc.kernels.cpu.step import Layer, Part, Step
+from mspc.kernels.cpu.step import Constants, Layer, Part, Step
 from mspc.passes.sampling import cache_keyword
 from mspc.planning.token_work import LIKE_LLAMA
 from mspc.runtime.joined import ConcatenatedLinear, DenseLinear
 from mspc.runtime.linear import SparseLinear
 from mspc.types import Unstructured
 
+ALSO_LIKE_LLAMA = ("granite", "smollm3", "gemma3_text")
+"""Types of models that have steps, and that `mspc bench` does not run."""
+WITH_WINDOWS = ("gemma3_text",)
+"""Types whose blocks have windows and rotations of their own."""
+GELU = ("gelu_pytorch_tanh",)
+MOST_DIFFERENCE = 1e-2
+"""Of the largest logit. Rounding of inputs to 16 bits makes some 1e-4."""
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Types of rotary embedding that do not depend on the length of the text."""
 
@@ -63,7 +71,7 @@ def layer_of(
     of_qkv, of_out, of_gate_up, of_down = map(parts_of, (qkv, [out], gate_up, [down]))
     if of_qkv is None or of_out is None or of_gate_up is None or of_down is None:
         return None
-    return Layer(of_qkv, of_out[0], of_gate_up, of_down[0], *norms, qk_norms)
+    return Layer(of_qkv, of_out[0], of_gate_up, of_down[0], norms, qk_norms)
 
 
 def planes_of(modules: Iterable[nn.Module]) -> int:
@@ -79,48 +87,66 @@ class Stepper:
         self.model, self.step, self.caches = model, step, caches
         self.position = 0
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Logits (1, V) after a prompt (1, T), by the model's own forward."""
+    def read(self, ids: Tensor) -> Tensor | None:
+        """Logits (1, V) after a prompt (1, T), by the model's own forward; None if the step computes something else.
+
+        The last token of the prompt shows that.
+        """
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        self.position = ids.shape[1]
+        self.position = ids.shape[1] - 1
         for layer, held in zip(getattr(output, cache_keyword(self.model)).layers, self.caches, strict=True):
-            held[0, :, :, : self.position], held[1, :, :, : self.position] = layer.keys, layer.values
+            kept = slice(ids.shape[1] - layer.keys.shape[2], ids.shape[1])  # a window may keep the last ones only
+            held[0, :, :, kept], held[1, :, :, kept] = layer.keys, layer.values
         logits: Tensor = output.logits[:, -1]
-        return logits
+        difference = (self.next(int(ids[0, -1])) - logits).abs().max()
+        return None if difference > MOST_DIFFERENCE * logits.abs().max() else logits
 
     def next(self, token: int) -> Tensor:
         """Logits (1, V) after one more token."""
-        x = self.model.model.embed_tokens(torch.tensor([token]))
+        x = self.model.model.embed_tokens(torch.tensor([token])) * self._number("embedding_multiplier")
         normed = self.step(x, self.position)
         self.position += 1
-        logits: Tensor = self.model.lm_head(normed)
+        logits: Tensor = self.model.lm_head(normed) / self._number("logits_scaling")
         return logits
+
+    def _number(self, name: str) -> float:
+        return float(getattr(self.model.config, name, None) or 1.0)
 
 
 def stepper_of(model: Any, length: int) -> Stepper | None:
     """For texts of up to `length` tokens with their prompt, or None for a model that has no such steps."""
     config = model.config
-    if not _is_like_llama(config, length) or not _has_compressed_layers(model):
+    if not _is_known(config, length) or not _has_compressed_layers(model):
         return None
     layers = list(_layers(model))
-    norm, dim = model.model.norm.weight.detach(), model.model.layers[0].self_attn.head_dim
-    if None in layers or norm.dtype != torch.float32:
+    first = model.model.layers[0].self_attn
+    if None in layers or model.dtype != torch.float32:
         return None
-    cos, sin = model.model.rotary_emb(norm[None], torch.arange(length)[None])
-    caches = [torch.empty(2, 1, config.num_key_value_heads, length, dim) for _ in layers]
-    whole, rotation = [layer for layer in layers if layer is not None], (cos[0].contiguous(), sin[0].contiguous())
-    step = Step(whole, caches, rotation, norm, config.rms_norm_eps, planes_of([model]))
+    whole = [layer for layer in layers if layer is not None]
+    caches = [torch.empty(2, 1, config.num_key_value_heads, length, first.head_dim) for _ in whole]
+    constants = Constants(
+        config.rms_norm_eps, float(first.scaling), float(getattr(config, "residual_multiplier", 1.0)),
+        _activation(config) in GELU, planes_of([model]),
+    )  # fmt: skip
+    step = Step(whole, caches, _rotations(model, length), _norm(model.model.norm), constants)
     return Stepper(model, step, caches)
 
 
-def _is_like_llama(config: Any, length: int) -> bool:
-    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _is_known(config: Any, length: int) -> bool:
+    """Tell if nothing in a text of this length depends on more than a step knows."""
+    rotations = getattr(config, "rope_parameters", None) or {}
+    of_types = rotations.values() if "rope_type" not in rotations else [rotations]
     window = getattr(config, "sliding_window", None)
     return (
-        config.model_type in LIKE_LLAMA
-        and config.hidden_act == "silu"
-        and rotation in FIXED_ROTATIONS
-        and (window is None or length <= window)
+        config.model_type in LIKE_LLAMA + ALSO_LIKE_LLAMA
+        and _activation(config) in ("silu", *GELU)
+        and all((one or {}).get("rope_type", "default") in FIXED_ROTATIONS for one in of_types)
+        and (config.model_type in WITH_WINDOWS or window is None or length <= window)
+        and not any(getattr(config, f"{kind}_logit_softcapping", None) for kind in ("attn", "final"))
     )
 
 
@@ -131,10 +157,38 @@ def _has_compressed_layers(model: nn.Module) -> bool:
 def _layers(model: Any) -> Iterator[Layer | None]:
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
-        has_qk_norms = hasattr(attention, "q_norm")
-        qk_norms = (attention.q_norm.weight.detach(), attention.k_norm.weight.detach()) if has_qk_norms else None
-        norms = block.input_layernorm.weight.detach(), block.post_attention_layernorm.weight.detach()
-        yield layer_of(
+        has_qk_norms, has_four = hasattr(attention, "q_norm"), hasattr(block, "pre_feedforward_layernorm")
+        qk_norms = (_norm(attention.q_norm), _norm(attention.k_norm)) if has_qk_norms else None
+        second = block.pre_feedforward_layernorm if has_four else block.post_attention_layernorm
+        layer = layer_of(
             [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj, [mlp.gate_proj, mlp.up_proj],
-            mlp.down_proj, norms, qk_norms,
+            mlp.down_proj, (_norm(block.input_layernorm), _norm(second)), qk_norms,
         )  # fmt: skip
+        after = None
+        if has_four:
+            after = _norm(block.post_attention_layernorm), _norm(block.post_feedforward_layernorm)
+        window = getattr(attention, "sliding_window", None) if model.config.model_type in WITH_WINDOWS else None
+        yield layer and replace(layer, after_norms=after, window=int(window or 0))
+
+
+def _norm(norm: Any) -> Tensor:
+    """The vector (n,) that normed vectors are multiplied by: Gemma holds it less 1."""
+    weight = norm.weight.detach().float()
+    return (weight + 1.0 if type(norm).__name__.startswith("Gemma") else weight).contiguous()
+
+
+def _rotations(model: Any, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines (L, D) of each block. Blocks without rotations have 1 and 0."""
+    x, positions, config = torch.empty(1, 1), torch.arange(length)[None], model.config
+    kinds = getattr(config, "layer_types", None) if config.model_type in WITH_WINDOWS else None
+    found: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for kind in set(kinds or (None,)):
+        cos, sin = model.model.rotary_emb(x, positions, *(() if kind is None else (kind,)))
+        found[kind] = cos[0].contiguous(), sin[0].contiguous()
+    number = len(model.model.layers)
+    rotations = [found[kind] for kind in kinds or [None] * number]
+    for index, is_rotated in enumerate(getattr(config, "no_rope_layers", None) or [True] * number):
+        if not is_rotated:
+            cos, sin = rotations[index]
+            rotations[index] = torch.ones_like(cos), torch.zeros_like(sin)
+    return rotations
