@@ -109,6 +109,34 @@ def test_codes_give_the_logits_of_transformers(recipe, loaded, isa):
     assert float((found - expected[6:]).abs().max()) < 3e-4 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("prompt", [1, 7, 8, 9, 30])
+def test_a_prompt_may_be_longer_than_a_window(prompt, loaded, monkeypatch):
+    """Oracle: transformers. The window is 8, and memory that was not written holds NaN."""
+    model, ids = loaded("gemma3", sparsity=0.5), tiny.ids(1, LENGTH)
+
+    def spoiled(*given: object) -> Step:
+        for cache in given[1]:
+            cache.fill_(torch.nan)
+        return Step(*given)
+
+    monkeypatch.setattr(stepping, "Step", spoiled)
+    found = logits_by_steps(model, ids, prompt)
+    expected = in_float64(model, ids)
+    assert float((found - expected[prompt - 1 :]).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_the_default_dtype_of_torch_changes_nothing(loaded):
+    model, ids = loaded("llama", sparsity=0.5), tiny.ids(1, LENGTH)
+    expected = logits_by_steps(model, ids, 7)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = logits_by_steps(model, ids, 7)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_int8_inputs_are_those_of_the_layers(loaded):
     """Oracle: the same model by transformers, whose layers round as much."""
     model, ids = loaded("llama", pattern="2:4", bits=4, group_size=32), tiny.ids(1, LENGTH)
@@ -156,7 +184,43 @@ def test_models_that_have_no_steps(loaded, tmp_path):
         assert stepper_of(model, LENGTH) is None, name
         setattr(model.config, name, before)
     assert stepper_of(model, LENGTH) is not None
+    hook = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert stepper_of(model, LENGTH) is None
+    hook.remove()
+    activation = model.model.layers[1].mlp.act_fn
+    activation.forward = activation.forward
+    assert stepper_of(model, LENGTH) is None
+    del activation.forward
+    assert stepper_of(model, LENGTH) is not None
     assert stepper_of(model.bfloat16(), LENGTH) is None
+
+
+def test_without_the_library_dense_layers_are_not_repacked(loaded, monkeypatch):
+    model = loaded("llama", sparsity=0.5, skip=("k_proj",))
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.unprepare()
+    monkeypatch.setenv("MSPC_CPU_ISA", "torch")
+    assert stepper_of(model, LENGTH) is None
+
+
+def test_inputs_that_some_layers_round_more(loaded):
+    model = loaded("llama", pattern="2:4", bits=4, group_size=32)
+    next(layer for layer in model.modules() if isinstance(layer, SparseLinear)).use_int8_inputs()
+    assert stepper_of(model, LENGTH) is None
+
+
+def test_dense_layers_are_repacked_once_for_a_weight(loaded):
+    model, ids = loaded("llama", sparsity=0.5, skip=("k_proj", "up_proj")), tiny.ids(1, LENGTH)
+    logits_by_steps(model, ids, 7)
+    layer = model.model.layers[0].mlp.up_proj
+    first = stepping._dense[layer][1]
+    logits_by_steps(model, ids, 7)
+    assert stepping._dense[layer][1] is first
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    found, expected = logits_by_steps(model, ids, 7), in_float64(model, ids)
+    assert float((found - expected[6:]).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}])

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kTogether = 64;  // keys or values that heads read in turn, so that they stay in the first cache
 
-// e^x to some 1e-7 of its value: e^x = 2^n e^r with |r| <= ln 2 / 2, and seven terms of the series. x beyond the range
+// e^x to some 1e-7 of its value: e^x = 2^n e^r with |r| <= ln 2 / 2, and eight terms of the series. x beyond the range
 // of float32 counts as its end.
 inline float exp_of(float x) {
   x = x < -87.0f ? -87.0f : x;

@@ -55,7 +55,7 @@ class Constants:
     """Numbers of a decoder."""
 
     eps: float
-    """Of all norms."""
+    """The same for all norms."""
     scale: float
     """By which products of queries and keys are multiplied."""
     residual: float = 1.0
@@ -102,7 +102,7 @@ class Step:
         self, layers: Sequence[Layer], caches: Sequence[Tensor], rotations: Sequence[tuple[Tensor, Tensor]],
         norm: Tensor, constants: Constants,
     ) -> None:  # fmt: skip
-        """Of each layer `caches` (2, B, K, L, D) hold keys and values, and `rotations` are cosines and sines (L, D).
+        """`caches` (2, B, K, L, D) hold keys and values, and `rotations` are cosines and sines (L, D).
         `norm` is the last one. All are float32 and contiguous. Raises MspcError for sizes that do not fit.
         """
         self._kept: list[object] = [layers, caches, rotations, norm]
@@ -125,14 +125,16 @@ class Step:
         loaded = library()
         assert loaded is not None
         self._pointer, self._call = ctypes.byref(self._decoder), loaded.mspc_step
-        self._workspace = torch.empty(loaded.mspc_step_floats(self._pointer))
+        floats = loaded.mspc_step_floats(self._pointer)
+        self._workspace = torch.empty(floats, dtype=torch.float32, device="cpu")
 
     def __call__(self, x: Tensor, first: int) -> Tensor:
         """Embeddings (B, hidden) of the tokens at position `first` -> inputs of the head (B, hidden), float32.
 
         Keys and values of that position are written to the caches.
         """
-        if x.shape != self.shape or x.dtype != torch.float32 or not 0 <= first < self.length:
+        fits = x.shape == self.shape and x.dtype == torch.float32 and x.is_cpu
+        if not fits or not 0 <= first < self.length:
             raise MspcError(
                 f"A step at {first} with inputs {x.dtype} {tuple(x.shape)} does not fit caches of {self.length} tokens "
                 f"and inputs of {self.shape} in float32."
