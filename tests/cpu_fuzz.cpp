@@ -201,7 +201,7 @@ void step() {
                     gate_up == 2 ? intermediate : 2 * intermediate, intermediate, hidden};
   int64_t columns[] = {hidden, hidden, hidden, queries, hidden, hidden, intermediate};
   Case cases[7];
-  Memory biases[7], of_layer[5], of_decoder[5];
+  Memory biases[7], of_layer[9], of_decoder[3];
   mspc_part parts[7];
   for (int64_t i = 0; i < 7; i++) {
     mspc_matrix &m = cases[i].m;
@@ -210,20 +210,22 @@ void step() {
     if (below(2)) biases[i].take(4 * m.rows);
     parts[i] = mspc_part{&m, reinterpret_cast<float *>(biases[i].start)};
   }
-  int64_t has_norms = below(2);
-  const int64_t floats_of_layer[] = {hidden, hidden, has_norms * dim, has_norms * dim, 2 * batch * keys * length};
-  for (int64_t i = 0; i < 5; i++)
+  int64_t has_norms = below(2), is_normed = below(2);
+  const int64_t floats_of_layer[] = {hidden, hidden, is_normed * hidden, is_normed * hidden, has_norms * dim,
+                                     has_norms * dim, length * dim, length * dim, 2 * batch * keys * length};
+  for (int64_t i = 0; i < 9; i++)
     if (floats_of_layer[i]) of_layer[i].take(4 * floats_of_layer[i]);
   auto of = [](Memory &memory) { return reinterpret_cast<float *>(memory.start); };
   mspc_layer layer{qkv, gate_up, {parts[0], parts[1], parts[2]}, parts[3], {parts[4], parts[5]}, parts[6],
-                   of(of_layer[0]), of(of_layer[1]), of(of_layer[2]), of(of_layer[3]), of(of_layer[4])};
-  of_decoder[0].take(4 * length * dim), of_decoder[1].take(4 * length * dim), of_decoder[2].take(4 * hidden);
-  mspc_decoder decoder{batch, hidden, intermediate, heads, kv_heads, dim, length, 1, 0, 1 + below(2), 1e-5,
-                       of(of_decoder[0]), of(of_decoder[1]), of(of_decoder[2]), &layer};
-  of_decoder[3].take(4 * mspc_step_floats(&decoder)), of_decoder[4].take(4 * batch * hidden);
+                   of(of_layer[0]), of(of_layer[1]), of(of_layer[2]), of(of_layer[3]), of(of_layer[4]),
+                   of(of_layer[5]), of(of_layer[6]), of(of_layer[7]), of(of_layer[8]), below(length + 1)};
+  of_decoder[0].take(4 * hidden);
+  mspc_decoder decoder{batch, hidden, intermediate, heads, kv_heads, dim, length, 1, 0, 1 + below(2), below(2), 1e-5,
+                       0.1, 1.0, of(of_decoder[0]), &layer};
+  of_decoder[1].take(4 * mspc_step_floats(&decoder)), of_decoder[2].take(4 * batch * hidden);
   for (int64_t isa = 0; isa < 3; isa++) {
     decoder.isa = isa;
-    if (mspc_has(isa)) mspc_step(&decoder, of(of_decoder[4]), below(length), of(of_decoder[3]), 1 + below(2));
+    if (mspc_has(isa)) mspc_step(&decoder, of(of_decoder[2]), below(length), of(of_decoder[1]), 1 + below(2));
   }
   for (Memory &memory : biases) memory.release();
   for (Memory &memory : of_layer) memory.release();

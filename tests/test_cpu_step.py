@@ -1,5 +1,7 @@
 """A token through all blocks in C++: logits and tokens against transformers, in float64 where values are exact."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -9,15 +11,18 @@ from torch.nn.functional import linear
 import mspc
 from mspc.errors import MspcError
 from mspc.kernels.cpu import library
-from mspc.kernels.cpu.step import Step
+from mspc.kernels.cpu.step import Constants, Step
 from mspc.runtime import generation, stepping
 from mspc.runtime.linear import SparseLinear
 from mspc.runtime.stepping import stepper_of
 
 BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 FAMILIES = {
     "llama": ("llama", {}), "biases": ("llama", BIASES), "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}),
+    "granite": ("granite", GRANITE), "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "gemma3": ("gemma3_text", {}),
 }  # fmt: skip
 QUICK = {"solver": "mask", "criterion": "magnitude", "allocator": "uniform", "num_sequences": 2}
 LENGTH = 40
@@ -104,6 +109,34 @@ def test_codes_give_the_logits_of_transformers(recipe, loaded, isa):
     assert float((found - expected[6:]).abs().max()) < 3e-4 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("prompt", [1, 7, 8, 9, 30])
+def test_a_prompt_may_be_longer_than_a_window(prompt, loaded, monkeypatch):
+    """Oracle: transformers. The window is 8, and memory that was not written holds NaN."""
+    model, ids = loaded("gemma3", sparsity=0.5), tiny.ids(1, LENGTH)
+
+    def spoiled(*given: object) -> Step:
+        for cache in given[1]:
+            cache.fill_(torch.nan)
+        return Step(*given)
+
+    monkeypatch.setattr(stepping, "Step", spoiled)
+    found = logits_by_steps(model, ids, prompt)
+    expected = in_float64(model, ids)
+    assert float((found - expected[prompt - 1 :]).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_the_default_dtype_of_torch_changes_nothing(loaded):
+    model, ids = loaded("llama", sparsity=0.5), tiny.ids(1, LENGTH)
+    expected = logits_by_steps(model, ids, 7)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = logits_by_steps(model, ids, 7)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_int8_inputs_are_those_of_the_layers(loaded):
     """Oracle: the same model by transformers, whose layers round as much."""
     model, ids = loaded("llama", pattern="2:4", bits=4, group_size=32), tiny.ids(1, LENGTH)
@@ -151,7 +184,43 @@ def test_models_that_have_no_steps(loaded, tmp_path):
         assert stepper_of(model, LENGTH) is None, name
         setattr(model.config, name, before)
     assert stepper_of(model, LENGTH) is not None
+    hook = model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert stepper_of(model, LENGTH) is None
+    hook.remove()
+    activation = model.model.layers[1].mlp.act_fn
+    activation.forward = activation.forward
+    assert stepper_of(model, LENGTH) is None
+    del activation.forward
+    assert stepper_of(model, LENGTH) is not None
     assert stepper_of(model.bfloat16(), LENGTH) is None
+
+
+def test_without_the_library_dense_layers_are_not_repacked(loaded, monkeypatch):
+    model = loaded("llama", sparsity=0.5, skip=("k_proj",))
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.unprepare()
+    monkeypatch.setenv("MSPC_CPU_ISA", "torch")
+    assert stepper_of(model, LENGTH) is None
+
+
+def test_inputs_that_some_layers_round_more(loaded):
+    model = loaded("llama", pattern="2:4", bits=4, group_size=32)
+    next(layer for layer in model.modules() if isinstance(layer, SparseLinear)).use_int8_inputs()
+    assert stepper_of(model, LENGTH) is None
+
+
+def test_dense_layers_are_repacked_once_for_a_weight(loaded):
+    model, ids = loaded("llama", sparsity=0.5, skip=("k_proj", "up_proj")), tiny.ids(1, LENGTH)
+    logits_by_steps(model, ids, 7)
+    layer = model.model.layers[0].mlp.up_proj
+    first = stepping._dense[layer][1]
+    logits_by_steps(model, ids, 7)
+    assert stepping._dense[layer][1] is first
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    found, expected = logits_by_steps(model, ids, 7), in_float64(model, ids)
+    assert float((found - expected[6:]).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}])
@@ -176,13 +245,25 @@ def test_a_step_refuses_what_does_not_fit(loaded):
     for inputs, first in ((x, LENGTH), (x, -1), (x[:, 1:], 0), (x.double(), 0)):
         with pytest.raises(MspcError, match=f"caches of {LENGTH} tokens"):
             stepper.step(inputs, first)
-    layers, caches, rotation, norm = stepper.step._kept[:4]
+    layers, caches, rotations, norm = stepper.step._kept[:4]
+    short = [(cos[1:], sin) for cos, sin in rotations]
     for faulty in (
-        (layers, [cache[..., 1:] for cache in caches], rotation, norm),
-        (layers, caches, (rotation[0][1:], rotation[1]), norm), (layers, caches, rotation, norm.double()),
-    ):  # fmt: skip
+        (layers, [cache[..., 1:] for cache in caches], rotations, norm),
+        (layers, caches, short, norm),
+        (layers, caches, rotations, norm.double()),
+        ([replace(layers[0], qkv=layers[0].qkv[:2]), *layers[1:]], caches, rotations, norm),
+    ):
         with pytest.raises(MspcError):
-            Step(*faulty, 1e-5)
+            Step(*faulty, Constants(1e-5, 1.0))
+
+
+def test_steps_that_compute_something_else_are_noticed(artifact_of, monkeypatch, caplog):
+    """Oracle: the text of transformers. The fault is a scale of attention that the config does not tell."""
+    artifact, options = artifact_of("llama"), {"max_new_tokens": 12, "progress": False, "device": "cpu"}
+    expected = "".join(mspc.generate(artifact.path, "the other", **options))
+    monkeypatch.setattr(stepping, "Constants", lambda eps, scale, *more: Constants(eps, 20.0 * scale, *more))
+    assert "".join(mspc.generate(artifact.path, "the other", **options)) == expected
+    assert "computes other logits than its steps in C++" in caplog.text
 
 
 def test_a_long_text_and_heads_that_share_keys(tmp_path, calibration):

@@ -181,7 +181,7 @@ def test_windows_of_a_test_text_are_shared(llama, folder_of, calibration):
     ("options", "message"),
     [
         (("--max-windows", 2, "--ranks", 4), "4 ranks cannot share 2 windows"),
-        (("--inputs", "int8", "--ranks", 2), "--inputs has no effect with --ranks 2"),
+        (("--inputs", "int8", "--ranks", 2), "ranks cannot share that"),
         (("--tasks", "arc_easy", "--ranks", 2), "--ranks has no effect with --tasks"),
         (("--ranks", 3), "3 ranks cannot share a run"),
     ],

@@ -1,6 +1,7 @@
 """A Llama-like decoder with a static key-value cache, which takes linear layers of any format.
 
-All else is the same for every format: attention, norms, rotations, head. q, k and v are one product, gate and up
+All else is the same for every format: attention, norms, rotations, head. On a CPU, steps of decoders with compressed
+matrices run in C++ as a whole, and all others in operations of torch. q, k and v are one product, gate and up
 another, as in engines that serve such models. It is made for timing: the position of a step is fixed when the step is
 built. Nothing is therefore read on the host, and a CUDA graph can hold the step.
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from mspc.kernels.cpu.kernel import MAX_TOKENS
-from mspc.kernels.cpu.step import Layer, Step
+from mspc.kernels import ON_CPU
+from mspc.kernels.cpu.kernel import fused_up_to
+from mspc.kernels.cpu.step import Constants, Layer, Step
 from mspc.runtime.embedding import SparseEmbedding
 from mspc.runtime.linear import SparseLinear
 from mspc.runtime.stepping import layer_of, planes_of
@@ -205,11 +207,13 @@ class Decoder:
         shape, outer = self.shape, self.outer
         size = (2, batch, shape.kv_heads, length, shape.head_dim)
         blocks = [outer.norm.new_empty(size).normal_() for _ in self.blocks]
-        layers = [block.layer() for block in self.blocks] if self.sparse_layers() else [None]
-        if None in layers or batch > MAX_TOKENS:
+        planes, compressed = planes_of(self.blocks), any(one.kernel_name in ON_CPU for one in self.sparse_layers())
+        layers = [block.layer() for block in self.blocks] if compressed else [None]
+        if None in layers or planes is None or batch > fused_up_to():
             return Cache(blocks, None)
-        rotation, planes = (outer.cos[:length], outer.sin[:length]), planes_of(self.blocks)
-        return Cache(blocks, Step([one for one in layers if one], blocks, rotation, outer.norm, outer.eps, planes))
+        rotations = [(outer.cos[:length], outer.sin[:length])] * shape.blocks
+        constants = Constants(outer.eps, shape.head_dim**-0.5, planes=planes)
+        return Cache(blocks, Step([one for one in layers if one], blocks, rotations, outer.norm, constants))
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the weights that a decoding step reads. The rows of the embeddings that it reads are not counted.

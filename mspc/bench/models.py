@@ -25,6 +25,7 @@ from mspc.runtime.hf_quantizer import check_files
 from mspc.runtime.joined import DenseLinear, joined
 from mspc.runtime.linear import SparseLinear, prepare
 from mspc.runtime.loading import INPUTS, load
+from mspc.runtime.stepping import FIXED_ROTATIONS
 from mspc.storage.artifact import ArtifactSource
 from mspc.storage.checkpoint import Checkpoint
 from mspc.storage.dequantized import origin_note
@@ -41,8 +42,6 @@ TINYGEMM = "tinygemm"
 """Name of the format of torch's own int4 product."""
 TORCH16 = "torch bf16"
 """Name of the format of dense weights in bfloat16 where others compute in float32, multiplied by torch."""
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""Types of rotary embedding that do not depend on the length of the text."""
 EPS, THETA = 1e-5, 500_000.0
 SEED = 0
 Layers = TypeVar("Layers", bound=nn.Module)

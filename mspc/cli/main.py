@@ -35,8 +35,9 @@ from mspc.cli.push_command import push
 from mspc.cli.report_command import report
 from mspc.cli.tasks import TASKS, ask, refuse
 from mspc.cli.timings_command import timings
+from mspc.errors import InputError
 from mspc.progress import Silent, log
-from mspc.ranks import allow, is_first, start, stop
+from mspc.ranks import allow, is_first, of_environment, start, stop
 from mspc.version import __version__
 
 app = typer.Typer(
@@ -133,17 +134,18 @@ def eval_(
                "text_column": text_column, "text_encoding": text_encoding, "inputs": inputs}  # fmt: skip
     on_tasks = {"limit": limit, "num_fewshot": num_fewshot, "include_path": include_path, "batch_size": batch_size}
     shared: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "threads": threads}
+    allow()
+    shares = ranks not in (None, 1) or of_environment().size > 1
     if tasks is not None:
         with reported(debug):
-            refuse({"ranks": ranks}, "with --tasks")
+            refuse({"ranks": ranks or "torchrun" if shares else None}, "with --tasks")
         ask(paths, tasks, against, on_text, on_tasks | shared, as_json, debug)
         return
     results: list[tuple[str, dict[str, Any]]] = []
-    allow()
     with reported(debug):
         refuse(on_tasks, "without --tasks")
-        if ranks not in (None, 1):
-            refuse({"inputs": inputs}, f"with --ranks {ranks}, as the model is then loaded whole")
+        if shares and inputs == "int8":
+            raise InputError("With --inputs int8 a model is loaded whole, and ranks cannot share that. Leave one out.")
         if (code := launched(ranks)) is not None:
             raise typer.Exit(code)
         from mspc.api import evaluate

@@ -1,6 +1,6 @@
 """Timings of a device: milliseconds of each part of a token, for the shapes of one model. A JSON file holds them.
 
-    {"format_version": 1, "device": "...", "threads": 1, "kernels": "...", "date": "...",
+    {"format_version": 2, "device": "...", "threads": 1, "kernels": "...", "date": "...",
      "group_size": 128, "symmetric": true, "sizes": {"hidden": 2048, ...},
      "rest_ms": 1.5, "lookup_ms": 0.1,
      "products": [{"shape": [512, 2048], "kind": "mask", "numbers": "int4", "sparsity": 0.5, "ms": 0.05}, ...]}
@@ -25,7 +25,7 @@ from mspc.settings import ROW
 from mspc.storage.files import write_json
 from mspc.types import NM, Target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DENSE, TWO_FOUR, MASK, TORCH = "dense", "2:4", "mask", "torch"
 KINDS = (DENSE, TWO_FOUR, MASK, TORCH)
 BATCH, CONTEXT = 1, 128
@@ -56,7 +56,7 @@ class Timings:
     symmetric: bool
     sizes: Sizes
     rest_ms: float
-    """All but the linear layers and the head: attention, norms, rotations, embeddings, and Python between them."""
+    """All but the linear layers and the head: attention, norms, rotations, embeddings."""
     lookup_ms: float
     """The further time of embeddings of 8 bits."""
     products: Mapping[Product, float]

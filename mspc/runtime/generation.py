@@ -26,7 +26,7 @@ from mspc.passes.blocks import not_finite
 from mspc.passes.perplexity import evaluating
 from mspc.passes.sampling import draw
 from mspc.progress import Progress, log
-from mspc.runtime.stepping import Stepper, stepper_of
+from mspc.runtime.stepping import stepper_of
 from mspc.text.prompts import Pieces, prompt_ids
 from mspc.threads import of_torch
 
@@ -186,9 +186,7 @@ class Generation:
 
     def _tokens(self) -> Generator[int, None, None]:
         """Each token as soon as it is written."""
-        length = self.prompt_tokens + self.request.most
-        stepper = stepper_of(self.model, length) if self.model.device.type == "cpu" else None
-        with closing(self._by_generate() if stepper is None else self._by_steps(stepper)) as written:
+        with closing(self._written()) as written:
             with self.progress.stage("Reading the prompt", 1) as step:
                 token, self.prefill_seconds = self._next(written)
                 step()
@@ -206,11 +204,20 @@ class Generation:
             token = next(written, None)
         return token, time.perf_counter() - begin
 
-    def _by_steps(self, stepper: Stepper) -> Generator[int, None, None]:
-        """Tokens of a model that has steps in C++."""
+    def _written(self) -> Generator[int, None, None]:
+        """Tokens by steps in C++ where the model has them, and else by `generate` of transformers."""
+        ids = torch.tensor([self.request.prompt_ids], device=self.model.device)
+        stepper = stepper_of(self.model, self.prompt_tokens + self.request.most)
+        logits = None if stepper is None else stepper.read(ids)
+        if stepper is not None and logits is None:
+            log.warning(
+                f"{type(self.model).__name__} computes other logits than its steps in C++, so transformers writes the "
+                "text, more slowly. Please report this, with the config.json of the model."
+            )
+        if stepper is None or logits is None:
+            yield from self._by_generate()
+            return
         choosing = Choosing(self.model, self.model.device, self.temperature, self.seed)
-        ids = torch.tensor([self.request.prompt_ids])
-        logits = stepper.read(ids)
         for number in range(self.request.most):
             token = int(choosing(ids, logits).argmax(-1))
             yield token

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mspc.formats import layout
 from mspc.formats.description import StoredMatrix
-from mspc.kernels.cpu.step import Layer, Step
+from mspc.kernels.cpu.step import Constants, Layer, Step
 from mspc.planning.timings import BATCH, CONTEXT
 from mspc.planning.token_work import Sizes
 from mspc.runtime.embedding import SparseEmbedding
@@ -45,8 +45,8 @@ class StandIn:
             assert layer is not None
             layers.append(layer)
         caches = [drawn(2, BATCH, sizes.kv_heads, CONTEXT + 1, dim) for _ in blocks]
-        rotation = drawn(CONTEXT + 1, dim), drawn(CONTEXT + 1, dim)
-        self.step = Step(layers, caches, rotation, drawn(hidden), EPS)
+        rotations = [(drawn(CONTEXT + 1, dim), drawn(CONTEXT + 1, dim))] * len(layers)
+        self.step = Step(layers, caches, rotations, drawn(hidden), Constants(EPS, dim**-0.5))
         self.embedding, self.ids = drawn(ROWS, hidden), torch.zeros(BATCH, dtype=torch.int64)
         self.logits = drawn(BATCH, sizes.vocabulary)
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kTogether = 64;  // keys or values that heads read in turn, so that they stay in the first cache
 
-// e^x to some 1e-7 of its value: e^x = 2^n e^r with |r| <= ln 2 / 2, and seven terms of the series. x beyond the range
+// e^x to some 1e-7 of its value: e^x = 2^n e^r with |r| <= ln 2 / 2, and eight terms of the series. x beyond the range
 // of float32 counts as its end.
 inline float exp_of(float x) {
   x = x < -87.0f ? -87.0f : x;
@@ -41,10 +41,10 @@ void norm(const float *x, const float *weight, int64_t count, float eps, float *
   for (int64_t i = 0; i < count; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// x += y
-void add(float *x, const float *y, int64_t count) {
+// x += factor y
+void add(float *x, const float *y, float factor, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; i++) x[i] += y[i];
+  for (int64_t i = 0; i < count; i++) x[i] += factor * y[i];
 }
 
 // One head (D,) to its place: first halves and second halves turn against each other. cos and sin (D,).
@@ -58,10 +58,14 @@ void rotate(const float *head, const float *cos, const float *sin, int64_t dim, 
   }
 }
 
-// silu(gate) up; out may be either.
-void gate(const float *gates, const float *up, int64_t count, float *out) {
+// silu(gate) up, or gelu(gate) up; out may be either. Both are g / (1 + e^-u): u is g, or sqrt(8 / pi) (g + 0.044715 g^3).
+void gate(const float *gates, const float *up, int64_t count, bool is_gelu, float *out) {
+  float linear = is_gelu ? 1.5957691216f : 1.0f, cubic = is_gelu ? 1.5957691216f * 0.044715f : 0.0f;
 #pragma omp simd
-  for (int64_t i = 0; i < count; i++) out[i] = gates[i] / (1.0f + exp_of(-gates[i])) * up[i];
+  for (int64_t i = 0; i < count; i++) {
+    float g = gates[i], u = g * (linear + cubic * g * g);
+    out[i] = g / (1.0f + exp_of(-u)) * up[i];
+  }
 }
 
 // Products of q (D,) with four keys that follow each other: one alone would wait for its own sum.
@@ -102,10 +106,10 @@ inline float powers(float *weights, int64_t tokens, float scale) {
   return total;
 }
 
-// softmax(q k^T / sqrt(D)) v of some heads with the same keys and values (tokens, D): q (heads, D), in place. `weights`
+// softmax(scale q k^T) v of some heads with the same keys and values (tokens, D): q (heads, D), in place. `weights`
 // (heads, length) is for its own use. What lies together is read once from memory, for all heads.
 void attend(float *heads, int64_t num_heads, const float *keys, const float *values, int64_t tokens, int64_t dim,
-            float *weights, int64_t length) {
+            float scale, float *weights, int64_t length) {
   for (int64_t first = 0; first < tokens; first += kTogether) {
     int64_t last = smaller(first + kTogether, tokens), fours = first + (last - first) / 4 * 4;
     for (int64_t head = 0; head < num_heads; head++) {
@@ -115,7 +119,6 @@ void attend(float *heads, int64_t num_heads, const float *keys, const float *val
       for (int64_t t = fours; t < last; t++) of_head[t] = dot(q, keys + t * dim, dim);
     }
   }
-  float scale = 1.0f / __builtin_sqrtf(float(dim));
   for (int64_t head = 0; head < num_heads; head++) {
     float *of_head = weights + head * length, inverse = 1.0f / powers(of_head, tokens, scale);
     for (int64_t t = 0; t < tokens; t++) of_head[t] *= inverse;

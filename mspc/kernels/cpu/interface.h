@@ -33,16 +33,19 @@ struct mspc_layer {
   int64_t num_qkv, num_gate_up;
   mspc_part qkv[3], out, gate_up[2], down;
   const float *attention_norm, *mlp_norm;
-  const float *q_norm, *k_norm;  // (head_dim,), or null
-  float *cache;                  // keys and values (2, batch, kv_heads, length, head_dim)
+  const float *after_attention, *after_mlp;  // norms of what both add, or null
+  const float *q_norm, *k_norm;              // (head_dim,), or null
+  const float *cos, *sin;                    // (length, head_dim)
+  float *cache;                              // keys and values (2, batch, kv_heads, length, head_dim)
+  int64_t window;                            // the most tokens that one attends to, with itself; 0 is any number
 };
 
 struct mspc_decoder {
   int64_t batch, hidden, intermediate, heads, kv_heads, head_dim, length, num_layers;
   int64_t isa, planes;
-  double eps;
-  const float *cos, *sin;  // (length, head_dim)
-  const float *norm;       // of the last block's outputs
+  int64_t is_gelu;                 // the activation of gates is the tanh form of GELU, else SiLU
+  double eps, scale, residual;     // of products of queries and keys; of what attention and MLP add
+  const float *norm;               // of the last block's outputs
   const mspc_layer *layers;
 };
 }
@@ -68,11 +71,11 @@ struct Outputs {
 // Operations of a decoder between its products (between.h).
 struct Between {
   void (*norm)(const float *x, const float *weight, int64_t count, float eps, float *out);
-  void (*add)(float *x, const float *y, int64_t count);
+  void (*add)(float *x, const float *y, float factor, int64_t count);
   void (*rotate)(const float *head, const float *cos, const float *sin, int64_t dim, float *out);
-  void (*gate)(const float *gates, const float *up, int64_t count, float *out);
+  void (*gate)(const float *gates, const float *up, int64_t count, bool is_gelu, float *out);
   void (*attend)(float *heads, int64_t num_heads, const float *keys, const float *values, int64_t tokens, int64_t dim,
-                 float *weights, int64_t length);
+                 float scale, float *weights, int64_t length);
 };
 
 // What each instruction set has.

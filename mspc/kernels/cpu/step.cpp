@@ -1,5 +1,5 @@
 // One token of each of some sequences through all blocks of a decoder: RMSNorm, rotary embedding, grouped attention over
-// a key-value cache, SwiGLU. Products are those of `multiply`; what is between them is in between.h.
+// a key-value cache, gated MLP. Products are those of `multiply`; what is between them is in between.h.
 #include "interface.h"
 
 namespace {
@@ -64,14 +64,16 @@ struct Attention {
     float *heads = self.work.mixed + (sequence * d.heads + kv_head * of_kv) * dim;
     float *weights = self.work.weights + (sequence * d.heads + kv_head * of_kv) * d.length;
     for (int64_t i = 0; i < of_kv; i++) self.turned(sequence, kv_head * of_kv + i, self.layer.q_norm, heads + i * dim);
-    self.between.attend(heads, of_kv, keys, values, self.first + 1, dim, weights, d.length);
+    int64_t seen = self.first + 1, window = self.layer.window, skipped = window && seen > window ? seen - window : 0;
+    self.between.attend(heads, of_kv, keys + skipped * dim, values + skipped * dim, seen - skipped, dim, float(d.scale),
+                        weights, d.length);
   }
 
   // A head of queries or keys, with its norm and rotation.
   void turned(int64_t sequence, int64_t head, const float *norm, float *out) const {
     float *from = qkv.at(sequence, head * d.head_dim);
     if (norm) between.norm(from, norm, d.head_dim, float(d.eps), from);
-    between.rotate(from, d.cos + first * d.head_dim, d.sin + first * d.head_dim, d.head_dim, out);
+    between.rotate(from, layer.cos + first * d.head_dim, layer.sin + first * d.head_dim, d.head_dim, out);
   }
 };
 
@@ -92,28 +94,34 @@ struct Step {
     for (int64_t i = 0; i < count; i++) {
       int64_t rows = parts[i].matrix->rows;
       for (int64_t sequence = 0; sequence < d.batch && parts[i].bias; sequence++)
-        between.add(static_cast<float *>(factors[i].y) + sequence * rows, parts[i].bias, rows);
+        between.add(static_cast<float *>(factors[i].y) + sequence * rows, parts[i].bias, 1.0f, rows);
     }
     return outcome;
   }
 
-  void norms(const float *weight, float *out) const {
+  // Norms of vectors (batch, hidden); out may be they.
+  void norms(const float *vectors, const float *weight, float *out) const {
     for (int64_t sequence = 0; sequence < d.batch; sequence++)
-      between.norm(x + sequence * d.hidden, weight, d.hidden, float(d.eps), out + sequence * d.hidden);
+      between.norm(vectors + sequence * d.hidden, weight, d.hidden, float(d.eps), out + sequence * d.hidden);
+  }
+
+  void add(float *y, const float *norm) const {
+    if (norm) norms(y, norm, y);
+    between.add(x, y, float(d.residual), d.batch * d.hidden);
   }
 
   void block(const mspc_layer &layer) {
-    norms(layer.attention_norm, work.normed);
+    norms(x, layer.attention_norm, work.normed);
     Outcome qkv = product(work.normed, layer.qkv, layer.num_qkv);
     Attention attention{d, layer, between, qkv, first, work};
     sharer.share(sharer, d.batch * d.kv_heads, Attention::run, &attention);
-    between.add(x, product(work.mixed, &layer.out, 1).y, d.batch * d.hidden);
-    norms(layer.mlp_norm, work.normed);
+    add(product(work.mixed, &layer.out, 1).y, layer.after_attention);
+    norms(x, layer.mlp_norm, work.normed);
     Outcome gate_up = product(work.normed, layer.gate_up, layer.num_gate_up);
     for (int64_t sequence = 0; sequence < d.batch; sequence++)
-      between.gate(gate_up.at(sequence, 0), gate_up.at(sequence, d.intermediate), d.intermediate,
+      between.gate(gate_up.at(sequence, 0), gate_up.at(sequence, d.intermediate), d.intermediate, d.is_gelu,
                    work.mixed + sequence * d.intermediate);
-    between.add(x, product(work.mixed, &layer.down, 1).y, d.batch * d.hidden);
+    add(product(work.mixed, &layer.down, 1).y, layer.after_mlp);
   }
 };
 
@@ -132,6 +140,6 @@ EXPORTED void mspc_step(const mspc_decoder *d, float *x, int64_t first, float *w
   const Between &between = kernels_of(d->isa).between;
   Step step{*d, between, x, first, Workspace(*d, workspace), own_threads(&threads)};
   for (int64_t i = 0; i < d->num_layers; i++) step.block(d->layers[i]);
-  step.norms(d->norm, x);
+  step.norms(x, d->norm, x);
 }
 }
