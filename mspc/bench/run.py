@@ -116,8 +116,9 @@ def lots(plan: Plan, group: Sequence[Candidate]) -> list[list[Candidate]]:
         left -= needed
     if len(found) > 1:
         log.warning(
-            f"There is no memory for all rows of {shape.name} at once, {in_words(max(0, int(room)))} are free for them. "
-            f"They are measured in {len(found)} lots, and only those of one lot take turns. Choose fewer with --format and --peers."
+            f"Rows of {shape.name} do not fit into memory at once: {in_words(max(0, int(room)))} are free. "
+            f"They are measured in {len(found)} lots, and only those of one lot take turns. Choose fewer with --format "
+            "and --peers."
         )
     return [sorted(lot, key=group.index) for lot in found]
 
