@@ -371,8 +371,11 @@ def test_contenders_take_turns_and_the_first_round_is_left_out(monkeypatch):
     samples = in_turns([contender("a"), contender("b")], 3, 4)
     assert calls == [("a", 4), ("b", 4)] * 4
     assert [[sample.seconds for sample in found] for found in samples] == [[3, 5, 7], [4, 6, 8]]
-    monkeypatch.setattr(measure, "MOST_SECONDS", 0.0)
-    assert [len(found) for found in in_turns([contender("a")], 3, 4)] == [1]
+    monkeypatch.setattr(measure, "MOST_SECONDS", 1e-9)  # one round then
+    assert [len(found) for found in in_turns([lambda count: Sample(0.0)] * 2, 3, 4)] == [1, 1]
+    monkeypatch.setattr(measure, "MOST_SECONDS", 60.0)  # the steps of one take longer than that, so it is run once
+    takes = [lambda count, seconds=seconds: Sample(seconds) for seconds in (1.0, 20.0, 2.0)]
+    assert [[sample.seconds for sample in found] for found in in_turns(takes, 2, 4)] == [[1, 1], [20], [2, 2]]
 
 
 def test_ratios_are_those_of_the_same_rounds():
