@@ -657,6 +657,11 @@ def test_other_dtypes_than_those_of_the_files_are_told(computed, told):
             (("b", "bfloat16"), ("a", "float16"), ("random", None), ("c", "float16"))]  # fmt: skip
     configuration = {"dtype": computed, "perplexity": {"text": "builtin", "max_windows": 20}}
     assert list(notes({"configuration": configuration, "rows": rows})) == told
+    for row, clock in zip(rows, (1.5, 1.5, 1.0, 1.5), strict=True):
+        row["decode"][0]["processor_seconds"] = {"median": 1.0}
+        row["decode"][0]["seconds"] = {"median": clock}
+    busy = list(notes({"configuration": configuration, "rows": rows}))[-1]
+    assert busy.startswith("Other processes ran: tokens took x1.50 of their time of the processor.")
     rows[0]["perplexity"] = 9.0
     assert list(notes({"configuration": configuration, "rows": rows}))[-1].startswith(
         "Perplexities are of at most 20 windows"
