@@ -1,9 +1,9 @@
 """Draw what a real model loses against how fast it decodes, and against its bytes.
 
-    python benchmarks/cpu_peers.py --models out/mspc-default-3.25-bits out/llama.cpp-q4_0.gguf --out timings.json
+    mspc bench out/mspc-default-3.25-bits out/llama.cpp-q4_0.gguf --threads 1 --json timings.json
     python benchmarks/plot_decoding.py timings.json benchmarks/results/real/smollm2-135m-instruct --plot decoding.png
 
-The losses are the rows of quality_real.py, and the timings those of cpu_peers.py. A model is the row after which its
+The losses are the rows of quality_real.py, and the timings those of `mspc bench`. A model is the row after which its
 file or folder is named.
 """
 
@@ -23,10 +23,12 @@ def points(timings: Path, rows: Path) -> list[dict[str, Any]]:
     for timed in json.loads(timings.read_text(encoding="utf-8"))["rows"]:
         name = Path(timed["name"]).name.removesuffix(".gguf")
         file = rows / f"{name}.json"
-        if file.is_file():
-            row = json.loads(file.read_text(encoding="utf-8"))
-            found.append({"name": name, "loss": divergence(row), "ms": 1000 * timed["seconds"]["median"],
-                          "bytes": timed["bytes"]})  # fmt: skip
+        if file.is_file() and timed["decode"]:
+            row, step = json.loads(file.read_text(encoding="utf-8")), timed["decode"][0]
+            num_bytes = sum(step["bytes"].values()) - step["bytes"]["cache"]
+            found.append(
+                {"name": name, "loss": divergence(row), "ms": 1000 * step["seconds"]["median"], "bytes": num_bytes}
+            )
     return found
 
 

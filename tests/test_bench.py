@@ -371,8 +371,11 @@ def test_contenders_take_turns_and_the_first_round_is_left_out(monkeypatch):
     samples = in_turns([contender("a"), contender("b")], 3, 4)
     assert calls == [("a", 4), ("b", 4)] * 4
     assert [[sample.seconds for sample in found] for found in samples] == [[3, 5, 7], [4, 6, 8]]
-    monkeypatch.setattr(measure, "MOST_SECONDS", 0.0)
-    assert [len(found) for found in in_turns([contender("a")], 3, 4)] == [1]
+    monkeypatch.setattr(measure, "MOST_SECONDS", 1e-9)  # one round then
+    assert [len(found) for found in in_turns([lambda count: Sample(0.0)] * 2, 3, 4)] == [1, 1]
+    monkeypatch.setattr(measure, "MOST_SECONDS", 60.0)  # the steps of one take longer than that, so it is run once
+    takes = [lambda count, seconds=seconds: Sample(seconds) for seconds in (1.0, 20.0, 2.0)]
+    assert [[sample.seconds for sample in found] for found in in_turns(takes, 2, 4)] == [[1, 1], [20], [2, 2]]
 
 
 def test_ratios_are_those_of_the_same_rounds():
@@ -654,6 +657,11 @@ def test_other_dtypes_than_those_of_the_files_are_told(computed, told):
             (("b", "bfloat16"), ("a", "float16"), ("random", None), ("c", "float16"))]  # fmt: skip
     configuration = {"dtype": computed, "perplexity": {"text": "builtin", "max_windows": 20}}
     assert list(notes({"configuration": configuration, "rows": rows})) == told
+    for row, clock in zip(rows, (1.5, 1.5, 1.0, 1.5), strict=True):
+        row["decode"][0]["processor_seconds"] = {"median": 1.0}
+        row["decode"][0]["seconds"] = {"median": clock}
+    busy = list(notes({"configuration": configuration, "rows": rows}))[-1]
+    assert busy.startswith("Other processes ran: tokens took x1.50 of their time of the processor.")
     rows[0]["perplexity"] = 9.0
     assert list(notes({"configuration": configuration, "rows": rows}))[-1].startswith(
         "Perplexities are of at most 20 windows"

@@ -19,7 +19,7 @@ from test_cli import mspc_cli, refused
 from mspc.bench.decoder import Block, Decoder, Operations, OuterLayers, Shape
 from mspc.bench.mixtures import mixture_bytes, mixture_decoder, mixture_of
 from mspc.bench.models import EPS, random_outer, rotations
-from mspc.bench.peers import engines, files
+from mspc.bench.peers import engines, files, running
 from mspc.bench.peers.blocks import block_of, misfit
 from mspc.bench.request import Request, make_plan
 from mspc.bench.run import bench
@@ -309,6 +309,23 @@ def test_engines_are_for_a_cpu_and_heads_of_codes(monkeypatch):
     with pytest.raises(InputError, match=re.escape(message)):
         make_plan(replace(one, peers="llama.cpp"))
     assert [candidate.peer for candidate in make_plan(replace(one, peers="auto")).groups[0]] == [None] * 3
+
+
+def test_an_engine_that_fails_is_left_out_unless_it_was_named(wide, monkeypatch, caplog):
+    needs("llama.cpp")
+
+    def fails(*args):
+        raise engines.MspcError("it does not load")
+
+    monkeypatch.setattr(engines, "ENGINES", {"llama.cpp": replace(engines.ENGINES["llama.cpp"], start=fails)})
+    monkeypatch.setattr(running, "ENGINES", engines.ENGINES)
+    request = Request((str(wide),), contexts=(8,), prefills=(8,), repeats=1, perplexity=False, device="cpu")
+    with caplog.at_level("WARNING", logger="mspc"):
+        names = [row["name"] for row in bench(replace(request, peers="auto"), progress=False)["rows"]]
+    assert names == [str(wide), "int4 (torch)", "bf16 (torch)", "int4"]
+    assert "llama.cpp Q8_0 is left out: it does not load" in caplog.messages
+    with pytest.raises(engines.MspcError, match="it does not load"):
+        bench(replace(request, peers="llama.cpp"), progress=False)
 
 
 def test_an_engine_that_cannot_load_says_why(tmp_path):

@@ -95,16 +95,18 @@ def _timed(step: Callable[[], Tensor]) -> Take:
 def in_turns(takes: Sequence[Take], rounds: int, steps: int) -> list[list[Sample]]:
     """The samples of each contender, one a round, after a round that warms up.
 
-    There are fewer rounds than asked for, but at least one, if all of them would take too long.
+    There are fewer rounds than asked for, but at least one, if all of them would take too long. A contender that takes
+    too long by itself has one sample only, the first.
     """
-    samples: list[list[Sample]] = [[] for _ in takes]
-    end = time.perf_counter() + MOST_SECONDS * len(takes)
-    for turn in range(rounds + 1):
-        for take, found in zip(takes, samples, strict=True):
-            sample = take(steps)
-            if turn:
-                found.append(sample)
-        if turn and time.perf_counter() > end:
+    samples = [[take(steps)] for take in takes]
+    quick = [number for number, (first,) in enumerate(samples) if first.seconds * steps <= MOST_SECONDS]
+    for number in quick:
+        samples[number].clear()
+    end = time.perf_counter() + MOST_SECONDS * len(quick)
+    for _ in range(rounds):
+        for number in quick:
+            samples[number].append(takes[number](steps))
+        if time.perf_counter() > end:
             break
     return samples
 
@@ -122,7 +124,7 @@ def measure_decode(
     """Steps of `batch` sequences after `context` tokens, in turns."""
     samples = in_turns([one.decode(batch, context) for one in contenders], repeats, TOKENS)
     return [
-        decode_row(one, batch, context, found, len(contenders) > 1, ceilings)
+        decode_row(one, batch, context, found, _compared(found, samples), ceilings)
         for one, found in zip(contenders, samples, strict=True)
     ]
 
@@ -134,7 +136,7 @@ def measure_prefill(
     """Prompts of `tokens` tokens, in turns."""
     samples = in_turns([one.prefill(tokens) for one in contenders], repeats, 1)
     return [
-        prefill_row(one, tokens, found, len(contenders) > 1, ceilings)
+        prefill_row(one, tokens, found, _compared(found, samples), ceilings)
         for one, found in zip(contenders, samples, strict=True)
     ]
 
@@ -154,6 +156,11 @@ def prefill_on_cuda(decoder: Decoder, tokens: int, repeats: int, ceilings: Ceili
     step = captured(prefill_step(decoder, tokens), device)
     found = host_seconds(lambda: int(step()), device, repeats)
     return prefill_row(of_decoder(decoder), tokens, list(map(Sample, found)), False, ceilings)
+
+
+def _compared(found: list[Sample], samples: list[list[Sample]]) -> bool:
+    """Tell if a contender was in all rounds, and was not alone."""
+    return len(samples) > 1 and len(found) == max(map(len, samples))
 
 
 def _both(samples: list[Sample], compared: bool) -> dict[str, Any]:

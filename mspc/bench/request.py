@@ -120,6 +120,8 @@ class Plan:
     """As in `load`."""
     head_bits: int = 16
     """Bits of the head of random weights in codes; 16 is a dense one."""
+    any_peers: bool = False
+    """Other engines were not asked for by name: one that fails is left out."""
 
     @property
     def length(self) -> int:
@@ -154,7 +156,7 @@ def make_plan(request: Request) -> Plan:
         _sizes("--batch", request.batches, BATCHES[device.type], None),
         _sizes("--context", request.contexts, CONTEXTS[device.type], None if limit is None else limit - 1),
         _sizes("--prefill", request.prefills, PREFILLS[device.type], limit),
-        repeats, device, tuple(left_out), _evaluation(request), request.inputs, head_bits,
+        repeats, device, tuple(left_out), _evaluation(request), request.inputs, head_bits, request.peers == AUTO,
     )  # fmt: skip
     if request.inputs != INPUTS[0] and not any(has_codes(one) for group in plan.groups for one in group):
         raise InputError(f"--inputs {request.inputs} has no effect on matrices without codes. Leave it out.")

@@ -116,8 +116,9 @@ def lots(plan: Plan, group: Sequence[Candidate]) -> list[list[Candidate]]:
         left -= needed
     if len(found) > 1:
         log.warning(
-            f"There is no memory for all rows of {shape.name} at once, {in_words(max(0, int(room)))} are free for them. "
-            f"They are measured in {len(found)} lots, and only those of one lot take turns. Choose fewer with --format and --peers."
+            f"Rows of {shape.name} do not fit into memory at once: {in_words(max(0, int(room)))} are free. "
+            f"They are measured in {len(found)} lots, and only those of one lot take turns. Choose fewer with --format "
+            "and --peers."
         )
     return [sorted(lot, key=group.index) for lot in found]
 
@@ -190,7 +191,12 @@ def measure(
             made = []
             for candidate in lot:
                 with progress.stage(f"{candidate.shape.name}, {candidate.name}", 1) as step:
-                    made.append(make(candidate, plan, outer, operations, stack))
+                    try:
+                        made.append(make(candidate, plan, outer, operations, stack))
+                    except MspcError as error:
+                        if candidate.peer is None or not plan.any_peers:
+                            raise
+                        log.warning(f"{candidate.name} is left out: {error}")
                     step("made")
             rows = [row for row, _ in made]
             steps = len(plan.batches) * len(plan.contexts) + len(plan.prefills)
@@ -271,13 +277,13 @@ def evaluate_rows(
     lot: Sequence[Candidate], rows: Rows, plan: Plan, progress: Progress, save: Callable[[Rows], None] | None
 ) -> None:
     """Add the perplexity of models, and tell each row when all of it is known."""
-    judged = [plan.evaluation is not None and candidate.folder is not None for candidate in lot]
+    judged = {one.name: one for one in lot if plan.evaluation is not None and one.folder is not None}
     if save is not None:
-        save([row for row, is_judged in zip(rows, judged, strict=True) if not is_judged])
-    for candidate, row, is_judged in zip(lot, rows, judged, strict=True):
-        if is_judged:
+        save([row for row in rows if row["name"] not in judged])
+    for row in rows:
+        if row["name"] in judged:
             inputs = plan.inputs if row["engine"].endswith("int8 inputs") else INPUTS[0]
-            row["perplexity"] = perplexity_of(candidate, plan, progress, inputs)
+            row["perplexity"] = perplexity_of(judged[row["name"]], plan, progress, inputs)
             if save is not None:
                 save([row])
 

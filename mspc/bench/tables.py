@@ -1,6 +1,7 @@
 """A result of the bench in tables and words. A format that is no faster than the baseline is called no gain."""
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -214,6 +215,17 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
         repacked = row.get("repacked_bits_per_weight", 0)  # older results do not say
         if repacked > 1.02 * row["bits_per_weight"]:
             yield f"{label(row)} takes {repacked:.3f} bits a weight here, with the padding of its kernels."
+    slowed = [
+        step["seconds"]["median"] / step["processor_seconds"]["median"]
+        for row in result["rows"]
+        for step in row["decode"]
+        if step.get("processor_seconds")
+    ]
+    if slowed and median(slowed) > BUSY:
+        yield (
+            f"Other processes ran: tokens took x{median(slowed):.2f} of their time of the processor. Long steps are "
+            "disturbed more than short ones, so ratios need an idle machine."
+        )
     if any(row["perplexity"] is not None for row in result["rows"]):
         of = result["configuration"]["perplexity"]
         yield f"Perplexities are of at most {of['max_windows']} windows of the text {of['text']}, which is not much."
