@@ -28,6 +28,7 @@ SAMPLE = (
     "deepseek_v3",  # latent attention, experts in groups, a shared one
     "qwen3_next",  # gated delta nets, and experts
     "mamba2",  # no attention
+    "jetmoe",  # experts in attention, too, that are given groups of inputs
     "llama4_text",  # experts that are given all tokens, scaled
     "glm_moe_dsa",  # tokens that one block chooses for the next
     "qwen3_vl_moe",  # images, and experts that are transposed in the checkpoint
