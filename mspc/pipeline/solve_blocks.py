@@ -155,7 +155,7 @@ def solve_few(
 
     Threads share the batches; ranks share the matrices, or else the rows of a single one.
     """
-    bytes_each = solver_bytes(few[0].matrix.shape)
+    bytes_each = max(solver_bytes(visit.matrix.shape) for visit in few)
 
     def solved(visits: Sequence[Visit]) -> Iterable[SolvedMatrix]:
         memory = free_memory(few[0].weight.device) // 4
