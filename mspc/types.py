@@ -157,8 +157,7 @@ class Matrix:
     @property
     def name(self) -> str:
         """`model.layers.0.mlp.down_proj`, or `model.layers.0.mlp.experts.down_proj[3]` for a slice."""
-        name = self.parameter.removesuffix(".weight")
-        return name if self.index is None else f"{name}[{self.index}]"
+        return self.parameter.removesuffix(".weight") if self.index is None else f"{self.parameter}[{self.index}]"
 
     @property
     def numel(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from families import UNMEASURED
+from families import ACCEPTED, UNMEASURED
 from tiny_configs import IMAGE_ID
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -28,6 +28,7 @@ SAMPLE = (
     "deepseek_v3",  # latent attention, experts in groups, a shared one
     "qwen3_next",  # gated delta nets, and experts
     "mamba2",  # no attention
+    "jetmoe",  # experts in attention, too, that are given groups of inputs
     "llama4_text",  # experts that are given all tokens, scaled
     "glm_moe_dsa",  # tokens that one block chooses for the next
     "qwen3_vl_moe",  # images, and experts that are transposed in the checkpoint
@@ -48,6 +49,28 @@ def test_no_verdict_of_the_table_is_wrong():
     assert sorted(key for key, row in rows.items() if row[0] == "wrong") == []
     assert {key for key, row in rows.items() if row[0] == "not measured"} <= UNMEASURED.keys()
     assert {key: row[0] for key, row in rows.items() if key in SAMPLE} == dict.fromkeys(SAMPLE, "works")
+
+
+def test_only_faults_that_are_explained_pass():
+    """Oracle: the committed table, and rows that are made up."""
+    rows, keys = architectures.read_rows(architectures.TABLE), {**architectures.CAUSAL, **architectures.MULTIMODAL}
+    assert architectures.unexplained(rows, keys) == []
+    assert rows.keys() >= ACCEPTED.keys()
+    assert {rows[key][0] for key in ACCEPTED} <= {"not built", "error"}
+    made_up = rows | {"llama": ("not built", "", ""), "mixtral": ("error", "", ""), "emu3": ("wrong", "", "")}
+    del made_up["gpt2"]
+    assert set(architectures.unexplained(made_up, keys)) == {"llama", "mixtral", "emu3", "gpt2"}
+
+
+def test_a_verdict_that_is_worse_than_before_is_noticed():
+    worse = [
+        ("works", "in part"), ("works", "refused"), ("works", "error"), ("works", "not built"), ("in part", "wrong"),
+        ("refused", "error"), ("error", "wrong"),
+    ]  # fmt: skip
+    for before, found in worse:
+        assert architectures.is_worse(found, before)
+        assert not architectures.is_worse(before, found)
+    assert not architectures.is_worse("works", "works")
 
 
 @pytest.fixture(scope="module")

@@ -47,13 +47,13 @@ if os.environ.get("RANK") == "1":
     from mspc.errors import ActivationError
     from mspc.passes import blocks
     from mspc.pipeline import solve_blocks
-    original, calls = solve_blocks.solve_one, []
+    original, calls = solve_blocks.solve_together, []
     def breaking(*args):
         calls.append(1)
         if len(calls) == 9:  # in the second block
             {action}
         return original(*args)
-    solve_blocks.solve_one = breaking
+    solve_blocks.solve_together = breaking
 """
 RAISE = 'raise ActivationError("one rank is broken. Repair it.")'
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -12,6 +12,7 @@ from mspc.solvers import SolverOptions
 from mspc.solvers.obs import obs
 from mspc.solvers.polish import polish
 from mspc.solvers.quadratic import damped_outputs, quadratic
+from mspc.solvers.rounding import by_itself
 from mspc.solvers.two_sided import PARTS, influence, interleaved, parts_of, two_sided
 from mspc.types import Grid, Target, Unstructured
 
@@ -24,7 +25,7 @@ def both(seed, num_blocks, size, grid, sparsity=0.0):
     target = Target(Unstructured(sparsity), grid)
     mask = torch.rand(case.weight.shape, generator=torch.Generator().manual_seed(seed)) >= sparsity
     wanted = torch.where(mask, case.weight, 0.0)
-    two = two_sided(wanted, mask, replace(case.stats, output_fisher=factor), target, OPTIONS, "q")
+    two = by_itself(two_sided)(wanted, mask, replace(case.stats, output_fisher=factor), target, OPTIONS, "q")
     one = polish(wanted, obs(wanted, case.stats, target, OPTIONS, "q", mask), case.stats, OPTIONS.damp)
     return case, factor, wanted, two, one
 
@@ -88,7 +89,7 @@ def test_independent_outputs_have_no_feedback():
     """Oracle: the sweep and the polish of the whole matrix, bit by bit."""
     case, target = problem(5, 32, 64), Target(Unstructured(0.0), Grid(3, 16))
     mask, factor = torch.ones_like(case.weight, dtype=torch.bool), torch.eye(16).expand(2, 16, 16)
-    two = two_sided(case.weight, mask, replace(case.stats, output_fisher=factor), target, OPTIONS, "q")
+    two = by_itself(two_sided)(case.weight, mask, replace(case.stats, output_fisher=factor), target, OPTIONS, "q")
     one = polish(case.weight, obs(case.weight, case.stats, target, OPTIONS, "q", mask), case.stats, OPTIONS.damp)
     for name in ("values", "scales", "zeros"):
         assert torch.equal(getattr(two.codes, name), getattr(one.codes, name))
@@ -99,4 +100,4 @@ def test_outputs_that_nothing_depends_on():
     case, target = problem(6, 16, 64), Target(Unstructured(0.0), Grid(4, 16))
     mask = torch.ones_like(case.weight, dtype=torch.bool)
     stats = replace(case.stats, output_fisher=torch.zeros(2, 8, 8))
-    assert bool(two_sided(case.weight, mask, stats, target, OPTIONS, "q").weight.isfinite().all())
+    assert bool(by_itself(two_sided)(case.weight, mask, stats, target, OPTIONS, "q").weight.isfinite().all())

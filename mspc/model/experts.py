@@ -23,7 +23,7 @@ IMPLEMENTATION = "mspc"
 """The name of `experts_forward` among the implementations of transformers."""
 SETTINGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """The attributes by which transformers describes a module of experts."""
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "weight")
 WHOLE_TRIAL = 2**22
 """Weights of a parameter that is random everywhere in a trial. In larger ones all experts are the same."""
 
@@ -45,9 +45,10 @@ class Product(NamedTuple):
     """The inputs (n, I) of all experts, one below the other."""
 
 
-def projections(experts: nn.Module) -> tuple[str, str]:
-    """The names of the parameters of the first and the second product."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+def projections(experts: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of the first and the second product, or of the only one."""
+    only: str | None = getattr(experts, "only_projection", None)
+    return (only,) if only else ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:
@@ -61,7 +62,7 @@ def layer_name(parameter: str, expert: int) -> str:
 
 
 def num_experts(experts: nn.Module) -> int:
-    held = experts._parameters.get("down_proj")
+    held = experts._parameters.get(projections(experts)[-1])
     count: int = experts.num_layers if held is None else len(held)  # type: ignore[assignment]
     return count
 
@@ -102,30 +103,33 @@ def multiplied(experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, 
     """
     unused = getattr(experts, "unused_slices", ()) if is_watched(experts) else ()
     first, second = projections(experts)
-    before, after = getattr(experts, "before_product", None), getattr(experts, "after_product", None)
-
-    def products(parameter: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        told = [
-            Product(parameter, expert, x, tokens[expert], lambda: torch.cat(list(inputs.values())))
-            for expert, x in inputs.items()
-        ]
-        for one in told:
-            if before is not None:
-                before(one)
-        outputs = {one.expert: _times(experts, parameter, one.expert, one.inputs) for one in told}
-        for one in told:
-            if after is not None:
-                after(one, outputs[one.expert])
-        return outputs
-
     if unused and inputs:
         none, of_none = next(iter(inputs.values()))[:0], next(iter(tokens.values()))[:0]
         tokens = {**tokens, **dict.fromkeys(unused, of_none)}
-        up = products(first, {**inputs, **dict.fromkeys(unused, none)})
+        up = products(experts, first, {**inputs, **dict.fromkeys(unused, none)}, tokens)
     else:
-        up = products(first, inputs)
+        up = products(experts, first, inputs, tokens)
     gate = experts._apply_gate if experts.has_gate else experts.act_fn
-    return products(second, {expert: gate(up[expert]) for expert in inputs})
+    return products(experts, second, {expert: gate(up[expert]) for expert in inputs}, tokens)
+
+
+def products(
+    experts: Any, parameter: str, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """The products of one parameter with the inputs (t, I) of experts, whose numbers are `tokens` (t), ascending."""
+    before, after = getattr(experts, "before_product", None), getattr(experts, "after_product", None)
+    told = [
+        Product(parameter, expert, x, tokens[expert], lambda: torch.cat(list(inputs.values())))
+        for expert, x in inputs.items()
+    ]
+    for one in told:
+        if before is not None:
+            before(one)
+    outputs = {one.expert: _times(experts, parameter, one.expert, one.inputs) for one in told}
+    for one in told:
+        if after is not None:
+            after(one, outputs[one.expert])
+    return outputs
 
 
 ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = experts_forward

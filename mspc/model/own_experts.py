@@ -4,13 +4,23 @@ A form knows the parameters of such a module and what it is given. A module whos
 which computes the same on random numbers, is adopted. Its class becomes one that has the forward of the form.
 """
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mspc.model.experts import SETTINGS, experts_forward, is_watched, multiplied, num_experts, routed, same_on_random
+from mspc.model.experts import (
+    SETTINGS,
+    experts_forward,
+    is_watched,
+    multiplied,
+    num_experts,
+    products,
+    routed,
+    same_on_random,
+)
 
 
 class _Form(nn.Module):
@@ -86,10 +96,91 @@ class WithIdentities(_Form):
         return routed(generator, experts.down_proj.shape[1], experts.total_experts)
 
 
+class Groups(list[int]):
+    """The numbers of inputs of each expert, with the tokens (T k) that these are, one expert after the other."""
+
+    tokens: Tensor
+
+
+class GroupingRouter(nn.Module):
+    """A router that returns places, tokens, weights and the number of inputs of each expert (JetMoE)."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Any, ...]:
+        own: Any = super()
+        places, tokens, weights, sizes, *more = own.forward(hidden_states)
+        groups = Groups(sizes)
+        groups.tokens = tokens
+        return places, tokens, weights, groups, *more
+
+
+class Grouped(_Form):
+    """The matrices of one projection, given the inputs (T k, I) of all experts, one below the other (JetMoE)."""
+
+    has_gate = False
+    only_projection = "weight"
+
+    def forward(self, inputs: Tensor, sizes: Groups) -> Tensor:
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        tokens, orders = dict[int, Tensor](), dict[int, Tensor]()
+        for expert, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+            if size or is_watched(self):
+                tokens[expert], order = sizes.tokens[end - size : end].sort()
+                orders[expert] = end - size + order
+        outputs = products(self, self.only_projection, {expert: inputs[at] for expert, at in orders.items()}, tokens)
+        return torch.cat(list(outputs.values()))[torch.cat(list(orders.values())).argsort()]
+
+    @staticmethod
+    def arguments(experts: Any, generator: torch.Generator) -> tuple[Any, ...]:
+        """Arguments for the trial of a module."""
+        count, _, width = experts.weight.shape
+        hidden, index, _ = routed(generator, width, count)
+        chosen, size = index.flatten(), index.shape[1]
+        order = chosen.argsort(stable=True)
+        groups = Groups(torch.bincount(chosen, minlength=count).tolist())
+        groups.tokens = order // size
+        return hidden[groups.tokens], groups
+
+
+def _adopt_routers(model: nn.Module) -> bool:
+    """Adopt the routers of `GroupingRouter`, and tell if there are any."""
+    found = [module for module in model.modules() if _groups_tokens(module)]
+    for module in found:
+        own = type(module)
+        if not issubclass(own, GroupingRouter):
+            described = type(own.__name__, (GroupingRouter, own), {})
+            module.__class__ = _classes.setdefault((GroupingRouter, own), described)
+    return bool(found)
+
+
+def _groups_tokens(module: nn.Module) -> bool:
+    """Tell if a module returns, for random tokens, what `GroupingRouter` says."""
+    layer, count, size = (getattr(module, name, None) for name in ("layer", "num_experts", "top_k"))
+    tried: Any = copy.copy(module)
+    if not isinstance(layer, nn.Linear) or not isinstance(count, int) or not isinstance(size, int):
+        return False
+    with torch.device("cpu"), torch.no_grad():
+        tried._modules = {"layer": nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)}
+        hidden = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
+        try:
+            places, tokens, _, sizes, *_ = tried(hidden)
+            chosen = tried.layer(hidden).topk(size, dim=1).indices.flatten()
+        except Exception:  # it takes something else
+            return False
+        return (
+            isinstance(sizes, list)
+            and sizes == torch.bincount(chosen, minlength=count).tolist()
+            and torch.equal(tokens, places // size)
+            and bool((chosen[places].diff() >= 0).all())
+        )
+
+
 def adopt_experts(model: nn.Module) -> None:
     """Adopt the modules of a model that compute what a form does."""
+    groups_tokens = _adopt_routers(model)
     for module in model.modules():
         form = _form_of(module)
+        if form is Grouped and not groups_tokens:
+            continue
         if form is not None and _is(form, module):
             module.__class__ = _classes.setdefault((form, type(module)), _described(form, type(module)))
 
@@ -101,7 +192,11 @@ _tried: dict[tuple[type, str], bool] = {}
 def _form_of(module: nn.Module) -> Any:
     """The form that a module may have, by its parameters; None for those that transformers describes."""
     parameters = dict(module.named_parameters(recurse=False))
-    if set(parameters) != {"gate_up_proj", "down_proj"} or any(hasattr(module, name) for name in SETTINGS):
+    if any(hasattr(module, name) for name in SETTINGS):
+        return None
+    if set(parameters) == {"weight"} and parameters["weight"].ndim == 3:
+        return Grouped if len(inspect.signature(module.forward).parameters) == 2 else None
+    if set(parameters) != {"gate_up_proj", "down_proj"}:
         return None
     if not hasattr(module, "act_fn") or any(parameter.ndim != 3 for parameter in parameters.values()):
         return None

@@ -21,6 +21,7 @@ from mspc.passes.walk import BUFFERS_HELD, FEW
 from mspc.pipeline.outer import planned_outer
 from mspc.pipeline.rates import LARGEST_KEPT
 from mspc.pipeline.recovery_stage import memory_of_training
+from mspc.pipeline.solve_blocks import num_together
 from mspc.pipeline.stage_work import keeps_grams, recovered_tokens
 from mspc.pipeline.workload import Workload
 from mspc.planning.allocation import INTERPOLATIONS
@@ -195,10 +196,11 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     batch = min(load.batch_tokens, tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
     solver = solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
+    batches = (num_together(matrix, settings, load.device) * solver_bytes(matrix.shape) for matrix in load.flat)
     return _Parts(
         streams * hidden + stored + left,
         streams * (block + held * batch) + passing * batch / load.batch_tokens + solver,
-        streams * held * (tokens - batch),
+        streams * held * (tokens - batch) + max(max(batches) - solver, 0),
     )
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,28 @@ from mspc.errors import ActivationError
 from mspc.formats import layout
 from mspc.formats.decoding import check_indices
 from mspc.formats.targets import target_to_dict
+from mspc.memory import free_memory
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
 from mspc.numerics.zeros import mask_of
 from mspc.passes.blocks import Batch
-from mspc.passes.walk import Visit, experts_together, install, matrix_of, walk
+from mspc.passes.walk import FEW, Visit, experts_together, install, matrix_of, walk
 from mspc.pipeline.few_tokens import few_tokens_notes
 from mspc.pipeline.reconstruct import reconstruct
 from mspc.pipeline.sharing import check_equal
 from mspc.planning.solver_options import solver_options
 from mspc.progress import log
 from mspc.settings import Settings
-from mspc.solvers import SOLVERS, SolverOptions
+from mspc.solvers import SOLVERS, STEPS, SolverOptions
 from mspc.solvers.error_compensation import compensated
 from mspc.solvers.quadratic import solver_bytes
+from mspc.solvers.rounding import Rounds, largest_batch, together
 from mspc.storage.artifact import MATRICES, read_matrix
 from mspc.storage.files import sha256_of, write_tensors
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.storage.journal import Journal
 from mspc.storage.manifest import MatrixEntry
-from mspc.threads import run
+from mspc.threads import fitting, run
 from mspc.types import Codes, CompressedLinear, GramStats, MatricesByBlock, Matrix, PlannedMatrix
 
 TOLD = ("output_error", "propagation_damp", "num_tokens", "borrowed_tokens")
@@ -115,15 +118,15 @@ def solve_blocks(
             parts.append(part.to_dict())
         commit(index, reconstruction=parts, seconds=time.monotonic() - begin)
 
-    def solve(visit: Visit) -> SolvedMatrix:
-        factor = fisher[visit.matrix.name].to(visit.weight.device) if fisher else None
-        return solve_one(model, visit, planned[visit.matrix.name], settings, options, factor)
+    def solve(visits: Sequence[Visit]) -> list[SolvedMatrix]:
+        return solve_together(model, visits, planned, settings, options, fisher)
 
     at_end = on_block_end if settings.reconstruct else None
     with Writer() as writer:
         visits = walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end)
         for few in experts_together(visits, matrices):
-            for visit, found in zip(few, solve_few(few, solve, planned), strict=True):
+            solutions = solve_few(few, solve, planned, num_together(few[0].matrix, settings, model.device))
+            for visit, found in zip(few, solutions, strict=True):
                 solved[visit.matrix] = found
                 if settings.reconstruct:
                     grams[visit.matrix] = visit.stats.gram
@@ -135,22 +138,42 @@ def solve_blocks(
             log.warning(note)
 
 
+def num_together(matrix: Matrix, settings: Settings, device: torch.device) -> int:
+    """The number of matrices like this one that are solved as one batch, at most. No byte depends on it."""
+    if matrix.index is None or settings.solver not in STEPS:
+        return 1
+    return min(FEW, largest_batch(matrix.shape, device))
+
+
 def solve_few(
-    few: Sequence[Visit], solve: Callable[[Visit], SolvedMatrix], planned: dict[str, PlannedMatrix]
+    few: Sequence[Visit],
+    solve: Callable[[Sequence[Visit]], list[SolvedMatrix]],
+    planned: dict[str, PlannedMatrix],
+    most: int,
 ) -> Iterable[SolvedMatrix]:
-    """Solve matrices that do not read each other. Ranks share these, or else the rows of a single one."""
-    bytes_each = solver_bytes(few[0].matrix.shape)
+    """Solve matrices that do not read each other, up to `most` as one batch.
+
+    Threads share the batches; ranks share the matrices, or else the rows of a single one.
+    """
+    bytes_each = max(solver_bytes(visit.matrix.shape) for visit in few)
+
+    def solved(visits: Sequence[Visit]) -> Iterable[SolvedMatrix]:
+        memory = free_memory(few[0].weight.device) // 4
+        size = max(1, min(most, -(-len(visits) // fitting(bytes_each)), memory // bytes_each))
+        batches = [visits[start : start + size] for start in range(0, len(visits), size)]
+        return chain.from_iterable(run(solve, batches, size * bytes_each))
+
     if ranks.size() == 1:
-        return run(solve, few, bytes_each)
+        return solved(few)
     if len(few) == 1:
         with ranks.together():
-            found = solve(few[0])
+            (found,) = solve(few)
         check_equal(few[0].matrix.name, layout.digest(found.stored))
         return [found]
     owners = ranks.owners([visit.matrix.numel for visit in few])
     own = [visit for visit, owner in zip(few, owners, strict=True) if owner == ranks.rank()]
-    solved = dict(zip((visit.matrix for visit in own), run(solve, own, bytes_each), strict=True))
-    return [_from(owner, visit, solved.get(visit.matrix), planned) for visit, owner in zip(few, owners, strict=True)]
+    by_matrix = dict(zip((visit.matrix for visit in own), solved(own), strict=True))
+    return [_from(owner, visit, by_matrix.get(visit.matrix), planned) for visit, owner in zip(few, owners, strict=True)]
 
 
 def _from(owner: int, visit: Visit, solved: SolvedMatrix | None, planned: dict[str, PlannedMatrix]) -> SolvedMatrix:
@@ -214,26 +237,39 @@ def solved_weights(folder: Path, journal: Journal) -> Callable[[int], dict[str, 
     return weights
 
 
-def solve_one(
+def solve_together(
     model: StreamedModel,
-    visit: Visit,
-    planned: PlannedMatrix,
+    visits: Sequence[Visit],
+    planned: dict[str, PlannedMatrix],
     settings: Settings,
     options: SolverOptions,
-    fisher: Tensor | None,
-) -> SolvedMatrix:
-    """Solve and install one matrix.
+    fisher: dict[str, Tensor] | None,
+) -> list[SolvedMatrix]:
+    """Solve and install matrices that do not read each other.
 
     What is installed, judged and later exported is what will be stored, not what the solver held.
     """
-    name, weight = visit.matrix.name, visit.weight.float().clone()
-    stats = replace(visit.stats, output_fisher=fisher)
-    wanted, propagation_damp = compensated(weight, stats, settings.propagation, options.damp, name)
-    if settings.keep_zeros:
-        solution = solve_with_zeros(model, visit, planned, wanted, stats, settings, options)
-    else:
-        solution = SOLVERS[settings.solver](wanted, stats, planned.target, options, name)
-    dtype = model.source_dtypes[visit.matrix.parameter]
+    under_way = []
+    for visit in visits:
+        name, weight = visit.matrix.name, visit.weight.float().clone()
+        factor = fisher[name].to(weight.device) if fisher else None
+        stats = replace(visit.stats, output_fisher=factor)
+        wanted, propagation_damp = compensated(weight, stats, settings.propagation, options.damp, name)
+        steps = solver_steps(model, visit, planned[name], wanted, stats, settings, options)
+        under_way.append((visit, weight, propagation_damp, steps))
+    solutions = together([steps for *_, steps in under_way])
+    return [
+        stored_and_installed(model, visit, planned[visit.matrix.name], weight, solution, propagation_damp)
+        for (visit, weight, propagation_damp, _), solution in zip(under_way, solutions, strict=True)
+    ]
+
+
+def stored_and_installed(
+    model: StreamedModel, visit: Visit, planned: PlannedMatrix, weight: Tensor, solution: CompressedLinear,
+    propagation_damp: float,
+) -> SolvedMatrix:  # fmt: skip
+    """Install a solution as it is stored. `weight` is the original one in float32."""
+    name, dtype, stats = visit.matrix.name, model.source_dtypes[visit.matrix.parameter], visit.stats
     stored = layout.as_stored(solution, dtype)
     if not bool(torch.stack(stored.weight.aminmax()).isfinite().all()):  # NaN is passed on; faster than isfinite
         raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
@@ -242,19 +278,29 @@ def solve_one(
     return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens, stats.borrowed_tokens)
 
 
-def solve_with_zeros(
+def solver_steps(
     model: StreamedModel, visit: Visit, planned: PlannedMatrix, wanted: Tensor, stats: GramStats,
     settings: Settings, options: SolverOptions,
-) -> CompressedLinear:  # fmt: skip
-    """Round a matrix on the mask of the zeros in the checkpoint. Without a grid it stays as it is, bit by bit.
+) -> Rounds:  # fmt: skip
+    """The steps of the solver of a matrix."""
+    arguments: list[Any] = [wanted, stats, planned.target, options, visit.matrix.name]
+    if settings.keep_zeros:
+        source, mask = zeros_of(model, visit, planned)
+        if planned.target.grid is None:
+            return CompressedLinear(source, mask, planned.target)
+        arguments.append(mask)
+    if settings.solver in STEPS:
+        return (yield from STEPS[settings.solver](*arguments))
+    return SOLVERS[settings.solver](*arguments)
+
+
+def zeros_of(model: StreamedModel, visit: Visit, planned: PlannedMatrix) -> tuple[Tensor, Tensor]:
+    """A matrix as it is in the checkpoint, in float32, and the mask of its zeros.
 
     The checkpoint is read again: the dtype of the passes may make small weights zero.
     """
-    source = visit.matrix.read(model.read_parameter(visit.matrix.parameter)).to(wanted.device)
-    mask = mask_of(source, planned.target.pattern)
-    if planned.target.grid is None:
-        return CompressedLinear(source.float(), mask, planned.target)
-    return SOLVERS[settings.solver](wanted, stats, planned.target, options, planned.name, mask)
+    source = visit.matrix.read(model.read_parameter(visit.matrix.parameter)).to(visit.weight.device)
+    return source.float(), mask_of(source, planned.target.pattern)
 
 
 def commit_block(

@@ -28,11 +28,13 @@ CALLS, CALLS_WITH_CODES, CALLS_OF_POLISH = 6, 17, 14
 class MatrixWork:
     """Adds the work of one matrix to a stage. `ways` is the number of matrices that threads work on at once.
 
-    `ranks` is the number of ranks that share the rows of its products.
+    `ranks` is the number of ranks that share the rows of its products, and `together` that of matrices in a batch.
     """
 
-    def __init__(self, work: Work, shape: tuple[int, int], ways: float = 1, *, ranks: int = 1) -> None:
-        self.work, (self.rows, self.columns), self.ranks = work, shape, ranks
+    def __init__(
+        self, work: Work, shape: tuple[int, int], ways: float = 1, *, ranks: int = 1, together: int = 1
+    ) -> None:
+        self.work, (self.rows, self.columns), self.ranks, self.together = work, shape, ranks, together
         self.block = fisher_block_size(self.rows)
         self.matrices = ways
         self.ways = max(ways, self.rows / ROWS)
@@ -142,7 +144,8 @@ class MatrixWork:
     def swept(self, *, codes: bool, parts: int = 1, copies: int = 1) -> None:
         """The OBS sweep, of `copies` of the matrix at once, in some parts of its rows."""
         pieces = max(parts, copies * self.rows / ROWS)
-        self.work.add("call", pieces * self.columns * (CALLS_WITH_CODES if codes else CALLS), self.ways)
+        calls = CALLS_WITH_CODES / self.together if codes else CALLS
+        self.work.add("call", pieces * self.columns * calls, self.ways)
         self.work.add("product", copies * self.numel * self.columns, self.ways)
         self.work.operations(copies * self.numel, BLOCK / 4, self.ways, near=True)
         self.operations(8 * copies)
@@ -157,7 +160,7 @@ class MatrixWork:
         self.operations(30)
         self.work.operations(self.numel, 4 * groups, self.ways, near=self.numel / parts <= 2**20)
         self.work.add("product", 20 * self.rows * groups**3, self.ways)
-        self.work.add("call", parts * self.columns * CALLS_OF_POLISH, self.ways)
+        self.work.add("call", parts * self.columns * CALLS_OF_POLISH / self.together, self.ways)
         self.work.operations(self.numel, BLOCK / 4, self.ways, near=True)
         if parts > 1:
             self.blocks(0.5, True)

@@ -11,6 +11,7 @@ from mspc.pipeline.cost import CHECKED_TOKENS
 from mspc.pipeline.own_text import ROWS as SEQUENCES_AT_ONCE
 from mspc.pipeline.rates import STARTING
 from mspc.pipeline.recovery_stage import BATCH_SIZE, LENGTH, MOST_VALIDATION
+from mspc.pipeline.solve_blocks import num_together
 from mspc.pipeline.solver_work import MatrixWork
 from mspc.pipeline.workload import Work, Workload
 from mspc.planning.allocation import INTERPOLATIONS
@@ -313,7 +314,8 @@ def _compressing(load: Workload, work: Work) -> None:
 def _solved(load: Workload, work: Work, matrix: Matrix, target: Target, kfac: bool) -> None:
     least = LEAST_ROWS[load.device.type]
     pieces = min(matrix.shape[0] // least, TILES) if load.ranks > 1 and matrix.index is None else 1
-    settings, own = load.settings, MatrixWork(work, matrix.shape, ranks=max(min(pieces, load.ranks), 1))
+    settings, ranks = load.settings, max(min(pieces, load.ranks), 1)
+    own = MatrixWork(work, matrix.shape, ranks=ranks, together=num_together(matrix, settings, load.device))
     if settings.propagation:
         own.compensated()
     if settings.solver in ("kfac", "fisher", "admm"):

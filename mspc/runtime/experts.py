@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mspc.errors import InputError
 from mspc.formats.description import StoredMatrix
-from mspc.model.experts import IMPLEMENTATION, expert_matrices, layer_name
+from mspc.model.experts import IMPLEMENTATION, expert_matrices, layer_name, projections
 from mspc.model.own_experts import adopt_experts
 from mspc.runtime.linear import SparseLinear
 
@@ -32,7 +32,7 @@ def replace_experts(model: PreTrainedModel, parameters: Mapping[str, Slices]) ->
         owner_name, _, leaf = parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         delattr(owner, leaf)
-        if leaf == "down_proj":  # the first parameter may have slices that no expert has
+        if leaf == projections(owner)[-1]:  # the first parameter may have slices that no expert has
             owner.num_layers = len(slices)
         owner._is_hf_initialized = True  # transformers would fill what is gone
         for index in range(len(slices)):

@@ -1,16 +1,18 @@
 """Solvers: weight + statistics of its input + target -> CompressedLinear. They obey the target and know no model."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from mspc.solvers.admm import admm, fisher, kfac
+from mspc.solvers.admm import admm, admm_steps, fisher, fisher_steps, kfac, kfac_steps
 from mspc.solvers.mask_only import mask_only
 from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
+from mspc.solvers.rounding import Rounds
 from mspc.types import CompressedLinear, GramStats, Target
 
-__all__ = ["REVISION", "SOLVERS", "Solver", "SolverOptions"]
+__all__ = ["REVISION", "SOLVERS", "STEPS", "Solver", "SolverOptions"]
 
 REVISION = 2
 """To be raised when the same statistics and options end with other weights: runs and curves of before are not mixed."""
@@ -34,3 +36,5 @@ class Solver(Protocol):
 
 
 SOLVERS: dict[str, Solver] = {"admm": admm, "fisher": fisher, "kfac": kfac, "mask": mask_only, "obs": obs}
+STEPS: dict[str, Callable[..., Rounds]] = {"admm": admm_steps, "fisher": fisher_steps, "kfac": kfac_steps}
+"""The solvers that `rounding.together` runs for several matrices at once, with the arguments of `Solver`."""

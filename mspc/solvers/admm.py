@@ -21,10 +21,9 @@ from mspc.errors import InputError
 from mspc.numerics.linalg import precise_matmul
 from mspc.numerics.masking import check_divides, kth_lowest, num_pruned, select
 from mspc.solvers.inner import Inner, inner
-from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
-from mspc.solvers.polish import polish
 from mspc.solvers.quadratic import Quadratic, quadratic, refine
+from mspc.solvers.rounding import Rounding, Rounds, by_itself
 from mspc.solvers.two_sided import two_sided
 from mspc.types import NM, CompressedLinear, GramStats, Pattern, Target
 
@@ -37,7 +36,7 @@ CG_STEPS = 5
 PATH_RHO, PATH_GROWTH, PATH_ITERATIONS, PATH_CG_STEPS = 0.3, 1.2, 4, 2
 
 
-def admm(
+def admm_steps(
     weight: Tensor,
     stats: GramStats,
     target: Target,
@@ -45,7 +44,7 @@ def admm(
     name: str,
     mask: Tensor | None = None,
     output_fisher: Tensor | None = None,
-) -> CompressedLinear:
+) -> Rounds:
     """(O, I) -> pruned (and quantized) weights on a support that is searched for over the whole matrix.
 
     A given `mask` (O, I) is the support, and nothing is searched for.
@@ -69,32 +68,35 @@ def admm(
         return CompressedLinear(kept, mask, target, None, options.damp)
     # `kept` is the best on the support, so the total loss is its own plus that of its distance to the codes.
     if form.outputs is not None:
-        return two_sided(kept, mask, stats, target, options, name)
-    return polish(kept, obs(kept, stats, target, options, name, mask), stats, options.damp)
+        return (yield from two_sided(kept, mask, stats, target, options, name))
+    return (yield Rounding(kept, mask, stats, target, options, name))
 
 
-def kfac(
+def kfac_steps(
     weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
-) -> CompressedLinear:
+) -> Rounds:
     """`admm` with the loss of the model as its objective. To search or round, `stats` needs an output Fisher factor."""
     searches = target.pattern.sparsity > 0 and mask is None
     if stats.output_fisher is None and (searches or target.grid is not None):
         raise InputError(
             f"{name}: the kfac solver needs the Fisher factor of the outputs. Set GramStats.output_fisher, or use admm."
         )
-    return admm(weight, stats, target, options, name, mask, stats.output_fisher)
+    return admm_steps(weight, stats, target, options, name, mask, stats.output_fisher)
 
 
-def fisher(
+def fisher_steps(
     weight: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str, mask: Tensor | None = None
-) -> CompressedLinear:
+) -> Rounds:
     """`admm` with the error at each output times its mean squared gradient, if `stats` has an output Fisher factor.
 
     Rows then compete for the weights to keep. A row alone is solved as by `admm`, and so are N:M patterns and codes.
     """
     factor = stats.output_fisher
     diagonal = None if factor is None else factor.diagonal(dim1=-2, dim2=-1).reshape(-1, 1, 1)
-    return admm(weight, stats, target, options, name, mask, diagonal)
+    return admm_steps(weight, stats, target, options, name, mask, diagonal)
+
+
+admm, fisher, kfac = map(by_itself, (admm_steps, fisher_steps, kfac_steps))
 
 
 def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[Tensor, float]]:

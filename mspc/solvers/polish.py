@@ -28,9 +28,9 @@ def polish(wanted: Tensor, quantized: CompressedLinear, stats: GramStats, damp: 
     levels = 2**quantized.target.grid.bits - 1
     with precise_matmul():
         gram, _ = regularized(stats.gram, damp)
-        codes = _better(wanted, gram, quantized.codes, refit_scales(wanted, gram, quantized.codes))
-        codes = _better(wanted, gram, codes, descend(wanted, gram, codes, quantized.mask, levels))
-        codes = _better(wanted, gram, codes, refit_scales(wanted, gram, codes))
+        codes = better(wanted, gram, quantized.codes, refit_scales(wanted, gram, quantized.codes))
+        codes = better(wanted, gram, codes, descend(wanted, gram, codes, quantized.mask, levels))
+        codes = better(wanted, gram, codes, refit_scales(wanted, gram, codes))
     return replace(quantized, weight=dequantize(codes), codes=codes)
 
 
@@ -86,7 +86,7 @@ def descend(wanted: Tensor, gram: Tensor, codes: Codes, mask: Tensor, levels: in
     return replace(codes, values=values.T.contiguous().to(torch.uint8))
 
 
-def _better(wanted: Tensor, gram: Tensor, old: Codes, new: Codes) -> Codes:
+def better(wanted: Tensor, gram: Tensor, old: Codes, new: Codes) -> Codes:
     """For each row, the codes of lower error."""
     worse = (_row_errors(wanted, gram, new) > _row_errors(wanted, gram, old))[:, None]
     return Codes(torch.where(worse, old.values, new.values), torch.where(worse, old.scales, new.scales), old.zeros)

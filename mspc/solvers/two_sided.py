@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from mspc.numerics.linalg import precise_matmul
-from mspc.solvers.obs import obs
 from mspc.solvers.options import SolverOptions
-from mspc.solvers.polish import polish
 from mspc.solvers.quadratic import damped_outputs
+from mspc.solvers.rounding import Rounding, Rounds
 from mspc.types import Codes, CompressedLinear, GramStats, Target
 
 PARTS = 8
@@ -29,7 +28,7 @@ PARTS = 8
 
 def two_sided(
     wanted: Tensor, mask: Tensor, stats: GramStats, target: Target, options: SolverOptions, name: str
-) -> CompressedLinear:
+) -> Rounds:
     """Round `wanted` (O, I) to the grid of the target, on `mask` (O, I). `stats` must have an output Fisher factor.
 
     Raises every error of `obs`.
@@ -48,7 +47,7 @@ def two_sided(
                 moved = lower[:, rows.stop :, rows].mT @ errors[:, rows.stop :]
                 own = own + torch.linalg.solve_triangular(lower[:, rows, rows].mT, moved, upper=True)
             given, some = own.flatten(0, 1), kept[:, rows].flatten(0, 1)
-            found = polish(given, obs(given, stats, target, options, name, some), stats, options.damp)
+            found = yield Rounding(given, some, stats, target, options, name)
             errors[:, rows] = weight[:, rows] - found.weight.unflatten(0, own.shape[:2])
             rounded.insert(0, found)
     return _joined(rounded, len(outputs), torch.argsort(order), mask)
