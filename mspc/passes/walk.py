@@ -8,7 +8,7 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
 from mspc.passes.blocks import Batch, advance, arrive, own_batches, pass_bytes, run_block, scores_bytes
 from mspc.passes.paused import Pause, PausedForward, pauses_before
+from mspc.passes.together import Visit, is_same, same_inputs
 from mspc.threads import fitting
 from mspc.types import GramStats, Matrix
 
@@ -39,19 +40,6 @@ BUFFERS_HELD = 3
 
 FEW_TOKENS = 2
 """Tokens per input of an expert below which its Gram has some of its layer's."""
-FEW = 8
-"""Matrices whose Grams are in memory at once where matrices are worked on together."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One matrix of a loaded block. `weight` (O, I) is a view of the parameter in the model's precision."""
-
-    matrix: Matrix
-    weight: Tensor
-    stats: GramStats
-    block: int
-    is_last_of_block: bool
 
 
 def walk(
@@ -74,6 +62,7 @@ def walk(
     `finish(i, block, dense_block)` is called after the visits of block i, before any batch leaves it, and may change
     its weights.
     """
+    alike: Alike = {}
     for index, of_block in enumerate(matrices):
         with model.loaded(index) as block:
             dense_block = copy.deepcopy(block) if dense else block
@@ -83,34 +72,13 @@ def walk(
                 # Twice: running passes take a quarter of the free memory, and suspended ones the other quarter.
                 at_once = fitting(2 * pass_bytes(model, block, batches) * streams)
                 kept = _num_kept(model, batches, of_block, memory, 2 if at_once == 1 else 4) // streams
-                visits = _Block(model, index, block, dense_block, of_block, finish, at_once)
+                visits = _Block(model, index, block, dense_block, of_block, finish, at_once, alike)
                 yield from visits.visits(batches, dense, kept)
             else:
                 for matrix in of_block:
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
                 advance(model, index, block, batches)
                 advance(model, index, dense_block, dense)
-
-
-def by_few(visits: Iterable[Visit]) -> Iterator[list[Visit]]:
-    """Lists of up to `FEW` visits of one block, to be worked on together; nothing is installed in between."""
-    few: list[Visit] = []
-    for visit in visits:
-        few.append(visit)
-        if visit.is_last_of_block or len(few) == FEW:
-            yield few
-            few = []
-
-
-def experts_together(visits: Iterable[Visit], matrices: Sequence[Sequence[Matrix]]) -> Iterator[list[Visit]]:
-    """Lists of up to `FEW` visits of the experts of one parameter, which do not read each other; all others alone."""
-    last = {matrix.parameter: matrix for of_block in matrices for matrix in of_block}
-    few: list[Visit] = []
-    for visit in visits:
-        few.append(visit)
-        if visit.matrix == last[visit.matrix.parameter] or len(few) == FEW:
-            yield few
-            few = []
 
 
 class DenseWalk:
@@ -177,6 +145,10 @@ def _num_kept(
     return memory // max(bytes_each, 1)
 
 
+Alike = dict[Hashable, list[list[str]]]
+"""Names in the block of matrices with the same input, by the class of the block and the names of all its matrices."""
+
+
 class Inputs(NamedTuple):
     """The inputs (T, I) float32 of a matrix in one pass; of an expert, with the ascending numbers (T) of its tokens."""
 
@@ -196,6 +168,8 @@ class _Block:
     finish: Callable[[int, nn.Module, nn.Module], None] | None
     at_once: int
     """Passes that threads and memory allow at once."""
+    alike: Alike
+    """Found in earlier blocks."""
     layer_means: dict[str, Tensor] = field(default_factory=dict)
     """Results of `of_layer` by parameter."""
 
@@ -206,16 +180,24 @@ class _Block:
             self.forwards(self.block, batches, num_kept) as forwards,
             self.forwards(self.dense_block, dense, num_kept) as dense_forwards,
         ):
-            previous, stats = torch.empty(0), GramStats(torch.empty(0), 0)
-            while isinstance(pause := forwards[0].run_to(len(seen)), tuple):
+            followers = self.followers(batches)
+            previous, stats, ahead = torch.empty(0), GramStats(torch.empty(0), 0), list[Matrix]()
+            while isinstance(pause := self.reached(forwards, len(seen), alone=bool(ahead)), tuple):
                 matrix, inputs = pause.matrix, pause.inputs
                 self.check_new(matrix, seen)
-                if not _is_same(inputs, previous):
-                    stats = self.collect(matrix, len(seen), forwards, dense_forwards)
-                previous = inputs  # kept alive, so that no address is used twice
                 seen.append(matrix)
-                weight = matrix_of(self.model, self.block, self.index, matrix)
-                yield Visit(matrix, weight, stats, self.index, len(seen) == len(self.matrices))
+                if ahead:
+                    if matrix != ahead.pop(0) or not is_same(inputs, previous):
+                        raise self.other_order(matrix)
+                    continue  # it was visited with the one before
+                if not is_same(inputs, previous):
+                    stats = self.collect(matrix, len(seen) - 1, forwards, dense_forwards)
+                previous = inputs  # kept alive, so that no address is used twice
+                ahead = list(followers.get(matrix, ()))
+                left = len(self.matrices) - len(seen)
+                for i, one in enumerate((matrix, *ahead)):
+                    weight = matrix_of(self.model, self.block, self.index, one)
+                    yield Visit(one, weight, stats, self.index, i == left, i < len(ahead))
             self.check_all(seen)
             if finish is None:
                 self.complete(batches, forwards)
@@ -225,6 +207,23 @@ class _Block:
             finish(self.index, self.block, self.dense_block)
             advance(self.model, self.index, self.block, batches)
             advance(self.model, self.index, self.dense_block, dense)
+
+    def followers(self, batches: Sequence[Batch]) -> dict[Matrix, list[Matrix]]:
+        """For each matrix, those after it that have the same input."""
+        by_name = {self.model.name_in_block(self.index, matrix): matrix for matrix in self.matrices}
+        kind = type(self.block), *by_name
+        if kind not in self.alike:
+            forward = partial(run_block, self.model, self.block, batches[0], self.index)
+            found = same_inputs(lambda: PausedForward(forward, kept=True), len(self.matrices))
+            names = {matrix: name for name, matrix in by_name.items()}
+            self.alike[kind] = [[names[matrix] for matrix in group] for group in found]
+        return {by_name[first]: [by_name[name] for name in others] for first, *others in self.alike[kind]}
+
+    def reached(self, forwards: Sequence[PausedForward], number: int, *, alone: bool) -> Pause | Tensor:
+        """The first pass at a pause, or its output. Unless it is to go `alone`, those collected with it go on, too."""
+        started = [forward.start_to(number) for forward in forwards[: 1 if alone else self.at_once] if forward.kept]
+        results = [one.result() for one in started]
+        return results[0]
 
     def complete(self, batches: Sequence[Batch], forwards: Sequence[PausedForward]) -> None:
         """Run all suspended passes to the end of the block."""
@@ -374,9 +373,3 @@ def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:
         z = z[torch.isin(wanted.tokens, actual.tokens)]
         x = x[torch.isin(actual.tokens, wanted.tokens)]
     return z - x, x
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return bool(one.numel()) and (one.data_ptr(), one.shape, one.stride(), one._version) == (
-        other.data_ptr(), other.shape, other.stride(), other._version,
-    )  # fmt: skip

@@ -17,7 +17,8 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import BUFFERS
 from mspc.passes.gradients import fisher_block_size
 from mspc.passes.perplexity import LOGITS_AT_ONCE
-from mspc.passes.walk import BUFFERS_HELD, FEW
+from mspc.passes.together import FEW
+from mspc.passes.walk import BUFFERS_HELD
 from mspc.pipeline.outer import planned_outer
 from mspc.pipeline.rates import LARGEST_KEPT
 from mspc.pipeline.recovery_stage import memory_of_training

@@ -19,7 +19,8 @@ from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
 from mspc.numerics.zeros import mask_of
 from mspc.passes.blocks import Batch
-from mspc.passes.walk import Visit, experts_together, install, matrix_of, walk
+from mspc.passes.together import Visit, independent
+from mspc.passes.walk import install, matrix_of, walk
 from mspc.pipeline.few_tokens import few_tokens_notes
 from mspc.pipeline.reconstruct import reconstruct
 from mspc.pipeline.sharing import check_equal
@@ -122,7 +123,7 @@ def solve_blocks(
     at_end = on_block_end if settings.reconstruct else None
     with Writer() as writer:
         visits = walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end)
-        for few in experts_together(visits, matrices):
+        for few in independent(visits, matrices):
             for visit, found in zip(few, solve_few(few, solve, planned), strict=True):
                 solved[visit.matrix] = found
                 if settings.reconstruct:
@@ -139,7 +140,7 @@ def solve_few(
     few: Sequence[Visit], solve: Callable[[Visit], SolvedMatrix], planned: dict[str, PlannedMatrix]
 ) -> Iterable[SolvedMatrix]:
     """Solve matrices that do not read each other. Ranks share these, or else the rows of a single one."""
-    bytes_each = solver_bytes(few[0].matrix.shape)
+    bytes_each = max(solver_bytes(visit.matrix.shape) for visit in few)
     if ranks.size() == 1:
         return run(solve, few, bytes_each)
     if len(few) == 1:

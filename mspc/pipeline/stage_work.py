@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mspc.formats.layout import num_bytes
 from mspc.passes.distillation import CHECKS
 from mspc.passes.gradients import fisher_block_size
-from mspc.passes.walk import FEW
+from mspc.passes.together import FEW
 from mspc.pipeline.cost import CHECKED_TOKENS
 from mspc.pipeline.own_text import ROWS as SEQUENCES_AT_ONCE
 from mspc.pipeline.rates import STARTING
