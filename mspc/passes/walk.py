@@ -8,13 +8,13 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, starmap
-from operator import itemgetter
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,12 @@ from mspc.memory import free_memory
 from mspc.model.experts import experts_per_token
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
-from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
+from mspc.numerics.linalg import add_gram, add_product, check_finite, precise_matmul, symmetrize
 from mspc.passes.blocks import Batch, advance, arrive, own_batches, pass_bytes, run_block, scores_bytes
 from mspc.passes.paused import Pause, PausedForward, pauses_before
 from mspc.passes.together import Visit, is_same, same_inputs
 from mspc.threads import fitting
 from mspc.types import GramStats, Matrix
-
-T = TypeVar("T")
 
 BUFFERS_HELD = 3
 """Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
@@ -227,13 +225,11 @@ class _Block:
 
     def complete(self, batches: Sequence[Batch], forwards: Sequence[PausedForward]) -> None:
         """Run all suspended passes to the end of the block."""
-        for some in self.rounds(forwards):
-            outputs = [forwards[i].start_to(len(self.matrices)) for i in some]
-            for i, started in zip(some, outputs, strict=True):
-                if isinstance(output := started.result(), tuple):
-                    raise self.other_order(output.matrix)
-                arrive(self.model, self.index, batches[i], output)
-                forwards[i].close()
+        for batch, (forward, output) in zip(batches, self.results(forwards, len(self.matrices)), strict=True):
+            if isinstance(output, tuple):
+                raise self.other_order(output.matrix)
+            arrive(self.model, self.index, batch, output)
+            forward.close()
 
     @contextmanager
     def forwards(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[PausedForward]]:
@@ -264,17 +260,13 @@ class _Block:
         grams, shifts = self.text_sum(size), self.text_sum(size) if dense_forwards else None
         tokens = 0
         with precise_matmul():
-            for some in self.rounds(forwards):
-                chunks = [forwards[i].chunk for i in some]
-                inputs = self.inputs_of(matrix, number, forwards[some.start : some.stop])
-                for chunk, found in _by_chunk(chunks, inputs):
-                    add_gram(grams.of(chunk), *(one.inputs for one in found))
-                tokens += sum(len(found.inputs) for found in inputs)
+            passes = self.inputs_of(matrix, number, forwards)
+            dense_passes = self.inputs_of(matrix, number, dense_forwards)
+            for forward, found in zip(forwards, passes, strict=True):
+                add_gram(grams.of(forward.chunk), found.inputs)
+                tokens += len(found.inputs)
                 if shifts is not None:
-                    wanted = self.inputs_of(matrix, number, dense_forwards[some.start : some.stop])
-                    differences = list(starmap(_difference, zip(wanted, inputs, strict=True)))
-                    for chunk, pairs in _by_chunk(chunks, differences):
-                        add_products(shifts.of(chunk), pairs)
+                    add_product(shifts.of(forward.chunk), *_difference(next(dense_passes), found))
         gram, shift, tokens = grams.total(), None if shifts is None else shifts.total(), ranks.count(tokens)
         borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
         if borrowed:
@@ -292,11 +284,10 @@ class _Block:
             return self.layer_means[matrix.parameter]
         grams, count = self.text_sum(matrix.shape[1]), 0
         with precise_matmul():
-            for some in self.rounds(forwards):
-                found = self.inputs_of(matrix, number, forwards[some.start : some.stop], of_layer=True)
-                for chunk, of_chunk in _by_chunk([forwards[i].chunk for i in some], found):
-                    add_gram(grams.of(chunk), *(one.inputs for one in of_chunk))
-                count += sum(len(one.inputs) for one in found)
+            found = self.inputs_of(matrix, number, forwards, of_layer=True)
+            for forward, one in zip(forwards, found, strict=True):
+                add_gram(grams.of(forward.chunk), one.inputs)
+                count += len(one.inputs)
         gram, count = grams.total(), ranks.count(count)
         self.layer_means.clear()  # one is needed at a time
         self.layer_means[matrix.parameter] = gram / max(count, 1)
@@ -306,24 +297,26 @@ class _Block:
         """A sum (I, I) over the text of all ranks."""
         return ranks.TextSum(partial(torch.zeros, size, size, device=self.model.device))
 
-    def rounds(self, passes: Sequence[PausedForward]) -> Iterator[range]:
-        """The numbers of the passes, as many at a time as can run at once."""
-        ends = range(self.at_once, len(passes) + self.at_once, self.at_once)
-        return (range(end - self.at_once, min(end, len(passes))) for end in ends)
+    def results(self, forwards: Sequence[PausedForward], number: int) -> Iterator[tuple[PausedForward, Pause | Tensor]]:
+        """Each pass and its `run_to`. As many go on as can run at once, those that are not asked for yet included."""
+        left = iter(forwards)
+        started = deque((forward, forward.start_to(number)) for forward in islice(left, self.at_once))
+        while started:
+            forward, reached = started.popleft()
+            yield forward, reached.result()
+            started.extend((following, following.start_to(number)) for following in islice(left, 1))
 
     def inputs_of(
         self, matrix: Matrix, number: int, forwards: Sequence[PausedForward], *, of_layer: bool = False
-    ) -> list[Inputs]:
-        """The inputs of a matrix, the `number`-th of its block, in some passes; these run at the same time.
+    ) -> Iterator[Inputs]:
+        """The inputs of a matrix, the `number`-th of its block, in each pass.
 
         `of_layer`: those of all experts of the layer of an expert's matrix.
         """
-        started = [forward.start_to(number) for forward in forwards]
-        inputs = []
-        for pause, forward in zip(started, forwards, strict=True):
-            inputs.append(self.inputs(matrix, pause.result(), of_layer))
+        for forward, pause in self.results(forwards, number):
+            inputs = self.inputs(matrix, pause, of_layer)
             forward.discard()
-        return inputs
+            yield inputs
 
     def inputs(self, matrix: Matrix, pause: Pause | Tensor, of_layer: bool) -> Inputs:
         """The input of a matrix at a pause, as float32 tokens (T, I)."""
@@ -358,12 +351,6 @@ class _Block:
     def skip(self, *matrices: Matrix) -> str:
         """The option that leaves these matrices dense, in every block."""
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
-
-
-def _by_chunk(chunks: Sequence[int], values: Sequence[T]) -> Iterator[tuple[int, list[T]]]:
-    """The values of each chunk, in order."""
-    for chunk, pairs in groupby(zip(chunks, values, strict=True), itemgetter(0)):
-        yield chunk, [value for _, value in pairs]
 
 
 def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:

@@ -195,12 +195,23 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
     batch = min(load.batch_tokens, tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
-    solver = solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
+    solver = _solved_at_once(load) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
     return _Parts(
         streams * hidden + stored + left,
         streams * (block + held * batch) + passing * batch / load.batch_tokens + solver,
         streams * held * (tokens - batch),
     )
+
+
+def _solved_at_once(load: Workload) -> int:
+    """Bytes of the solvers of matrices with one input, or of experts, as many as threads work on at once."""
+    threads = min(load.threads, FEW) if load.ranks == 1 and on_cpu(load) else 1
+    most = 0
+    for group in (group for of_block in load.groups for group in of_block):
+        each = sorted((solver_bytes(matrix.shape) for matrix in group), reverse=True)
+        each = each if group[0].index is None else each[:1] * FEW
+        most = max(most, sum(each[:threads]))
+    return most
 
 
 def _recovering(load: Workload) -> _Parts:

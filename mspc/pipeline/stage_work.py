@@ -302,18 +302,21 @@ def _compressing(load: Workload, work: Work) -> None:
                 work.add("factor", width**3)
             work.operations(width**2, 12)
     targets = {matrix.name: matrix.target for matrix in load.plan}
-    for matrix in load.flat:
-        with work.shared(1 if matrix.index is None else load.ranks):
-            _solved(load, work, matrix, targets[matrix.name], kfac)
+    for group in (group for of_block in load.groups for group in of_block):
+        for matrix in group:
+            ways = len(group) if matrix.index is None and load.ranks == 1 else 1
+            with work.shared(1 if matrix.index is None else load.ranks):
+                _solved(load, work, matrix, targets[matrix.name], kfac, ways)
     if settings.reconstruct:
         tokens = 1024 * settings.reconstruct
         _pass(load, work, tokens, 3, operations=4)
 
 
-def _solved(load: Workload, work: Work, matrix: Matrix, target: Target, kfac: bool) -> None:
+def _solved(load: Workload, work: Work, matrix: Matrix, target: Target, kfac: bool, ways: int) -> None:
+    """The work on a matrix, one of as many as `ways` with its input."""
     least = LEAST_ROWS[load.device.type]
     pieces = min(matrix.shape[0] // least, TILES) if load.ranks > 1 and matrix.index is None else 1
-    settings, own = load.settings, MatrixWork(work, matrix.shape, ranks=max(min(pieces, load.ranks), 1))
+    settings, own = load.settings, MatrixWork(work, matrix.shape, ways, ranks=max(min(pieces, load.ranks), 1))
     if settings.propagation:
         own.compensated()
     if settings.solver in ("kfac", "fisher", "admm"):
