@@ -189,16 +189,16 @@ def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
     def each(numbers: Tensor) -> Tensor:
         return numbers.repeat_interleave(len(values) // num_parts)[:, None]
 
-    residual = form.apply(form.target - values) * mask
+    residual = form.apply(form.target - values).mul_(mask)
     direction = residual.clone()
     norm = dot(residual, residual)
     for _ in range(steps):
-        image = form.apply(direction) * mask
+        image = form.apply(direction).mul_(mask)
         curvature = dot(direction, image)
         step = each(torch.where(curvature > 0, norm / curvature.clamp_min(tiny), 0.0))
-        values = values + step * direction
-        residual = residual - step * image
+        values = (step * direction).add_(values)
+        residual.sub_(image.mul_(step))
         following = dot(residual, residual)
-        direction = residual + each(torch.where(norm > 0, following / norm.clamp_min(tiny), 0.0)) * direction
+        direction.mul_(each(torch.where(norm > 0, following / norm.clamp_min(tiny), 0.0))).add_(residual)
         norm = following
     return values
