@@ -32,7 +32,7 @@ ROWS = 1536
 """Rows of a matrix that are one piece of work. In a sweep, more would not stay in the cache of a core."""
 TILES = 8
 """Pieces of a product that ranks share, at most where `ROWS` allows it."""
-LEAST_ROWS = {"cpu": 768, "cuda": 2048}
+LEAST_ROWS = {"cpu": 256, "cuda": 2048}
 """Rows of such a piece, at least, on a CPU and on any other device: less would take longer in all."""
 
 
@@ -223,22 +223,24 @@ def pieces(tensor: Tensor, dim: int = 0, rows: int = 1) -> Sequence[Tensor]:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a (R, K) and b (K, C), or (N, R, K) and (N, K, C), in pieces, which ranks share in `ranks.together`."""
-    each = 1 if a.ndim == 2 else a.shape[1]
-    count = min(TILES, len(a) * each // LEAST_ROWS["cpu" if a.device.type == "cpu" else "cuda"])
-    if a.device.type == "cpu":
-        count = max(count, -(-len(a) * each // ROWS))
-    size = max(1, -(-len(a) // max(count, 1)))
-    starts = [*range(0, len(a), size), len(a)]
-    if len(starts) <= 2:
-        return a @ b
-    result = a.new_empty(*a.shape[:-1], b.shape[-1])
 
-    def multiply(number: int) -> None:
-        some = slice(starts[number], starts[number + 1])
-        torch.matmul(a[some], b if a.ndim == 2 else b[some], out=result[some])
+    def multiply(some: slice, out: Tensor) -> None:
+        torch.matmul(a[some], b if a.ndim == 2 else b[some], out=out)
 
-    own, edges = ranks.share_of(len(starts) - 1)
-    run_all(multiply, own)
+    return in_rows(multiply, a.new_empty(*a.shape[:-1], b.shape[-1]))
+
+
+def in_rows(fill: Callable[[slice, Tensor], object], result: Tensor) -> Tensor:
+    """A result (R, C) or (N, R, C) after fill(some, result[some]) for pieces of it, which ranks share as products."""
+    each = 1 if result.ndim == 2 else result.shape[1]
+    count = min(TILES, len(result) * each // LEAST_ROWS["cpu" if result.device.type == "cpu" else "cuda"])
+    if result.device.type == "cpu":
+        count = max(count, -(-len(result) * each // ROWS))
+    size = max(1, -(-len(result) // max(count, 1)))
+    starts = [*range(0, len(result), size), len(result)]
+    own, edges = ranks.share_of(len(starts) - 1) if len(starts) > 2 else (range(1), [])
+    pieces_of = [slice(*starts[number : number + 2]) for number in own]
+    run_all(lambda some: fill(some, result[some]), pieces_of)
     if edges:
         ranks.share(result, [starts[edge] for edge in edges])
     return result

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import best_n_of_m, drop_lowest, few
 
+from mspc import threads
 from mspc.errors import InputError
+from mspc.numerics import masking
 from mspc.numerics.masking import check_divides, num_pruned, prune_lowest, prune_lowest_per_row, prune_n_of_m, spread
 from mspc.types import NM, Unstructured
 
@@ -77,3 +79,22 @@ def test_spread_is_exact_within_capacity_and_within_one_of_proportional(capaciti
     for part, capacity in zip(parts, capacities, strict=True):
         assert 0 <= part <= capacity
         assert abs(part * total - count * capacity) <= total
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "ties", "sorted", "periodic", "infinite"])
+def test_the_threshold_of_many_values_is_exact(kind, share):
+    """Also where a sample of them misleads. Oracle: a sort."""
+    values = torch.randn(700, 811, generator=torch.Generator().manual_seed(0))
+    if kind == "ties":
+        values = values.round()
+    elif kind == "sorted":
+        values = values.flatten().sort().values.view_as(values)
+    elif kind == "periodic":  # all that the sample sees is zero
+        values.view(-1)[:: values.numel() // masking.SAMPLE | 1] = 0
+    elif kind == "infinite":
+        values[values > 1] = torch.inf
+    k = max(1, round(share * values.numel()))
+    expected = values.flatten().sort().values[k - 1]
+    with threads.using(2, torch.device("cpu")):
+        assert masking.kth_lowest(values, k) == expected

@@ -26,7 +26,7 @@ from mspc import ranks, threads
 from mspc.cli.main import app
 from mspc.errors import InputError
 from mspc.passes.own_work import own_work
-from mspc.passes.walk import Visit
+from mspc.passes.together import Visit
 from mspc.pipeline.sharing import check_ranks
 from mspc.ranks import World
 from mspc.types import GramStats, Matrix, flatten

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 import mspc
 from mspc import cgroups, memory, threads
 from mspc.cli.main import app
-from mspc.errors import InputError
+from mspc.errors import InputError, SingularGramError
 from mspc.numerics.linalg import precise_matmul
+from mspc.solvers import SOLVERS
 from mspc.threads import fitting
 
 CPU = torch.device("cpu")
@@ -282,6 +283,7 @@ def test_products_in_pieces(monkeypatch):
 RECIPES = {
     "budget": {"bits_per_weight": 4.5, "group_size": 32},
     "kfac": {"sparsity": 0.5, "allocator": "auto"},
+    "fast": {"sparsity": 0.5, "effort": "fast"},
     "obs": {"sparsity": 0.5, "bits": 4, "solver": "obs", "group_size": 32, "allocator": "trace-rank"},
 }
 
@@ -366,3 +368,43 @@ def test_a_run_goes_on_with_another_number(llama, calibration, tmp_path):
     rest = mspc.compress(llama, recipe, out=tmp_path / "cut", threads=2, resume=True, progress=False)
     assert rest.manifest["files"] == whole.manifest["files"]
     assert rest.manifest["threads"] == 2
+
+
+def test_matrices_with_one_input_are_solved_together(monkeypatch, one_block, calibration, tmp_path):
+    """Oracle: the layers of a Llama. Each waits for all others of its group, so alone none would be solved."""
+    groups = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 1}
+    barriers = {number: threading.Barrier(number) for number in (1, 2, 3)}
+    solve = SOLVERS["admm"]
+
+    def waiting(weight, stats, target, options, name, mask=None):
+        barriers[groups[name.rpartition(".")[2]]].wait(timeout=60)
+        return solve(weight, stats, target, options, name, mask)
+
+    monkeypatch.setitem(SOLVERS, "admm", waiting)
+    recipe = mspc.Recipe(
+        sparsity=0.5, solver="admm", allocator="uniform", calibration=str(calibration), num_sequences=4,
+        sequence_length=tiny.LENGTH, eval=False,
+    )  # fmt: skip
+    found = mspc.compress(one_block, recipe, out=tmp_path / "out", threads=3, progress=False)
+    assert [name.rpartition(".")[2] for name in (row["name"] for row in found.manifest["matrices"])] == list(groups)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_error_of_a_matrix_that_is_solved_with_others_is_its_own(
+    monkeypatch, one_block, calibration, tmp_path, number
+):
+    """Oracle: the error with one thread."""
+    solve = SOLVERS["admm"]
+
+    def failing(weight, stats, target, options, name, mask=None):
+        if name.endswith("k_proj"):
+            raise SingularGramError(f"{name}: cannot be factored.")
+        return solve(weight, stats, target, options, name, mask)
+
+    monkeypatch.setitem(SOLVERS, "admm", failing)
+    recipe = mspc.Recipe(
+        sparsity=0.5, solver="admm", allocator="uniform", calibration=str(calibration), num_sequences=4,
+        sequence_length=tiny.LENGTH, eval=False,
+    )  # fmt: skip
+    with pytest.raises(SingularGramError, match=r"model\.layers\.0\.self_attn\.k_proj: cannot be factored"):
+        mspc.compress(one_block, recipe, out=tmp_path / "out", threads=number, progress=False)

@@ -17,7 +17,8 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes import perplexity
 from mspc.passes import walk as walking
 from mspc.passes.blocks import batches_of, own_batches, pass_bytes
-from mspc.passes.walk import DenseWalk, Visit, install, matrix_of, walk
+from mspc.passes.together import Visit
+from mspc.passes.walk import DenseWalk, install, matrix_of, walk
 from mspc.types import Matrix
 
 CPU = torch.device("cpu")

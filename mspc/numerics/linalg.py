@@ -1,6 +1,6 @@
 """Linear algebra of Gram matrices: sums, inverse factors, and the output error."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,26 +26,24 @@ def precise_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def add_gram(gram: Tensor, *inputs: Tensor) -> None:
-    """Add x^T x of each of `inputs` (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x of inputs (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
 
     def add(start: int) -> None:
         strip = slice(start, start + GRAM_STRIP)
-        for x in inputs:
-            gram[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
+        gram[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
 
     run_all(add, reversed(range(0, len(gram), GRAM_STRIP)))  # the longest first
 
 
-def add_products(total: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Add a^T b of each pair (T, I), (T, J) to `total` (I, J)."""
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a^T b for a (T, I), b (T, J) to `total` (I, J)."""
 
-    def add(piece: tuple[Tensor, ...]) -> None:
-        rows, *parts = piece
-        for part, (_, b) in zip(parts, pairs, strict=True):
-            rows.addmm_(part.T, b)
+    def add(start: int) -> None:
+        some = slice(start, start + GRAM_STRIP)
+        total[some].addmm_(a[:, some].T, b)
 
-    run_all(add, zip(pieces(total), *(pieces(a, dim=1) for a, _ in pairs), strict=True))
+    run_all(add, range(0, len(total), GRAM_STRIP))
 
 
 def symmetrize(gram: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mspc import ranks
-from mspc.passes.walk import DenseWalk, Visit, by_few
+from mspc.passes.together import Visit, by_few
+from mspc.passes.walk import DenseWalk
 
 
 def own_work(dense: DenseWalk) -> Iterator[tuple[list[Visit], list[int]]]:

@@ -8,13 +8,13 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, starmap
-from operator import itemgetter
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,12 @@ from mspc.memory import free_memory
 from mspc.model.experts import experts_per_token
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
-from mspc.numerics.linalg import add_gram, add_products, check_finite, precise_matmul, symmetrize
+from mspc.numerics.linalg import add_gram, add_product, check_finite, precise_matmul, symmetrize
 from mspc.passes.blocks import Batch, advance, arrive, own_batches, pass_bytes, run_block, scores_bytes
 from mspc.passes.paused import Pause, PausedForward, pauses_before
+from mspc.passes.together import Visit, is_same, same_inputs
 from mspc.threads import fitting
 from mspc.types import GramStats, Matrix
-
-T = TypeVar("T")
 
 BUFFERS_HELD = 3
 """Activations, each as wide as the widest input, that a suspended pass holds at most, estimated."""
@@ -39,19 +38,6 @@ BUFFERS_HELD = 3
 
 FEW_TOKENS = 2
 """Tokens per input of an expert below which its Gram has some of its layer's."""
-FEW = 8
-"""Matrices whose Grams are in memory at once where matrices are worked on together."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One matrix of a loaded block. `weight` (O, I) is a view of the parameter in the model's precision."""
-
-    matrix: Matrix
-    weight: Tensor
-    stats: GramStats
-    block: int
-    is_last_of_block: bool
 
 
 def walk(
@@ -74,6 +60,7 @@ def walk(
     `finish(i, block, dense_block)` is called after the visits of block i, before any batch leaves it, and may change
     its weights.
     """
+    alike: Alike = {}
     for index, of_block in enumerate(matrices):
         with model.loaded(index) as block:
             dense_block = copy.deepcopy(block) if dense else block
@@ -83,34 +70,13 @@ def walk(
                 # Twice: running passes take a quarter of the free memory, and suspended ones the other quarter.
                 at_once = fitting(2 * pass_bytes(model, block, batches) * streams)
                 kept = _num_kept(model, batches, of_block, memory, 2 if at_once == 1 else 4) // streams
-                visits = _Block(model, index, block, dense_block, of_block, finish, at_once)
+                visits = _Block(model, index, block, dense_block, of_block, finish, at_once, alike)
                 yield from visits.visits(batches, dense, kept)
             else:
                 for matrix in of_block:
                     install(matrix_of(model, block, index, matrix), solved[matrix.name])
                 advance(model, index, block, batches)
                 advance(model, index, dense_block, dense)
-
-
-def by_few(visits: Iterable[Visit]) -> Iterator[list[Visit]]:
-    """Lists of up to `FEW` visits of one block, to be worked on together; nothing is installed in between."""
-    few: list[Visit] = []
-    for visit in visits:
-        few.append(visit)
-        if visit.is_last_of_block or len(few) == FEW:
-            yield few
-            few = []
-
-
-def experts_together(visits: Iterable[Visit], matrices: Sequence[Sequence[Matrix]]) -> Iterator[list[Visit]]:
-    """Lists of up to `FEW` visits of the experts of one parameter, which do not read each other; all others alone."""
-    last = {matrix.parameter: matrix for of_block in matrices for matrix in of_block}
-    few: list[Visit] = []
-    for visit in visits:
-        few.append(visit)
-        if visit.matrix == last[visit.matrix.parameter] or len(few) == FEW:
-            yield few
-            few = []
 
 
 class DenseWalk:
@@ -177,6 +143,10 @@ def _num_kept(
     return memory // max(bytes_each, 1)
 
 
+Alike = dict[Hashable, list[list[str]]]
+"""Names in the block of matrices with the same input, by the class of the block and the names of all its matrices."""
+
+
 class Inputs(NamedTuple):
     """The inputs (T, I) float32 of a matrix in one pass; of an expert, with the ascending numbers (T) of its tokens."""
 
@@ -196,6 +166,8 @@ class _Block:
     finish: Callable[[int, nn.Module, nn.Module], None] | None
     at_once: int
     """Passes that threads and memory allow at once."""
+    alike: Alike
+    """Found in earlier blocks."""
     layer_means: dict[str, Tensor] = field(default_factory=dict)
     """Results of `of_layer` by parameter."""
 
@@ -206,16 +178,24 @@ class _Block:
             self.forwards(self.block, batches, num_kept) as forwards,
             self.forwards(self.dense_block, dense, num_kept) as dense_forwards,
         ):
-            previous, stats = torch.empty(0), GramStats(torch.empty(0), 0)
-            while isinstance(pause := forwards[0].run_to(len(seen)), tuple):
+            followers = self.followers(batches)
+            previous, stats, ahead = torch.empty(0), GramStats(torch.empty(0), 0), list[Matrix]()
+            while isinstance(pause := self.reached(forwards, len(seen), alone=bool(ahead)), tuple):
                 matrix, inputs = pause.matrix, pause.inputs
                 self.check_new(matrix, seen)
-                if not _is_same(inputs, previous):
-                    stats = self.collect(matrix, len(seen), forwards, dense_forwards)
-                previous = inputs  # kept alive, so that no address is used twice
                 seen.append(matrix)
-                weight = matrix_of(self.model, self.block, self.index, matrix)
-                yield Visit(matrix, weight, stats, self.index, len(seen) == len(self.matrices))
+                if ahead:
+                    if matrix != ahead.pop(0) or not is_same(inputs, previous):
+                        raise self.other_order(matrix)
+                    continue  # it was visited with the one before
+                if not is_same(inputs, previous):
+                    stats = self.collect(matrix, len(seen) - 1, forwards, dense_forwards)
+                previous = inputs  # kept alive, so that no address is used twice
+                ahead = list(followers.get(matrix, ()))
+                left = len(self.matrices) - len(seen)
+                for i, one in enumerate((matrix, *ahead)):
+                    weight = matrix_of(self.model, self.block, self.index, one)
+                    yield Visit(one, weight, stats, self.index, i == left, i < len(ahead))
             self.check_all(seen)
             if finish is None:
                 self.complete(batches, forwards)
@@ -226,15 +206,30 @@ class _Block:
             advance(self.model, self.index, self.block, batches)
             advance(self.model, self.index, self.dense_block, dense)
 
+    def followers(self, batches: Sequence[Batch]) -> dict[Matrix, list[Matrix]]:
+        """For each matrix, those after it that have the same input."""
+        by_name = {self.model.name_in_block(self.index, matrix): matrix for matrix in self.matrices}
+        kind = type(self.block), *by_name
+        if kind not in self.alike:
+            forward = partial(run_block, self.model, self.block, batches[0], self.index)
+            found = same_inputs(lambda: PausedForward(forward, kept=True), len(self.matrices))
+            names = {matrix: name for name, matrix in by_name.items()}
+            self.alike[kind] = [[names[matrix] for matrix in group] for group in found]
+        return {by_name[first]: [by_name[name] for name in others] for first, *others in self.alike[kind]}
+
+    def reached(self, forwards: Sequence[PausedForward], number: int, *, alone: bool) -> Pause | Tensor:
+        """The first pass at a pause, or its output. Unless it is to go `alone`, those collected with it go on, too."""
+        started = [forward.start_to(number) for forward in forwards[: 1 if alone else self.at_once] if forward.kept]
+        results = [one.result() for one in started]
+        return results[0]
+
     def complete(self, batches: Sequence[Batch], forwards: Sequence[PausedForward]) -> None:
         """Run all suspended passes to the end of the block."""
-        for some in self.rounds(forwards):
-            outputs = [forwards[i].start_to(len(self.matrices)) for i in some]
-            for i, started in zip(some, outputs, strict=True):
-                if isinstance(output := started.result(), tuple):
-                    raise self.other_order(output.matrix)
-                arrive(self.model, self.index, batches[i], output)
-                forwards[i].close()
+        for batch, (forward, output) in zip(batches, self.results(forwards, len(self.matrices)), strict=True):
+            if isinstance(output, tuple):
+                raise self.other_order(output.matrix)
+            arrive(self.model, self.index, batch, output)
+            forward.close()
 
     @contextmanager
     def forwards(self, block: nn.Module, batches: Sequence[Batch], num_kept: int) -> Iterator[list[PausedForward]]:
@@ -265,17 +260,13 @@ class _Block:
         grams, shifts = self.text_sum(size), self.text_sum(size) if dense_forwards else None
         tokens = 0
         with precise_matmul():
-            for some in self.rounds(forwards):
-                chunks = [forwards[i].chunk for i in some]
-                inputs = self.inputs_of(matrix, number, forwards[some.start : some.stop])
-                for chunk, found in _by_chunk(chunks, inputs):
-                    add_gram(grams.of(chunk), *(one.inputs for one in found))
-                tokens += sum(len(found.inputs) for found in inputs)
+            passes = self.inputs_of(matrix, number, forwards)
+            dense_passes = self.inputs_of(matrix, number, dense_forwards)
+            for forward, found in zip(forwards, passes, strict=True):
+                add_gram(grams.of(forward.chunk), found.inputs)
+                tokens += len(found.inputs)
                 if shifts is not None:
-                    wanted = self.inputs_of(matrix, number, dense_forwards[some.start : some.stop])
-                    differences = list(starmap(_difference, zip(wanted, inputs, strict=True)))
-                    for chunk, pairs in _by_chunk(chunks, differences):
-                        add_products(shifts.of(chunk), pairs)
+                    add_product(shifts.of(forward.chunk), *_difference(next(dense_passes), found))
         gram, shift, tokens = grams.total(), None if shifts is None else shifts.total(), ranks.count(tokens)
         borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
         if borrowed:
@@ -293,11 +284,10 @@ class _Block:
             return self.layer_means[matrix.parameter]
         grams, count = self.text_sum(matrix.shape[1]), 0
         with precise_matmul():
-            for some in self.rounds(forwards):
-                found = self.inputs_of(matrix, number, forwards[some.start : some.stop], of_layer=True)
-                for chunk, of_chunk in _by_chunk([forwards[i].chunk for i in some], found):
-                    add_gram(grams.of(chunk), *(one.inputs for one in of_chunk))
-                count += sum(len(one.inputs) for one in found)
+            found = self.inputs_of(matrix, number, forwards, of_layer=True)
+            for forward, one in zip(forwards, found, strict=True):
+                add_gram(grams.of(forward.chunk), one.inputs)
+                count += len(one.inputs)
         gram, count = grams.total(), ranks.count(count)
         self.layer_means.clear()  # one is needed at a time
         self.layer_means[matrix.parameter] = gram / max(count, 1)
@@ -307,24 +297,26 @@ class _Block:
         """A sum (I, I) over the text of all ranks."""
         return ranks.TextSum(partial(torch.zeros, size, size, device=self.model.device))
 
-    def rounds(self, passes: Sequence[PausedForward]) -> Iterator[range]:
-        """The numbers of the passes, as many at a time as can run at once."""
-        ends = range(self.at_once, len(passes) + self.at_once, self.at_once)
-        return (range(end - self.at_once, min(end, len(passes))) for end in ends)
+    def results(self, forwards: Sequence[PausedForward], number: int) -> Iterator[tuple[PausedForward, Pause | Tensor]]:
+        """Each pass and its `run_to`. As many go on as can run at once, those that are not asked for yet included."""
+        left = iter(forwards)
+        started = deque((forward, forward.start_to(number)) for forward in islice(left, self.at_once))
+        while started:
+            forward, reached = started.popleft()
+            yield forward, reached.result()
+            started.extend((following, following.start_to(number)) for following in islice(left, 1))
 
     def inputs_of(
         self, matrix: Matrix, number: int, forwards: Sequence[PausedForward], *, of_layer: bool = False
-    ) -> list[Inputs]:
-        """The inputs of a matrix, the `number`-th of its block, in some passes; these run at the same time.
+    ) -> Iterator[Inputs]:
+        """The inputs of a matrix, the `number`-th of its block, in each pass.
 
         `of_layer`: those of all experts of the layer of an expert's matrix.
         """
-        started = [forward.start_to(number) for forward in forwards]
-        inputs = []
-        for pause, forward in zip(started, forwards, strict=True):
-            inputs.append(self.inputs(matrix, pause.result(), of_layer))
+        for forward, pause in self.results(forwards, number):
+            inputs = self.inputs(matrix, pause, of_layer)
             forward.discard()
-        return inputs
+            yield inputs
 
     def inputs(self, matrix: Matrix, pause: Pause | Tensor, of_layer: bool) -> Inputs:
         """The input of a matrix at a pause, as float32 tokens (T, I)."""
@@ -361,12 +353,6 @@ class _Block:
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
 
 
-def _by_chunk(chunks: Sequence[int], values: Sequence[T]) -> Iterator[tuple[int, list[T]]]:
-    """The values of each chunk, in order."""
-    for chunk, pairs in groupby(zip(chunks, values, strict=True), itemgetter(0)):
-        yield chunk, [value for _, value in pairs]
-
-
 def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:
     """The inputs in the dense model minus the actual ones, and the latter; of an expert, for tokens in both."""
     z, x = wanted.inputs, actual.inputs
@@ -374,9 +360,3 @@ def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:
         z = z[torch.isin(wanted.tokens, actual.tokens)]
         x = x[torch.isin(actual.tokens, wanted.tokens)]
     return z - x, x
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return bool(one.numel()) and (one.data_ptr(), one.shape, one.stride(), one._version) == (
-        other.data_ptr(), other.shape, other.stride(), other._version,
-    )  # fmt: skip

@@ -17,7 +17,8 @@ from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import BUFFERS
 from mspc.passes.gradients import fisher_block_size
 from mspc.passes.perplexity import LOGITS_AT_ONCE
-from mspc.passes.walk import BUFFERS_HELD, FEW
+from mspc.passes.together import FEW
+from mspc.passes.walk import BUFFERS_HELD
 from mspc.pipeline.outer import planned_outer
 from mspc.pipeline.rates import LARGEST_KEPT
 from mspc.pipeline.recovery_stage import memory_of_training
@@ -195,13 +196,24 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
     batch = min(load.batch_tokens, tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
-    solver = solver_bytes(widest.shape) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
+    solver = _solved_at_once(load) + 8 * widest.shape[1] ** 2  # and a Gram and its shift
     batches = (num_together(matrix, settings, load.device) * solver_bytes(matrix.shape) for matrix in load.flat)
     return _Parts(
         streams * hidden + stored + left,
         streams * (block + held * batch) + passing * batch / load.batch_tokens + solver,
         streams * held * (tokens - batch) + max(max(batches) - solver, 0),
     )
+
+
+def _solved_at_once(load: Workload) -> int:
+    """Bytes of the solvers of matrices with one input, or of experts, as many as threads work on at once."""
+    threads = min(load.threads, FEW) if load.ranks == 1 and on_cpu(load) else 1
+    most = 0
+    for group in (group for of_block in load.groups for group in of_block):
+        each = sorted((solver_bytes(matrix.shape) for matrix in group), reverse=True)
+        each = each if group[0].index is None else each[:1] * FEW
+        most = max(most, sum(each[:threads]))
+    return most
 
 
 def _recovering(load: Workload) -> _Parts:

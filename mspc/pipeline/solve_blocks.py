@@ -21,7 +21,8 @@ from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import output_error
 from mspc.numerics.zeros import mask_of
 from mspc.passes.blocks import Batch
-from mspc.passes.walk import FEW, Visit, experts_together, install, matrix_of, walk
+from mspc.passes.together import FEW, Visit, independent
+from mspc.passes.walk import install, matrix_of, walk
 from mspc.pipeline.few_tokens import few_tokens_notes
 from mspc.pipeline.reconstruct import reconstruct
 from mspc.pipeline.sharing import check_equal
@@ -124,7 +125,7 @@ def solve_blocks(
     at_end = on_block_end if settings.reconstruct else None
     with Writer() as writer:
         visits = walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end)
-        for few in experts_together(visits, matrices):
+        for few in independent(visits, matrices):
             solutions = solve_few(few, solve, planned, num_together(few[0].matrix, settings, model.device))
             for visit, found in zip(few, solutions, strict=True):
                 solved[visit.matrix] = found

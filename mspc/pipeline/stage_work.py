@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mspc.formats.layout import num_bytes
 from mspc.passes.distillation import CHECKS
 from mspc.passes.gradients import fisher_block_size
-from mspc.passes.walk import FEW
+from mspc.passes.together import FEW
 from mspc.pipeline.cost import CHECKED_TOKENS
 from mspc.pipeline.own_text import ROWS as SEQUENCES_AT_ONCE
 from mspc.pipeline.rates import STARTING
@@ -303,19 +303,22 @@ def _compressing(load: Workload, work: Work) -> None:
                 work.add("factor", width**3)
             work.operations(width**2, 12)
     targets = {matrix.name: matrix.target for matrix in load.plan}
-    for matrix in load.flat:
-        with work.shared(1 if matrix.index is None else load.ranks):
-            _solved(load, work, matrix, targets[matrix.name], kfac)
+    for group in (group for of_block in load.groups for group in of_block):
+        for matrix in group:
+            ways = len(group) if matrix.index is None and load.ranks == 1 else 1
+            with work.shared(1 if matrix.index is None else load.ranks):
+                _solved(load, work, matrix, targets[matrix.name], kfac, ways)
     if settings.reconstruct:
         tokens = 1024 * settings.reconstruct
         _pass(load, work, tokens, 3, operations=4)
 
 
-def _solved(load: Workload, work: Work, matrix: Matrix, target: Target, kfac: bool) -> None:
+def _solved(load: Workload, work: Work, matrix: Matrix, target: Target, kfac: bool, ways: int) -> None:
+    """The work on a matrix, one of as many as `ways` with its input."""
     least = LEAST_ROWS[load.device.type]
     pieces = min(matrix.shape[0] // least, TILES) if load.ranks > 1 and matrix.index is None else 1
     settings, ranks = load.settings, max(min(pieces, load.ranks), 1)
-    own = MatrixWork(work, matrix.shape, ranks=ranks, together=num_together(matrix, settings, load.device))
+    own = MatrixWork(work, matrix.shape, ways, ranks=ranks, together=num_together(matrix, settings, load.device))
     if settings.propagation:
         own.compensated()
     if settings.solver in ("kfac", "fisher", "admm"):

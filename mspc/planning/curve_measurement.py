@@ -9,7 +9,8 @@ from torch import Tensor
 from mspc import ranks, threads
 from mspc.numerics.linalg import precise_matmul
 from mspc.passes.own_work import own_work
-from mspc.passes.walk import DenseWalk, Visit
+from mspc.passes.together import Visit
+from mspc.passes.walk import DenseWalk
 from mspc.planning.curve import Curve, curve_from
 from mspc.planning.curve_estimate import estimated_curve
 from mspc.progress import Progress

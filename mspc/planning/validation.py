@@ -15,7 +15,8 @@ from mspc.numerics.linalg import precise_matmul
 from mspc.passes.blocks import Batch, advance, own_batches
 from mspc.passes.own_work import own_work
 from mspc.passes.perplexity import mean_divergences
-from mspc.passes.walk import DenseWalk, Visit, install, matrix_of
+from mspc.passes.together import Visit
+from mspc.passes.walk import DenseWalk, install, matrix_of
 from mspc.progress import Progress
 from mspc.solvers.admm import error_path
 from mspc.solvers.quadratic import quadratic, solver_bytes

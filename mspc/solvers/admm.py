@@ -140,11 +140,11 @@ def _iterate(
     solve: Inner, wanted: Tensor, multiplier: Tensor, sparse: Tensor, rho: float, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One iteration: B + V / rho, its support, and Z; `multiplier` changes in place."""
-    dense = solve(wanted - multiplier + rho * sparse, rho)
-    shifted = dense + multiplier / rho
+    dense = solve((wanted - multiplier).add_(rho * sparse), rho)
+    shifted = (multiplier / rho).add_(dense)
     support = _largest(shifted, pattern)
     sparse = shifted * support
-    multiplier += rho * (dense - sparse)
+    multiplier += dense.sub_(sparse).mul_(rho)
     return shifted, support, sparse
 
 
