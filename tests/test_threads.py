@@ -17,7 +17,7 @@ from mspc import cgroups, memory, threads
 from mspc.cli.main import app
 from mspc.errors import InputError, SingularGramError
 from mspc.numerics.linalg import precise_matmul
-from mspc.solvers import SOLVERS
+from mspc.solvers import STEPS
 from mspc.threads import fitting
 
 CPU = torch.device("cpu")
@@ -374,13 +374,13 @@ def test_matrices_with_one_input_are_solved_together(monkeypatch, one_block, cal
     """Oracle: the layers of a Llama. Each waits for all others of its group, so alone none would be solved."""
     groups = {"q_proj": 3, "k_proj": 3, "v_proj": 3, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 1}
     barriers = {number: threading.Barrier(number) for number in (1, 2, 3)}
-    solve = SOLVERS["admm"]
+    solve = STEPS["admm"]
 
     def waiting(weight, stats, target, options, name, mask=None):
         barriers[groups[name.rpartition(".")[2]]].wait(timeout=60)
         return solve(weight, stats, target, options, name, mask)
 
-    monkeypatch.setitem(SOLVERS, "admm", waiting)
+    monkeypatch.setitem(STEPS, "admm", waiting)
     recipe = mspc.Recipe(
         sparsity=0.5, solver="admm", allocator="uniform", calibration=str(calibration), num_sequences=4,
         sequence_length=tiny.LENGTH, eval=False,
@@ -394,14 +394,14 @@ def test_the_error_of_a_matrix_that_is_solved_with_others_is_its_own(
     monkeypatch, one_block, calibration, tmp_path, number
 ):
     """Oracle: the error with one thread."""
-    solve = SOLVERS["admm"]
+    solve = STEPS["admm"]
 
     def failing(weight, stats, target, options, name, mask=None):
         if name.endswith("k_proj"):
             raise SingularGramError(f"{name}: cannot be factored.")
         return solve(weight, stats, target, options, name, mask)
 
-    monkeypatch.setitem(SOLVERS, "admm", failing)
+    monkeypatch.setitem(STEPS, "admm", failing)
     recipe = mspc.Recipe(
         sparsity=0.5, solver="admm", allocator="uniform", calibration=str(calibration), num_sequences=4,
         sequence_length=tiny.LENGTH, eval=False,
