@@ -26,7 +26,7 @@ KNOW_TRANSFORMERS = {
     "mspc.model.gguf_file",
     "mspc.model.hub", "mspc.model.matrices", "mspc.model.source_tensors", "mspc.model.streamed",
     "mspc.runtime.experts", "mspc.runtime.hf_quantizer", "mspc.runtime.keep_zeros", "mspc.runtime.loading",
-    "mspc.runtime.recovery", "mspc.serving.loader",
+    "mspc.runtime.recovery", "mspc.runtime.stepping", "mspc.serving.loader",
     "exporters.onnx_graph", "exporters.runtimes.onnxruntime_genai", "exporters.runtimes.transformers",
 }  # fmt: skip
 PUBLIC = {
