@@ -1,10 +1,10 @@
 """Draw what a real model loses against how fast it decodes, and against its bytes.
 
-    mspc bench out/mspc-default-3.25-bits out/llama.cpp-q4_0.gguf --threads 1 --json timings.json
+    mspc bench MODEL --shapes from-model --format int4,2:4+int4,out/mspc-default-3.25-bits --threads 1 --json timings.json
     python benchmarks/plot_decoding.py timings.json benchmarks/results/real/smollm2-135m-instruct --plot decoding.png
 
-The losses are the rows of quality_real.py, and the timings those of `mspc bench`. A model is the row after which its
-file or folder is named.
+The losses are the rows of quality_real.py, and the timings those of `mspc bench`. An artifact is the row after which
+its folder is named. Other formats are those of a row by `ROWS`, as their time does not depend on the weights.
 """
 
 import argparse
@@ -17,13 +17,19 @@ from matplotlib.figure import Figure
 from real_report import divergence
 
 
+ROWS = {
+    "int4": "sweep-gptq-int4", "int3": "sweep-gptq-int3", "2:4+int4": "mspc-default-2of4-int4",
+    "llama.cpp Q4_0": "llama.cpp-q4_0",
+}  # fmt: skip
+
+
 def points(timings: Path, rows: Path) -> list[dict[str, Any]]:
     """Name, loss, milliseconds a token and bytes of every timed model that has a row."""
     found = []
     for timed in json.loads(timings.read_text(encoding="utf-8"))["rows"]:
-        name = Path(timed["name"]).name.removesuffix(".gguf")
+        name = ROWS.get(timed["name"], Path(timed["name"]).name.removesuffix(".gguf"))
         file = rows / f"{name}.json"
-        if file.is_file() and timed["decode"]:
+        if file.is_file() and timed["decode"] and name != "dense":
             row, step = json.loads(file.read_text(encoding="utf-8")), timed["decode"][0]
             num_bytes = sum(step["bytes"].values()) - step["bytes"]["cache"]
             found.append(
