@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from real_report import divergence
 
-
 ROWS = {
     "int4": "sweep-gptq-int4", "int3": "sweep-gptq-int3", "2:4+int4": "mspc-default-2of4-int4",
     "llama.cpp Q4_0": "llama.cpp-q4_0",
