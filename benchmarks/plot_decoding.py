@@ -1,6 +1,6 @@
 """Draw what a real model loses against how fast it decodes, and against its bytes.
 
-    mspc bench MODEL --shapes from-model --format int4,2:4+int4,out/mspc-default-3.25-bits --threads 1 --json timings.json
+    mspc bench MODEL --shapes from-model --format int4,out/mspc-default-3.25-bits --threads 1 --json timings.json
     python benchmarks/plot_decoding.py timings.json benchmarks/results/real/smollm2-135m-instruct --plot decoding.png
 
 The losses are the rows of quality_real.py, and the timings those of `mspc bench`. An artifact is the row after which
