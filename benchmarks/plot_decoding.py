@@ -18,7 +18,7 @@ from real_report import divergence
 
 ROWS = {
     "int4": "sweep-gptq-int4", "int3": "sweep-gptq-int3", "2:4+int4": "mspc-default-2of4-int4",
-    "llama.cpp Q4_0": "llama.cpp-q4_0",
+    "50%+int4": "mspc-fast-50pc-int4", "llama.cpp Q4_0": "llama.cpp-q4_0",
 }  # fmt: skip
 
 
