@@ -235,6 +235,10 @@ def test_no_library_of_an_export_is_run(is_sparse, tmp_path):
 
     with pytest.raises(InputError, match=r"asks for the library evil.so.1, and mspc runs none of an export"):
         asked("evil.so.1")
+    twice = '{"model": {"decoder": {"session_options": {"custom_ops_library": "evil.so"}, "a": 1}, "decoder": {}}}'
+    (tmp_path / "genai_config.json").write_text(twice)
+    with pytest.raises(InputError, match=r"repeats decoder\. Delete all but one"):
+        check(tmp_path, False)
     if is_sparse:
         asked(building.NAME)
     else:

@@ -58,7 +58,16 @@ def check_libraries(folder: Path, is_sparse: bool) -> None:
             elif key == LIBRARY:
                 yield part
 
-    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """GenAI reads every value of a key that is repeated, and Python the last."""
+        if repeated := {key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1}:
+            raise InputError(
+                f"{folder / 'genai_config.json'} repeats {', '.join(sorted(repeated))}. Delete all but one."
+            )
+        return dict(pairs)
+
+    text = (folder / "genai_config.json").read_text(encoding="utf-8")
+    config = json.loads(text, object_pairs_hook=once)
     for name in asked(config if isinstance(config, dict) else {}):
         if not is_sparse or name != NAME:
             raise InputError(

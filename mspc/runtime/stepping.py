@@ -62,8 +62,8 @@ def _part(layer: Any) -> Part:
         values = short if torch.equal(short.float(), weight) else weight  # the same numbers in half the bytes
         matrix = StoredMatrix((len(weight), weight.shape[1]), Unstructured(0.0), None, values.dtype)
         repacked = kernel.repack({"values": values.contiguous()}, matrix)
-        _dense[layer] = state, Part(repacked, matrix, _float32(layer.bias))
-    return _dense[layer][1]
+        _dense[layer] = state, Part(repacked, matrix)
+    return _dense[layer][1]._replace(bias=_float32(layer.bias))
 
 
 def _float32(bias: Tensor | None) -> Tensor | None:
@@ -111,7 +111,8 @@ class Stepper:
         difference = (self.next(int(ids[0, -1])) - logits).abs().max()
         for layer, held in zip(layers, self.caches, strict=True):
             held[0, :, :, last], held[1, :, :, last] = layer.keys[:, :, last], layer.values[:, :, last]
-        return logits if difference <= MOST_DIFFERENCE * logits.abs().max() else None
+        is_same = bool(difference <= MOST_DIFFERENCE * logits.abs().max())
+        return logits if is_same or not bool(logits.isfinite().all()) else None  # NaN is the model's own fault
 
     def next(self, token: int) -> Tensor:
         """Logits (1, V) after one more token."""
@@ -128,7 +129,7 @@ class Stepper:
 def stepper_of(model: Any, length: int) -> Stepper | None:
     """For texts of up to `length` tokens with their prompt, or None for a model that has no such steps."""
     config, decoder = model.config, model.model if hasattr(model, "model") else None
-    if not _is_known(config, length) or decoder is None or not _is_plain(decoder):
+    if not _is_known(config, length) or decoder is None or not _is_plain(model):
         return None
     planes, layers = planes_of(decoder.layers), list(_layers(model))
     if None in layers or planes is None or model.dtype != torch.float32 or model.device.type != "cpu":
@@ -144,12 +145,12 @@ def stepper_of(model: Any, length: int) -> Stepper | None:
     return Stepper(model, step, caches)
 
 
-def _is_plain(decoder: Any) -> bool:
+def _is_plain(model: Any) -> bool:
     """Tell if compressed layers run in C++, and nobody waits for a call of a module or has replaced one."""
-    compressed = [layer for layer in decoder.layers.modules() if isinstance(layer, SparseLinear)]
+    compressed = [layer for layer in model.model.layers.modules() if isinstance(layer, SparseLinear)]
     return any(map(_runs, compressed)) and not any(
         part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ or hasattr(part, "_hf_hook")
-        for part in decoder.modules()
+        for part in model.modules()
     )
 
 

@@ -29,6 +29,9 @@ LARGEST_BATCH = {"cpu": 2**22, "cuda": 2**26}
 """Weights of matrices that are solved as one batch, at most. On a CPU more of them gain little; on a GPU, where a short
 operation takes longer to start than to compute, it is an estimate."""
 
+WHOLE_ROWS = 64
+"""Rows that vector code of any width has no rest of: with one, some operations round the rows of a batch otherwise."""
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -46,10 +49,11 @@ class Rounding:
         return self.wanted.shape, self.wanted.device, self.target.grid, self._size(), self.options.damp
 
     def _size(self) -> int:
-        """The size of a group if a sweep fits each group when it reaches it, else 0."""
+        """The size of a group if a sweep fits each group when it reaches it, and several round as one alone; else 0."""
         assert self.target.grid is not None
-        size = groups_of(self.wanted.shape[1], self.target.grid, self.name)
-        return 0 if self.options.activation_order or BLOCK % size or len(self.wanted) > ROWS else size
+        size, num_rows = groups_of(self.wanted.shape[1], self.target.grid, self.name), len(self.wanted)
+        alone = self.options.activation_order or BLOCK % size or num_rows > ROWS or num_rows % WHOLE_ROWS
+        return 0 if alone else size
 
 
 Rounds = Generator[Rounding, CompressedLinear, CompressedLinear]

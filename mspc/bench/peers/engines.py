@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -86,13 +86,15 @@ def _onnx(engine: str, folder: Path, threads: int, length: int) -> Iterator[Runn
             raise MspcError(f"{engine} has ended: {said.read()[-1000:].strip()}\nLeave it out with --peers.")
 
         def ask(*words: str | int) -> float:
-            _write(process.stdin, " ".join(map(str, words)))
+            with suppress(BrokenPipeError):  # it has ended, which `line` says
+                _write(process.stdin, " ".join(map(str, words)))
             return float(line())
 
         try:
             yield Running(line(), partial(ask, "decode"), partial(ask, "prefill"))
         finally:
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             process.terminate()  # an engine may take long to free its memory
             process.wait()
             process.stdout.close()

@@ -33,6 +33,10 @@ class LlamaCppError(Exception):
     """A file that does not load, or a request that fails; the message is llama.cpp's own."""
 
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past any proxy: the server is on this machine."""
+
+
 @dataclass(frozen=True)
 class LlamaCpp:
     """A loaded file. Every method is one or more requests to the server; nothing is kept between two of them."""
@@ -43,7 +47,7 @@ class LlamaCpp:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request) as answer:
+            with DIRECT.open(request) as answer:
                 found: dict[str, Any] = json.load(answer)
         except urllib.error.HTTPError as error:
             raise LlamaCppError(error.read().decode(errors="replace")) from error
