@@ -165,7 +165,7 @@ def one_by_one(x: Tensor, copies: Sequence[dict[str, Tensor]], matrix: StoredMat
     assert loaded is not None
     pointers = (ctypes.POINTER(Matrix) * len(checked))(*(ctypes.pointer(one.described) for one in checked))
     call, where, out = loaded.mspc_products, x.data_ptr(), y.data_ptr()
-    held = copies, x, y
+    held = copies, x, y  # what the pointers point to lives as long as the call
     return lambda: call(pointers, len(held[0]), isa(), where, out, 2, torch.get_num_threads())
 
 
