@@ -14,8 +14,8 @@ from mspc.errors import InputError
 from mspc.solvers import SolverOptions
 from mspc.solvers.admm import admm, error_path, kfac
 from mspc.solvers.error_compensation import compensated
-from mspc.solvers.inner import inner
-from mspc.solvers.quadratic import OUTPUT_DAMP, quadratic
+from mspc.solvers.inner import Steps, inner
+from mspc.solvers.quadratic import OUTPUT_DAMP, quadratic, refine
 from mspc.types import NM, CompressedLinear, GramStats, Grid, Pattern, Target, Unstructured
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.8), NM(2, 4), NM(5, 16)]
@@ -102,6 +102,35 @@ def test_a_step_moves_with_what_changes():
             found = step(values, rho)
         exact = torch.linalg.solve(dense + rho * torch.eye(96, dtype=torch.float64), values.double().flatten())
         torch.testing.assert_close(found.double().flatten(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_steps_know_what_they_did():
+    """Oracle: S X G of the X returned, in float64, after many steps on a Gram of strongly correlated inputs."""
+    blocks = fisher(2, 2, 32)
+    generator = torch.Generator().manual_seed(4)
+    common = 5 * torch.randn(4096, 1, generator=generator)
+    inputs = common + torch.randn(4096, 256, generator=generator)
+    stats = GramStats(inputs.T @ inputs, len(inputs))
+    form = quadratic(torch.randn(64, 256, generator=generator), stats, blocks, 0.01, "q")
+    assert float(torch.linalg.eigvalsh(form.inputs.gram)[-1]) > 200
+    wanted = form.apply(form.target)
+    step = Steps(form, wanted)
+    for number in range(60):
+        found = step(wanted * torch.rand(64, 256, generator=generator), 0.1 * 1.05**number)
+    outputs = torch.block_diag(*form.outputs.double())
+    exact = outputs @ found.double() @ form.inputs.gram.double()
+    recorded = torch.block_diag(*step.vectors.double()) @ step.image.double()
+    assert float((recorded - exact).norm() / exact.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.9])
+def test_conjugate_gradients_know_their_loss(kept):
+    """Oracle: tr(S E H E^T) of what they found, by products."""
+    case, blocks = problem(3, 16, 32), fisher(4, 2, 8)
+    for form in (quadratic(case.weight, case.stats, outputs, 0.01, "q") for outputs in (blocks, None)):
+        mask = torch.rand(16, 32, generator=torch.Generator().manual_seed(5)) < kept
+        values, loss = refine(form, mask, form.target * mask, 3)
+        assert float(loss) == pytest.approx(form.loss(values), rel=1e-4)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)

@@ -79,7 +79,7 @@ class MatrixWork:
 
     def solved(self, count: float, kfac: bool) -> None:
         """The inner problem of each iteration, without the decompositions that it needs."""
-        self.products(2 * count if kfac else count)
+        self.products(count)
         self.blocks(2 * count, kfac)
         self.operations(OF_INNER * count if kfac else 0)
 
@@ -117,14 +117,15 @@ class MatrixWork:
             self.on_gram(2 * rhos)
 
     def path(self, patterns: list[Pattern], kfac: bool) -> None:
-        """`error_path`, with the loss at its end."""
+        """`error_path`."""
         self.started(kfac)
         for pattern in patterns:
             if pattern.sparsity < 1:
                 self.iterated(PATH_ITERATIONS, pattern, kfac)
                 self.refined(PATH_CG_STEPS, kfac)
-            self.applied(1, kfac)
-            self.operations(OF_LOSS)
+            else:
+                self.applied(1, kfac)
+                self.operations(OF_LOSS)
 
     def searched(self, target: Target, settings: Settings, kfac: bool) -> None:
         """`admm`, and the rounding of what it finds."""

@@ -60,7 +60,7 @@ def admm_steps(
             mask, values = _search(form, target.pattern, options.iterations)
         else:
             values = form.target * mask
-        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)), 0.0)
+        kept = torch.where(mask, form.weight(refine(form, mask, values, CG_STEPS)[0]), 0.0)
     kept[:, form.inputs.dead] = torch.where(mask, weight, 0.0)[:, form.inputs.dead]  # nothing depends on them
     if bool(mask.all()):
         kept = weight
@@ -113,8 +113,8 @@ def error_path(form: Quadratic, patterns: Sequence[Pattern]) -> Iterator[tuple[T
             for _ in range(PATH_ITERATIONS):
                 _, support, sparse = _iterate(solve, wanted, multiplier, sparse, rho, pattern)
                 rho *= PATH_GROWTH
-            values = refine(form, support, sparse, PATH_CG_STEPS)
-            yield form.weight(values), form.loss(values)
+            values, loss = refine(form, support, sparse, PATH_CG_STEPS)
+            yield form.weight(values), float(loss)
 
 
 def _search(form: Quadratic, pattern: Pattern, iterations: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ The eigenvectors of G would solve them for every rho, too. But they take much lo
 finds none of more than 32,766 inputs. So X is not solved for, but takes one step from where it was: preconditioned
 conjugate gradients, stopped after the first of them, as in inexact ADMM (Boyd et al. 2011, section 3.4.4). The
 preconditioner (G + `SHIFT`)^-1 is the same for all outputs and every rho, as each row has the step size that is best
-for it. So a Gram is factored once, and a step takes two products of its size, as the exact solution does.
+for it. So a Gram is factored once. A step P = R (G + `SHIFT`)^-1 takes one product of its size, as P G, which says what
+it changes, is R - `SHIFT` P.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mspc.solvers.quadratic import Quadratic
+from mspc.solvers.quadratic import SHIFT, Quadratic
 from mspc.threads import matmul
 
 Inner = Callable[[Tensor, float], Tensor]
@@ -46,10 +47,10 @@ class Steps:
         residual = self.form.between(self.vectors.mT, values) - self.image
         residual.sub_(self.values, alpha=rho)
         step = matmul(residual, self.inverse)
-        image = matmul(step, self.form.inputs.gram).mul_(self.of_outputs)
-        gain = (residual * step).sum(1, keepdim=True)
-        curvature = (image * step).sum(1, keepdim=True) + rho * step.square().sum(1, keepdim=True)
+        gain, square = (residual * step).sum(1, keepdim=True), step.square().sum(1, keepdim=True)
+        # step (G + SHIFT) is the residual, so the image of the step needs no product.
+        curvature = self.of_outputs * (gain - SHIFT * square) + rho * square
         length = torch.where(curvature > 0, gain / curvature, 0.0)  # a row that is solved has neither
         self.values.addcmul_(length, step)
-        self.image.addcmul_(length, image)
+        self.image.addcmul_(length * self.of_outputs, residual.sub_(step, alpha=SHIFT))
         return self.form.between(self.vectors, self.values)

@@ -175,10 +175,11 @@ def inputs_of(stats: GramStats, damp: float, name: str) -> Inputs:
         return found
 
 
-def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
+def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Solve S B G = S B0 G on the support, from `values` on, by conjugate gradients. The diagonal is 1 already.
 
-    Independent parts have their own step sizes: rows without an output factor, else its blocks.
+    Independent parts have their own step sizes: rows without an output factor, else its blocks. Returns the new values
+    (O, I) and their loss, float64: a step lowers it by norm^2 / curvature, so that it takes no product.
     """
     tiny = torch.finfo(values.dtype).tiny
     num_parts = len(values) if form.outputs is None else len(form.outputs)
@@ -189,16 +190,21 @@ def refine(form: Quadratic, mask: Tensor, values: Tensor, steps: int) -> Tensor:
     def each(numbers: Tensor) -> Tensor:
         return numbers.repeat_interleave(len(values) // num_parts)[:, None]
 
-    residual = form.apply(form.target - values).mul_(mask)
+    error = form.target - values
+    residual = form.apply(error)
+    loss = (error * residual).sum(dtype=torch.float64)
+    residual.mul_(mask)
     direction = residual.clone()
     norm = dot(residual, residual)
     for _ in range(steps):
         image = form.apply(direction).mul_(mask)
         curvature = dot(direction, image)
-        step = each(torch.where(curvature > 0, norm / curvature.clamp_min(tiny), 0.0))
+        length = torch.where(curvature > 0, norm / curvature.clamp_min(tiny), 0.0)
+        loss -= (length * norm).sum(dtype=torch.float64)
+        step = each(length)
         values = (step * direction).add_(values)
         residual.sub_(image.mul_(step))
         following = dot(residual, residual)
         direction.mul_(each(torch.where(norm > 0, following / norm.clamp_min(tiny), 0.0))).add_(residual)
         norm = following
-    return values
+    return values, loss
