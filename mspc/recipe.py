@@ -213,7 +213,11 @@ class Recipe:
         flags="--activation-order/--column-order",
         shown="column order",
     )
-    dtype: str | None = option("auto", "Dtype of the forward passes: auto, float32, bfloat16 or float16.")
+    dtype: str | None = option(
+        "auto",
+        "Dtype of the forward passes: auto, float32, bfloat16 or float16. auto is float32 on a CPU, where bfloat16 may "
+        "take less time, else the checkpoint's.",
+    )
     eval: bool | None = option(
         True,
         "Compare the compressed model with the dense one on test text: perplexity and KL divergence.",

@@ -17,7 +17,7 @@ from mspc.types import NM, Pattern, Target
 
 OF_PRODUCT = 0.4
 """Operations that the result of a product takes, as a new tensor."""
-OF_ITERATION, OF_INNER, OF_STEP, OF_LOSS = 11, 11, 9, 3
+OF_ITERATION, OF_INNER, OF_STEP, OF_LOSS = 11, 8, 9, 3
 """Operations of an ADMM iteration, of its inner step, of a step of conjugate gradients, and of a loss."""
 BLOCK = 128
 """Columns that a sweep settles before it updates the others."""

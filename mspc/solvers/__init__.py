@@ -14,7 +14,7 @@ from mspc.types import CompressedLinear, GramStats, Target
 
 __all__ = ["REVISION", "SOLVERS", "STEPS", "Solver", "SolverOptions"]
 
-REVISION = 3
+REVISION = 4
 """To be raised when the same statistics and options end with other weights: runs and curves of before are not mixed."""
 
 
