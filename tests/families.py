@@ -5,12 +5,6 @@ from typing import Any
 _PATCHES = {"num_hidden_layers": 2, "hidden_size_global": 64, "head_dim": 16, "vocab_size": 260}
 
 
-def _of_images(first: int, second: int, third: int, **vision: Any) -> dict[str, Any]:
-    """Sections of rotary embeddings for time, height and width, in a config with a text model and a vision model."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [first, second, third]}
-    return {"text_config": {"rope_parameters": rope}, "vision_config": vision}
-
-
 _WINDOWED = {
     "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 24,
     "qk_nope_head_dim": 16, "v_head_dim": 16, "qk_rope_head_dim": 8,
@@ -53,10 +47,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
     },
-    "glm46v": _of_images(4, 2, 2),
-    "glm4v": _of_images(4, 2, 2),
-    "glm4v_moe": _of_images(2, 1, 1),
-    "glm_ocr": _of_images(4, 2, 2),
+    "hunyuan_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
+    },
     "inkling_text": {"n_routed_experts": 8, "rel_extent": 32, "n_shared_experts": 1},
     "inkling2_loop_text": {"unpadded_vocab_size": 258},
     "inkling2_text": {
@@ -71,13 +64,13 @@ NEEDED: dict[str, dict[str, Any]] = {
         "vision_config": {"max_num_tiles": 4, "num_global_layers": 1, "intermediate_layers_indices": [0]},
     },
     "mistral3": {"vision_config": {"image_size": 56}},
-    "qwen2_5_vl": _of_images(4, 2, 2),
-    "qwen2_vl": _of_images(4, 2, 2, mlp_ratio=2),
+    "qwen2_vl": {"vision_config": {"mlp_ratio": 2}},
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
     "step3p7": {"text_config": {"sliding_window": 8}},
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128,

@@ -4,7 +4,9 @@ Lists with one entry per layer are cut so that each kind of layer is left.
 """
 
 import copy
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -57,7 +59,7 @@ VISION: dict[str, Any] = {
     "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32, "num_global_layers": 1,
     "intermediate_layers_indices": [0], "max_num_tiles": 1, "output_dim": HIDDEN, "vocab_size": VOCABULARY,
     "num_blocks": 1, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
-    "base_channels": 32, "codebook_size": 32, "output_channels": 32, "mlp_dim": 64, "downsample_channels": [32, 32],
+    "base_channels": 32, "text_hidden_size": HIDDEN, "encoder_hidden_size": 32, "codebook_size": 32, "output_channels": 32, "mlp_dim": 64, "downsample_channels": [32, 32],
 }  # fmt: skip
 """Sizes of towers, which are smaller than the decoder."""
 DECODERS = ("text_config", "language_config", "decoder", "llm_config", "thinker_config", "decoder_config")
@@ -91,11 +93,14 @@ def _nested(default: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
 def _tower(default: dict[str, Any]) -> dict[str, Any]:
     """Settings of a tower for images or sound, and of towers within it."""
     values = {key: VISION[key] for key in default if key in VISION and default[key] is not None}
+    count = next((default[name] for name in LAYERS if isinstance(default.get(name), int)), None)
     for name, inner in default.items():
         if isinstance(inner, dict) and "model_type" in inner:
             values[name] = _tower(inner) | {"model_type": inner["model_type"]}
-        elif name == "layer_types" and isinstance(inner, list):
+        elif isinstance(inner, list | tuple) and (name == "layer_types" or len(inner) == count):
             values[name] = inner[:1]
+        elif isinstance(inner, list | tuple) and isinstance(values.get(name), int):
+            values[name] = [values[name]] * len(inner)
     return values
 
 
@@ -119,9 +124,20 @@ def _of_text(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
             values[name] = [found] if isinstance(value, list) else found
         elif name.endswith(("bos_token_id", "eos_token_id", "pad_token_id")):
             values[name] = 0
+    halves = [default.get(name) for name in ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim")]
+    if None not in halves and halves[0] == halves[1] + halves[2]:
+        values["head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
     if isinstance(default.get("rope_parameters"), dict) and default["rope_parameters"]:
-        values["rope_parameters"] = _rope(default["rope_parameters"], values.get("head_dim", HEAD_SIZE))
+        sections = 3 * _reads_sections(default.get("model_type", ""))
+        values["rope_parameters"] = _rope(default["rope_parameters"], values.get("head_dim", HEAD_SIZE), sections)
     return values
+
+
+def _reads_sections(model_type: str) -> bool:
+    """Tell if the code of a type has sections of its rotary embeddings, for time, height and width."""
+    module = CONFIG_MAPPING[model_type].__module__ if model_type in CONFIG_MAPPING else ""
+    found = importlib.util.find_spec(module.replace(".configuration_", ".modeling_")) if module else None
+    return found is not None and '"mrope_section"' in Path(str(found.origin)).read_text(encoding="utf-8")
 
 
 def _layers(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
@@ -143,11 +159,12 @@ def _layers(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
     return values | {key: 2 for key in ("encoder_layers", "num_encoder_layers") if key in default}
 
 
-def _rope(given: dict[str, Any], head_size: int) -> dict[str, Any]:
+def _rope(given: dict[str, Any], head_size: int, default_sections: int) -> dict[str, Any]:
+    """Rotary embeddings with sections that fit the head size: as many as are given, or that the code reads."""
     rope = copy.deepcopy(given)
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if sections := part.get("mrope_section"):
+    inner = [value for value in rope.values() if isinstance(value, dict)]
+    for part in inner or [rope]:
+        if count := len(part.get("mrope_section", ())) or default_sections:
             half = int(head_size * part.get("partial_rotary_factor", 1.0)) // 2
-            part["mrope_section"] = [half // len(sections)] * len(sections)
-            part["mrope_section"][0] += half - sum(part["mrope_section"])
+            part["mrope_section"] = [(half + count - 1 - place) // count for place in range(count)]
     return rope
