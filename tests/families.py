@@ -17,11 +17,18 @@ _INDEXED = {
 NEEDED: dict[str, dict[str, Any]] = {
     "blt": {"patch_in_forward": False, "encoder_hash_byte_group_vocab": 50, "vocab_size": 260}
     | {f"{part}_config": _PATCHES for part in ("encoder", "decoder", "patcher", "global")},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 257}, "vq_config": {"channel_multiplier": [1, 1], "num_res_blocks": 1},
+    },
     "cohere_compass_text": {
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
             for kind in ("full_attention", "sliding_attention")
         }
+    },
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 32}, "image_token_offset": 196, "audio_token_offset": 228,
+        "text_config": {"vocab_size": 260},
     },
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
@@ -32,20 +39,28 @@ NEEDED: dict[str, dict[str, Any]] = {
             "mlp_layer_types": ["dense"], "per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": 64,
         },
         "audio_config": {"downsample_hidden_size": 32, "adapter_input_size": 32, "adapter_out_dim": 64},
-        "text_config": {"per_layer_config": {2: _WINDOWED}},
     },
     "dots3_note_text": {"per_layer_config": {2: _WINDOWED}},
     "dory": {
         "num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "num_key_value_heads": 4,
+    },
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "emu3": {"vocabulary_map": {"<image>": 257, "<|extra_200|>": 256}},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "intermediate_size": [128] * 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
     },
     "gemma4_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    },
+    "granite4_vision": {
+        "text_config": {"num_layers_here": 6}, "vision_config": {"hidden_size": 64}, "deepstack_layer_map": [[0, 0]],
+        "spatial_target_layers": [1], "downsample_rate": "1/2",
     },
     "hunyuan_vl": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
@@ -64,12 +79,17 @@ NEEDED: dict[str, dict[str, Any]] = {
         "vision_config": {"max_num_tiles": 4, "num_global_layers": 1, "intermediate_layers_indices": [0]},
     },
     "mistral3": {"vision_config": {"image_size": 56}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 0]}},
+    "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": 0}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "qwen2_5_omni": {"enable_audio_output": False},
     "qwen2_vl": {"vision_config": {"mlp_ratio": 2}},
-    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "qwen4_exp_text": _INDEXED,
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
     "step3p7": {"text_config": {"sliding_window": 8}},
+    "t5gemma2": {"encoder": {"text_config": {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 260}}},
     "unlimited_ocr": {"text_config": {"num_key_value_heads": 4}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from families import NEEDED
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 VOCABULARY, HIDDEN, HEADS, HEAD_SIZE = 260, 64, 4, 16
 MOST_LAYERS = 6
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "layers")
 PERIODIC = (
     "full_attention_interval", "global_attn_every_n_layers", "attn_layer_period", "expert_layer_period",
     "no_rope_layer_interval", "layer_group_size", "attention_types",
@@ -21,7 +22,7 @@ PERIODIC = (
 """Settings by which a model has more than one kind of layer."""
 SIZES: dict[int, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size output_vocab_size",
-    HIDDEN: "hidden_size n_embd d_model word_embed_proj_dim emb_dim embedding_size input_embedding_size "
+    HIDDEN: "hidden_size embed_dim n_embd d_model word_embed_proj_dim emb_dim embedding_size input_embedding_size "
     "output_embedding_size lru_width embedding_dim backbone_hidden_size moe_intermediate_size expert_ffn_hidden_size",
     2 * HIDDEN: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim d_inner dim_ff dff d_ff "
     "feed_forward_size ffn_hidden_size intermediate_size_mlp dense_intermediate_size prefix_dense_intermediate_size "
@@ -44,7 +45,7 @@ SIZES: dict[int, str] = {
     "num_mtp_layers num_nextn_predict_layers mamba_n_groups n_groups mamba_ngroups",
     32: "qk_head_dim q_lora_rank kv_lora_rank o_lora_rank laurel_rank hidden_size_per_layer_input moe_latent_size "
     "adapter_rank gated_norm_rank mamba_dt_rank time_step_rank mamba_d_head mamba_head_dim mamba_headdim "
-    "index_head_dim indexer_head_dim",
+    "index_head_dim indexer_head_dim moe_hidden_size",
     8: "sliding_window attention_window_size sliding_window_size attention_chunk_size local_attention window_size",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -59,10 +60,15 @@ VISION: dict[str, Any] = {
     "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "d_model": 32, "num_global_layers": 1,
     "intermediate_layers_indices": [0], "max_num_tiles": 1, "output_dim": HIDDEN, "vocab_size": VOCABULARY,
     "num_blocks": 1, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
-    "base_channels": 32, "text_hidden_size": HIDDEN, "encoder_hidden_size": 32, "codebook_size": 32, "output_channels": 32, "mlp_dim": 64, "downsample_channels": [32, 32],
+    "base_channels": 32, "codebook_size": 32, "output_channels": 32, "mlp_dim": 64, "downsample_channels": [32, 32],
+    "text_hidden_size": HIDDEN, "image_token_embed_dim": HIDDEN, "depths": 1, "num_filters": 4, "n_layers": 1,
+    "upsample_groups": 32, "num_embeddings": 32, "encoder_hidden_size": 32, "audio_hidden_size": 32,
 }  # fmt: skip
 """Sizes of towers, which are smaller than the decoder."""
-DECODERS = ("text_config", "language_config", "decoder", "llm_config", "thinker_config", "decoder_config")
+DECODERS = (
+    "text_config", "language_config", "decoder", "llm_config", "thinker_config", "decoder_config", "vlm_config",
+    "dit_config",
+)  # fmt: skip
 IMAGE_ID = 257
 """The id of images and other things that no text holds."""
 
@@ -80,11 +86,9 @@ def tiny_config(model_type: str, needed: dict[str, Any]) -> PreTrainedConfig:
 def _nested(default: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
     values = _of_text(default, needed.pop("num_layers_here", None))
     for name, inner in default.items():
-        if not (isinstance(inner, dict) and "model_type" in inner and name.endswith("config")) and name != "decoder":
+        if not (isinstance(inner, dict) and "model_type" in inner and name.endswith(("config", "coder"))):
             continue
-        if not isinstance(inner, dict):
-            continue
-        given = needed.pop(name, {})
+        given = needed.pop(name, copy.deepcopy(NEEDED.get(inner.get("model_type") or "", {})))
         of_inner = _nested(inner, given) if name in DECODERS else _tower(inner)
         values[name] = of_inner | given | {"model_type": inner.get("model_type")}
     return values
@@ -115,6 +119,8 @@ def _of_text(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
             values[name] = HEADS
         elif name in ("first_k_dense_replace", "num_dense_layers"):
             values[name] = 1
+        elif value == 0 and SIZE_OF.get(name) == HEAD_SIZE:
+            values[name] = 0
         elif name in SIZE_OF and (value is not None or name in EVEN_WITHOUT) and not isinstance(value, dict | list):
             if SIZE_OF[name] != 8 or value is not None:
                 values[name] = SIZE_OF[name]

@@ -27,6 +27,8 @@ SIZES = (
     "vocab_size", "n_positions",
 )  # fmt: skip
 """Sizes that no model has without a tensor of about that many rows, columns or layers."""
+MAY_BE_ZERO = ("intermediate_size", "head_dim")
+"""0 where blocks have no such part: an MLP, or the part of heads that is rotated."""
 TOLERANCE = 16
 """Larger sizes than the tensors show, by this factor, would take minutes to refuse otherwise."""
 
@@ -82,7 +84,7 @@ def check_sizes(config: PreTrainedConfig, types: Mapping[str, StoredType]) -> No
     largest = max([len(types), *(size for _, shape in types.values() for size in shape)], default=0)
     for name in SIZES:
         size = setting_of(config, name)
-        if isinstance(size, int) and not (name != "intermediate_size") <= size <= TOLERANCE * largest:
+        if isinstance(size, int) and not (name not in MAY_BE_ZERO) <= size <= TOLERANCE * largest:
             raise InputError(
                 f"{name} is {size} in config.json, but no tensor of the checkpoint has more than {largest} rows or "
                 "columns. Give the config.json that belongs to the weights."
