@@ -51,6 +51,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "emu3": {"vocabulary_map": {"<image>": 257, "<|extra_200|>": 256}},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci0"}},
+    "gemma3n": {"vision_config": {"architecture": "mobilenetv3_small_050"}},
     "gemma3n_text": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
         "intermediate_size": [128] * 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
@@ -82,6 +84,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config": {"vision_feature_layer": [0, 0]}},
     "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": 0}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"embed_dim": 192, "depth": 1},
+        },
+    },
     "qwen2_5_omni": {"enable_audio_output": False},
     "qwen2_vl": {"vision_config": {"mlp_ratio": 2}},
     "qwen3_omni_moe": {"enable_audio_output": False},

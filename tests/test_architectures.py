@@ -81,7 +81,7 @@ def compressed(tmp_path_factory):
     def get(key: str) -> tuple[Path, mspc.Artifact]:
         if key not in made:
             folder = tmp_path_factory.mktemp(key)
-            source, _ = architectures.built(key, folder)
+            source = architectures.built(key, folder)
             (source / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
             text = folder / "text.txt"
             text.write_text(tiny.text(2400, seed=1))
@@ -164,7 +164,7 @@ def test_texts_name_the_class_that_loads_the_model(kind, compressed):
 @pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
 def test_packed_formats_refuse_matrices_with_other_names_in_the_checkpoint(name, tmp_path):
     """Oracle: the keys of the file. Loaders would look for `model.language_model.layers.0.self_attn.q_proj.qweight`."""
-    source, _ = architectures.built("gemma3", tmp_path)
+    source = architectures.built("gemma3", tmp_path)
     assert "model.language_model.layers.0.self_attn.q_proj.weight" not in tiny.tensors(source)
     with pytest.raises(InputError, match=rf"q_proj: the checkpoint has another name .* loader of {name} would find"):
         tiny.compress(source, tmp_path / "out", tmp_path / "none.txt", **FOUR_BITS, exports=[name])
@@ -208,7 +208,8 @@ def test_parts_of_a_tensor_are_read_and_refused_with_the_remedy(tmp_path):
 
 def test_layers_that_text_does_not_use_stay_dense_in_a_line_of_their_own(tmp_path, caplog):
     """Oracles: hooks on transformers' own model, and the tensors of the source, bit by bit."""
-    source, oracle = architectures.built("bart", tmp_path)
+    source = architectures.built("bart", tmp_path)
+    oracle = architectures.whole("bart", source)
     linear = [name for name, module in oracle.named_modules() if isinstance(module, torch.nn.Linear)]
     called = set(tiny.inputs_of(oracle, tiny.ids(1), linear))
     text = tmp_path / "text.txt"

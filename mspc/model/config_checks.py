@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from mspc.errors import InputError
-from mspc.model.auto_class import is_multimodal
+from mspc.model.auto_class import is_multimodal, model_class
 from mspc.storage.checkpoint import STORABLE, StoredType
 
 FLOATS = ("float64", *STORABLE)
@@ -21,7 +21,10 @@ SUPPORTED = (
 GIVE = "Give a causal language model"
 DECODERS_IN_ANY_CASE = "gpt_neox"
 """Causal models whose config says that they are no decoders."""
-OTHER_TASKS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+OTHER_TASKS = (
+    "MaskedLM", "SequenceClassification", "TokenClassification", "ImageClassification", "QuestionAnswering",
+    "MultipleChoice",
+)  # fmt: skip
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "n_positions",
@@ -67,6 +70,10 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
         if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
             remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"
         raise InputError(f"{what}, which is no causal language model. {remedy}: {SUPPORTED}.")
+    if model_class(config).forward is nn.Module.forward:  # a frame around models that do the work
+        parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig) and is_multimodal(part)]
+        remedy = f"Save its {parts[0].model_type} to a folder of its own and give that" if parts else GIVE
+        raise InputError(f"{what}, which has no forward pass of its own. {remedy}: {SUPPORTED}.")
     if (
         getattr(type(config), "is_decoder", None) is False
         and config.is_decoder is False

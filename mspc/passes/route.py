@@ -151,6 +151,11 @@ def find_route(model: StreamedModel) -> Route:
             except Exception as error:  # whatever a model raises that unpacks other outputs
                 if is_out_of_memory(error):
                     raise
+                if not trial.called:
+                    raise InputError(
+                        f"{type(model.model).__name__} does not get from text alone to its first block "
+                        f"({in_brief(error)}). Give a model that needs no images, sound or other input with a text."
+                    ) from error
                 reasons.append(in_brief(error))
                 continue
             if fault is None:
