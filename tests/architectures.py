@@ -58,6 +58,8 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "default": {"sparsity": 0.5},
 }
 EXPORTS = ("dense", "sparse")
+REMEDY = "save_original_format"
+"""An option of `save_pretrained` by which each parameter is a tensor."""
 
 
 class Wrong(Exception):
@@ -185,11 +187,11 @@ def whole(key: str, folder: Path, attention: str | None = "eager") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def built(key: str, folder: Path) -> Path:
-    """A checkpoint of a type."""
+def built(key: str, folder: Path, **options: bool) -> Path:
+    """A checkpoint of a type, saved with `options`."""
     config = tiny_config(key, NEEDED.get(key, {}))
     model = randomized(auto_class(key).from_config(config, attn_implementation="eager")).eval()
-    return tiny.save(model, folder / "model")
+    return tiny.save(model, folder / "model", **options)
 
 
 def check_passes(model: Any, oracle: Any, matrices: Any, ids: Tensor) -> dict[str, int]:
@@ -328,11 +330,20 @@ def share_at_default(key: str, needed: set[str], left: Sequence[str]) -> float:
 
 
 def tried(key: str, folder: Path) -> dict[str, Any]:
-    """The verdict of a type, with what else its row needs. Exceptions are those of the first check that fails."""
+    """The verdict of a type, with what else its row needs; for one to save first, the verdict after that as well."""
+    row = _tried(key, folder)
+    if row["verdict"] == "refused" and REMEDY in row["note"]:
+        again = _tried(key, folder / "again", **{REMEDY: False})
+        row["note"] += f" Saved so: {again['verdict']}, {again.get('share', 0):.0%}."
+    return row
+
+
+def _tried(key: str, folder: Path, **saving: bool) -> dict[str, Any]:
+    """Exceptions are those of the first check that fails."""
     torch.manual_seed(0)
     row: dict[str, Any] = {"step": "building"}
     try:
-        source = built(key, folder)
+        source = built(key, folder, **saving)
         text = folder / "text.txt"
         text.write_text(tiny.text(2400, seed=1))
         with torch.no_grad():
@@ -382,7 +393,7 @@ generation. All of it is compared with transformers' own whole model: hooks, and
   aside (in the tiny model, or at the sizes of the default config). All Grams, gradients, output errors, logits and
   greedy tokens equal those of the whole model.
 - `in part`: all is equal, but more stays dense.
-- `refused`: an error in a sentence, before any work.
+- `refused`: an error in a sentence, before any work. If it says how to save the model first, that was tried as well.
 - `error`: another exception. `wrong`: a difference that mspc does not notice.
 - `not measured`: no tiny model of the type can be made here.
 
