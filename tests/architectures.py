@@ -7,6 +7,7 @@ the whole model, products caught by the storage of weights, and one autograd pas
 """
 
 import argparse
+import importlib.util
 import logging
 import multiprocessing
 import re
@@ -23,7 +24,7 @@ from unittest.mock import patch
 import tiny
 import torch
 import transformers
-from families import ACCEPTED, NEEDED, UNMEASURED
+from families import ACCEPTED, NEEDED, PACKAGES, UNMEASURED
 from tiny_configs import tiny_config
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -395,7 +396,10 @@ generation. All of it is compared with transformers' own whole model: hooks, and
 - `in part`: all is equal, but more stays dense.
 - `refused`: an error in a sentence, before any work. If it says how to save the model first, that was tried as well.
 - `error`: another exception. `wrong`: a difference that mspc does not notice.
-- `not measured`: no tiny model of the type can be made here.
+- `not measured`: no tiny model of the type can be made here. `not built`: transformers cannot make one.
+
+Some towers need packages that mspc does not: rows of fast_vlm, gemma3n and perception_lm are with timm 1.0.31, that of
+inkling_mm_model with scipy 1.17.1.
 
 """
 ORDER = ("works", "in part", "refused", "error", "wrong", "not measured", "not built")
@@ -463,6 +467,9 @@ def main() -> int:
     again = [key for key in keys if key in rows and rows[key][0] in given.verdict]
     worse: list[str] = []
     for key in given.types or again or [key for key in keys if key not in rows]:
+        if key in PACKAGES and not importlib.util.find_spec(PACKAGES[key]):
+            print(f"{key}: not tried, as it needs the package {PACKAGES[key]}", flush=True)
+            continue
         began = time.time()
         row = verdict_of(key)
         share = f"{row['share']:.0%}" if "share" in row else ""

@@ -112,44 +112,14 @@ NEEDED: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 UNMEASURED: dict[str, str] = {
-    "gemma3n": "its image tower needs the package timm",
     "gemma4_assistant": "a drafter: it takes hidden states of another model in place of tokens",
     "gemma4_unified_assistant": "a drafter: it takes hidden states of another model in place of tokens",
     "musicgen": "it writes codes of sound, four at a time",
     "musicgen_melody": "it writes codes of sound, four at a time",
 }
-_VALUES = "its config wants values that fit each other, which the shrinking of tests/tiny_configs.py does not keep"
-_SLOW = "a tiny one takes more than 300 seconds here"
-_LARGE = "a part of it that the config does not name keeps its full size, and does not fit in memory"
+PACKAGES: dict[str, str] = {"fast_vlm": "timm", "gemma3n": "timm", "inkling_mm_model": "scipy", "perception_lm": "timm"}
+"""Packages, not among those for tests, without which a type is not tried again."""
 ACCEPTED: dict[str, str] = {
-    "apertus1p5": _VALUES,
-    "chameleon": "its code needs a vocabulary map of images that the tiny config has not",
-    "cohere_compass": _VALUES,
-    "deepseek_ocr2": _LARGE,
-    "diffusion_gemma": _VALUES,
-    "emu3": _SLOW,
-    "ernie4_5_vl_moe": _VALUES,
     "evolla": "AutoModelForMultimodalLM does not know its config",
-    "fast_vlm": "its image tower needs the package timm",
-    "florence2": _VALUES,
-    "fun_asr_nano": _VALUES,
-    "glm5_next": _VALUES,
-    "granite4_vision": _VALUES,
-    "inkling2": _VALUES,
-    "inkling2_loop": _VALUES,
-    "inkling_mm_model": _LARGE,
-    "janus": _SLOW,
-    "kosmos-2.5": _SLOW,
-    "kyutai_speech_to_text": _VALUES,
-    "molmo2": _VALUES,
-    "muse_spark": _VALUES,
-    "nemo_speechlm": _VALUES,
-    "nemotron_h_omni": _VALUES,
-    "perception_lm": "its image tower needs the package timm",
-    "pi0": _LARGE,
-    "qwen2_5_omni": "it needs a file of voices that only the released model has",
-    "qwen3_omni_moe": "transformers' own config of its voice lacks a field that its code reads",
-    "t5gemma2": _VALUES,
-    "vibevoice_asr": _SLOW,
 }
 """Types whose verdict is `not built` or `error`, and why that is not a fault of mspc. Any other such verdict fails."""

@@ -68,11 +68,11 @@ class _Trial:
         names = self.model.block_name
 
         def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.called.append(index)
             if not last:
                 self.axis = self.axis_of(hidden)
             elif hidden.shape != last[0].shape or not torch.equal(hidden, last[0]):
-                self.faults.append(f"something comes between {names(self.called[-1])} and {names(index)}")
-            self.called.append(index)
+                self.faults.append(f"something comes between {names(self.called[-2])} and {names(index)}")
             self.given.append(_tensors(args, kwargs))
             output = torch.randn(hidden.shape, generator=generator).to(hidden)
             last[:] = [output.clone()]  # the model may write to what it is given
