@@ -92,6 +92,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "qwen2_5_omni": {"enable_audio_output": False},
     "qwen2_vl": {"vision_config": {"mlp_ratio": 2}},
     "qwen3_omni_moe": {"enable_audio_output": False},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 258},
     "qwen4_exp_text": _INDEXED,
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},

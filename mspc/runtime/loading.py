@@ -193,7 +193,7 @@ def _class_and_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
     """The class of the language model of a folder, and its config without a quantization."""
     config = load_config(folder)
     found, text = model_class(config), config.get_text_config()
-    # Some classes take configs of other types than their own, so only that of the language model is told apart.
+    # Some classes take configs of other types than their own: the language model is wanted only where it is that type.
     return found, text if found.config_class is type(text) else config
 
 
