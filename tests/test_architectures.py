@@ -32,6 +32,7 @@ SAMPLE = (
     "llama4_text",  # experts that are given all tokens, scaled
     "glm_moe_dsa",  # tokens that one block chooses for the next
     "qwen3_vl_moe",  # images, and experts that are transposed in the checkpoint
+    "step3p7",  # experts whose gate and up matrices are 3-D tensors of their own
     "kimi_k25",  # a tower whose tensors are several parameters
 )
 
@@ -81,7 +82,7 @@ def compressed(tmp_path_factory):
     def get(key: str) -> tuple[Path, mspc.Artifact]:
         if key not in made:
             folder = tmp_path_factory.mktemp(key)
-            source, _ = architectures.built(key, folder)
+            source = architectures.built(key, folder)
             (source / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
             text = folder / "text.txt"
             text.write_text(tiny.text(2400, seed=1))
@@ -164,7 +165,7 @@ def test_texts_name_the_class_that_loads_the_model(kind, compressed):
 @pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
 def test_packed_formats_refuse_matrices_with_other_names_in_the_checkpoint(name, tmp_path):
     """Oracle: the keys of the file. Loaders would look for `model.language_model.layers.0.self_attn.q_proj.qweight`."""
-    source, _ = architectures.built("gemma3", tmp_path)
+    source = architectures.built("gemma3", tmp_path)
     assert "model.language_model.layers.0.self_attn.q_proj.weight" not in tiny.tensors(source)
     with pytest.raises(InputError, match=rf"q_proj: the checkpoint has another name .* loader of {name} would find"):
         tiny.compress(source, tmp_path / "out", tmp_path / "none.txt", **FOUR_BITS, exports=[name])
@@ -206,9 +207,51 @@ def test_parts_of_a_tensor_are_read_and_refused_with_the_remedy(tmp_path):
     assert any(re.search(r"in_proj_qkv$", row["name"]) for row in artifact.manifest["matrices"])
 
 
+def test_rows_in_another_order_are_refused_with_the_remedy(tmp_path):
+    """Oracle: the remedy, which is tried. The checkpoint has rows of gate and up matrices in turns."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(2400, seed=1))
+    source = architectures.built("inkling2_loop_text", tmp_path)
+    with pytest.raises(
+        InputError, match=r"experts\.gate_up_proj has other rows than .*w13.*save_original_format=False"
+    ):
+        tiny.compress(source, tmp_path / "out", text, effort="fast")
+    again = architectures.built("inkling2_loop_text", tmp_path / "again", save_original_format=False)
+    artifact = tiny.compress(again, tmp_path / "out", text, effort="fast")
+    assert any("experts.gate_up_proj[" in row["name"] for row in artifact.manifest["matrices"])
+
+
+@pytest.mark.parametrize("key", ["glmga", "qwen3_omni_moe_thinker"])
+def test_artifacts_of_classes_with_habits_of_their_own_are_loaded(key, tmp_path):
+    """Oracle: transformers, on the dense export.
+
+    The class of GLM-GA has configs of another type as well, and that of Qwen3-Omni fills experts when it is loaded.
+    """
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.text(2400, seed=1))
+    source = architectures.built(key, tmp_path)
+    artifact = tiny.compress(source, tmp_path / "out", text, effort="fast", exports=["dense", "sparse"])
+    dense, sparse = (artifact.path / "exports" / name for name in ("dense", "sparse"))
+    expected = architectures.whole(key, dense, None)(input_ids=tiny.ids(2), use_cache=False).logits
+    for folder in (artifact.path, sparse):
+        architectures.close(
+            mspc.load(folder)(input_ids=tiny.ids(2), use_cache=False).logits, expected, 1e-3, folder.name
+        )
+
+
+def test_heads_without_a_rotated_part_are_taken(tmp_path):
+    """Oracle: transformers' own model. Its head_dim, the size of that part, is 0."""
+    source = architectures.built("glm5_next", tmp_path)
+    expected = architectures.whole("glm5_next", source)(tiny.ids(2), use_cache=False).logits
+    with open_model(source, device=torch.device("cpu")).whole() as model, torch.no_grad():
+        assert model.config.get_text_config().head_dim == 0
+        architectures.close(model(tiny.ids(2), use_cache=False).logits, expected, 1e-4, "logits")
+
+
 def test_layers_that_text_does_not_use_stay_dense_in_a_line_of_their_own(tmp_path, caplog):
     """Oracles: hooks on transformers' own model, and the tensors of the source, bit by bit."""
-    source, oracle = architectures.built("bart", tmp_path)
+    source = architectures.built("bart", tmp_path)
+    oracle = architectures.whole("bart", source)
     linear = [name for name, module in oracle.named_modules() if isinstance(module, torch.nn.Linear)]
     called = set(tiny.inputs_of(oracle, tiny.ids(1), linear))
     text = tmp_path / "text.txt"

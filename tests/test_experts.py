@@ -362,6 +362,15 @@ def test_rows_of_slices():
     assert rows_of_slices(shapes, (2, 6, 5), lambda tensors: fused(tensors).flip(1)) is None
     assert rows_of_slices(shapes, (2, 5, 6), lambda tensors: fused(tensors).mT) is None
     assert rows_of_slices(shapes, (2, 3, 5), lambda tensors: fused(tensors)[:, :3]) is None
+    stacked = {"gate": (2, 3, 5), "up": (2, 3, 5)}
+
+    def joined(tensors):
+        return torch.cat([tensors["gate"], tensors["up"]], dim=1)
+
+    assert rows_of_slices(stacked, (2, 6, 5), joined) == [(("gate", 3), ("up", 3))] * 2
+    assert rows_of_slices(stacked, (2, 6, 5), lambda tensors: joined(tensors).flip(0)) is None
+    assert rows_of_slices({"both": (2, 6, 5)}, (2, 6, 5), lambda tensors: tensors["both"]) is None
+    assert rows_of_slices(dict.fromkeys(stacked, (1, 3, 5)), (1, 6, 5), joined) is None
 
 
 GOLDEN = {"codes": [[0x79, 0x8F]], "indices": [[0x8D]], "scales": [[0.5]]}

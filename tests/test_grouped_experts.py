@@ -69,3 +69,12 @@ def test_modules_without_such_a_router_are_left_alone(model):
             part.router.forward = lambda hidden: (hidden,)
     adopt_experts(model)
     assert not grouped(model)
+
+
+def test_modules_that_cannot_be_copied_are_left_alone():
+    """Oracle: the output before. torch copies no module with weight normalization, such as those of audio encoders."""
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+    model, x = torch.nn.Sequential(layer), torch.ones(1, 4)
+    expected = model(x)
+    adopt_experts(model)
+    assert torch.equal(model(x), expected)

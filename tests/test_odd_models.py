@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3OmniMoeForConditionalGeneration
 
 import mspc
 from mspc.bench.request import Request
@@ -106,7 +106,24 @@ def test_other_kinds_of_models_are_refused_with_what_is_supported(family, llama,
         assert len(told) < 600
 
 
-@pytest.mark.parametrize("task", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "BertForMaskedLM"])
+def test_a_frame_around_models_is_refused_with_the_one_to_give(llama, calibration, tmp_path):
+    """Oracle: the class, whose forward is that of every module of torch."""
+    family = "qwen3_omni_moe"
+    assert Qwen3OmniMoeForConditionalGeneration.forward is torch.nn.Module.forward
+    AutoConfig.for_model(family, enable_audio_output=False).save_pretrained(tmp_path / family)
+    for name in (SINGLE, "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / family / name).symlink_to(llama / name)
+    for told in refusals(tmp_path / family, calibration, tmp_path / "out"):
+        assert "no forward pass of its own. Save its qwen3_omni_moe_thinker to a folder" in told
+
+
+TASKS = (
+    "LlamaForSequenceClassification", "LlamaForTokenClassification", "BertForMaskedLM",
+    "ShieldGemma2ForImageClassification",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_head_for_another_task_is_refused(task, llama, calibration, tmp_path):
     model = changed(llama, tmp_path / "model", architectures=[task])
     assert all("predicts no next token" in told for told in refusals(model, calibration, tmp_path / "out"))

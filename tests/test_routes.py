@@ -206,6 +206,17 @@ def test_each_broken_rule_is_named(named, llama, monkeypatch):
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.model.modules())
 
 
+def test_a_model_that_wants_more_than_text_is_told_apart(llama, monkeypatch):
+    """The blocks are not to blame where none of them was reached."""
+
+    def forward(self: LlamaModel, pixel_values: Tensor, **_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(InputError, match=r"not get from text alone to its first block.*'pixel_values'.*needs no"):
+        batches_of(open_model(llama, device=CPU), tiny.ids(2))
+
+
 def test_the_usual_route_is_not_refused(llama, monkeypatch):
     """The rewritten forward of the other tests gives what that of transformers gives."""
     expected = list(perplexity.measure(open_model(llama, device=CPU), tiny.ids(2)))[-1]

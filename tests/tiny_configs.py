@@ -4,14 +4,17 @@ Lists with one entry per layer are cut so that each kind of layer is left.
 """
 
 import copy
+import importlib.util
 import json
+from pathlib import Path
 from typing import Any
 
+from families import NEEDED
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 VOCABULARY, HIDDEN, HEADS, HEAD_SIZE = 260, 64, 4, 16
 MOST_LAYERS = 6
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "layers")
 PERIODIC = (
     "full_attention_interval", "global_attn_every_n_layers", "attn_layer_period", "expert_layer_period",
     "no_rope_layer_interval", "layer_group_size", "attention_types",
@@ -19,7 +22,7 @@ PERIODIC = (
 """Settings by which a model has more than one kind of layer."""
 SIZES: dict[int, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size output_vocab_size",
-    HIDDEN: "hidden_size n_embd d_model word_embed_proj_dim emb_dim embedding_size input_embedding_size "
+    HIDDEN: "hidden_size embed_dim n_embd d_model word_embed_proj_dim emb_dim embedding_size input_embedding_size "
     "output_embedding_size lru_width embedding_dim backbone_hidden_size moe_intermediate_size expert_ffn_hidden_size",
     2 * HIDDEN: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim d_inner dim_ff dff d_ff "
     "feed_forward_size ffn_hidden_size intermediate_size_mlp dense_intermediate_size prefix_dense_intermediate_size "
@@ -42,7 +45,7 @@ SIZES: dict[int, str] = {
     "num_mtp_layers num_nextn_predict_layers mamba_n_groups n_groups mamba_ngroups",
     32: "qk_head_dim q_lora_rank kv_lora_rank o_lora_rank laurel_rank hidden_size_per_layer_input moe_latent_size "
     "adapter_rank gated_norm_rank mamba_dt_rank time_step_rank mamba_d_head mamba_head_dim mamba_headdim "
-    "index_head_dim indexer_head_dim",
+    "index_head_dim indexer_head_dim moe_hidden_size",
     8: "sliding_window attention_window_size sliding_window_size attention_chunk_size local_attention window_size",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
@@ -58,9 +61,14 @@ VISION: dict[str, Any] = {
     "intermediate_layers_indices": [0], "max_num_tiles": 1, "output_dim": HIDDEN, "vocab_size": VOCABULARY,
     "num_blocks": 1, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32,
     "base_channels": 32, "codebook_size": 32, "output_channels": 32, "mlp_dim": 64, "downsample_channels": [32, 32],
+    "text_hidden_size": HIDDEN, "image_token_embed_dim": HIDDEN, "depths": 1, "num_filters": 4, "n_layers": 1,
+    "upsample_groups": 32, "num_embeddings": 32, "encoder_hidden_size": 32, "audio_hidden_size": 32,
 }  # fmt: skip
 """Sizes of towers, which are smaller than the decoder."""
-DECODERS = ("text_config", "language_config", "decoder", "llm_config", "thinker_config", "decoder_config")
+DECODERS = (
+    "text_config", "language_config", "decoder", "llm_config", "thinker_config", "decoder_config", "vlm_config",
+    "dit_config",
+)  # fmt: skip
 IMAGE_ID = 257
 """The id of images and other things that no text holds."""
 
@@ -78,11 +86,9 @@ def tiny_config(model_type: str, needed: dict[str, Any]) -> PreTrainedConfig:
 def _nested(default: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
     values = _of_text(default, needed.pop("num_layers_here", None))
     for name, inner in default.items():
-        if not (isinstance(inner, dict) and "model_type" in inner and name.endswith("config")) and name != "decoder":
+        if not (isinstance(inner, dict) and "model_type" in inner and name.endswith(("config", "coder"))):
             continue
-        if not isinstance(inner, dict):
-            continue
-        given = needed.pop(name, {})
+        given = needed.pop(name, copy.deepcopy(NEEDED.get(inner.get("model_type") or "", {})))
         of_inner = _nested(inner, given) if name in DECODERS else _tower(inner)
         values[name] = of_inner | given | {"model_type": inner.get("model_type")}
     return values
@@ -91,11 +97,14 @@ def _nested(default: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
 def _tower(default: dict[str, Any]) -> dict[str, Any]:
     """Settings of a tower for images or sound, and of towers within it."""
     values = {key: VISION[key] for key in default if key in VISION and default[key] is not None}
+    count = next((default[name] for name in LAYERS if isinstance(default.get(name), int)), None)
     for name, inner in default.items():
         if isinstance(inner, dict) and "model_type" in inner:
             values[name] = _tower(inner) | {"model_type": inner["model_type"]}
-        elif name == "layer_types" and isinstance(inner, list):
+        elif isinstance(inner, list | tuple) and (name == "layer_types" or len(inner) == count):
             values[name] = inner[:1]
+        elif isinstance(inner, list | tuple) and isinstance(values.get(name), int):
+            values[name] = [values[name]] * len(inner)
     return values
 
 
@@ -110,6 +119,8 @@ def _of_text(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
             values[name] = HEADS
         elif name in ("first_k_dense_replace", "num_dense_layers"):
             values[name] = 1
+        elif value == 0 and SIZE_OF.get(name) == HEAD_SIZE:
+            values[name] = 0
         elif name in SIZE_OF and (value is not None or name in EVEN_WITHOUT) and not isinstance(value, dict | list):
             if SIZE_OF[name] != 8 or value is not None:
                 values[name] = SIZE_OF[name]
@@ -119,9 +130,20 @@ def _of_text(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
             values[name] = [found] if isinstance(value, list) else found
         elif name.endswith(("bos_token_id", "eos_token_id", "pad_token_id")):
             values[name] = 0
+    halves = [default.get(name) for name in ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim")]
+    if None not in halves and halves[0] == halves[1] + halves[2]:
+        values["head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
     if isinstance(default.get("rope_parameters"), dict) and default["rope_parameters"]:
-        values["rope_parameters"] = _rope(default["rope_parameters"], values.get("head_dim", HEAD_SIZE))
+        sections = 3 * _reads_sections(default.get("model_type", ""))
+        values["rope_parameters"] = _rope(default["rope_parameters"], values.get("head_dim", HEAD_SIZE), sections)
     return values
+
+
+def _reads_sections(model_type: str) -> bool:
+    """Tell if the code of a type has sections of its rotary embeddings, for time, height and width."""
+    module = CONFIG_MAPPING[model_type].__module__ if model_type in CONFIG_MAPPING else ""
+    found = importlib.util.find_spec(module.replace(".configuration_", ".modeling_")) if module else None
+    return found is not None and '"mrope_section"' in Path(str(found.origin)).read_text(encoding="utf-8")
 
 
 def _layers(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
@@ -143,11 +165,12 @@ def _layers(default: dict[str, Any], wanted: int | None) -> dict[str, Any]:
     return values | {key: 2 for key in ("encoder_layers", "num_encoder_layers") if key in default}
 
 
-def _rope(given: dict[str, Any], head_size: int) -> dict[str, Any]:
+def _rope(given: dict[str, Any], head_size: int, default_sections: int) -> dict[str, Any]:
+    """Rotary embeddings with sections that fit the head size: as many as are given, or that the code reads."""
     rope = copy.deepcopy(given)
-    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if sections := part.get("mrope_section"):
+    inner = [value for value in rope.values() if isinstance(value, dict)]
+    for part in inner or [rope]:
+        if count := len(part.get("mrope_section", ())) or default_sections:
             half = int(head_size * part.get("partial_rotary_factor", 1.0)) // 2
-            part["mrope_section"] = [half // len(sections)] * len(sections)
-            part["mrope_section"][0] += half - sum(part["mrope_section"])
+            part["mrope_section"] = [(half + count - 1 - place) // count for place in range(count)]
     return rope

@@ -15,7 +15,8 @@ def reader(folder: Path) -> Reader:
     def read(entry: MatrixEntry) -> Decoded:
         if entry.rows:
             parts = [files.read(key) for key, _ in entry.rows]
-            return Decoded(np.concatenate([part for part, _ in parts]).astype(np.float32), parts[0][1])
+            below = [part[entry.address.index] if part.ndim == 3 else part for part, _ in parts]
+            return Decoded(np.concatenate(below).astype(np.float32), parts[0][1])
         tensor, dtype = files.read(entry.source_key)
         weight = tensor if entry.address.index is None else tensor[entry.address.index]
         return Decoded((weight.T if entry.address.transposed else weight).astype(np.float32), dtype)

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from mspc.errors import InputError
-from mspc.model.auto_class import is_multimodal
+from mspc.model.auto_class import is_multimodal, model_class
 from mspc.storage.checkpoint import STORABLE, StoredType
 
 FLOATS = ("float64", *STORABLE)
@@ -21,12 +21,17 @@ SUPPORTED = (
 GIVE = "Give a causal language model"
 DECODERS_IN_ANY_CASE = "gpt_neox"
 """Causal models whose config says that they are no decoders."""
-OTHER_TASKS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+OTHER_TASKS = (
+    "MaskedLM", "SequenceClassification", "TokenClassification", "ImageClassification", "QuestionAnswering",
+    "MultipleChoice",
+)  # fmt: skip
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "n_positions",
 )  # fmt: skip
 """Sizes that no model has without a tensor of about that many rows, columns or layers."""
+MAY_BE_ZERO = ("intermediate_size", "head_dim")
+"""0 where blocks have no such part: an MLP, or the part of heads that is rotated."""
 TOLERANCE = 16
 """Larger sizes than the tensors show, by this factor, would take minutes to refuse otherwise."""
 
@@ -65,6 +70,10 @@ def check_task(config: PreTrainedConfig, folder: Path) -> None:
         if inner is not config and type(inner) in MODEL_FOR_CAUSAL_LM_MAPPING:
             remedy = f"Save its language model, a {inner.model_type}, to a folder of its own and give that"
         raise InputError(f"{what}, which is no causal language model. {remedy}: {SUPPORTED}.")
+    if model_class(config).forward is nn.Module.forward:  # a frame around models that do the work
+        parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig) and is_multimodal(part)]
+        remedy = f"Save its {parts[0].model_type} to a folder of its own and give that" if parts else GIVE
+        raise InputError(f"{what}, which has no forward pass of its own. {remedy}: {SUPPORTED}.")
     if (
         getattr(type(config), "is_decoder", None) is False
         and config.is_decoder is False
@@ -82,7 +91,7 @@ def check_sizes(config: PreTrainedConfig, types: Mapping[str, StoredType]) -> No
     largest = max([len(types), *(size for _, shape in types.values() for size in shape)], default=0)
     for name in SIZES:
         size = setting_of(config, name)
-        if isinstance(size, int) and not (name != "intermediate_size") <= size <= TOLERANCE * largest:
+        if isinstance(size, int) and not (name not in MAY_BE_ZERO) <= size <= TOLERANCE * largest:
             raise InputError(
                 f"{name} is {size} in config.json, but no tensor of the checkpoint has more than {largest} rows or "
                 "columns. Give the config.json that belongs to the weights."

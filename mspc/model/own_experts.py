@@ -155,9 +155,9 @@ def _adopt_routers(model: nn.Module) -> bool:
 def _groups_tokens(module: nn.Module) -> bool:
     """Tell if a module returns, for random tokens, what `GroupingRouter` says."""
     layer, count, size = (getattr(module, name, None) for name in ("layer", "num_experts", "top_k"))
-    tried: Any = copy.copy(module)
     if not isinstance(layer, nn.Linear) or not isinstance(count, int) or not isinstance(size, int):
         return False
+    tried: Any = copy.copy(module)
     with torch.device("cpu"), torch.no_grad():
         tried._modules = {"layer": nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)}
         hidden = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))

@@ -130,9 +130,9 @@ def match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], known
             source_tensors[name] = source_tensors[known[0]]
 
 
-def parts_of_one(source_tensors: Mapping[str, SourceTensors], names: Iterable[str]) -> list[str]:
-    """Those of some parameters that are one of several parts of a tensor."""
-    return [name for name in names if name in source_tensors and source_tensors[name].is_part]
+def made_of_others(source_tensors: Mapping[str, SourceTensors], names: Iterable[str]) -> list[str]:
+    """Those of some parameters that a conversion makes of tensors of the source."""
+    return [name for name in names if name in source_tensors and source_tensors[name].converter is not None]
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -25,7 +25,7 @@ from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_
 from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
 from mspc.model.own_experts import adopt_experts
 from mspc.model.rows import Rows, rows_of_slices
-from mspc.model.source_tensors import flips, map_keys, match_ties, parts_of_one
+from mspc.model.source_tensors import flips, made_of_others, map_keys, match_ties
 from mspc.storage.checkpoint import STORABLE, UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
 
@@ -258,12 +258,14 @@ class StreamedModel:
         return found
 
     def _check_parts(self, blocks: Iterable[BlockMatrices]) -> None:
-        """Raises InputError for a block most of whose weights are parts of larger tensors of the checkpoint."""
+        """Raises InputError for a block most of whose weights transformers makes of others, as the model is loaded."""
         for block in blocks:
             names = [f"{self.block_name(block.index)}.{name}" for name in block.refused()]
-            for name in parts_of_one(self.source_tensors, names):
+            for name in made_of_others(self.source_tensors, names):
+                origin = self.source_tensors[name]
+                how = "is one of several parts of" if origin.is_part else "has other rows than"
                 raise InputError(
-                    f"{name} is one of several parts of {self.source_tensors[name].keys[0]} in the checkpoint, which "
+                    f"{name} {how} {origin.keys[0]} in the checkpoint, which "
                     "mspc cannot compress there. Save the model first with a tensor for each parameter: "
                     "from_pretrained, save_pretrained(..., save_original_format=False)."
                 )

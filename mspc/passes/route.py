@@ -68,11 +68,11 @@ class _Trial:
         names = self.model.block_name
 
         def block(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.called.append(index)
             if not last:
                 self.axis = self.axis_of(hidden)
             elif hidden.shape != last[0].shape or not torch.equal(hidden, last[0]):
-                self.faults.append(f"something comes between {names(self.called[-1])} and {names(index)}")
-            self.called.append(index)
+                self.faults.append(f"something comes between {names(self.called[-2])} and {names(index)}")
             self.given.append(_tensors(args, kwargs))
             output = torch.randn(hidden.shape, generator=generator).to(hidden)
             last[:] = [output.clone()]  # the model may write to what it is given
@@ -151,6 +151,11 @@ def find_route(model: StreamedModel) -> Route:
             except Exception as error:  # whatever a model raises that unpacks other outputs
                 if is_out_of_memory(error):
                     raise
+                if not trial.called:
+                    raise InputError(
+                        f"{type(model.model).__name__} does not get from text alone to its first block "
+                        f"({in_brief(error)}). Give a model that needs no images, sound or other input with a text."
+                    ) from error
                 reasons.append(in_brief(error))
                 continue
             if fault is None:

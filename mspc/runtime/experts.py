@@ -31,14 +31,20 @@ def replace_experts(model: PreTrainedModel, parameters: Mapping[str, Slices]) ->
     for parameter, slices in parameters.items():
         owner_name, _, leaf = parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
-        delattr(owner, leaf)
+        _take_out(owner, leaf)
         if leaf == projections(owner)[-1]:  # the first parameter may have slices that no expert has
             owner.num_layers = len(slices)
-        owner._is_hf_initialized = True  # transformers would fill what is gone
         for index in range(len(slices)):
             owner.add_module(layer_name(leaf, index), SparseLinear(slices[index][1]))
     if parameters:
         model.set_experts_implementation(IMPLEMENTATION)
+
+
+def _take_out(owner: nn.Module, leaf: str) -> None:
+    """Leave a tensor without content in place of a parameter: transformers fills those that no file holds."""
+    empty = owner.get_parameter(leaf).detach().to("meta")
+    delattr(owner, leaf)
+    setattr(owner, leaf, empty)
 
 
 def _check(model: PreTrainedModel, parameter: str, slices: Slices) -> None:

@@ -192,10 +192,9 @@ def _artifact(folder: Path, check: bool) -> tuple[Any, dict[str, Any]]:
 def _class_and_config(folder: Path) -> tuple[Any, PreTrainedConfig]:
     """The class of the language model of a folder, and its config without a quantization."""
     config = load_config(folder)
-    found = model_class(config)
-    if found.config_class is not type(config):  # the language model of one that has other parts too
-        config = config.get_text_config()
-    return found, config
+    found, text = model_class(config), config.get_text_config()
+    # Some classes take configs of other types than their own: the language model is wanted only where it is that type.
+    return found, text if found.config_class is type(text) else config
 
 
 def _choose_dtype(asked: str | torch.dtype, device: torch.device, folder: Path) -> torch.dtype:

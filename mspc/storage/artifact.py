@@ -64,12 +64,15 @@ class ArtifactSource:
         """Matrices that are a whole tensor of the source, by its key."""
         self.slices: dict[str, list[MatrixEntry]] = defaultdict(list)
         """Matrices that are a slice of a tensor of the source, by its key."""
-        self.rows: dict[str, tuple[MatrixEntry, int, int]] = {}
-        """Tensors of the source that are rows of a matrix: the matrix, the first row and the number of rows."""
-        for entry in self.entries:
+        self.rows: dict[str, list[tuple[MatrixEntry, int, int]]] = defaultdict(list)
+        """Tensors of the source that are rows of a matrix: the matrix, the first row and the number of rows.
+
+        3-D ones are rows of several, one for each slice.
+        """
+        for entry in sorted(self.entries, key=lambda entry: entry.address.index or 0):
             first = 0
             for key, count in entry.rows:
-                self.rows[key] = (entry, first, count)
+                self.rows[key].append((entry, first, count))
                 first += count
             if entry.address.index is not None and not entry.rows:
                 self.slices[entry.source_key].append(entry)
@@ -100,8 +103,8 @@ class ArtifactSource:
                 weight = self.matrix(entry).weight
                 yield key, weight.T.contiguous() if entry.address.transposed else weight
             elif key in self.rows:
-                entry, first, count = self.rows[key]
-                yield key, self.matrix(entry).weight[first : first + count].clone()
+                parts = [self.matrix(entry).weight[first : first + count] for entry, first, count in self.rows[key]]
+                yield key, torch.stack(parts) if len(parts) > 1 else parts[0].clone()
             else:
                 yield key, self._sliced(key)
 
@@ -112,15 +115,18 @@ class ArtifactSource:
     def first_in(self, key: str) -> list[MatrixEntry]:
         """The compressed matrices whose first rows a tensor of the source has; each has one such tensor."""
         if key in self.rows:
-            entry, first, _ = self.rows[key]
-            return [] if first else [entry]
+            return [entry for entry, first, _ in self.rows[key] if not first]
         return [self.whole[key]] if key in self.whole else self.slices.get(key, [])
 
     def _type(self, key: str) -> StoredType:
         """The dtype and shape that a compressed tensor has in the source."""
+        if key in self.rows:
+            entry, _, count = self.rows[key][0]
+            several = (len(self.rows[key]),) if len(self.rows[key]) > 1 else ()
+            return str(entry.dtype).removeprefix("torch."), (*several, count, entry.shape[1])
         sliced = self.slices.get(key, [])
-        entry = self.whole.get(key) or (self.rows[key][0] if key in self.rows else sliced[0])
-        shape = (self.rows[key][2], entry.shape[1]) if key in self.rows else entry.shape
+        entry = self.whole.get(key) or sliced[0]
+        shape = entry.shape
         if entry.address.transposed:
             shape = shape[::-1]
         return str(entry.dtype).removeprefix("torch."), (entry.num_slices, *shape) if sliced else shape

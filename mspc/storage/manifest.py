@@ -60,7 +60,10 @@ class MatrixEntry:
     borrowed_tokens: int = 0
     """Tokens of its layer in the Gram of an expert that sees few."""
     rows: tuple[tuple[str, int], ...] = ()
-    """Tensors of the source, one below the other, that are this slice, and their numbers of rows; empty for one."""
+    """Tensors of the source, one below the other, that are this slice, and their numbers of rows; empty for one.
+
+    A tensor in the rows of several slices is 3-D, and each has the slice of its own index there.
+    """
     num_slices: int = 0
     """Number of slices of the parameter, if all are compressed, so that the artifact holds them in its place."""
 
