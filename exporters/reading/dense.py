@@ -17,6 +17,8 @@ def reader(folder: Path) -> Reader:
             parts = [files.read(key) for key, _ in entry.rows]
             return Decoded(np.concatenate([part for part, _ in parts]).astype(np.float32), parts[0][1])
         tensor, dtype = files.read(entry.source_key)
+        if entry.stacked:
+            tensor = tensor.reshape(-1, entry.shape[1 if entry.address.transposed else 0], tensor.shape[1])
         weight = tensor if entry.address.index is None else tensor[entry.address.index]
         return Decoded((weight.T if entry.address.transposed else weight).astype(np.float32), dtype)
 

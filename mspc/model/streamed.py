@@ -200,7 +200,11 @@ class StreamedModel:
 
     def num_slices(self, matrix: Matrix) -> int:
         """The number of slices of the parameter of a slice; 0 for a matrix that is a parameter."""
-        return 0 if matrix.index is None else len(self.model.get_parameter(matrix.parameter))
+        return 0 if matrix.index is None else len(matrix.slices(self.model.get_parameter(matrix.parameter)))
+
+    def is_stacked(self, matrix: Matrix) -> bool:
+        """Tell if a matrix is a part of the rows of a 2-D parameter."""
+        return matrix.index is not None and self.model.get_parameter(matrix.parameter).ndim == 2
 
     def compressed_keys(self, matrices: Iterable[Matrix]) -> set[str]:
         """The tensors of the source that are in these matrices."""

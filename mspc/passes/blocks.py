@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mspc import ranks
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
 from mspc.model.config_checks import largest_setting
-from mspc.model.experts import experts_per_token
+from mspc.model.experts import experts_per_token, matrix_shapes
 from mspc.model.streamed import Route, StreamedModel
 from mspc.passes.route import MOST_OUTPUTS, EarlyExit, as_outputs, find_route, replaced_forwards
 from mspc.threads import run_all
@@ -235,8 +235,9 @@ def pass_bytes(model: StreamedModel, block: nn.Module, batches: Sequence[Batch])
     """Bytes of one batch in a block: activations, estimated from its widest matrix, and attention scores."""
     if not batches:
         return 0
-    width = max((max(parameter.shape) for parameter in block.parameters() if parameter.ndim), default=0)
-    if any(parameter.ndim == 3 for parameter in block.parameters()):
+    shapes = list(matrix_shapes(block))
+    width = max((max(shape) for shape in shapes if shape), default=0)
+    if any(len(shape) == 3 for shape in shapes):
         width *= experts_per_token(model.config)
     ids, hidden = batches[0].ids, batches[0].hidden
     return BUFFERS * width * ids.numel() * hidden.itemsize + SCORES * scores_bytes(model, ids)

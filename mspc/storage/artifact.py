@@ -120,10 +120,12 @@ class ArtifactSource:
         """The dtype and shape that a compressed tensor has in the source."""
         sliced = self.slices.get(key, [])
         entry = self.whole.get(key) or (self.rows[key][0] if key in self.rows else sliced[0])
-        shape = (self.rows[key][2], entry.shape[1]) if key in self.rows else entry.shape
+        shape: tuple[int, ...] = (self.rows[key][2], entry.shape[1]) if key in self.rows else entry.shape
         if entry.address.transposed:
             shape = shape[::-1]
-        return str(entry.dtype).removeprefix("torch."), (entry.num_slices, *shape) if sliced else shape
+        if sliced:
+            shape = (entry.num_slices * shape[0], shape[1]) if entry.stacked else (entry.num_slices, *shape)
+        return str(entry.dtype).removeprefix("torch."), shape
 
     def _sliced(self, key: str) -> Tensor:
         """A tensor that is not one matrix, with all of its slices that are."""
