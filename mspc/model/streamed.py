@@ -42,8 +42,8 @@ class Route:
     """Lengths of tuples whose other values may reach a later block."""
     outside: tuple[str, ...]
     """Linear layers that run outside of the blocks, without the head."""
-    to_next: tuple[tuple[int, str], ...] = ()
-    """Returned values that the next block alone gets: places in the tuple, and names of its arguments."""
+    to_next: tuple[tuple[int, int | str], ...] = ()
+    """Returned values that the next block alone gets: places in the tuple, and positions or names of its arguments."""
     skipped: frozenset[int] = frozenset()
     """Blocks that text alone does not run, such as those of attention to images."""
 

@@ -30,7 +30,7 @@ from mspc.passes.blocks import (
     Logits,
     batches_of,
     batches_of_parts,
-    hand_over,
+    handed_over,
     hidden_of,
     logits_bytes,
     pass_bytes,
@@ -89,8 +89,8 @@ class BlockRun:
         if self.index not in route_of(self.model).skipped:
             call = with_entries(given := self.batch.calls[self.index], before, values)
             output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
-            hand_over(self.model, self.batch, self.index, output)
-            (after, values), hidden = written(call, before, given), hidden_of(self.model, self.batch, output)
+            after, values = written(call, before, given, handed_over(route_of(self.model), output))
+            hidden = hidden_of(self.model, self.batch, output)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
         self.layouts[self.index + 1 :] = [after]
