@@ -250,16 +250,26 @@ class StreamedModel:
             why = why if skip else "no block has a linear layer. Give another model"
             raise InputError(f"Nothing is left to compress: {why}.")
         self._check_storable(matrix for of_block in found for matrix in of_block)
-        first_name: dict[tuple[int, int | None], str] = {}
-        for matrix in (matrix for of_block in found for matrix in of_block):
-            parameter = self.model.get_parameter(matrix.parameter)
-            first = first_name.setdefault((id(parameter), matrix.index), matrix.name)
-            if first != matrix.name:
-                raise InputError(
-                    f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
-                    f"yet. Leave both dense with {skip_option([matrix.name, first])}."
-                )
+        self._check_shared(found)
         return found
+
+    def _check_shared(self, found: Sequence[Sequence[Matrix]]) -> None:
+        """Raises InputError, naming a pair, for matrices that several blocks share.
+
+        They are known by their tensors, as parameters of a block that was loaded are no longer those of the others.
+        """
+        alike: dict[tuple[str, int | None], list[tuple[str, str]]] = defaultdict(list)
+        for index, of_block in enumerate(found):
+            for matrix in of_block:
+                name = self.name_in_block(index, matrix)
+                alike[self.tensor_key(matrix), matrix.index].append((matrix.name, name))
+        shared = [names for names in alike.values() if len(names) > 1]
+        if shared:
+            (first, _), (second, _), *_ = shared[0]
+            raise InputError(
+                f"{second} and {first} are one weight shared by several blocks, which mspc cannot compress yet. Leave "
+                f"such weights dense with {skip_option(name for names in shared for _, name in names)}."
+            )
 
     def _check_parts(self, blocks: Iterable[BlockMatrices]) -> None:
         """Raises InputError for a block most of whose weights are parts of larger tensors of the checkpoint."""

@@ -201,7 +201,7 @@ def hand_over(model: StreamedModel, batch: Batch, index: int, output: Any) -> No
 
 
 def handed_over(route: Route, output: Any) -> dict[int | str, Any]:
-    """What a block returned for the next one alone, by the position or name of the argument."""
+    """Values that a block returned for the next one alone, by the position or name of the argument."""
     if not isinstance(output, tuple | list) or len(output) != route.num_outputs:
         return {}
     return {argument: output[place] for place, argument in route.to_next}
