@@ -256,19 +256,21 @@ class StreamedModel:
     def _check_shared(self, found: Sequence[Sequence[Matrix]]) -> None:
         """Raises InputError, naming a pair, for matrices that several blocks share.
 
-        They are known by their tensors, as parameters of a block that was loaded are no longer those of the others.
+        They are known by their tensors, as parameters of a block that was loaded are no longer those of the others, and
+        by their parameters, as blocks may share a layer whose tensor the checkpoint holds twice.
         """
-        alike: dict[tuple[str, int | None], list[tuple[str, str]]] = defaultdict(list)
+        alike: dict[tuple[str | int, int | None], list[tuple[str, str]]] = defaultdict(list)
         for index, of_block in enumerate(found):
             for matrix in of_block:
-                name = self.name_in_block(index, matrix)
-                alike[self.tensor_key(matrix), matrix.index].append((matrix.name, name))
-        shared = [names for names in alike.values() if len(names) > 1]
+                names = matrix.name, self.name_in_block(index, matrix)
+                for key in (self.tensor_key(matrix), id(self.model.get_parameter(matrix.parameter))):
+                    alike[key, matrix.index].append(names)
+        shared = [group for group in alike.values() if len(group) > 1]
         if shared:
             (first, _), (second, _), *_ = shared[0]
             raise InputError(
                 f"{second} and {first} are one weight shared by several blocks, which mspc cannot compress yet. Leave "
-                f"such weights dense with {skip_option(name for names in shared for _, name in names)}."
+                f"such weights dense with {skip_option(name for group in shared for _, name in group)}."
             )
 
     def _check_parts(self, blocks: Iterable[BlockMatrices]) -> None:
