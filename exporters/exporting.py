@@ -114,7 +114,7 @@ def check(
     for matrix in matrices:
         if matrix.name.endswith("]") and not FORMATS[format_name].holds_slices:
             raise InputError(
-                f"{matrix.name}: {format_name} cannot hold one slice of a 3-D parameter; export dense, or leave it out "
+                f"{matrix.name}: {format_name} cannot hold one slice of a parameter; export dense, or leave it out "
                 "with --skip."
             )
     if not FORMATS[format_name].holds_slices and is_multimodal(load_config(folder)):

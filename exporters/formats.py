@@ -23,7 +23,7 @@ class Format:
     if_installed: tuple[str, ...] = ()
     """Runtimes that `verify` runs it in too where they are installed."""
     holds_slices: bool = False
-    """True if it holds matrices that are slices of a 3-D parameter (experts)."""
+    """True if it holds matrices that are slices of a parameter (experts)."""
 
 
 FORMATS = {

@@ -80,7 +80,7 @@ def export(artifact: ArtifactSource, out: Path, options: Options, step: Step) ->
     for entry in artifact.entries:
         if entry.address.index is not None and not entry.num_slices:
             raise InputError(
-                f"{entry.name}: sparse cannot hold one slice of a 3-D parameter without the others; export dense."
+                f"{entry.name}: sparse cannot hold one slice of a parameter without the others; export dense."
             )
     carry(artifact.folder, out)
     quantization = quantization_config(artifact.entries)

@@ -144,9 +144,10 @@ class CompressedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """The address of one weight matrix: a parameter of the model, or one slice of a 3-D parameter (an expert).
+    """The address of one weight matrix: a parameter of the model, or one slice of it (an expert).
 
     `shape` is (O, I) whatever the storage; `transposed` marks parameters stored as (I, O), as GPT-2's Conv1D does.
+    Slices of a 2-D parameter are stacked: slice i is the i-th part of its rows.
     """
 
     parameter: str
@@ -165,8 +166,12 @@ class Matrix:
 
     def read(self, parameter: Tensor) -> Tensor:
         """The matrix (O, I), a view of its parameter."""
-        view = parameter if self.index is None else parameter[self.index]
+        view = parameter if self.index is None else self.slices(parameter)[self.index]
         return view.T if self.transposed else view
+
+    def slices(self, parameter: Tensor) -> Tensor:
+        """The parameter of a slice as (E, O, I), or (E, I, O) where it is transposed; a view."""
+        return parameter.unflatten(0, (-1, self.shape[self.transposed])) if parameter.ndim == 2 else parameter
 
 
 MatricesByBlock = Sequence[Sequence[Matrix]]

@@ -96,8 +96,9 @@ class Watch(TorchFunctionMode):
                     if tensor.ndim < 2 or not 0 <= first < parameter.numel():
                         continue
                     self.read[name] = parameter.numel()
-                    if parameter.ndim == 3 and len(tensors) > 1:
-                        index = first // parameter.stride(0) if tensor.ndim == 2 else None
+                    is_part = tensor.ndim == 2 and tensor.numel() < parameter.numel()  # rows of experts, as in DBRX
+                    if (parameter.ndim == 3 or is_part) and len(tensors) > 1:
+                        index = first // tensor.numel() if tensor.ndim == 2 else None
                         self.note(name, index, tensors[1 - position].detach())
         return result
 
@@ -291,6 +292,9 @@ def check_errors(rows: Any, original: Any, compressed: Any, calibration: Path) -
         if row["output_error"] is None:
             continue
         both = [m.get_parameter(row["parameter"]).double() for m in (original, compressed)]
+        if row.get("stacked"):
+            count = both[0].numel() // (row["shape"][0] * row["shape"][1])
+            both = [w.view(count, -1, w.shape[1]) for w in both]
         weight, result = (w if row["index"] is None else w[row["index"]] for w in both)
         if row["transposed"]:
             weight, result = weight.T, result.T

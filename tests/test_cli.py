@@ -585,7 +585,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(where, name, artifact, tmp_
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "cannot be read"), ('{"format_version": 2}', "upgrade")],
+    [("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "cannot be read"), ('{"format_version": 3}', "upgrade")],
 )
 def test_manifests_that_cannot_be_read(content, message, tmp_path):
     (tmp_path / "mspc.json").write_text(content)

@@ -486,7 +486,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "indices": (tensor(f"{NM_MATRIX}.indices", torch.zeros_like), f"{FIRST} its indices are not 2 ascending"),
     "mask": (tensor(f"{MASKED}.mask", flip_one), f"{SECOND} its row_offsets do not count"),
     "offsets": (tensor(f"{MASKED}.row_offsets", lambda _: None), f"{SECOND} its row_offsets are missing"),
-    "version": (lambda folder: redescribe(folder, lambda config: config.update(format_version=3)), "upgrade mspc"),
+    "version": (lambda folder: redescribe(folder, lambda config: config.update(format_version=4)), "upgrade mspc"),
     "pattern": (row(MASKED, pattern="3:5"), f"{SECOND} pattern 3:5 fixes"),
     "sparsity": (row(MASKED, sparsity=0.25), f"{SECOND} its codes are torch.uint8 (960,)"),
     "layer": (row(NM_MATRIX, parameter=EXPERTS), f"{FIRST} the model has no linear layer {EXPERTS}"),

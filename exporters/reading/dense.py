@@ -18,6 +18,8 @@ def reader(folder: Path) -> Reader:
             below = [part[entry.address.index] if part.ndim == 3 else part for part, _ in parts]
             return Decoded(np.concatenate(below).astype(np.float32), parts[0][1])
         tensor, dtype = files.read(entry.source_key)
+        if entry.stacked:
+            tensor = tensor.reshape(-1, entry.shape[1 if entry.address.transposed else 0], tensor.shape[1])
         weight = tensor if entry.address.index is None else tensor[entry.address.index]
         return Decoded((weight.T if entry.address.transposed else weight).astype(np.float32), dtype)
 

@@ -1,14 +1,14 @@
-"""Experts that a model keeps in 3-D parameters, one matrix per expert and projection.
+"""Experts that a model keeps in one parameter per projection, one matrix per expert: 3-D, or stacked in two dimensions.
 
 transformers lets a function stand in for the forward of such a module (`ALL_EXPERTS_FUNCTIONS`). Ours knows a module by
 the attributes that transformers gives it, and runs products in one order, whichever experts the tokens choose: first
-all experts' first products, then all second ones. It tells `before_product` of the module, if it is set, about all
-products of a projection before it makes the first of them, and `after_product` afterwards. A projection may be a layer
-of its own, as it is where experts stay compressed.
+all experts' first products (of each first projection, as DBRX has two), then all second ones. It tells `before_product`
+of the module, if it is set, about all products of a projection before it makes the first of them, and `after_product`
+afterwards. A projection may be a layer of its own, as it is where experts stay compressed.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,8 @@ IMPLEMENTATION = "mspc"
 """The name of `experts_forward` among the implementations of transformers."""
 SETTINGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """The attributes by which transformers describes a module of experts."""
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "weight")
 WHOLE_TRIAL = 2**22
-"""Weights of a parameter that is random everywhere in a trial. In larger ones all experts are the same."""
+"""Weights of a parameter that is random everywhere in a trial. Larger ones repeat fewer numbers."""
 
 
 CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
@@ -46,14 +45,38 @@ class Product(NamedTuple):
 
 
 def projections(experts: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of the first and the second product, or of the only one."""
-    only: str | None = getattr(experts, "only_projection", None)
-    return (only,) if only else ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    """The names of the parameters of the first products and of the second one, or of the only one."""
+    own: tuple[str, ...] | None = getattr(experts, "own_projections", None)
+    return own or ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Tell if a module has the attributes by which transformers describes experts."""
+    return all(hasattr(module, name) for name in SETTINGS)
+
+
+def slices(experts: nn.Module, parameter: Tensor) -> Tensor:
+    """A parameter as one matrix for each expert, (E, ...): of a 2-D one, which has them one below the other, a view."""
+    return parameter if parameter.ndim > 2 else parameter.unflatten(0, (num_experts(experts), -1))
+
+
+def matrix_shapes(block: nn.Module) -> Iterator[tuple[int, ...]]:
+    """The shapes of the parameters of a block, those of experts (E, ...)."""
+    for module in block.modules():
+        of_experts = projections(module) if holds_experts(module) else ()
+        for leaf, parameter in module.named_parameters(recurse=False):
+            yield tuple(slices(module, parameter).shape if leaf in of_experts else parameter.shape)
+
+
+def is_transposed(experts: nn.Module, parameter: str) -> bool:
+    """Tell if the matrices of a parameter are (I, O)."""
+    return bool(experts.is_transposed) or parameter in getattr(experts, "transposed_projections", ())
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:
-    """The most experts that a token is routed to, 1 for a model without experts."""
-    return max(1, *(largest_setting(config, name) for name in CHOSEN))
+    """The most experts that a token is routed to, 1 for a model without experts. DBRX has it in a config of its own."""
+    parts = [part for part in vars(config.get_text_config()).values() if isinstance(part, PreTrainedConfig)]
+    return max(1, *(largest_setting(part, name) for part in (config, *parts) for name in CHOSEN))
 
 
 def layer_name(parameter: str, expert: int) -> str:
@@ -63,7 +86,7 @@ def layer_name(parameter: str, expert: int) -> str:
 
 def num_experts(experts: nn.Module) -> int:
     held = experts._parameters.get(projections(experts)[-1])
-    count: int = experts.num_layers if held is None else len(held)  # type: ignore[assignment]
+    count: int = len(held) if held is not None and held.ndim > 2 else experts.num_layers  # type: ignore[assignment]
     return count
 
 
@@ -97,20 +120,20 @@ def is_watched(experts: nn.Module) -> bool:
 
 
 def multiplied(experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Both products of experts, on the inputs (t, H) of each, whose numbers are `tokens` (t).
+    """All products of experts, on the inputs (t, H) of each, whose numbers are `tokens` (t).
 
     Slices of the first parameter that no expert has come with no inputs.
     """
     unused = getattr(experts, "unused_slices", ()) if is_watched(experts) else ()
-    first, second = projections(experts)
+    *first, second = projections(experts)
+    given = dict(inputs)
     if unused and inputs:
         none, of_none = next(iter(inputs.values()))[:0], next(iter(tokens.values()))[:0]
         tokens = {**tokens, **dict.fromkeys(unused, of_none)}
-        up = products(experts, first, {**inputs, **dict.fromkeys(unused, none)}, tokens)
-    else:
-        up = products(experts, first, inputs, tokens)
+        given |= dict.fromkeys(unused, none)
+    ups = [products(experts, parameter, given, tokens) for parameter in first]
     gate = experts._apply_gate if experts.has_gate else experts.act_fn
-    return products(experts, second, {expert: gate(up[expert]) for expert in inputs}, tokens)
+    return products(experts, second, {expert: gate(*(up[expert] for up in ups)) for expert in inputs}, tokens)
 
 
 def products(
@@ -142,21 +165,23 @@ def _times(experts: Any, parameter: str, expert: int, inputs: Tensor) -> Tensor:
     if layer is not None:
         outputs: Tensor = layer(inputs)
         return outputs if bias is None else outputs + bias
-    weight = getattr(experts, parameter)[expert]
-    return nn.functional.linear(inputs, weight.T if experts.is_transposed else weight, bias)
+    weight = slices(experts, getattr(experts, parameter))[expert]
+    return nn.functional.linear(inputs, weight.T if is_transposed(experts, parameter) else weight, bias)
 
 
 def expert_matrices(full: str, leaf: str, experts: nn.Module) -> list[Matrix]:
     """The matrices of a parameter with the name `full`, `leaf` in its module; none if it is not one of experts."""
-    if not all(hasattr(experts, name) for name in SETTINGS) or leaf not in projections(experts):
+    if not holds_experts(experts) or leaf not in projections(experts):
         return []
     parameter = experts._parameters.get(leaf)
-    understood = getattr(experts, "is_adopted", False) or (parameter is not None and is_understood(experts))
-    if parameter is None or parameter.ndim != 3 or not understood:
+    if parameter is None:
         return []
-    transposed = bool(experts.is_transposed)
-    num_out, num_in = parameter.shape[:0:-1] if transposed else parameter.shape[1:]
-    return [Matrix(full, (num_out, num_in), index, transposed) for index in range(len(parameter))]
+    is_adopted = getattr(experts, "is_adopted", False)
+    if not is_adopted and (parameter.ndim != 3 or not is_understood(experts)):
+        return []
+    transposed, of_each = is_transposed(experts, leaf), slices(experts, parameter)
+    num_out, num_in = of_each.shape[:0:-1] if transposed else of_each.shape[1:]
+    return [Matrix(full, (num_out, num_in), index, transposed) for index in range(len(of_each))]
 
 
 def is_understood(experts: nn.Module) -> bool:
@@ -201,9 +226,13 @@ def same_on_random(
         generator = torch.Generator().manual_seed(0)
 
         def random(like: Tensor) -> nn.Parameter:
-            shape = (1, *like.shape[1:]) if like.numel() > WHOLE_TRIAL else like.shape
+            is_large = like.numel() > WHOLE_TRIAL
+            shape = (1, *like.shape[1:]) if is_large else like.shape  # all experts are the same
+            if is_large and like.ndim == 2:
+                shape = (sum(like.shape),)  # each row is the one above it, moved by one place
             drawn = torch.randn(shape, generator=generator) / max(like.shape[-1], 1) ** 0.5
-            return nn.Parameter(drawn.expand(like.shape), requires_grad=False)
+            drawn = drawn.as_strided(like.shape, (1, 1)) if drawn.ndim < like.ndim else drawn.expand(like.shape)
+            return nn.Parameter(drawn, requires_grad=False)
 
         tensors: dict[int, Any] = {id(parameter): random(parameter) for parameter in experts.parameters()}
         config = getattr(experts, "config", None)

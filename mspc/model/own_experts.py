@@ -1,4 +1,4 @@
-"""Experts in 3-D parameters that transformers does not describe: they get a description, and a forward of ours.
+"""Experts that transformers does not describe: they get a description, and a forward of ours.
 
 A form knows the parameters of such a module and what it is given. A module whose class is not that of the form, but
 which computes the same on random numbers, is adopted. Its class becomes one that has the forward of the form.
@@ -117,7 +117,7 @@ class Grouped(_Form):
     """The matrices of one projection, given the inputs (T k, I) of all experts, one below the other (JetMoE)."""
 
     has_gate = False
-    only_projection = "weight"
+    own_projections = ("weight",)
 
     def forward(self, inputs: Tensor, sizes: Groups) -> Tensor:
         ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -126,7 +126,7 @@ class Grouped(_Form):
             if size or is_watched(self):
                 tokens[expert], order = sizes.tokens[end - size : end].sort()
                 orders[expert] = end - size + order
-        outputs = products(self, self.only_projection, {expert: inputs[at] for expert, at in orders.items()}, tokens)
+        outputs = products(self, *self.own_projections, {expert: inputs[at] for expert, at in orders.items()}, tokens)
         return torch.cat(list(outputs.values()))[torch.cat(list(orders.values())).argsort()]
 
     @staticmethod
@@ -139,6 +139,34 @@ class Grouped(_Form):
         groups = Groups(torch.bincount(chosen, minlength=count).tolist())
         groups.tokens = order // size
         return hidden[groups.tokens], groups
+
+
+class StackedMatrices(_Form):
+    """The parameters (E I, H) of `Stacked`, in a module of their own."""
+
+    own_projections = ("w1", "v1", "w2")
+    transposed_projections = ("w2",)
+
+    def _apply_gate(self: Any, gate: Tensor, up: Tensor) -> Tensor:
+        inner: Tensor = self.activation_fn(gate) * up
+        return inner
+
+
+class Stacked(nn.Module):
+    """Experts whose matrices are the rows of three 2-D parameters, one expert after the other (DBRX).
+
+    The first two are multiplied by the same input, and the third is transposed.
+    """
+
+    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        rows = hidden_states.flatten(0, -2)
+        return experts_forward(self.mlp, rows, top_k_index, top_k_weights).view_as(hidden_states)
+
+    @staticmethod
+    def arguments(experts: Any, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Arguments for the trial of a module."""
+        hidden, index, weights = routed(generator, experts.mlp.w1.shape[1], experts.num_experts)
+        return hidden[None], index, weights
 
 
 def _adopt_routers(model: nn.Module) -> bool:
@@ -182,7 +210,7 @@ def adopt_experts(model: nn.Module) -> None:
         if form is Grouped and not groups_tokens:
             continue
         if form is not None and _is(form, module):
-            module.__class__ = _classes.setdefault((form, type(module)), _described(form, type(module)))
+            _adopt(form, module)
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -192,8 +220,10 @@ _tried: dict[tuple[type, str], bool] = {}
 def _form_of(module: nn.Module) -> Any:
     """The form that a module may have, by its parameters; None for those that transformers describes."""
     parameters = dict(module.named_parameters(recurse=False))
-    if any(hasattr(module, name) for name in SETTINGS):
+    if any(hasattr(module, name) for name in SETTINGS) or isinstance(module, Stacked):
         return None
+    if _has_stacked_matrices(module):
+        return Stacked
     if set(parameters) == {"weight"} and parameters["weight"].ndim == 3:
         return Grouped if len(inspect.signature(module.forward).parameters) == 2 else None
     if set(parameters) != {"gate_up_proj", "down_proj"}:
@@ -203,6 +233,27 @@ def _form_of(module: nn.Module) -> Any:
     if hasattr(module, "total_experts"):
         return WithIdentities
     return AllTokens if len(inspect.signature(module.forward).parameters) == 1 else Routed
+
+
+def _has_stacked_matrices(module: Any) -> bool:
+    """Tell if the parts of a module are those of `Stacked`."""
+    parameters = dict(module.named_parameters())
+    if set(parameters) != {f"mlp.{leaf}" for leaf in StackedMatrices.own_projections}:
+        return False
+    count, shapes = getattr(module, "num_experts", None), {parameter.shape for parameter in parameters.values()}
+    if not isinstance(count, int) or count < 1 or len(shapes) != 1 or not hasattr(module.mlp, "activation_fn"):
+        return False
+    (shape,) = shapes
+    return len(shape) == 2 and shape[0] % count == 0
+
+
+def _adopt(form: Any, module: Any) -> None:
+    """Make a module one of a form."""
+    if form is Stacked:
+        module.mlp.num_layers = module.num_experts
+        _adopt(StackedMatrices, module.mlp)
+    own = type(module)
+    module.__class__ = _classes.setdefault((form, own), _described(form, own))
 
 
 def _described(form: Any, own: type) -> type:
@@ -215,11 +266,10 @@ def _is(form: Any, module: nn.Module) -> bool:
     settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
     kind = (type(module), repr((settings, shapes)))
     if kind not in _tried:
-        described = _described(form, type(module))
         own = type(module).forward
 
         def ours(tried: Any, *given: Tensor) -> Tensor:
-            tried.__class__ = described
+            _adopt(form, tried)
             outputs: Tensor = tried(*given)
             return outputs
 

@@ -42,8 +42,8 @@ class Route:
     """Lengths of tuples whose other values may reach a later block."""
     outside: tuple[str, ...]
     """Linear layers that run outside of the blocks, without the head."""
-    to_next: tuple[tuple[int, str], ...] = ()
-    """Returned values that the next block alone gets: places in the tuple, and names of its arguments."""
+    to_next: tuple[tuple[int, int | str], ...] = ()
+    """Returned values that the next block alone gets: places in the tuple, and positions or names of its arguments."""
     skipped: frozenset[int] = frozenset()
     """Blocks that text alone does not run, such as those of attention to images."""
 
@@ -200,7 +200,11 @@ class StreamedModel:
 
     def num_slices(self, matrix: Matrix) -> int:
         """The number of slices of the parameter of a slice; 0 for a matrix that is a parameter."""
-        return 0 if matrix.index is None else len(self.model.get_parameter(matrix.parameter))
+        return 0 if matrix.index is None else len(matrix.slices(self.model.get_parameter(matrix.parameter)))
+
+    def is_stacked(self, matrix: Matrix) -> bool:
+        """Tell if a matrix is a part of the rows of a 2-D parameter."""
+        return matrix.index is not None and self.model.get_parameter(matrix.parameter).ndim == 2
 
     def compressed_keys(self, matrices: Iterable[Matrix]) -> set[str]:
         """The tensors of the source that are in these matrices."""
@@ -246,16 +250,28 @@ class StreamedModel:
             why = why if skip else "no block has a linear layer. Give another model"
             raise InputError(f"Nothing is left to compress: {why}.")
         self._check_storable(matrix for of_block in found for matrix in of_block)
-        first_name: dict[tuple[int, int | None], str] = {}
-        for matrix in (matrix for of_block in found for matrix in of_block):
-            parameter = self.model.get_parameter(matrix.parameter)
-            first = first_name.setdefault((id(parameter), matrix.index), matrix.name)
-            if first != matrix.name:
-                raise InputError(
-                    f"{matrix.name} and {first} are one weight shared by several blocks, which mspc cannot compress "
-                    f"yet. Leave both dense with {skip_option([matrix.name, first])}."
-                )
+        self._check_shared(found)
         return found
+
+    def _check_shared(self, found: Sequence[Sequence[Matrix]]) -> None:
+        """Raises InputError, naming a pair, for matrices that several blocks share.
+
+        They are known by their tensors, as parameters of a block that was loaded are no longer those of the others, and
+        by their parameters, as blocks may share a layer whose tensor the checkpoint holds twice.
+        """
+        alike: dict[tuple[str | int, int | None], list[tuple[str, str]]] = defaultdict(list)
+        for index, of_block in enumerate(found):
+            for matrix in of_block:
+                names = matrix.name, self.name_in_block(index, matrix)
+                for key in (self.tensor_key(matrix), id(self.model.get_parameter(matrix.parameter))):
+                    alike[key, matrix.index].append(names)
+        shared = [group for group in alike.values() if len(group) > 1]
+        if shared:
+            (first, _), (second, _), *_ = shared[0]
+            raise InputError(
+                f"{second} and {first} are one weight shared by several blocks, which mspc cannot compress yet. Leave "
+                f"such weights dense with {skip_option(name for group in shared for _, name in group)}."
+            )
 
     def _check_parts(self, blocks: Iterable[BlockMatrices]) -> None:
         """Raises InputError for a block most of whose weights transformers makes of others, as the model is loaded."""

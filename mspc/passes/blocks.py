@@ -5,7 +5,7 @@ Activations live in host memory, or in files of a folder for models and texts th
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mspc import ranks
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
 from mspc.model.config_checks import largest_setting
-from mspc.model.experts import experts_per_token
+from mspc.model.experts import experts_per_token, matrix_shapes
 from mspc.model.streamed import Route, StreamedModel
 from mspc.passes.route import MOST_OUTPUTS, EarlyExit, as_outputs, find_route, replaced_forwards
 from mspc.threads import run_all
@@ -35,6 +35,11 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def given(self, values: Mapping[int | str, Any]) -> "Call":
+        """The call with other arguments, by position or name."""
+        args = tuple(values.get(position, value) for position, value in enumerate(self.args))
+        return Call(args, self.kwargs | {name: value for name, value in values.items() if isinstance(name, str)})
 
 
 @dataclass
@@ -184,20 +189,22 @@ def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) 
 
 
 def hand_over(model: StreamedModel, batch: Batch, index: int, output: Any) -> None:
-    """Give the next block what this one returned for it, such as the tokens that an indexer chose."""
-    to_next = route_of(model).to_next
-    if not to_next or index + 1 == len(batch.calls) or not _has_choices(output, to_next):
-        return
-    call = batch.calls[index + 1]
-    batch.calls[index + 1] = Call(call.args, call.kwargs | {name: output[place] for place, name in to_next})
+    """Give the next block what this one returned for it, such as the tokens that an indexer chose, or router states.
+
+    Blocks before this one are done with the batch, and what they were given is dropped.
+    """
+    handed = handed_over(route_of(model), output)
+    if handed and index + 1 < len(batch.calls):
+        batch.calls[index + 1] = batch.calls[index + 1].given(handed)
+    if handed and index > 0:
+        batch.calls[index - 1] = batch.calls[index - 1].given(dict.fromkeys(handed))
 
 
-def _has_choices(output: Any, to_next: Sequence[tuple[int, str]]) -> bool:
-    """Tell if all that a block returned for the next one has no gradient: nothing, or integers."""
-    if not isinstance(output, tuple | list) or len(output) <= max(place for place, _ in to_next):
-        return False
-    given = [output[place] for place, _ in to_next]
-    return all(value is None or (isinstance(value, Tensor) and not value.is_floating_point()) for value in given)
+def handed_over(route: Route, output: Any) -> dict[int | str, Any]:
+    """Values that a block returned for the next one alone, by the position or name of the argument."""
+    if not isinstance(output, tuple | list) or len(output) != route.num_outputs:
+        return {}
+    return {argument: output[place] for place, argument in route.to_next}
 
 
 def hidden_of(model: StreamedModel, batch: Batch, output: Any) -> Tensor:
@@ -205,7 +212,7 @@ def hidden_of(model: StreamedModel, batch: Batch, output: Any) -> Tensor:
     several = isinstance(output, tuple | list) and len(output) > 0
     if several and any(value is not None for value in output[1:]):
         route = route_of(model)
-        known = len(output) == route.num_outputs and route.to_next and _has_choices(output, route.to_next)
+        known = handed_over(route, output)
         if (len(output) in route.handed_on and not known) or len(output) > MOST_OUTPUTS:
             raise InputError(
                 f"A block of {type(model.model).__name__} returns {len(output)} values, and later blocks may read more "
@@ -235,8 +242,9 @@ def pass_bytes(model: StreamedModel, block: nn.Module, batches: Sequence[Batch])
     """Bytes of one batch in a block: activations, estimated from its widest matrix, and attention scores."""
     if not batches:
         return 0
-    width = max((max(parameter.shape) for parameter in block.parameters() if parameter.ndim), default=0)
-    if any(parameter.ndim == 3 for parameter in block.parameters()):
+    shapes = list(matrix_shapes(block))
+    width = max((max(shape) for shape in shapes if shape), default=0)
+    if any(len(shape) == 3 for shape in shapes):
         width *= experts_per_token(model.config)
     ids, hidden = batches[0].ids, batches[0].hidden
     return BUFFERS * width * ids.numel() * hidden.itemsize + SCORES * scores_bytes(model, ids)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
 from mspc.errors import ActivationError, InputError
-from mspc.model.experts import Product
+from mspc.model.experts import Product, holds_experts
 from mspc.model.matrices import skip_option
 from mspc.model.streamed import StreamedModel
 from mspc.numerics.linalg import precise_matmul
@@ -30,7 +30,7 @@ from mspc.passes.blocks import (
     Logits,
     batches_of,
     batches_of_parts,
-    hand_over,
+    handed_over,
     hidden_of,
     logits_bytes,
     pass_bytes,
@@ -89,8 +89,8 @@ class BlockRun:
         if self.index not in route_of(self.model).skipped:
             call = with_entries(given := self.batch.calls[self.index], before, values)
             output = functional_call(self.block, weights, (hidden, *call.args), call.kwargs)
-            hand_over(self.model, self.batch, self.index, output)
-            (after, values), hidden = written(call, before, given), hidden_of(self.model, self.batch, output)
+            after, values = written(call, before, given, handed_over(route_of(self.model), output))
+            hidden = hidden_of(self.model, self.batch, output)
         if self.index == len(self.batch.calls) - 1:  # the head reads hidden states alone
             after, values = Layout(before.hidden), []
         self.layouts[self.index + 1 :] = [after]
@@ -188,8 +188,8 @@ class OutputFisher(Measure):
             g = of_outputs.get(id(output), torch.zeros_like(output.value)).flatten(0, -2)
             factors[output.name].append(_fisher_factor(g, output.tokens, *run.batch.ids.shape))
         return gradient, {
-            name: torch.stack(factors[name]) if weight.ndim == 3 else factors[name][-1]
-            for name, weight in run.weights.items()
+            name: torch.stack(factors[name]) if holds_experts(module) else factors[name][-1]
+            for name, module in modules.items()
         }
 
     def value(self, matrix: Matrix, kept: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def _outputs_of(modules: dict[str, nn.Module], weights: Weights) -> Iterator[lis
 
         return after
 
-    experts = {name: module for name, module in modules.items() if weights[name].ndim == 3}
+    experts = {name: module for name, module in modules.items() if holds_experts(module)}
     handles = [m.register_forward_hook(keep(name)) for name, m in modules.items() if name not in experts]
     for module in experts.values():
         names = {name.rpartition(".")[2]: name for name, owner in experts.items() if owner is module}

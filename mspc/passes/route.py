@@ -213,17 +213,18 @@ def _is_close(one: Tensor, other: Tensor, share: float) -> bool:
     return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
 
 
-def _handed_on(model: StreamedModel, num_outputs: int) -> list[tuple[int, str]] | None:
-    """The places of what a block returns after the hidden states, and the names by which the next block gets it.
+def _handed_on(model: StreamedModel, num_outputs: int) -> list[tuple[int, int | str]] | None:
+    """The places of what a block returns after the hidden states, and the arguments in which the next block gets it.
 
     None where it gets elsewhere, or the model computes with it.
     """
-    arrived: list[set[tuple[int, str]]] = []
+    arrived: list[set[tuple[int, int | str]]] = []
     elsewhere = False
 
     def block(index: int, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal elsewhere
-        named = {(value.place, name): value for name, value in kwargs.items() if isinstance(value, _Extra)}
+        arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        named = {(value.place, name): value for name, value in arguments if isinstance(value, _Extra)}
         extras = sum(isinstance(leaf, _Extra) for leaf in tree_leaves((hidden, args, kwargs)))
         elsewhere |= extras > len(named) or any(value.index != index - 1 for value in named.values())
         arrived.append(set(named))
@@ -238,8 +239,8 @@ def _handed_on(model: StreamedModel, num_outputs: int) -> list[tuple[int, str]] 
         if is_out_of_memory(error):
             raise
         return None  # it computes with them, or unpacks another number of values
-    places = arrived[1] if len(arrived) > 1 else set[tuple[int, str]]()
-    return None if elsewhere or any(found != places for found in arrived[2:]) else sorted(places)
+    places = arrived[1] if len(arrived) > 1 else set[tuple[int, int | str]]()
+    return None if elsewhere or any(found != places for found in arrived[2:]) else sorted(places, key=str)
 
 
 def _logits(model: StreamedModel, ids: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Tensors that blocks write to a mapping which they are all given, such as keys and values that later blocks read.
 
-Gradients reach such tensors through the mapping only. In the reverse walk they travel with the hidden states: a state
-is one flat tensor, the hidden states and then all that blocks before have written. Where nothing is written, it is the
-hidden states themselves.
+Gradients reach such tensors through the mapping only, and those that a block returns for the next one, such as router
+states, through its arguments. In the reverse walk they travel with the hidden states: a state is one flat tensor, the
+hidden states and then all that blocks before have written or handed on. Where there is nothing else, it is the hidden
+states themselves.
 """
 
 import copy
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from mspc.errors import InputError
 from mspc.passes.blocks import Call
 
 Place = tuple[int | str, Any]
-"""The position or name of an argument, and the key in it; None for an argument that is no mapping."""
+"""The position or name of an argument, and the key in it; None for an argument that is no mapping, or handed on."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """A value of a mapping: `leaves` of a structure, a `Piece` for each tensor that may have a gradient."""
+    """A value of a mapping, or one that is handed on.
+
+    `leaves` are those of a structure, with a `Piece` for each tensor that may have a gradient.
+    """
 
     place: Place
     leaves: tuple[Any, ...]
@@ -65,27 +69,30 @@ class Layout:
 
 
 def with_entries(call: Call, layout: Layout, values: Sequence[Tensor]) -> Call:
-    """The call with mappings of its own, which hold these values of a layout."""
+    """The call with these values of a layout: mappings of its own hold them, or they are arguments themselves."""
     args = [_own(value) for value in call.args]
     kwargs = {name: _own(value) for name, value in call.kwargs.items()}
     left = iter(values)
     for entry in layout.entries:
         argument, key = entry.place
-        mapping = args[argument] if isinstance(argument, int) else kwargs[argument]
+        arguments: Any = args if isinstance(argument, int) else kwargs
         leaves = [next(left) if isinstance(leaf, Piece) else leaf for leaf in entry.leaves]
-        mapping[key] = tree_unflatten(leaves, entry.spec)
+        holder, key = (arguments, argument) if key is None else (arguments[argument], key)
+        holder[key] = tree_unflatten(leaves, entry.spec)
     return Call(tuple(args), kwargs)
 
 
-def written(call: Call, layout: Layout, before: Call) -> tuple[Layout, list[Tensor]]:
+def written(
+    call: Call, layout: Layout, before: Call, handed: Mapping[int | str, Any] | None = None
+) -> tuple[Layout, list[Tensor]]:
     """The layout and the values of what the mappings of a call hold now and those of `before` do not.
 
-    `call` is that of `with_entries` after its block has run, and `before` the one that it was made of.
+    `call` is that of `with_entries` after its block has run, and `before` the one that it was made of. `handed` are
+    arguments of the next block alone; what this block got in their place goes no further.
     """
-    entries, values, old = [], [], dict(places(before))
-    for place, value in places(call):
-        if place in old and old[place] is value:
-            continue
+    entries, values, old, handed = [], [], dict(places(before)), handed or {}
+    changed = [(p, v) for p, v in places(call) if p[0] not in handed and not (p in old and old[p] is v)]
+    for place, value in (*changed, *(((argument, None), value) for argument, value in handed.items())):
         leaves, spec = tree_flatten(value)
         moving = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]
         values += [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mspc.errors import InputError
-from mspc.model.experts import PROJECTIONS, Product, expert_matrices, projections
+from mspc.model.experts import Product, expert_matrices, holds_experts, projections
 from mspc.model.matrices import LINEAR, outside_note
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import batches_of, route_of, run_block, without_blocks
@@ -86,7 +86,7 @@ def _irregular(block: nn.Module, run: partial[torch.Tensor]) -> tuple[set[str], 
     experts = {
         name: module
         for name, module in block.named_modules()
-        if any(expert_matrices(n, n, module) for n in PROJECTIONS)
+        if holds_experts(module) and any(expert_matrices(leaf, leaf, module) for leaf in projections(module))
     }
     weights = {f"{name}.weight" for name in layers}
     weights |= {f"{name}.{leaf}" for name, module in experts.items() for leaf in projections(module)}

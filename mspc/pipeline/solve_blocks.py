@@ -360,4 +360,5 @@ def entry_of(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, Tenso
         borrowed_tokens=solved.borrowed_tokens,
         rows=model.rows_of(solved.matrix),
         num_slices=model.num_slices(solved.matrix),
+        stacked=model.is_stacked(solved.matrix),
     )

@@ -126,10 +126,12 @@ class ArtifactSource:
             return str(entry.dtype).removeprefix("torch."), (*several, count, entry.shape[1])
         sliced = self.slices.get(key, [])
         entry = self.whole.get(key) or sliced[0]
-        shape = entry.shape
+        shape: tuple[int, ...] = entry.shape
         if entry.address.transposed:
             shape = shape[::-1]
-        return str(entry.dtype).removeprefix("torch."), (entry.num_slices, *shape) if sliced else shape
+        if sliced:
+            shape = (entry.num_slices * shape[0], shape[1]) if entry.stacked else (entry.num_slices, *shape)
+        return str(entry.dtype).removeprefix("torch."), shape
 
     def _sliced(self, key: str) -> Tensor:
         """A tensor that is not one matrix, with all of its slices that are."""

@@ -16,7 +16,8 @@ from mspc.formats.targets import target_from_dict, target_to_dict
 from mspc.storage.journal import NAME as JOURNAL
 from mspc.types import EMBEDDINGS, HEAD, Matrix, PlannedMatrix, Target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The highest that is read. Artifacts without stacked slices are version 1."""
 MANIFEST = "mspc.json"
 EXPORT_MANIFEST = "mspc_export.json"
 """The file that an export has in place of the manifest."""
@@ -66,6 +67,8 @@ class MatrixEntry:
     """
     num_slices: int = 0
     """Number of slices of the parameter, if all are compressed, so that the artifact holds them in its place."""
+    stacked: bool = False
+    """True for a slice that is a part of the rows of a 2-D tensor of the source."""
 
     @property
     def name(self) -> str:
@@ -140,6 +143,7 @@ class MatrixEntry:
                 borrowed_tokens=row.get("borrowed_tokens", 0),
                 rows=tuple((str(key), int(count)) for key, count in row.get("rows", ())),
                 num_slices=int(row.get("num_slices", 0)),
+                stacked=bool(row.get("stacked", False)),
             )
         except KeyError as error:
             raise InputError(f"{where} is damaged: the entry of {row.get('name')} lacks {error.args[0]}.") from error
@@ -148,7 +152,7 @@ class MatrixEntry:
 
 
 COPIED = ("pruned", "zeros", "sensitivity", "output_error", "damp", "propagation_damp", "precision", "num_tokens")
-OPTIONAL = ("role", "tied", "borrowed_tokens", "rows", "num_slices")
+OPTIONAL = ("role", "tied", "borrowed_tokens", "rows", "num_slices", "stacked")
 """Values of experts, head and embeddings, in a row that has them."""
 
 

@@ -23,11 +23,11 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.types import CompressedLinear
 
 QUANT_METHOD = "mspc"
-FORMAT_VERSION = 2
-"""The highest that is read. Folders without slices are version 1."""
+FORMAT_VERSION = 3
+"""The highest that is read. Folders without slices are version 1, and those without stacked ones version 2."""
 KEYS = (
     "parameter", "index", "shape", "transposed", "dtype", "pattern", "sparsity", "bits", "group_size", "symmetric",
-    "tied",
+    "tied", "stacked",
 )  # fmt: skip
 
 
@@ -46,13 +46,14 @@ def quantization_config(entries: Iterable[MatrixEntry]) -> dict[str, Any]:
     rows = {stored_name(entry): entry.to_row() for entry in entries}
     matrices = {name: {key: row[key] for key in KEYS if row.get(key) is not None} for name, row in rows.items()}
     version = 2 if any("index" in row for row in matrices.values()) else 1
+    version = 3 if any("stacked" in row for row in matrices.values()) else version
     return {"quant_method": QUANT_METHOD, "format_version": version, "matrices": matrices}
 
 
 def slices_of(config: Mapping[str, Any], where: Path | str) -> dict[str, dict[int, str]]:
-    """The names of the matrices that are slices of a 3-D parameter, by parameter and index.
+    """The names of the matrices that are slices of a parameter, by parameter and index.
 
-    Raises InputError, naming a matrix, where a parameter lacks a slice.
+    Raises InputError, naming a matrix, where a parameter lacks a slice, or where only some are stacked.
     """
     found: dict[str, dict[int, str]] = defaultdict(dict)
     rows = config.get("matrices")
@@ -69,6 +70,8 @@ def slices_of(config: Mapping[str, Any], where: Path | str) -> dict[str, dict[in
                 f"{where}, {slices[max(slices)]}: the matrices are not all slices of {parameter}. Get config.json "
                 "again, or export the artifact again."
             )
+        if len({bool(config["matrices"][name].get("stacked")) for name in slices.values()}) > 1:
+            raise InputError(f"{where}, {slices[0]}: stacked differs from slice to slice. Get config.json again.")
     return dict(found)
 
 
@@ -105,6 +108,8 @@ class SparseSource:
             for parameter, slices in slices_of(config, where).items()
         }
         sliced = {name: parameter for parameter, slices in self._sliced.items() for name, _ in slices}
+        rows = config["matrices"]
+        self._stacked = {key for key, slices in self._sliced.items() if rows[slices[0][0]].get("stacked")}
         self._matrices = {f"{name}.weight": (name, m) for name, m in matrices.items() if name not in sliced}
         self._name_of = {
             f"{name}.{part}": sliced.get(name, f"{name}.weight") for name, m in matrices.items() for part in m.tensors()
@@ -129,7 +134,9 @@ class SparseSource:
             shapes = {matrix.shape[::-1] if matrix.transposed else matrix.shape for _, matrix in slices}
             if len(shapes) > 1:
                 raise InputError(f"{slices[0][0]}: its shape is not that of the other slices of {key}.")
-            types[key] = (str(slices[0][1].dtype).removeprefix("torch."), (len(slices), *shapes.pop()))
+            num_rows, num_columns = shapes.pop()
+            leading = (len(slices) * num_rows,) if key in self._stacked else (len(slices), num_rows)
+            types[key] = (str(slices[0][1].dtype).removeprefix("torch."), (*leading, num_columns))
         return types
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +144,8 @@ class SparseSource:
             if key in self._matrices:
                 yield key, self._weight(*self._matrices[key])
             elif key in self._sliced:
-                yield key, torch.stack([self._weight(*of_slice) for of_slice in self._sliced[key]])
+                join = torch.cat if key in self._stacked else torch.stack
+                yield key, join([self._weight(*of_slice) for of_slice in self._sliced[key]])
             else:
                 yield from self._checkpoint.read([key])
 
@@ -196,8 +204,9 @@ def _description(row: Any, where: str) -> StoredMatrix:
         raise InputError(f"{where}: dtype must be one of {', '.join(STORABLE)}, not {dtype!r}.")
     if not isinstance(row.get("tied", ""), str):
         raise InputError(f"{where}: tied must be the name of a parameter, not {row['tied']!r}.")
-    if type(transposed) is not bool:
-        raise InputError(f"{where}: transposed must be true or false, not {transposed!r}.")
+    for key in ("transposed", "stacked"):
+        if type(value := row.get(key, False)) is not bool:
+            raise InputError(f"{where}: {key} must be true or false, not {value!r}.")
     try:
         target = target_from_dict(row)
     except InputError as error:
