@@ -90,3 +90,25 @@ def mixed(artifact_of: Callable[..., mspc.Artifact], tmp_path_factory: pytest.Te
     """The first matrix in 8 bits, one left dense, the others in 4 bits."""
     artifact = artifact_of("llama", skip=("layers.0.mlp.down_proj",))
     return tiny.mixed(artifact, artifact.path.parent / "model", tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose matrices take groups of 128."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny.build(tmp_path_factory.mktemp("bench") / "wide", "llama", **sizes)
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    folder_of: Callable[..., Path], calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`compressed(family or folder, **recipe)`: an artifact, with its sparse export in `exports/sparse`."""
+
+    def get(model: str | Path, **settings: object) -> Path:
+        out = tmp_path_factory.mktemp("bench") / "artifact"
+        folder = folder_of(model) if isinstance(model, str) else model
+        quick = {"solver": "mask", "criterion": "magnitude", "allocator": "uniform", "num_sequences": 2}
+        return tiny.compress(folder, out, calibration, exports=["sparse"], **quick | settings).path
+
+    return get

@@ -1,19 +1,11 @@
-"""The bench on a CPU, at sizes that take no time.
+"""The bench on a CPU, at sizes that take no time: what it refuses, its results, and how it tells them."""
 
-Oracles: transformers' own logits for the decoder; the packer of real exports, bit for bit, for random matrices; bytes
-in files and closed forms for what a step moves; numpy's percentiles; matrices in float64 for the int4 of torch.
-"""
-
-import importlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -21,23 +13,16 @@ from safetensors.torch import load_file, save_file
 from test_cli import mspc_cli, refused
 
 import mspc
-from mspc.bench import measure, timing
 from mspc.bench import run as bench_run
-from mspc.bench.decoder import Decoder, Operations, Shape, add_norm, gated, rotate
-from mspc.bench.formats import Source, describe, parse_format, random_stored
-from mspc.bench.measure import Sample, in_turns, measure_decode, measure_prefill, of_decoder, step_bytes
+from mspc.bench import timing
+from mspc.bench.decoder import Shape
 from mspc.bench.models import (
     SHAPES,
     TINYGEMM,
     copied_bytes,
-    engine_of,
-    format_of,
     matrices_of,
-    model_decoder,
     outer_bytes,
     random_bytes,
-    random_decoder,
-    random_outer,
     shape_of,
     stored_dtype,
 )
@@ -45,348 +30,17 @@ from mspc.bench.request import Request, check_memory, make_plan, needed_bytes
 from mspc.bench.rows import compare
 from mspc.bench.run import bench
 from mspc.bench.tables import compared_with, gain, notes, tables, verdicts
-from mspc.bench.timing import Ceilings, device_seconds, spread
-from mspc.bench.tinygemm import TinygemmLinear
+from mspc.bench.timing import spread
 from mspc.errors import InputError, MspcError
-from mspc.formats import layout
-from mspc.formats.decoding import decode_mask
-from mspc.kernels.cpu import library, memory
-from mspc.runtime.joined import ConcatenatedLinear
-from mspc.runtime.linear import SparseLinear
-from mspc.types import NM
 
 CPU = torch.device("cpu")
-ENGINE = f"C++, {library.available()[-1]}" if library.available() else "plain torch"
-DOCS = Path(__file__).parents[1] / "docs" / "benchmark.md"
-FORMATS = ("dense", "int8", "int4", "int3", "2:4", "4:8", "8:16", "5:16", "16:32", "2:4+int4", "6:16+int3", "50%")
-FORMATS += ("30%+int4", "70%+int3")
 SMALL = Shape("small", 128, 256, 2, 4, 2, 32, 260, tied=False)
-CEILINGS = Ceilings(dict.fromkeys(("p10", "median", "p90"), 1e10), dict.fromkeys(("p10", "median", "p90"), 1e12))
 
 
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setitem(timing.GEMM_SIZE, "cpu", 32)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose matrices take groups of 128."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return tiny.build(tmp_path_factory.mktemp("bench") / "wide", "llama", **sizes)
-
-
-@pytest.fixture(scope="module")
-def compressed(
-    folder_of: Callable[..., Path], calibration: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """`compressed(family or folder, **recipe)`: an artifact, with its sparse export in `exports/sparse`."""
-
-    def get(model: str | Path, **settings: object) -> Path:
-        out = tmp_path_factory.mktemp("bench") / "artifact"
-        folder = folder_of(model) if isinstance(model, str) else model
-        quick = {"solver": "mask", "criterion": "magnitude", "allocator": "uniform", "num_sequences": 2}
-        return tiny.compress(folder, out, calibration, exports=["sparse"], **quick | settings).path
-
-    return get
-
-
-# The decoder
-
-
-def greatest_difference(decoder: Decoder, logits: torch.Tensor, ids: torch.Tensor, prompt: int) -> float:
-    """From those of transformers (B, T, V): after a prompt, and after each token that is then given one by one."""
-    cache = decoder.cache(len(ids), ids.shape[1])
-    with torch.no_grad():
-        found = [decoder(ids[:, :prompt], cache, 0)]
-        found += [decoder(ids[:, i : i + 1], cache, i) for i in range(prompt, ids.shape[1])]
-    return float((torch.stack(found, 1) - logits[:, prompt - 1 :]).abs().max())
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-        ("llama", {"rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        }}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {}),
-        ("qwen3", {}),
-    ],
-    ids=["llama", "tied, biases", "llama3 rotations", "mistral", "qwen2", "qwen3"],
-)  # fmt: skip
-def test_the_decoder_computes_what_transformers_does(family, changes, tmp_path):
-    folder, ids = tiny.build(tmp_path / "model", family, **changes), tiny.ids(2)
-    with torch.no_grad():
-        logits = tiny.reference(folder)(input_ids=ids, use_cache=False).logits
-    decoder = model_decoder(folder, tiny.LENGTH, CPU, Operations())
-    assert format_of(decoder) == "dense"
-    for prompt in (1, 10):
-        assert greatest_difference(decoder, logits, ids, prompt) < 3e-5 * float(logits.abs().max())
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "name", "is_joined"),
-    [
-        ("qwen2", {"pattern": "2:4", "bits": 4, "group_size": 16}, "2:4+int4", True),
-        ("llama", {"pattern": "8:16"}, "8:16", True),
-        ("llama", {"sparsity": 0.5}, "50%", False),
-        ("llama", {"pattern": "2:4", "skip": ["k_proj"]}, "mixed", False),
-    ],
-    ids=str,
-)
-def test_compressed_models_run_as_they_are_stored(family, settings, name, is_joined, compressed):
-    """Oracle: the dense export of the same artifact in transformers; the bytes of the files.
-
-    Inputs of codes are rounded to 16 bits in C++.
-    """
-    artifact = compressed(family, **settings)
-    mspc.Artifact(artifact).export("dense", artifact.with_name("dense"), verify=False, progress=False)
-    ids = tiny.ids(2)
-    with torch.no_grad():
-        logits = tiny.reference(artifact.with_name("dense"))(input_ids=ids, use_cache=False).logits
-    for folder in (artifact, artifact / "exports" / "sparse"):
-        decoder = model_decoder(folder, tiny.LENGTH, CPU, Operations())
-        limit = 1e-3 if library.available() and "bits" in settings else 3e-5
-        assert greatest_difference(decoder, logits, ids, 8) < limit * float(logits.abs().max())
-        assert format_of(decoder) == name
-        assert engine_of(decoder) == ENGINE
-        assert isinstance(decoder.blocks[0].qkv, SparseLinear if is_joined else ConcatenatedLinear)
-        stored = load_file(artifact / "exports" / "sparse" / "model.safetensors")
-        linears = sum(tensor.nbytes for key, tensor in stored.items() if "_proj" in key)
-        biases = sum(tensor.nbytes for key, tensor in stored.items() if key.endswith("bias"))
-        assert decoder.weight_bytes()["linears"] in (linears, linears - biases)
-
-
-@pytest.mark.skipif(not library.available(), reason="there is no C++ compiler")
-@pytest.mark.parametrize("name", ["dense", TINYGEMM, "2:4+int4", "50%", "50%+int3"])
-def test_blocks_of_random_weights_are_the_same_at_other_addresses(name):
-    """Oracle: the first block. Weights of all formats lie in the memory for huge pages, and are read from it."""
-    first, second = random_decoder(SMALL, name, random_outer(SMALL, 8, CPU), Operations()).blocks
-    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(first.qkv(x), second.qkv(x))
-    assert not {t.data_ptr() for t in first.buffers()} & {t.data_ptr() for t in second.buffers()}
-    for block in (first, second):
-        largest = max(block.down.buffers(), key=lambda buffer: buffer.nbytes)
-        assert name == TINYGEMM or largest.untyped_storage().nbytes() >= memory.BLOCK
-
-
-@pytest.mark.skipif(not library.available(), reason="there is no C++ compiler")
-def test_inputs_of_8_bits_are_those_of_the_operator(wide, compressed):
-    """Oracle: `mspc.load` with the same inputs. Where they have no effect they are refused."""
-    artifact = compressed(wide, pattern="2:4", bits=4)
-    request = Request((str(artifact),), contexts=(8,), prefills=(8,), repeats=1, inputs="int8", device="cpu")
-    row = next(row for row in bench(request, progress=False)["rows"] if row["name"] == str(artifact))
-    assert row["engine"] == f"{ENGINE}, int8 inputs"
-    rounded, usual = (
-        mspc.evaluate(artifact, max_windows=20, progress=False, inputs=inputs).perplexity
-        for inputs in ("int8", "int16")
-    )
-    assert row["perplexity"] == rounded != usual
-    with pytest.raises(InputError, match="--inputs int8 has no effect on matrices without codes"):
-        make_plan(Request((str(wide),), shapes="from-model", formats=("2:4",), inputs="int8", device="cpu"))
-    with pytest.raises(InputError, match="Unknown inputs 'int4'"):
-        make_plan(Request((str(wide),), inputs="int4", device="cpu"))
-
-
-def test_operations_can_be_traced_whole():
-    """Oracle: the same functions, not compiled."""
-    x, w = torch.randn(2, 1, 64), torch.rand(64)
-    qkv, cos, sin = torch.randn(2, 3, 64), torch.rand(3, 8), torch.rand(3, 8)
-    norms = torch.rand(8), torch.rand(8)
-    for function, given in (
-        (add_norm, (x, x + 1, w, 1e-5)),
-        (rotate, (qkv, cos, sin, 4, 2, norms, 1e-5)),
-        (gated, (x,)),
-    ):
-        traced = torch.compile(function, backend="eager", fullgraph=True)
-        torch.testing.assert_close(traced(*given), function(*given))
-
-
-def test_operations_that_do_not_compile_are_plain_and_reported(monkeypatch, caplog):
-    """The compiler raises; tensors for CUDA are made on the CPU."""
-
-    def fails(*args):
-        raise RuntimeError("no gcc\nhere")
-
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    monkeypatch.setattr(Operations, "compiled", lambda operations: Operations(fails, fails, fails))
-    with caplog.at_level("INFO", logger="mspc"):
-        operations, kind = bench_run.choose_operations(torch.device("cuda"))
-    assert (operations, kind) == (Operations(), "plain")
-    assert caplog.messages[0].endswith(": no gcc")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-@pytest.mark.parametrize("name", ["dense", "2:4+int4", "8:16"])
-def test_a_graph_repeats_the_step(name):
-    """Oracle: the step run by itself."""
-    device = torch.device("cuda")
-    decoder = random_decoder(SMALL, name, random_outer(SMALL, 16, device), Operations())
-    cache, ids = decoder.cache(2, 16), torch.randint(260, (2, 1), device=device)
-    with torch.no_grad():
-        replay = timing.captured(lambda: decoder(ids, cache, 9), device)
-        ids.copy_(torch.randint(260, (2, 1), device=device))
-        torch.testing.assert_close(replay().clone(), decoder(ids, cache, 9))
-
-
-# Random matrices
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_random_matrices_are_what_the_packer_of_exports_makes(name):
-    """Unpacked and packed again they are the same bytes; every group is filled, and nothing that is kept is zero."""
-    matrix = describe((24, 384), parse_format(name), "m")
-    stored = random_stored(matrix, Source.seeded(0, CPU))
-    whole = layout.decode(stored, matrix, "m")
-    packed = layout.with_offsets(layout.pack(whole, matrix.dtype), matrix, "m")
-    assert packed.keys() == stored.keys()
-    assert all(torch.equal(packed[part], stored[part]) for part in stored)
-    mask = decode_mask(stored, matrix, 0, 24)
-    assert int(mask.sum()) == matrix.num_kept
-    if isinstance(matrix.pattern, NM):
-        assert set(mask.view(-1, matrix.pattern.of).sum(1).tolist()) == {matrix.pattern.keep}
-    if matrix.grid is None:
-        assert bool((whole.weight[mask] != 0).all())
-    again = random_stored(matrix, Source.seeded(0, CPU))
-    assert all(torch.equal(again[part], stored[part]) for part in stored)
-
-
-@pytest.mark.parametrize("name", ["dense", TINYGEMM, "int4", "2:4", "8:16", "2:4+int4", "50%", "50%+int4"])
-def test_random_layers_keep_the_size_of_their_input(name):
-    layers = random_decoder(SMALL, name, random_outer(SMALL, 8, CPU), Operations()).blocks[0]
-    with torch.no_grad():
-        out = layers.down(torch.randn(200, 256, generator=torch.Generator().manual_seed(0)))
-    assert 0.8 < float(out.std()) < 1.25
-
-
-def test_the_int4_of_torch_multiplies_by_its_codes():
-    shape = (32, 256)
-    layer = TinygemmLinear(shape, Source.seeded(3, CPU), torch.float32)
-    drawn = Source.seeded(3, CPU).stream(32, 256, 4).numpy()
-    codes = np.stack([drawn >> 4, drawn & 15], -1).reshape(shape).astype(float)
-    scales = layer.scales_and_zeros[..., 0].double().numpy().T.repeat(128, 1)
-    weight = torch.from_numpy((codes - 8) * scales)
-    torch.testing.assert_close(layer.dense().double(), weight, rtol=1e-5, atol=1e-7)
-    x = torch.randn(2, 3, 256)
-    torch.testing.assert_close(layer(x).double(), x.double() @ weight.T, rtol=1e-4, atol=1e-4)
-
-
-# Bytes
-
-
-@pytest.mark.parametrize("name", ["dense", TINYGEMM, *FORMATS[1:]])
-def test_bytes_of_a_step_are_those_of_the_tensors(name):
-    decoder = random_decoder(SMALL, name, random_outer(SMALL, 40, CPU), Operations())
-    moved = step_bytes(of_decoder(decoder), batch=3, context=32)
-    states = [
-        block.state_dict(keep_vars=True) for block in decoder.blocks
-    ]  # kept, as tensors as stored are made for it
-    tensors = {id(tensor): tensor.nbytes for state in states for tensor in state.values()}
-    tensors[id(decoder.outer.norm)] = decoder.outer.norm.nbytes
-    assert moved["linears"] + moved["norms"] == sum(tensors.values())
-    assert moved["linears"] == random_bytes(SMALL, name, torch.float32)
-    assert moved["head"] == 260 * 128 * 4
-    assert moved["cache"] == 2 * 2 * (2 * 32) * 4 * 3 * 33  # keys and values, blocks, of a token, bytes, tokens
-    assert decoder.stored_bytes() == sum(moved.values()) - moved["cache"] + 260 * 128 * 4
-
-
-def test_bytes_of_formats_in_closed_form():
-    """Bits per weight of docs/sparse-format.md, in the shapes of Llama-3.1-8B, without making the model."""
-    weights = SHAPES["8b"].block_weights * SHAPES["8b"].blocks
-    assert weights == 6_979_321_856
-    bits = {"dense": 16, "int4": 4.125, "2:4": 9, "4:8": 9.5, "8:16": 10, "6:16": 7.5, "2:4+int4": 3.125}
-    found = {name: 8 * random_bytes(SHAPES["8b"], name, torch.bfloat16) / weights for name in bits}
-    assert found == bits
-    assert outer_bytes(SHAPES["8b"], torch.bfloat16) == 2 * 128256 * 4096 * 2
-    assert outer_bytes(SHAPES["1b"], torch.bfloat16) == 128256 * 2048 * 2
-    assert [SHAPES[name].cache_bytes(1, 2) for name in ("1b", "8b")] == [32768, 131072]
-
-
-def test_operations_are_counted_by_hand():
-    one = Shape("one", 8, 16, 1, 2, 1, 4, 10, tied=True)
-    linears = 2 * (16 * 8 + 8 * 8 + 32 * 8 + 8 * 16)
-    assert one.flops(1, 1, 0) == linears + 4 * 8 + 2 * 80
-    assert one.flops(3, 1, 5) == 3 * (linears + 4 * 8 * 6 + 2 * 80)
-    assert one.flops(1, 3, 0) == 3 * linears + 4 * 8 * (1 + 2 + 3) + 2 * 80
-
-
-# Timing
-
-
-def test_spreads_are_percentiles():
-    samples = [float(n) for n in np.random.default_rng(0).exponential(size=57)]
-    found = spread(samples)
-    for key, percent in (("p10", 10), ("median", 50), ("p90", 90)):
-        assert found[key] == pytest.approx(np.percentile(samples, percent))
-    assert spread([3.0]) == {"p10": 3.0, "median": 3.0, "p90": 3.0}
-    assert timing.inverse(found, 2.0)["p90"] == 2 / found["p10"]
-
-
-def test_what_is_slow_is_sampled_less_often(monkeypatch):
-    calls = []
-    step = lambda: calls.append(0) or torch.zeros(1)  # noqa: E731
-    assert len(device_seconds(step, CPU, 7)) == 7
-    assert len(calls) == 8
-    monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
-    assert len(device_seconds(step, CPU, 7)) == 1
-
-
-def test_measurements_predict_from_bytes_and_operations():
-    decoder = random_decoder(SMALL, "2:4", random_outer(SMALL, 40, CPU), Operations())
-    contender = of_decoder(decoder)
-    (decoded,) = measure_decode([contender], 2, 16, 3, CEILINGS)
-    total = sum(step_bytes(contender, 2, 16).values())
-    assert decoded["predicted_seconds"] == total / 1e10
-    assert decoded["bytes_per_second"]["median"] == pytest.approx(total / decoded["seconds"]["median"])
-    assert decoded["share_of_copy"] == pytest.approx(decoded["bytes_per_second"]["median"] / 1e10)
-    assert decoded["tokens_per_second"]["median"] == pytest.approx(2 / decoded["seconds"]["median"])
-    assert decoded["share_of_read"] is decoded["round_seconds"] is None
-    slow = Ceilings(CEILINGS.copy, dict.fromkeys(("p10", "median", "p90"), 1.0))
-    assert measure_prefill([contender], 24, 3, slow)[0]["predicted_seconds"] == SMALL.flops(1, 24, 0)
-    read = replace(CEILINGS, read=dict.fromkeys(("p10", "median", "p90"), 4e10))
-    (decoded,) = measure_decode([contender], 2, 16, 3, read)
-    assert decoded["predicted_seconds"] == total / 4e10
-    assert decoded["share_of_read"] == pytest.approx(decoded["share_of_copy"] / 4)
-
-
-def test_contenders_take_turns_and_the_first_round_is_left_out(monkeypatch):
-    """Oracle: a log of the calls, whose times are their places in it."""
-    calls = []
-
-    def contender(name):
-        def take(count):
-            calls.append((name, count))
-            return Sample(float(len(calls)))
-
-        return take
-
-    samples = in_turns([contender("a"), contender("b")], 3, 4)
-    assert calls == [("a", 4), ("b", 4)] * 4
-    assert [[sample.seconds for sample in found] for found in samples] == [[3, 5, 7], [4, 6, 8]]
-    monkeypatch.setattr(measure, "MOST_SECONDS", 1e-9)  # one round then
-    assert [len(found) for found in in_turns([lambda count: Sample(0.0)] * 2, 3, 4)] == [1, 1]
-    monkeypatch.setattr(measure, "MOST_SECONDS", 60.0)  # the steps of one take longer than that, so it is run once
-    takes = [lambda count, seconds=seconds: Sample(seconds) for seconds in (1.0, 20.0, 2.0)]
-    assert [[sample.seconds for sample in found] for found in in_turns(takes, 2, 4)] == [[1, 1], [20], [2, 2]]
-
-
-def test_ratios_are_those_of_the_same_rounds():
-    """Oracle: by hand. Two contenders that a busy machine slows in the same rounds differ by no noise."""
-    one, other = [1.0, 5.0, 2.0, 9.0, 1.0], [2.0, 10.0, 4.0, 18.0, 2.0]
-    rows = [{"round_seconds": seconds, "seconds": spread(seconds)} for seconds in (other, one)]
-    assert timing.ratios(*rows, in_turns=True) == {"p10": 2.0, "median": 2.0, "p90": 2.0}
-    found = timing.ratios(*rows, in_turns=False)
-    assert found == timing.ratios(*(row | {"round_seconds": None} for row in rows), in_turns=True)
-    assert found["p10"] == spread(other)["p10"] / spread(one)["p90"] < 1 < 2.0 == found["median"]
-    assert found["p90"] == spread(other)["p90"] / spread(one)["p10"]
 
 
 # Requests
@@ -675,87 +329,6 @@ def test_stored_dtypes_are_those_of_the_files(dtype, compressed, tmp_path):
     artifact = compressed(source, pattern="2:4", bits=4, group_size=16)
     assert {tensor.dtype for tensor in tiny.tensors(source).values()} == {dtype}
     assert {stored_dtype(path) for path in (source, artifact, artifact / "exports" / "sparse")} == {dtype}
-
-
-# benchmarks/gpu.py
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, whose parts do not measure the CPU for long."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    module = importlib.import_module("gpu")
-    module.gpu_parts = importlib.import_module("gpu_parts")
-    return module
-
-
-def test_what_is_predicted_is_what_the_documentation_says(gpu):
-    """Oracle: the table of docs/benchmark.md, which is rounded."""
-    rows = re.findall(r"^\| ([^|]+) \| ([\d. to]+) \| [^|]+ \| ([\d. to]+) \|", DOCS.read_text(), re.MULTILINE)
-    assert len(rows) == 12
-    for name, *of_shapes in rows:
-        for shape, milliseconds in zip(("8b", "1b"), of_shapes, strict=True):
-            greatest, *least = (float(number) / 1e3 for number in milliseconds.split(" to "))
-            found = gpu.gpu_parts.predicted(SHAPES[shape], {"bf16": "dense"}.get(name, name), 4.3e12)
-            assert found[1] == pytest.approx(greatest, rel=0.04)
-            assert found[0] == pytest.approx(least[0] if least else greatest, rel=0.06)
-
-
-def run_gpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main()
-    return stopped.value.code
-
-
-def test_every_part_runs_and_goes_on_where_it_was_cut_off(gpu, tmp_path, monkeypatch, capsys):
-    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 0
-    assert {path.name.partition("_")[0] for path in tmp_path.glob("*.md")} == set(gpu.PARTS)
-    results = {path.stem.partition("_")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-    assert all(result["finished"] and result["configuration"]["dry_run"] for result in results.values())
-    assert {path.name.partition("_")[0] for path in tmp_path.glob("*.png")} == {"decode-1b", "decode-8b", "layers"}
-    assert [unit["bench"]["name"] for unit in results["decode-1b"]["units"].values()][:2] == ["dense", "int4 (torch)"]
-    assert "no gain" in next(tmp_path.glob("decode-1b*.md")).read_text()
-    (path,) = tmp_path.glob("layers*.json")
-    cut = results["layers"]
-    kept = dict(list(cut["units"].items())[:2])
-    path.write_text(json.dumps(cut | {"units": kept, "finished": False}))
-    capsys.readouterr()
-    assert run_gpu(gpu, monkeypatch, "--dry-run", "--results", tmp_path) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" s")]
-    assert [line.partition(":")[0] for line in told] == ["layers, tiny gate_up", "layers, tiny down"]
-    after = json.loads(path.read_text())["units"]
-    assert {name: after[name] for name in kept} == kept
-
-
-def test_what_fails_does_not_stop_the_rest(gpu, tmp_path, monkeypatch, capsys):
-    def units(slot):
-        yield "bad", lambda: 1 / 0
-        yield "wrong", lambda: {"rows": [{"right": False}], "wrong": True}
-        yield "good", lambda: {"rows": [{"a": 1.0, "b": "x|y"}]}
-
-    def broken(result, path):
-        raise ModuleNotFoundError("No module named 'matplotlib'")
-
-    monkeypatch.setattr(gpu, "draw", broken)
-    monkeypatch.setitem(gpu.PARTS, "kernels", units)
-    asked = ("--dry-run", "--results", tmp_path, "--parts", "kernels")
-    assert run_gpu(gpu, monkeypatch, *asked) == 1
-    shown = capsys.readouterr().out
-    assert "FAILED kernels, bad: ZeroDivisionError: division by zero" in shown
-    assert "FAILED kernels, wrong: wrong results" in shown
-    assert "FAILED kernels, its figure: ModuleNotFoundError: No module named 'matplotlib'" in shown
-    (path,) = tmp_path.glob("*.json")
-    assert set(json.loads(path.read_text())["units"]) == {"bad", "wrong", "good"}
-    assert "| x\\|y |" in next(tmp_path.glob("*.md")).read_text()
-    monkeypatch.setattr(gpu, "draw", lambda result, path: None)
-    assert run_gpu(gpu, monkeypatch, *asked, "--minutes", -1) == 0
-    assert "kernels: out of time before bad; the same command goes on there" in capsys.readouterr().out
-
-
-def test_without_a_gpu_it_says_so(gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "There is no CUDA device here" in run_gpu(gpu, monkeypatch)
 
 
 # The command line
