@@ -9,7 +9,7 @@ import tiny
 import torch
 from test_gradients import Recording, hessian_products
 from test_gradients import opened as in_precision
-from test_routes import Call, reroute
+from test_rerouted import Call, reroute
 from test_walk import assert_gram
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
