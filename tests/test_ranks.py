@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cli import refused
 from test_resume import content
 from torch import Tensor
 from typer.testing import CliRunner
@@ -146,15 +147,13 @@ def test_experts_are_shared(number, folder_of, alone, shared, tmp_path):
     assert content(tmp_path / str(number)) == content(tmp_path / "1")
 
 
-def evaluated(*options: object) -> dict[str, float]:
-    done = subprocess.run(
-        [sys.executable, "-m", "mspc", "eval", *map(str, options), "--json", "--threads", "1"],
+def evaluated(*options: object) -> subprocess.CompletedProcess[str]:
+    """Run `mspc eval` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mspc", "eval", *map(str, options)],
         capture_output=True, text=True, timeout=600, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("Perplexity: done") == 1
-    return json.loads(done.stdout)
 
 
 def test_windows_of_a_test_text_are_shared(llama, folder_of, calibration):
@@ -170,30 +169,35 @@ def test_windows_of_a_test_text_are_shared(llama, folder_of, calibration):
         "--against",
         folder_of("qwen2"),
     )
-    expected, found = evaluated(*options), evaluated(*options, "--ranks", 2)
+    options = (*options, "--json", "--threads", 1)
+    alone = CliRunner().invoke(app, ["eval", *map(str, options)])
+    together = evaluated(*options, "--ranks", 2)
+    assert (alone.exit_code, together.returncode) == (0, 0), alone.stderr + together.stderr
+    assert alone.stderr.count("Perplexity: done") == together.stderr.count("Perplexity: done") == 1
+    expected, found = json.loads(alone.stdout), json.loads(together.stdout)
     assert found.keys() == expected.keys()
     assert (found["windows"], found["tokens"]) == (7, 7 * 23)
     for name in ("perplexity", "divergence", "perplexity_interval", "divergence_interval", "reference_perplexity"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+def test_ranks_cannot_share_fewer_windows(llama, calibration):
+    done = evaluated(llama, "--text", calibration, "--max-windows", 1, "--ranks", 2)
+    assert done.returncode == 2
+    assert "2 ranks cannot share 1 windows" in said(done)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--max-windows", 2, "--ranks", 4), "4 ranks cannot share 2 windows"),
         (("--inputs", "int8", "--ranks", 2), "ranks cannot share that"),
         (("--tasks", "arc_easy", "--ranks", 2), "--ranks has no effect with --tasks"),
         (("--ranks", 3), "3 ranks cannot share a run"),
     ],
 )
-def test_evaluations_that_ranks_cannot_share(options, message, llama, calibration, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "mspc", "eval", *map(str, (llama, "--text", calibration, *options))],
-        capture_output=True, text=True, timeout=600, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert message in said(done)
+def test_evaluations_that_ranks_cannot_share(options, message, llama, calibration, monkeypatch):
+    monkeypatch.setattr("mspc.cli.launching._launch", lambda _: pytest.fail("started"))
+    assert message in refused("eval", llama, "--text", calibration, *options)
 
 
 COLLECTIVES = """
