@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import mspc
 from mspc.errors import InputError
 from mspc.model.open import open_model
+from mspc.passes.trial import irregular_layers
 from mspc.storage.artifact import ArtifactSource
+from mspc.types import flatten
 
 SAMPLE = (
     "gemma3_text",  # windows, tied, scaled embeddings
@@ -41,6 +43,16 @@ SAMPLE = (
 def test_a_sample_of_all_kinds_works(key, tmp_path):
     row = architectures.tried(key, tmp_path)
     assert (row["verdict"], row["note"]) == ("works", ""), row.get("trace")
+
+
+def test_rows_of_3d_tensors_need_version_2(tmp_path):
+    """Version 1 would read one expert of each such tensor, and leave out the others."""
+    model = open_model(architectures.built("step3p7", tmp_path), device=torch.device("cpu"))
+    matrices = flatten(model.matrices((), irregular_layers(model)))
+    of_rows = [matrix for matrix in matrices if model.rows_of(matrix)]
+    assert of_rows
+    assert model.needs_version_2(of_rows)
+    assert not model.needs_version_2(matrix for matrix in matrices if matrix.index is None)
 
 
 def test_no_verdict_of_the_table_is_wrong():

@@ -58,18 +58,24 @@ def changed(blocks: nn.ModuleList, call: Call, hidden: Tensor) -> Tensor:
     return hidden
 
 
-@pytest.fixture
-def source(tmp_path, monkeypatch) -> Path:
-    """A Llama whose blocks hand a state to the next one, in float32, which depends on the weights and matters."""
+def built(folder: Path, monkeypatch: pytest.MonkeyPatch, state_of: Callable[[Tensor, Tensor], Tensor]) -> Path:
+    """A Llama whose blocks hand state_of(their input, their output) to the next one, which adds half of it."""
     own = LlamaDecoderLayer.forward
 
     def forward(self: Any, hidden: Tensor, state: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
-        found = own(self, hidden if state is None else hidden + 0.5 * torch.cat([state, state], -1), **given)
-        return found, found[..., :16] * found[..., 16:].tanh()
+        parts = [] if state is None else [state] * (hidden.shape[-1] // state.shape[-1])
+        found = own(self, hidden + 0.5 * torch.cat(parts, -1) if parts else hidden, **given)
+        return found, state_of(hidden, found)
 
-    folder = tiny.build(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
+    tiny.build(folder, "llama", num_hidden_layers=BLOCKS)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     return folder
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Path:
+    """Its states are in float32, depend on the weights, and matter."""
+    return built(tmp_path / "model", monkeypatch, lambda _, found: found[..., :16] * found[..., 16:].tanh())
 
 
 def opened(folder: Path) -> tuple[StreamedModel, list[list[Matrix]]]:
@@ -138,6 +144,22 @@ def test_states_are_dropped_when_the_blocks_are_done(source, monkeypatch):
         held = [isinstance(call.args[0], Tensor) for call in batch.calls]
         assert held == [False] * (BLOCKS - 1) + [True]
         assert batch.calls[-1].args[0].shape == (1, tiny.LENGTH, 16)
+
+
+@pytest.mark.parametrize(
+    "state_of", [lambda hidden, _: hidden, lambda _, found: found[..., :16]], ids=["input", "view of the output"]
+)
+def test_states_that_are_no_tensors_of_their_own(state_of, tmp_path, monkeypatch):
+    """Oracle: hooks on the whole model. Hidden states are written over, and the state must not change or keep them."""
+    source = built(tmp_path / "model", monkeypatch, state_of)
+    reroute(monkeypatch, by_position)
+    (model, matrices), ids = opened(source), tiny.ids(3)
+    expected = tiny.inputs_of(tiny.reference(source), ids, [matrix.name for matrix in flatten(matrices)])
+    batches = batches_of(model, ids, batch_size=2)
+    for visit in walk(model, batches, matrices):
+        assert_gram(visit, expected[visit.matrix.name])
+    states = [batch.calls[-1].args[0] for batch in batches]
+    assert [state.untyped_storage().nbytes() for state in states] == [4 * state.numel() for state in states]
 
 
 @pytest.mark.parametrize("run", [two_later, changed])

@@ -63,7 +63,7 @@ def slices(experts: nn.Module, parameter: Tensor) -> Tensor:
 def matrix_shapes(block: nn.Module) -> Iterator[tuple[int, ...]]:
     """The shapes of the parameters of a block, those of experts (E, ...)."""
     for module in block.modules():
-        of_experts = projections(module) if holds_experts(module) else ()
+        of_experts = projections(module) if getattr(module, "is_adopted", False) else ()
         for leaf, parameter in module.named_parameters(recurse=False):
             yield tuple(slices(module, parameter).shape if leaf in of_experts else parameter.shape)
 

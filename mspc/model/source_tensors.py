@@ -5,7 +5,7 @@ A parameter may be one tensor, several tensors, or a part of one.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -128,11 +128,6 @@ def match_ties(model: nn.Module, source_tensors: dict[str, SourceTensors], known
             assign(model, name, nn.Parameter(tensor, requires_grad=False))
         for name in set(aliases) - set(known):
             source_tensors[name] = source_tensors[known[0]]
-
-
-def made_of_others(source_tensors: Mapping[str, SourceTensors], names: Iterable[str]) -> list[str]:
-    """Those of some parameters that a conversion makes of tensors of the source."""
-    return [name for name in names if name in source_tensors and source_tensors[name].converter is not None]
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

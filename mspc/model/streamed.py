@@ -25,7 +25,7 @@ from mspc.model.matrices import BlockMatrices, Selection, check_patterns, check_
 from mspc.model.on_meta import assign, drop, get_tensor, named_tensors, parameters_on_meta
 from mspc.model.own_experts import adopt_experts
 from mspc.model.rows import Rows, rows_of_slices
-from mspc.model.source_tensors import flips, made_of_others, map_keys, match_ties
+from mspc.model.source_tensors import flips, map_keys, match_ties
 from mspc.storage.checkpoint import STORABLE, UNUSED, StoredType, TensorSource
 from mspc.types import Matrix
 
@@ -206,6 +206,11 @@ class StreamedModel:
         """Tell if a matrix is a part of the rows of a 2-D parameter."""
         return matrix.index is not None and self.model.get_parameter(matrix.parameter).ndim == 2
 
+    def needs_version_2(self, matrices: Iterable[Matrix]) -> bool:
+        """Tell if version 1 of artifacts cannot say where a matrix is: rows of a 2-D parameter, or of 3-D tensors."""
+        types = self.source.types()
+        return any(self.is_stacked(m) or any(len(types[key][1]) > 2 for key, _ in self.rows_of(m)) for m in matrices)
+
     def compressed_keys(self, matrices: Iterable[Matrix]) -> set[str]:
         """The tensors of the source that are in these matrices."""
         return {key for m in matrices for key in ([key for key, _ in self.rows_of(m)] or [self.tensor_key(m)])}
@@ -277,7 +282,7 @@ class StreamedModel:
         """Raises InputError for a block most of whose weights transformers makes of others, as the model is loaded."""
         for block in blocks:
             names = [f"{self.block_name(block.index)}.{name}" for name in block.refused()]
-            for name in made_of_others(self.source_tensors, names):
+            for name in filter(self._is_remade, names):
                 origin = self.source_tensors[name]
                 how = "is one of several parts of" if origin.is_part else "has other rows than"
                 raise InputError(
@@ -285,6 +290,11 @@ class StreamedModel:
                     "mspc cannot compress there. Save the model first with a tensor for each parameter: "
                     "from_pretrained, save_pretrained(..., save_original_format=False)."
                 )
+
+    def _is_remade(self, name: str) -> bool:
+        """Tell if transformers makes a parameter of tensors of the source that are no rows of it."""
+        origin = self.source_tensors.get(name)
+        return bool(origin and origin.converter) and not self.rows(name) and self.flips(name) is None
 
     def _check_storable(self, matrices: Iterable[Matrix]) -> None:
         """Raises InputError, naming the tensor, for a matrix of a dtype that artifacts do not hold."""
@@ -330,12 +340,8 @@ class StreamedModel:
         `irregular` are weights of layers that their block does not call exactly once.
         """
         selection = Selection(skip, only, include)
-        converted = {
-            name
-            for name, origin in self.source_tensors.items()
-            if origin.converter is not None and not self.rows(name) and self.flips(name) is None
-        }
-        parts = self.config, selection, converted.union(irregular), self.unread
+        remade = set(filter(self._is_remade, self.source_tensors))
+        parts = self.config, selection, remade.union(irregular), self.unread
         return [
             sort_block(index, self.block_name(index) + ".", block, *parts) for index, block in enumerate(self.blocks)
         ]

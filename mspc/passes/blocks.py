@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mspc import ranks
 from mspc.errors import ActivationError, InputError, MspcError, in_brief, is_out_of_memory
@@ -191,9 +192,10 @@ def run_block(model: StreamedModel, block: nn.Module, batch: Batch, index: int) 
 def hand_over(model: StreamedModel, batch: Batch, index: int, output: Any) -> None:
     """Give the next block what this one returned for it, such as the tokens that an indexer chose, or router states.
 
-    Blocks before this one are done with the batch, and what they were given is dropped.
+    Blocks before this one are done with the batch, and what they were given is dropped. The next block has a copy, as
+    hidden states are written over, and a view would keep all of its tensor.
     """
-    handed = handed_over(route_of(model), output)
+    handed = tree_map_only(Tensor, Tensor.clone, handed_over(route_of(model), output))
     if handed and index + 1 < len(batch.calls):
         batch.calls[index + 1] = batch.calls[index + 1].given(handed)
     if handed and index > 0:

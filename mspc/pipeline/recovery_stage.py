@@ -95,8 +95,8 @@ def check_memory(model: StreamedModel, plan: Sequence[PlannedMatrix], settings: 
     """Raises InputError if training does not fit in memory, or if blocks share more than one hidden state."""
     if model.shares or (model.route and model.route.axis):
         raise InputError(
-            f"recover: blocks of {type(model.model).__name__} share keys and values or pass several hidden states on, "
-            "which training does not know. Leave recover out."
+            f"recover: blocks of {type(model.model).__name__} share keys and values, hand states to the next one, or "
+            "pass several hidden states on, which training does not know. Leave recover out."
         )
     needed = memory_of_training(model, model.dtype, plan, settings)
     free = free_memory(model.device)

@@ -132,7 +132,7 @@ class Run:
             _ = self.digests  # before the first rank alone may need them
         text = drawn_by_first(partial(self.draw_text, measurements))
         tokens = text.calibration
-        check_same(header := self.header(tokens, any(map(model.is_stacked, flatten(matrices)))))
+        check_same(header := self.header(tokens, model.needs_version_2(flatten(matrices))))
         planner = self.planner(checkpoint, tokens, text.validation, matrices, header, measurements, spill)
         planner.check(model)
         outer = outer_notes(settings, self.outer)
@@ -217,10 +217,10 @@ class Run:
         tokenizer, device = self.load_tokenizer(), self.device
         return Author(self.source, device, self.settings, tokenizer, identity, kept, self.progress).write(counts)
 
-    def header(self, tokens: Tokens, stacked: bool) -> dict[str, Any]:
+    def header(self, tokens: Tokens, needs_version_2: bool) -> dict[str, Any]:
         """The identity of the run: two runs with equal headers end with the same bytes."""
         return {
-            "format_version": FORMAT_VERSION if stacked else 1,
+            "format_version": FORMAT_VERSION if needs_version_2 else 1,
             "mspc_version": __version__,
             "solvers": REVISION,
             "source": {"name": self.source_name, "sha256": self.digests, "config": config_digest(self.source)},

@@ -17,7 +17,7 @@ from mspc.storage.journal import NAME as JOURNAL
 from mspc.types import EMBEDDINGS, HEAD, Matrix, PlannedMatrix, Target
 
 FORMAT_VERSION = 2
-"""The highest that is read. Artifacts without stacked slices are version 1."""
+"""The highest that is read. Artifacts without stacked slices, and without rows of 3-D tensors, are version 1."""
 MANIFEST = "mspc.json"
 EXPORT_MANIFEST = "mspc_export.json"
 """The file that an export has in place of the manifest."""
