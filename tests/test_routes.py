@@ -285,7 +285,10 @@ def test_matrices_without_a_gradient_are_said_and_get_the_error_of_their_layer(
 
 @pytest.mark.parametrize("family", SHARING)
 def test_recovery_of_blocks_that_share_is_refused_before_any_work(family, source_of, calibration, tmp_path):
-    with pytest.raises(InputError, match="recover: blocks of Gemma.* share keys and values or pass several hidden"):
+    with pytest.raises(
+        InputError,
+        match="recover: blocks of Gemma.* share keys and values, hand states to the next one, or pass several hidden",
+    ):
         tiny.compress(source_of(family), tmp_path / "out", calibration, effort="fast", recover=2)
     assert not (tmp_path / "out").exists()
 
