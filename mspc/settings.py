@@ -52,7 +52,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "solver": "fisher", "iterations": 10, "propagation": 0.0, "allocator": ESTIMATE, "sensitivity_sequences": 8,
     },
     "default": {
-        "solver": "kfac", "iterations": 20, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 24,
+        "solver": "kfac", "iterations": 26, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 24,
     },
     "best": {
         "solver": "kfac", "iterations": 60, "propagation": 1.0, "allocator": AUTO, "sensitivity_sequences": 128,
