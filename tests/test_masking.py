@@ -83,7 +83,10 @@ def test_spread_is_exact_within_capacity_and_within_one_of_proportional(capaciti
 
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("kind", ["normal", "ties", "sorted", "periodic", "infinite"])
-def test_the_threshold_of_many_values_is_exact(kind, share):
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+)
+def test_the_threshold_of_many_values_is_exact(device, kind, share):
     """Also where a sample of them misleads. Oracle: a sort."""
     values = torch.randn(700, 811, generator=torch.Generator().manual_seed(0))
     if kind == "ties":
@@ -97,4 +100,4 @@ def test_the_threshold_of_many_values_is_exact(kind, share):
     k = max(1, round(share * values.numel()))
     expected = values.flatten().sort().values[k - 1]
     with threads.using(2, torch.device("cpu")):
-        assert masking.kth_lowest(values, k) == expected
+        assert masking.kth_lowest(values.to(device), k) == expected

@@ -36,11 +36,11 @@ def prune_lowest(score: Tensor, count: int) -> Tensor:
 def kth_lowest(values: Tensor, k: int) -> Tensor:
     """The k-th smallest (from 1) of all values, as a scalar on their device; in linear time.
 
-    On a CPU, a sample says between which two values it lies, and threads share the search for all in between.
+    A sample says between which two values it lies, so that only those in between are searched. On a CPU, threads
+    share the comparisons; on a GPU, torch's own search of all values would run on one of its many processors.
     """
     flat = values.detach().flatten()
-    if flat.device.type != "cpu":
-        return flat.kthvalue(k).values
+    cpu = flat.device.type == "cpu"
     if len(flat) > 4 * SAMPLE:
         ordered = flat[:: len(flat) // SAMPLE | 1].sort().values
         middle = len(ordered) * k // len(flat)
@@ -49,9 +49,11 @@ def kth_lowest(values: Tensor, k: int) -> Tensor:
         def near(piece: Tensor) -> tuple[int, Tensor]:
             return int(torch.count_nonzero(piece < low)), piece[(piece >= low) & (piece <= high)]
 
-        below, between = zip(*run(near, flat.split(PIECE)), strict=True)
+        below, between = zip(*run(near, flat.split(PIECE) if cpu else [flat]), strict=True)
         if sum(below) < k <= sum(below) + sum(map(len, between)):
             flat, k = torch.cat(between), k - sum(below)
+    if not cpu:
+        return flat.kthvalue(k).values
     # torch takes eight times as long on the CPU
     return torch.from_numpy(numpy.partition(flat.numpy(), k - 1)[k - 1 : k])[0]
 

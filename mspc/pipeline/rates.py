@@ -82,11 +82,11 @@ CPU = {
     "near": 45e9, "middle": 25e9, "far": 4.6e9, "read": 1.9e9, "hash": 1.5e9, "write": 1e9, "call": 280e3,
 }  # fmt: skip
 H200 = {
-    "product": 50e12, "half": 430e12, "double": 50e12, "factor": 20e12, "eigen": 5e11, "select": 9e8, "sort": 5e9,
+    "product": 50e12, "half": 430e12, "double": 50e12, "factor": 20e12, "eigen": 5e11, "select": 4e10, "sort": 5e9,
     "near": 3.4e12, "middle": 3.4e12, "far": 3.4e12, "read": 3e9, "hash": 1.8e9, "write": 1e9, "call": 150e3,
 }  # fmt: skip
 A100 = {
-    **H200, "product": 16e12, "half": 170e12, "double": 15e12, "factor": 8e12, "eigen": 25e10, "select": 5e8,
+    **H200, "product": 16e12, "half": 170e12, "double": 15e12, "factor": 8e12, "eigen": 25e10, "select": 2e10,
     "sort": 3e9, "near": 1.4e12, "middle": 1.4e12, "far": 1.4e12,
 }  # fmt: skip
 TABLES = {
