@@ -147,18 +147,20 @@ def run(function: Callable[[T], R], items: Iterable[T], bytes_each: int = 0) -> 
     if helpers is None or len(items) < 2:
         yield from map(function, items)
         return
-    left = deque(range(len(items)))
-    results: list[Future[R]] = [Future() for _ in items]
+    results = deque[Future[R]](Future() for _ in items)
+    # A helper that is cancelled stays in the queue of its executor until a thread is free. It refers to what is `left`
+    # alone, which is cleared, or the tensors of every product would wait there with it.
+    left = deque((result, partial(function, item)) for result, item in zip(results, items, strict=True))
 
     def work_on_one() -> bool:
         try:
-            number = left.popleft()
+            result, call = left.popleft()
         except IndexError:
             return False
         try:
-            results[number].set_result(function(items[number]))
+            result.set_result(call())
         except BaseException as error:
-            results[number].set_exception(error)
+            result.set_exception(error)
             if not isinstance(error, Exception):
                 raise
         return True
@@ -177,7 +179,8 @@ def run(function: Callable[[T], R], items: Iterable[T], bytes_each: int = 0) -> 
     size = min(helpers.size, len(items) - 1, fitting(bytes_each) - 1)
     helping = [helpers.executor.submit(partial(copy_context().run, help_out, *modes)) for _ in range(size)]
     try:
-        for result in results:
+        while results:
+            result = results.popleft()
             while not result.done() and work_on_one():
                 pass
             yield result.result()

@@ -1,10 +1,12 @@
 """Threads: the default number, pieces of work, and artifacts that do not depend on the number."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import threading
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -150,6 +152,33 @@ def test_run_inside_run():
     with threads.using(2, CPU):
         found = threads.run(lambda a: sum(threads.run(lambda b: a * b, range(50))), range(8))
         assert list(found) == [a * 1225 for a in range(8)]
+
+
+def test_run_keeps_nothing_alive_while_other_threads_are_busy():
+    """Oracle: weak references to what a function refers to, to its items and to its results, after the run."""
+    busy, over = threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        busy.set()
+        return over.wait(60)
+
+    def multiply() -> list[weakref.ref[torch.Tensor]]:
+        weight, inputs = torch.ones(4, 4), [torch.ones(4), torch.ones(4)]
+        results = list(threads.run(lambda each: weight @ each, inputs))
+        return [weakref.ref(tensor) for tensor in (weight, *inputs, *results)]
+
+    def work() -> list[bool]:
+        assert busy.wait(60)
+        references = multiply()
+        gc.collect()
+        alive = [reference() is not None for reference in references]
+        over.set()
+        return alive
+
+    with threads.using(2, torch.device("cpu")):
+        waited, alive = threads.run(lambda call: call(), [wait, work])
+    assert waited
+    assert alive == [False] * 5
 
 
 def test_error_of_the_first_item_that_fails():
