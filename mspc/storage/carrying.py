@@ -7,10 +7,11 @@ files of mspc itself. Downloads from the hub obey the same rule.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
-from functools import partial
+from fnmatch import translate
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,13 @@ def belongs(name: str) -> bool:
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+    return _one_of(tuple(patterns)).match(name.lower()) is not None
+
+
+@cache
+def _one_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """All patterns as one expression; there are more than `fnmatch` keeps."""
+    return re.compile("|".join(map(translate, patterns)) or "(?!)")
 
 
 def carry(source: Path, out: Path, read: Iterable[str] = ()) -> None:
