@@ -374,6 +374,13 @@ def test_a_gpu_need_not_be_there(device, llama):
     assert found.demand.device_need > 0
 
 
+@pytest.mark.parametrize("device", ["h200", "a100"])
+def test_threads_of_the_cpu_share_no_work_of_a_gpu(device, llama):
+    """Oracle: `threads.using`, which changes nothing there."""
+    one, many = (mspc.forecast(llama, HALF, device=device, threads=number) for number in (1, 64))
+    assert (one.seconds, one.demand) == (many.seconds, many.demand)
+
+
 def test_what_is_no_model_to_compress_is_refused(artifact_of, llama, tmp_path):
     with pytest.raises(InputError, match="compressed already"):
         mspc.forecast(artifact_of("llama").path)

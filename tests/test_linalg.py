@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from oracles import damped, few, problem
 
 from mspc.errors import ActivationError, SingularGramError
-from mspc.numerics.linalg import inverse_factor, output_error, precise_matmul, regularized
+from mspc.numerics.linalg import (
+    add_gram,
+    add_product,
+    in_two_parts,
+    inverse_factor,
+    output_error,
+    precise_matmul,
+    regularized,
+    symmetrize,
+)
 from mspc.types import GramStats
 
 
@@ -115,3 +124,47 @@ def test_precise_matmul_restores_the_setting_even_after_an_exception(setting):
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """To 10 bits behind the first: half of the last one is added, and the others are cut off."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tf32_holds_every_number_of_16_bits(dtype):
+    """Oracle: all 65,536 of them."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
+    finite = numbers[numbers.isfinite()]
+    if dtype == torch.bfloat16:
+        finite = finite[finite.abs() >= torch.finfo(torch.float32).tiny]  # subnormal ones, below 1e-38, may be 0
+    assert len(finite) > 60_000
+    assert torch.equal(rounded_to_tf32(finite), finite)
+
+
+def test_two_parts_in_tf32_are_float32_to_19_bits():
+    numbers = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-12, 12, 4096)
+    high, low = in_two_parts(numbers)
+    assert torch.equal(high + low, numbers)
+    found = rounded_to_tf32(high).double() + rounded_to_tf32(low).double()
+    assert float(((found - numbers.double()) / numbers.double()).abs().max()) <= 2**-19
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_of_products_against_float64(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 300, generator=generator).to(dtype)
+    drift = torch.randn(700, 300, generator=generator) * 0.1
+    gram, shift = torch.zeros(300, 300, device=device), torch.zeros(300, 300, device=device)
+    with precise_matmul():
+        for some in (slice(0, 256), slice(256, 700)):
+            add_gram(gram, x[some].to(device))
+            add_product(shift, drift[some].to(device), x[some].to(device))
+        assert torch.get_float32_matmul_precision() == "highest"
+    expected = x.double().T @ x.double()
+    assert float((symmetrize(gram).cpu() - expected).abs().max() / expected.diagonal().max()) < 1e-5
+    expected = drift.double().T @ x.double()
+    assert float((shift.cpu() - expected).abs().max() / expected.abs().max()) < 1e-5

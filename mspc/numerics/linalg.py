@@ -16,29 +16,50 @@ GRAM_STRIP = 256
 
 
 @contextmanager
-def precise_matmul() -> Iterator[None]:
-    """Compute products in full float32 inside, as TF32 corrupts Gram matrices. The setting is restored on exit."""
+def precise_matmul(*, tf32: bool = False) -> Iterator[None]:
+    """Compute products in full float32 inside, as TF32 corrupts Gram matrices. The setting is restored on exit.
+
+    `tf32` allows TF32, for numbers that it does not round.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
+def exact_in_tf32(x: Tensor) -> bool:
+    """Tell if a GPU multiplies these numbers by TF32 without rounding them: those of 16 bits have no more digits."""
+    return x.is_cuda and x.itemsize == 2
+
+
 def add_gram(gram: Tensor, x: Tensor) -> None:
-    """Add x^T x of inputs (T, I) to the lower triangle of `gram` (I, I). Call `symmetrize` at the end."""
+    """Add x^T x of inputs (T, I) to the lower triangle of `gram` (I, I) float32. Call `symmetrize` at the end."""
+    with precise_matmul(tf32=exact_in_tf32(x)):
+        x = x.float()
 
-    def add(start: int) -> None:
-        strip = slice(start, start + GRAM_STRIP)
-        gram[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
+        def add(start: int) -> None:
+            strip = slice(start, start + GRAM_STRIP)
+            gram[strip, : strip.stop].addmm_(x[:, strip].T, x[:, : strip.stop])
 
-    run_all(add, reversed(range(0, len(gram), GRAM_STRIP)))  # the longest first
+        run_all(add, reversed(range(0, len(gram), GRAM_STRIP)))  # the longest first
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a^T b for a (T, I), b (T, J) to `total` (I, J)."""
+    """Add a^T b for a (T, I) float32, b (T, J) to `total` (I, J) float32."""
+    with precise_matmul(tf32=exact_in_tf32(b)):
+        for part in in_two_parts(a) if exact_in_tf32(b) else (a,):
+            _add_product(total, part, b.float())
 
+
+def in_two_parts(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 tensors with this sum, such that rounding them to TF32 changes it by 2^-19 of each number at most."""
+    high = a.bfloat16().float()
+    return high, a - high
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     def add(start: int) -> None:
         some = slice(start, start + GRAM_STRIP)
         total[some].addmm_(a[:, some].T, b)

@@ -148,7 +148,7 @@ Alike = dict[Hashable, list[list[str]]]
 
 
 class Inputs(NamedTuple):
-    """The inputs (T, I) float32 of a matrix in one pass; of an expert, with the ascending numbers (T) of its tokens."""
+    """The inputs (T, I) of a matrix in one pass; of an expert, with the ascending numbers (T) of its tokens."""
 
     inputs: Tensor
     tokens: Tensor | None
@@ -319,12 +319,12 @@ class _Block:
             yield inputs
 
     def inputs(self, matrix: Matrix, pause: Pause | Tensor, of_layer: bool) -> Inputs:
-        """The input of a matrix at a pause, as float32 tokens (T, I)."""
+        """The input of a matrix at a pause, as tokens (T, I)."""
         if isinstance(pause, Tensor) or pause.matrix != matrix:
             raise self.other_order(matrix)
         found = pause.product.everyone() if of_layer and pause.product else pause.inputs
         tokens = None if pause.product is None else pause.product.tokens
-        return Inputs(found.detach().reshape(-1, matrix.shape[1]).float(), tokens)
+        return Inputs(found.detach().reshape(-1, matrix.shape[1]), tokens)
 
     def other_order(self, matrix: Matrix) -> InputError:
         return InputError(
@@ -359,4 +359,4 @@ def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:
     if wanted.tokens is not None and actual.tokens is not None:
         z = z[torch.isin(wanted.tokens, actual.tokens)]
         x = x[torch.isin(actual.tokens, wanted.tokens)]
-    return z - x, x
+    return z.float() - x.float(), x

@@ -99,8 +99,14 @@ GPU_BYTES = {"h200": 139 * 2**30, "a100": 79 * 2**30}
 """Memory of a GPU that programs can use."""
 
 
+def sharing(device_type: str, threads: int) -> int:
+    """The number of threads that share work on a device. `threads.using` changes nothing on a GPU."""
+    return threads if device_type == "cpu" else 1
+
+
 def table(name: str, threads: int) -> Rates:
     described, day, by_kind = TABLES[name]
+    threads = sharing("cuda" if name in GPU_BYTES else "cpu", threads)
     return Rates(described, threads, day, False, by_kind, exchange=EXCHANGE["cuda" if name in GPU_BYTES else "cpu"])
 
 
@@ -120,7 +126,7 @@ def _file(name: str, threads: int) -> Path:
 
 def known(device: torch.device, threads: int) -> Rates:
     """The rates that were measured on a device with this number of threads, else those of the table that is nearest."""
-    name = device_name(device)
+    name, threads = device_name(device), sharing(device.type, threads)
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a damaged one
         kept = json.loads(_file(name, threads).read_text(encoding="utf-8"))
         by_kind = {kind: float(kept["by_kind"][kind]) for kind in CPU}
@@ -136,7 +142,8 @@ def calibrate(device: torch.device, threads: int | None, clock: Callable[[], flo
     with using(1, device), precise_matmul():
         by_kind = _measured(device, clock)
     with using(threads, device) as number:
-        shared = _shared(device, number, by_kind["product"]) if device.type == "cpu" and number > 1 else 0.8
+        number = sharing(device.type, number)
+        shared = _shared(device, number, by_kind["product"]) if number > 1 else 0.8
     rates = Rates(device_name(device), number, date.today().isoformat(), True, by_kind, shared, EXCHANGE[device.type])
     write_json(_file(rates.device, number), asdict(rates) | {"version": VERSION})
     return rates
