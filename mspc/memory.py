@@ -11,6 +11,8 @@ import torch
 from mspc import cgroups, ranks
 
 FREE_UNKNOWN = 4 * 2**30
+ARENA_MAX = -8
+"""M_ARENA_MAX of glibc's malloc.h."""
 LITTLE = 4 * 2**30
 """Free bytes below which memory that the C library keeps for later goes back to the system."""
 
@@ -37,6 +39,12 @@ def give_back() -> None:
     if _of_host() < LITTLE:
         with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def share() -> None:
+    """Let new threads take what others freed; else each keeps an arena of its own with it. Only glibc can."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
 
 
 def _of_machine() -> int:

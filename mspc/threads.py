@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mspc import cgroups, ranks
 from mspc.errors import InputError
-from mspc.memory import free_memory
+from mspc.memory import free_memory, share
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,6 +107,7 @@ def using(asked: int | None, device: torch.device, *, precise: bool = True) -> I
                 # Of the whole process: where threads changed and restored it, they would disturb each other.
                 torch.set_float32_matmul_precision("highest")
             if number > 1:
+                share()
                 sizes = (number - 1, *[1] * number)
                 pool, *lanes = [stack.enter_context(ThreadPoolExecutor(n, initializer=one_thread)) for n in sizes]
                 token = _helpers.set(Helpers(pool, number - 1, tuple(lanes)))
