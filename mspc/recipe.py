@@ -22,6 +22,7 @@ from mspc.settings import (
     EMBEDDING_BITS,
     HEAD_BITS,
     RECOVER_LR,
+    ROUTED,
     ROW,
     SPREADS,
     Settings,
@@ -201,6 +202,12 @@ class Recipe:
     num_sequences: int | None = option(128, "Number of calibration sequences.")
     sequence_length: int | None = option(
         None, "Number of tokens per sequence.", shown="2048, or the model's maximum if that is less"
+    )
+    route: str | None = option(
+        ROUTED,
+        "Tokens that experts are calibrated on: routed (those that the router gives them) or all. Layers after them "
+        "see the outputs of routed tokens in both.",
+        metavar="routed|all",
     )
     seed: int | None = option(0, "Seed for the choice of calibration text and for probes.")
     plan: str | None = option(

@@ -39,6 +39,7 @@ RECOVER_LR = 1e-4
 """Highest learning rate of a recovery, unless another is given."""
 HEAD_BITS, EMBEDDING_BITS = (8, 4), (8,)
 BOS = ("auto", "yes", "no")
+ROUTED, ALL = ROUTES = ("routed", "all")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 GOALS = ("sparsity", "pattern", "bits", *SIZES, *TIMES, "plan", "keep_zeros")
@@ -104,6 +105,7 @@ class Settings:
     text_encoding: str | None
     bos: str
     num_sequences: int
+    route: str
     sequence_length: int | None
     """None until the model is known."""
     seed: int
@@ -203,8 +205,9 @@ class Settings:
         """Plain values by option, without None and `eval`, which changes no weight. No group size is `row`."""
         values = dataclasses.asdict(self) | {"skip": list(self.skip), "group_size": self.group_size or ROW}
         values |= {"only": list(self.only) or None, "include": list(self.include) or None}
-        values |= {"keep_zeros": self.keep_zeros or None, "recover": self.recover or None}
-        values |= {name: None for name in ("head_bits", "embedding_bits") if values[name] == UNQUANTIZED_BITS}
+        outer = dict.fromkeys(("head_bits", "embedding_bits"), UNQUANTIZED_BITS)
+        unset = {"keep_zeros": False, "recover": 0, "route": ROUTED, **outer}
+        values |= {name: None for name, value in unset.items() if values[name] == value}
         return {name: value for name, value in values.items() if value is not None and name != "eval"}
 
 
@@ -247,6 +250,7 @@ def resolve(asked: Mapping[str, Any], defaults: Mapping[str, Any]) -> Settings:
         ("allocator", settings.allocator, ALLOCATORS),
         ("sensitivity", settings.sensitivity, SENSITIVITIES),
         ("bos", settings.bos, BOS),
+        ("route", settings.route, ROUTES),
         ("dtype", settings.dtype, DTYPES),
     ):
         _check_name(what, name, known)
@@ -270,7 +274,7 @@ def without_effect(name: str, value: Any, settings: Settings) -> str | None:
     A value that only states what happens anyway, such as propagation 0 with the solver mask, is let pass.
     """
     reason = NEEDED_BY[name](settings) if name in NEEDED_BY else None
-    states_it = not value or (name == "allocator" and value == "uniform" and settings.plan is None)
+    states_it = not value or value == ROUTED or (name == "allocator" and value == "uniform" and settings.plan is None)
     if name == "sparsity":  # `resolve` has refused one that the pattern contradicts
         states_it = False
     return None if states_it else reason
@@ -352,6 +356,7 @@ NEEDED_BY: dict[str, Callable[[Settings], str | None]] = {
         _allocator(s, *RANKING) or _unless(s.sensitivity == "hutchinson", f"sensitivity {s.sensitivity}")
     ),
     "sensitivity_sequences": _sensitivity_sequences,
+    "route": _as_it_is,
     "damp": _damp,
     "activation_order": _activation_order,
 }

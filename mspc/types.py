@@ -104,6 +104,8 @@ class GramStats:
     input_shift: Tensor | None = None
     output_fisher: Tensor | None = None
     borrowed_tokens: int = 0
+    routed_tokens: int | None = None
+    """Tokens that are routed to an expert whose `gram` is of all tokens; None where that is of the routed ones."""
     scaled_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)
     """The scaled Grams of `solvers.quadratic`: matrices with the same input share their preconditioner."""
     inverses_by_damp: dict[float, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -33,7 +33,7 @@ RECIPE_FLAGS = {
     *("--sensitivity-sequences", "--sensitivity-probes", "--damp", "--activation-order", "--calibration"),
     *("--num-sequences", "--sequence-length", "--seed", "--plan", "--device", "--dtype", "--reconstruct", "--recover"),
     *("--recover-lr", "--head-bits", "--embedding-bits", "--ms-per-token", "--speedup", "--timings"),
-    *("--text-column", "--text-encoding", "--bos", "--eval"),
+    *("--text-column", "--text-encoding", "--bos", "--eval", "--route"),
 }
 
 
@@ -111,6 +111,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
             {"sparsity": 0.4, "allocator": "search", "search_minutes": 2.5},
         ),
         (("--seed", 3), {"seed": 3}),
+        (("--route", "all"), {"route": "all"}),
         (
             ("--pattern", "N:16", "--allocator", "trace-rank", "--sensitivity", "gram", "--damp", 0.5),
             {"pattern": "N:16", "allocator": "trace-rank", "sensitivity": "gram", "damp": 0.5},

@@ -24,7 +24,7 @@ OTHER = (
         "solver": "obs", "propagation": 0.25, "criterion": "ria", "allocator": "trace-rank", "alpha": 0.25,
         "sensitivity": "hutchinson", "sensitivity_sequences": 7, "sensitivity_probes": 2, "damp": 0.1,
         "calibration": 'a "quoted" path\\with\nlines', "num_sequences": 9, "sequence_length": 33, "seed": 5,
-        "text_column": "body", "text_encoding": "cp1252", "bos": "no", "eval": False,
+        "text_column": "body", "text_encoding": "cp1252", "bos": "no", "route": "all", "eval": False,
         "skip": ("lm_head", r"layers\.[0-3]\."), "only": ("q_proj", "mlp"), "include": ("gate",),
         "activation_order": True, "device": "cuda:1", "dtype": "bfloat16",
     },
@@ -189,6 +189,7 @@ EFFECTS = {
     "damp": (0.1, HALF | {"solver": "mask", "criterion": "isc", "allocator": "uniform"}, [
         HALF | {"solver": "mask", "criterion": "wanda", "allocator": "uniform"}, {"keep_zeros": True},
     ]),
+    "route": ("all", {}, [{"keep_zeros": True}]),
     "timings": ("serve.json", {"speedup": 2.0}, [{}, HALF, {"bits_per_weight": 3.0}]),
     "activation_order": (True, {"bits": 4}, [
         HALF, {"keep_zeros": True}, HALF | {"solver": "mask"}, HALF | {"effort": "fast"},
@@ -233,6 +234,7 @@ def test_an_option_without_effect_is_refused_and_both_are_named(name, others):
         {"sparsity": 0.0, "allocator": "uniform"},
         {"asymmetric": False},
         {"activation_order": False},
+        {"keep_zeros": True, "route": "routed"},
         {"reconstruct": 0, "bits": 4},
         {"bits": 16},
         {"keep_zeros": True, "pattern": "2:4", "sparsity": 0.5, "bits": 16, "allocator": "uniform"},

@@ -5,6 +5,9 @@ the attributes that transformers gives it, and runs products in one order, which
 all experts' first products (of each first projection, as DBRX has two), then all second ones. It tells `before_product`
 of the module, if it is set, about all products of a projection before it makes the first of them, and `after_product`
 afterwards. A projection may be a layer of its own, as it is where experts stay compressed.
+
+With `sees_all` set, `before_product` is told of all tokens for every expert: of the second product with the activations
+that the expert would have for each. What the module returns stays the same to the bit.
 """
 
 import copy
@@ -42,6 +45,8 @@ class Product(NamedTuple):
     """Numbers (t) of the tokens among all that the module is given, ascending."""
     everyone: Callable[[], Tensor]
     """The inputs (n, I) of all experts, one below the other."""
+    routed: Mapping[int, int]
+    """The number of tokens that are routed to each expert of the module; fewer than `tokens` where it sees all."""
 
 
 def projections(experts: nn.Module) -> tuple[str, ...]:
@@ -104,7 +109,9 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         places = {expert: found for expert, found in places.items() if len(found)}
     tokens = {expert: found // size for expert, found in places.items()}
     outer = []
-    for expert, down in multiplied(experts, {e: hidden_states[found] for e, found in tokens.items()}, tokens).items():
+    inputs = {expert: hidden_states[found] for expert, found in tokens.items()}
+    everything = hidden_states if sees_all(experts) else None
+    for expert, down in multiplied(experts, inputs, tokens, everything).items():
         # transformers 5.19 has no such norm.
         normed = experts.post_expert_norm(down) if getattr(experts, "has_post_expert_norm", False) else down
         weights = top_k_weights.flatten()[places[expert], None]
@@ -119,10 +126,18 @@ def is_watched(experts: nn.Module) -> bool:
     return any(getattr(experts, name, None) is not None for name in ("before_product", "after_product"))
 
 
-def multiplied(experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def sees_all(experts: nn.Module) -> bool:
+    """Tell if every expert of a module is to be shown all tokens."""
+    return bool(getattr(experts, "sees_all", False))
+
+
+def multiplied(
+    experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor], everything: Tensor | None = None
+) -> dict[int, Tensor]:
     """All products of experts, on the inputs (t, H) of each, whose numbers are `tokens` (t).
 
-    Slices of the first parameter that no expert has come with no inputs.
+    Slices of the first parameter that no expert has come with no inputs. With `everything` (T, H), the inputs of all
+    tokens, `before_product` is told of those for each expert and slice.
     """
     unused = getattr(experts, "unused_slices", ()) if is_watched(experts) else ()
     *first, second = projections(experts)
@@ -131,22 +146,36 @@ def multiplied(experts: Any, inputs: Mapping[int, Tensor], tokens: Mapping[int, 
         none, of_none = next(iter(inputs.values()))[:0], next(iter(tokens.values()))[:0]
         tokens = {**tokens, **dict.fromkeys(unused, of_none)}
         given |= dict.fromkeys(unused, none)
-    ups = [products(experts, parameter, given, tokens) for parameter in first]
+    shown = None if everything is None else dict.fromkeys(given, everything)
+    ups = [products(experts, parameter, given, tokens, shown) for parameter in first]
     gate = experts._apply_gate if experts.has_gate else experts.act_fn
-    return products(experts, second, {expert: gate(*(up[expert] for up in ups)) for expert in inputs}, tokens)
+    if everything is not None:  # apart from the products whose results are passed on
+        shown = {e: gate(*(_times(experts, parameter, e, everything) for parameter in first)) for e in inputs}
+    return products(experts, second, {expert: gate(*(up[expert] for up in ups)) for expert in inputs}, tokens, shown)
 
 
 def products(
-    experts: Any, parameter: str, inputs: Mapping[int, Tensor], tokens: Mapping[int, Tensor]
+    experts: Any,
+    parameter: str,
+    inputs: Mapping[int, Tensor],
+    tokens: Mapping[int, Tensor],
+    shown: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
-    """The products of one parameter with the inputs (t, I) of experts, whose numbers are `tokens` (t), ascending."""
+    """The products of one parameter with the inputs (t, I) of experts, whose numbers are `tokens` (t), ascending.
+
+    `shown` are the inputs (T, I) of all tokens for each expert, of which `before_product` is told in place of those.
+    """
     before, after = getattr(experts, "before_product", None), getattr(experts, "after_product", None)
+    routed = {expert: len(found) for expert, found in tokens.items()}
     told = [
-        Product(parameter, expert, x, tokens[expert], lambda: torch.cat(list(inputs.values())))
+        Product(parameter, expert, x, tokens[expert], lambda: torch.cat(list(inputs.values())), routed)
         for expert, x in inputs.items()
     ]
     for one in told:
-        if before is not None:
+        if before is not None and shown is not None:
+            x = shown[one.expert]
+            before(one._replace(inputs=x, tokens=torch.arange(len(x), device=x.device)))
+        elif before is not None:
             before(one)
     outputs = {one.expert: _times(experts, parameter, one.expert, one.inputs) for one in told}
     for one in told:

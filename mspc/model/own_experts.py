@@ -28,6 +28,8 @@ class _Form(nn.Module):
 
     has_gate, has_bias, is_transposed, has_post_expert_norm, is_concatenated = True, False, False, False, True
     is_adopted = True
+    routed_only: str | None = None
+    """Why experts cannot be shown all tokens, in the words of an error; None if they can."""
 
 
 class _Gate:
@@ -45,6 +47,7 @@ class AllTokens(_Form):
     """Experts that are given all tokens (E T, H) one below the other, zeros where a token is not routed (Llama 4)."""
 
     is_transposed = True
+    routed_only = "is an expert whose inputs have the weights of the router, which are 0 for other tokens"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         inputs = hidden_states.view(num_experts(self), -1, hidden_states.shape[-1])
@@ -118,6 +121,7 @@ class Grouped(_Form):
 
     has_gate = False
     own_projections = ("weight",)
+    routed_only = "is an expert that is given only the inputs of its own tokens"
 
     def forward(self, inputs: Tensor, sizes: Groups) -> Tensor:
         ends = torch.tensor(sizes).cumsum(0).tolist()

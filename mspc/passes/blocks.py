@@ -240,14 +240,17 @@ def advance(model: StreamedModel, index: int, block: nn.Module, batches: Sequenc
         run_all(pass_on, batches, pass_bytes(model, block, batches))
 
 
-def pass_bytes(model: StreamedModel, block: nn.Module, batches: Sequence[Batch]) -> int:
-    """Bytes of one batch in a block: activations, estimated from its widest matrix, and attention scores."""
+def pass_bytes(model: StreamedModel, block: nn.Module, batches: Sequence[Batch], all_tokens: bool = False) -> int:
+    """Bytes of one batch in a block: activations, estimated from its widest matrix, and attention scores.
+
+    `all_tokens`: every expert is shown all tokens.
+    """
     if not batches:
         return 0
     shapes = list(matrix_shapes(block))
     width = max((max(shape) for shape in shapes if shape), default=0)
-    if any(len(shape) == 3 for shape in shapes):
-        width *= experts_per_token(model.config)
+    if counts := [shape[0] for shape in shapes if len(shape) == 3]:
+        width *= max(counts) if all_tokens else experts_per_token(model.config)
     ids, hidden = batches[0].ids, batches[0].hidden
     return BUFFERS * width * ids.numel() * hidden.itemsize + SCORES * scores_bytes(model, ids)
 

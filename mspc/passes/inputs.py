@@ -29,7 +29,8 @@ def shared_inputs(model: StreamedModel, matrices: MatricesByBlock) -> list[Group
 
         return hook
 
-    for matrix in (matrix for of_block in matrices for matrix in of_block):
+    # Experts do not run on meta: which tokens they have depends on values.
+    for matrix in (matrix for of_block in matrices for matrix in of_block if matrix.index is None):
         module = model.model.get_submodule(matrix.parameter.rpartition(".")[0])
         handles.append(module.register_forward_pre_hook(keep(matrix)))
     try:

@@ -77,8 +77,8 @@ class PausedForward:
 
 
 @contextmanager
-def pauses_before(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
-    """Inside, a `PausedForward` pauses before these modules."""
+def pauses_before(modules: dict[Matrix, nn.Module], all_tokens: bool = False) -> Iterator[None]:
+    """Inside, a `PausedForward` pauses before these modules. `all_tokens`: experts are shown all tokens."""
 
     def pause_at(matrix: Matrix) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -100,6 +100,7 @@ def pauses_before(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
     handles = [module.register_forward_pre_hook(pause_at(matrix)) for matrix, module in whole.items()]
     for module in experts:
         module.before_product = pause_in(module)  # type: ignore[assignment]
+        module.sees_all = all_tokens  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -107,6 +108,7 @@ def pauses_before(modules: dict[Matrix, nn.Module]) -> Iterator[None]:
             handle.remove()
         for module in experts:
             module.before_product = None  # type: ignore[assignment]
+            module.sees_all = False  # type: ignore[assignment]
 
 
 def _place(matrix: Matrix) -> tuple[str, int | None]:

@@ -8,10 +8,10 @@ Every batch passes a block once: it pauses before each matrix, and goes on when 
 """
 
 import copy
-from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -47,6 +47,7 @@ def walk(
     known: Callable[[int], dict[str, Tensor] | None] = lambda block: None,
     *,
     dense: Sequence[Batch] = (),
+    all_tokens: bool = False,
     memory: int | None = None,
     finish: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> Iterator[Visit]:
@@ -55,8 +56,9 @@ def walk(
     With several ranks they are those of this one (`own_batches`), and the statistics are of the whole text.
 
     `known(i)` returns the weights of block i by matrix name if they were solved before, else None. Known weights are
-    installed, and their block is passed without a visit. `dense` are the same batches for the dense model. Suspended
-    passes take up to `memory` bytes (None: half of the free memory, or a quarter where several passes run at once).
+    installed, and their block is passed without a visit. `dense` are the same batches for the dense model. With
+    `all_tokens`, the statistics of every expert are of all tokens; routed ones alone are passed on. Suspended passes
+    take up to `memory` bytes (None: half of the free memory, or a quarter where several passes run at once).
     `finish(i, block, dense_block)` is called after the visits of block i, before any batch leaves it, and may change
     its weights.
     """
@@ -68,9 +70,9 @@ def walk(
             if solved is None:
                 streams = 2 if dense else 1
                 # Twice: running passes take a quarter of the free memory, and suspended ones the other quarter.
-                at_once = fitting(2 * pass_bytes(model, block, batches) * streams)
-                kept = _num_kept(model, batches, of_block, memory, 2 if at_once == 1 else 4) // streams
-                visits = _Block(model, index, block, dense_block, of_block, finish, at_once, alike)
+                at_once = fitting(2 * pass_bytes(model, block, batches, all_tokens) * streams)
+                kept = _num_kept(model, batches, of_block, memory, 2 if at_once == 1 else 4, all_tokens) // streams
+                visits = _Block(model, index, block, dense_block, of_block, finish, at_once, alike, all_tokens)
                 yield from visits.visits(batches, dense, kept)
             else:
                 for matrix in of_block:
@@ -88,9 +90,15 @@ class DenseWalk:
     """
 
     def __init__(
-        self, model: StreamedModel, ids: Tensor, matrices: Sequence[Sequence[Matrix]], memory: int | None = None
+        self,
+        model: StreamedModel,
+        ids: Tensor,
+        matrices: Sequence[Sequence[Matrix]],
+        memory: int | None = None,
+        *,
+        all_tokens: bool = False,
     ) -> None:
-        self.model, self.ids, self.matrices = model, ids, matrices
+        self.model, self.ids, self.matrices, self.all_tokens = model, ids, matrices, all_tokens
         self.memory = free_memory(model.device) // 4 if memory is None else memory
         self.kept: list[list[tuple[Matrix, GramStats]]] = []
 
@@ -102,7 +110,7 @@ class DenseWalk:
         grams = 4 * sum(matrix.shape[1] ** 2 for of_block in self.matrices for matrix in of_block)
         seen: list[list[tuple[Matrix, GramStats]]] = [[] for _ in self.matrices]
         keep = ranks.every(4 * grams <= self.memory)
-        for visit in walk(self.model, own_batches(self.model, self.ids), self.matrices):
+        for visit in walk(self.model, own_batches(self.model, self.ids), self.matrices, all_tokens=self.all_tokens):
             if keep:
                 seen[visit.block].append((visit.matrix, visit.stats))
             yield visit
@@ -128,7 +136,12 @@ def matrix_of(model: StreamedModel, block: nn.Module, index: int, matrix: Matrix
 
 
 def _num_kept(
-    model: StreamedModel, batches: Sequence[Batch], matrices: Sequence[Matrix], memory: int | None, share: int
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    matrices: Sequence[Matrix],
+    memory: int | None,
+    share: int,
+    all_tokens: bool,
 ) -> int:
     """Number of batches that can be suspended in a block at once, estimated from the widest input.
 
@@ -136,7 +149,7 @@ def _num_kept(
     """
     if memory is None:
         memory = free_memory(model.device) // share
-    each = experts_per_token(model.config)
+    each = 1 + max((m.index or 0) for m in matrices) if all_tokens and matrices else experts_per_token(model.config)
     width = max((matrix.shape[1] * (1 if matrix.index is None else each) for matrix in matrices), default=0)
     ids = batches[0].ids
     bytes_each = BUFFERS_HELD * width * ids.numel() * model.dtype.itemsize + scores_bytes(model, ids)
@@ -152,6 +165,8 @@ class Inputs(NamedTuple):
 
     inputs: Tensor
     tokens: Tensor | None
+    routed: Mapping[int, int]
+    """The number of tokens that are routed to each expert of its module."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +183,11 @@ class _Block:
     """Passes that threads and memory allow at once."""
     alike: Alike
     """Found in earlier blocks."""
+    all_tokens: bool = False
     layer_means: dict[str, Tensor] = field(default_factory=dict)
     """Results of `of_layer` by parameter."""
+    routed: dict[str, list[int]] = field(default_factory=dict)
+    """With `all_tokens`, the tokens that are routed to each expert, by the name of the module."""
 
     def visits(self, batches: Sequence[Batch], dense: Sequence[Batch], num_kept: int) -> Iterator[Visit]:
         seen: list[Matrix] = []
@@ -195,7 +213,7 @@ class _Block:
                 left = len(self.matrices) - len(seen)
                 for i, one in enumerate((matrix, *ahead)):
                     weight = matrix_of(self.model, self.block, self.index, one)
-                    yield Visit(one, weight, stats, self.index, i == left, i < len(ahead))
+                    yield Visit(one, weight, self.counted(one, stats), self.index, i == left, i < len(ahead))
             self.check_all(seen)
             if finish is None:
                 self.complete(batches, forwards)
@@ -242,7 +260,8 @@ class _Block:
             for i, batch in enumerate(batches)
         ]
         # Without batches, `block` may be the one that other passes run through.
-        with pauses_before({matrix: block.get_submodule(name) for matrix, name in names.items()} if batches else {}):
+        modules = {matrix: block.get_submodule(name) for matrix, name in names.items()} if batches else {}
+        with pauses_before(modules, self.all_tokens):
             try:
                 yield forwards
             finally:
@@ -254,21 +273,25 @@ class _Block:
     ) -> GramStats:
         """The Gram of a matrix's input over all batches, in float32 with full-precision products, and its shift.
 
-        The Gram of an expert that sees few tokens has some of its layer's.
+        The Gram of an expert that sees few tokens has some of its layer's, unless it is of all tokens.
         """
         size = matrix.shape[1]
         grams, shifts = self.text_sum(size), self.text_sum(size) if dense_forwards else None
-        tokens = 0
+        tokens, routed = 0, Counter[int]()
         with precise_matmul():
             passes = self.inputs_of(matrix, number, forwards)
             dense_passes = self.inputs_of(matrix, number, dense_forwards)
             for forward, found in zip(forwards, passes, strict=True):
                 add_gram(grams.of(forward.chunk), found.inputs)
                 tokens += len(found.inputs)
+                routed.update(found.routed)
                 if shifts is not None:
                     add_product(shifts.of(forward.chunk), *_difference(next(dense_passes), found))
         gram, shift, tokens = grams.total(), None if shifts is None else shifts.total(), ranks.count(tokens)
-        borrowed = max(FEW_TOKENS * size - tokens, 0) if matrix.index is not None else 0
+        borrows = matrix.index is not None and not self.all_tokens
+        borrowed = max(FEW_TOKENS * size - tokens, 0) if borrows else 0
+        if self.all_tokens and matrix.index is not None and _owner(matrix) not in self.routed:
+            self.routed[_owner(matrix)] = [ranks.count(routed[i]) for i in range(self.model.num_slices(matrix))]
         if borrowed:
             gram.add_(self.of_layer(matrix, number, forwards), alpha=borrowed)
             # Sums over the own tokens, or over one token where an expert sees none. Borrowed tokens have no shift.
@@ -277,6 +300,12 @@ class _Block:
         stats = GramStats(symmetrize(gram), tokens, shift, borrowed_tokens=borrowed)
         check_finite(stats, matrix.name)
         return stats
+
+    def counted(self, matrix: Matrix, stats: GramStats) -> GramStats:
+        """The statistics with the number of tokens that are routed to the expert, where its Gram is of all."""
+        if not self.all_tokens or matrix.index is None:
+            return stats
+        return replace(stats, routed_tokens=self.routed[_owner(matrix)][matrix.index])
 
     def of_layer(self, matrix: Matrix, number: int, forwards: Sequence[PausedForward]) -> Tensor:
         """The mean of x x^T over the tokens of all experts of the layer of an expert's matrix."""
@@ -323,8 +352,8 @@ class _Block:
         if isinstance(pause, Tensor) or pause.matrix != matrix:
             raise self.other_order(matrix)
         found = pause.product.everyone() if of_layer and pause.product else pause.inputs
-        tokens = None if pause.product is None else pause.product.tokens
-        return Inputs(found.detach().reshape(-1, matrix.shape[1]), tokens)
+        tokens, routed = (None, {}) if pause.product is None else (pause.product.tokens, pause.product.routed)
+        return Inputs(found.detach().reshape(-1, matrix.shape[1]), tokens, routed)
 
     def other_order(self, matrix: Matrix) -> InputError:
         return InputError(
@@ -351,6 +380,11 @@ class _Block:
     def skip(self, *matrices: Matrix) -> str:
         """The option that leaves these matrices dense, in every block."""
         return skip_option(self.model.name_in_block(self.index, matrix) for matrix in matrices)
+
+
+def _owner(matrix: Matrix) -> str:
+    """The name of the module that has the parameter of a matrix."""
+    return matrix.parameter.rpartition(".")[0]
 
 
 def _difference(wanted: Inputs, actual: Inputs) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
     block = max(load.block_numel) * load.itemsize
     width = max(max(matrix.shape) for matrix in load.flat)
     passing = BUFFERS * width * min(load.batch_tokens, max(load.tokens, load.test_tokens)) * load.itemsize
+    walking = passing + load.shown_width * load.batch_tokens * load.itemsize
     of_sequence = load.length * load.vocabulary * 4
     outer = load.outer_numel * load.itemsize
     measured, validation = load.measured_tokens, load.validation_tokens
@@ -136,7 +137,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         "Gradients": _gradients(load, block, passing, outer) if settings.needs_fisher or curves else None,
         "Loss curves": _Parts(
             measured / load.parts * load.hidden * load.itemsize,
-            block * (load.ranks > 1) + block + passing + at_once * solver_bytes(widest.shape),
+            block * (load.ranks > 1) + block + walking + at_once * solver_bytes(widest.shape),
             12 * grams * keeps_grams(load),
         )
         if curves
@@ -147,7 +148,7 @@ def _stages(load: Workload) -> dict[str, _Parts | None]:
         "Validating plans": _Parts(
             (1 + plans) * validation / load.parts * load.hidden * load.itemsize,
             max(
-                block + passing + at_once * solver_bytes(widest.shape),
+                block + walking + at_once * solver_bytes(widest.shape),
                 outer + COMPARED_COPIES * of_sequence * load.threads,
             ),
             12 * grams * keeps_grams(load),
@@ -193,7 +194,7 @@ def _compressing(load: Workload, block: float, passing: float, widest: Matrix) -
     left = gradients if passing / BUFFERS < LARGEST_KEPT and fisher_bytes(load) and on_cpu(load) else 0
     tokens = load.tokens / load.parts
     hidden = tokens * load.hidden * load.itemsize * (load.spill is None)
-    held = BUFFERS_HELD * max(matrix.shape[1] for matrix in load.flat) * load.itemsize
+    held = BUFFERS_HELD * max(load.shown_width, *(matrix.shape[1] for matrix in load.flat)) * load.itemsize
     batch = min(load.batch_tokens, tokens)
     stored = max(load.block_numel) * (load.stored_itemsize + 2) * 2  # the block that is written, and the one solved
     solver = _solved_at_once(load) + 8 * widest.shape[1] ** 2  # and a Gram and its shift

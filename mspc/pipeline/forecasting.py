@@ -20,6 +20,7 @@ from mspc.pipeline.cost import peak_memory
 from mspc.pipeline.demand import BASE, Demand, demand_of, output_bytes
 from mspc.pipeline.outer import planned_outer
 from mspc.pipeline.rates import GPU_BYTES, Rates, known, table
+from mspc.pipeline.route_checks import check_route
 from mspc.pipeline.stage_work import stages_of
 from mspc.pipeline.workload import Workload
 from mspc.planning.allocation import allocate, check_plan, choose_group_size
@@ -190,6 +191,7 @@ def forecast_of(
     matrices = model.matrices(settings.skip, (), settings.only, settings.include)
     settings = choose_group_size(settings, matrices)
     planned_outer(model, settings, recipe.asked())  # refused here as there
+    check_route(model, matrices, settings)
     return forecast_run(
         model, name, matrices, settings, assumed_plan(settings, matrices), place, rates, spill=spill, out=out,
         ranks=ranks,

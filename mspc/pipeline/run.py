@@ -31,6 +31,7 @@ from mspc.pipeline.reconstruct import batch_size, reconstruction_line
 from mspc.pipeline.recovery_stage import recover_all
 from mspc.pipeline.reopening import discard_work, is_finished
 from mspc.pipeline.results import results
+from mspc.pipeline.route_checks import check_route
 from mspc.pipeline.sharing import check_ranks, check_same, digests_of, drawn_by_first, journal_of
 from mspc.pipeline.solve_blocks import solve_blocks, solved_weights
 from mspc.pipeline.stopwatch import SECONDS, Stopwatch
@@ -309,6 +310,7 @@ class Run:
         self.given = self.given_plan(model, matrices)
         plan = self.given or allocate(self.settings, matrices, {})
         check_training(model, flatten(matrices), plan, self.settings)
+        check_route(model, matrices, self.settings)
         if not self.settings.has_budget:
             self.checked(plan)
             return

@@ -28,7 +28,7 @@ from mspc.pipeline.reconstruct import reconstruct
 from mspc.pipeline.sharing import check_equal
 from mspc.planning.solver_options import solver_options
 from mspc.progress import log
-from mspc.settings import Settings
+from mspc.settings import ALL, Settings
 from mspc.solvers import SOLVERS, STEPS, SolverOptions
 from mspc.solvers.error_compensation import compensated
 from mspc.solvers.quadratic import solver_bytes
@@ -41,7 +41,7 @@ from mspc.storage.manifest import MatrixEntry
 from mspc.threads import fitting, run
 from mspc.types import Codes, CompressedLinear, GramStats, MatricesByBlock, Matrix, PlannedMatrix
 
-TOLD = ("output_error", "propagation_damp", "num_tokens", "borrowed_tokens")
+TOLD = ("output_error", "propagation_damp", "num_tokens", "borrowed_tokens", "routed_tokens")
 CODES = ("values", "scales", "zeros")
 """Fields of `SolvedMatrix` and of `Codes` that ranks tell each other."""
 
@@ -58,6 +58,7 @@ class SolvedMatrix:
     propagation_damp: float
     num_tokens: int
     borrowed_tokens: int = 0
+    routed_tokens: int | None = None
 
     def row(self) -> dict[str, Any]:
         """The values that are known before the matrix is packed, under their names in the manifest."""
@@ -124,7 +125,8 @@ def solve_blocks(
 
     at_end = on_block_end if settings.reconstruct else None
     with Writer() as writer:
-        visits = walk(model, batches, matrices, solved_weights(folder, journal), dense=dense, finish=at_end)
+        known, all_tokens = solved_weights(folder, journal), settings.route == ALL
+        visits = walk(model, batches, matrices, known, dense=dense, all_tokens=all_tokens, finish=at_end)
         for few in independent(visits, matrices):
             solutions = solve_few(few, solve, planned, num_together(few[0].matrix, settings, model.device))
             for visit, found in zip(few, solutions, strict=True):
@@ -276,7 +278,8 @@ def stored_and_installed(
         raise ActivationError(f"{name}: its weights overflow {dtype} after the update. Raise --damp, or use --skip.")
     install(visit.weight, stored.weight)
     error = output_error(weight, stored.weight.float(), stats.gram)
-    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, stats.num_tokens, stats.borrowed_tokens)
+    counts = stats.num_tokens, stats.borrowed_tokens, stats.routed_tokens
+    return SolvedMatrix(visit.matrix, planned, stored, error, propagation_damp, *counts)
 
 
 def solver_steps(
@@ -358,6 +361,7 @@ def entry_of(model: StreamedModel, solved: SolvedMatrix, packed: dict[str, Tenso
         num_tokens=solved.num_tokens,
         file=file,
         borrowed_tokens=solved.borrowed_tokens,
+        routed_tokens=solved.routed_tokens,
         rows=model.rows_of(solved.matrix),
         num_slices=model.num_slices(solved.matrix),
         stacked=model.is_stacked(solved.matrix),

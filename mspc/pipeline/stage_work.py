@@ -69,15 +69,21 @@ def stages_of(load: Workload) -> dict[str, Work]:
     return found
 
 
-def _pass(load: Workload, work: Work, tokens: int, times: float = 1, *, operations: float = 1) -> None:
-    """Tokens through all blocks. A gradient takes `times` the products, and `operations` those on memory."""
+def _pass(
+    load: Workload, work: Work, tokens: int, times: float = 1, *, operations: float = 1, shows: bool = False
+) -> None:
+    """Tokens through all blocks. A gradient takes `times` the products, and `operations` those on memory.
+
+    `shows`: experts are shown all tokens where the settings say so.
+    """
     kind = "product" if load.itemsize == 4 else "half"
     ways = max(tokens / load.batch_tokens / work.ranks, 1)
     for index, active in enumerate(load.active_numel):
         outputs = sum(matrix.shape[0] for matrix in load.matrices[index]) or 2 * load.hidden
         count = max(len(load.matrices[index]), 1)
         attention = 4 * min(load.length, tokens) * load.attention_width
-        work.add(kind, times * tokens * (2 * active + attention), ways)
+        shown = load.shown_numel[index] if shows else 0
+        work.add(kind, times * tokens * (2 * (active + shown) + attention), ways)
         batches = max(tokens / load.batch_tokens, 1)
         size = min(tokens, load.batch_tokens) * load.itemsize / 4
         work.operations(size * load.hidden, operations * OF_HIDDEN * batches, ways)
@@ -105,18 +111,17 @@ def _gram(load: Workload, work: Work, tokens: int, *, shift: bool = False) -> No
     # On a GPU inputs of 16 bits are multiplied by TF32, at half of their own rate, and differences in two parts.
     in_tf32 = load.itemsize != 4 and load.device.type != "cpu"
     kind, times = ("half", 2) if in_tf32 else ("product", 1)
-    for groups in load.groups:
-        for width in (group[0].shape[1] for group in groups):
-            ways = width / 256
-            work.add(kind, times * tokens * width * (width + 256), ways)
-            work.operations(width**2, 6)
-            if shift:
-                work.add(kind, times**2 * 2 * tokens * width * width, ways)
-                work.operations(float(load.batch_tokens) * width, 2 * times * tokens / load.batch_tokens, ways)
-                work.operations(width**2, 2)
-            if load.itemsize != 4:
-                work.operations(float(load.batch_tokens) * width, 2 * tokens / load.batch_tokens, ways)
-            _sum(load, work, (1 + shift) * width**2)
+    for width, seen in load.gram_inputs(tokens):
+        ways = width / 256
+        work.add(kind, times * seen * width * (width + 256), ways)
+        work.operations(width**2, 6)
+        if shift:
+            work.add(kind, times**2 * 2 * seen * width * width, ways)
+            work.operations(float(load.batch_tokens) * width, 2 * times * seen / load.batch_tokens, ways)
+            work.operations(width**2, 2)
+        if load.itemsize != 4:
+            work.operations(float(load.batch_tokens) * width, 2 * seen / load.batch_tokens, ways)
+        _sum(load, work, (1 + shift) * width**2)
 
 
 def _sum(load: Workload, work: Work, numbers: float) -> None:
@@ -204,7 +209,7 @@ def _sensitivity(load: Workload, work: Work) -> None:
         _read(load, work, 1)
     elif measure in ("gram", "outliers"):
         with work.shared(load.parts):
-            _pass(load, work, tokens)
+            _pass(load, work, tokens, shows=True)
             _gram(load, work, tokens)
         _read(load, work, 1)
     else:
@@ -218,7 +223,7 @@ def _sensitivity(load: Workload, work: Work) -> None:
 
 def _dense_walk(load: Workload, work: Work) -> None:
     with work.shared(load.parts):
-        _pass(load, work, load.measured_tokens)
+        _pass(load, work, load.measured_tokens, shows=True)
         _gram(load, work, load.measured_tokens)
     _read(load, work, 1)
 
@@ -292,7 +297,7 @@ def _compressing(load: Workload, work: Work) -> None:
     two_streams = bool(settings.propagation or settings.reconstruct)
     with work.shared(load.parts):
         for _ in range(1 + two_streams):
-            _pass(load, work, load.tokens)
+            _pass(load, work, load.tokens, shows=True)
         _gram(load, work, load.tokens, shift=two_streams)
     _read(load, work, 1)
     kfac = settings.solver == "kfac" and settings.needs_fisher

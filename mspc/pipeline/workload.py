@@ -11,6 +11,7 @@ import torch
 
 from mspc.memory import free_memory
 from mspc.model.config_checks import setting_of
+from mspc.model.experts import projections
 from mspc.model.matrices import EXPERTS
 from mspc.model.streamed import StreamedModel
 from mspc.passes.blocks import TOKENS_PER_BATCH
@@ -18,7 +19,7 @@ from mspc.passes.inputs import Groups
 from mspc.pipeline.calibration import CALIBRATION_PER_VALIDATION, TEST_WINDOWS
 from mspc.pipeline.rates import LARGEST_KEPT, Rates
 from mspc.ranks import CHUNKS
-from mspc.settings import Settings
+from mspc.settings import ALL, Settings
 from mspc.storage.sizes import tensor_bytes
 from mspc.types import MatricesByBlock, Matrix, PlannedMatrix, flatten
 
@@ -134,12 +135,47 @@ class Workload:
         return self.source_bytes / max(self.numel, 1)
 
     @cached_property
-    def active_numel(self) -> list[int]:
-        """Weights of every block that a token is multiplied by: of fused experts, the share that it is routed to."""
+    def routed_share(self) -> float:
+        """The mean share of the tokens that an expert is given; 1 without experts."""
         config = self.model.config
         experts = next((n for name in EXPERTS if isinstance(n := setting_of(config, name), int) and n), 1)
         routed = setting_of(config, "num_experts_per_tok")
-        share = min(routed / experts, 1.0) if isinstance(routed, int) and experts > 1 else 1.0
+        return min(routed / experts, 1.0) if isinstance(routed, int) and experts > 1 else 1.0
+
+    def is_last(self, matrix: Matrix) -> bool:
+        """Tell if a matrix is an expert's last one, whose inputs are the expert's own."""
+        owner, _, leaf = matrix.parameter.rpartition(".")
+        return matrix.index is not None and leaf == projections(self.model.model.get_submodule(owner))[-1]
+
+    @cached_property
+    def shown_numel(self) -> list[int]:
+        """Weights of every block that all tokens are multiplied by only for the Grams of experts (`--route all`)."""
+        shown = self.settings.route == ALL
+        of_blocks = ([m for m in block if m.index is not None and not self.is_last(m)] for block in self.matrices)
+        return [sum(matrix.numel for matrix in of_block) if shown else 0 for of_block in of_blocks]
+
+    @cached_property
+    def shown_width(self) -> int:
+        """Numbers that all experts of a block hold for each token that they are shown, at most."""
+        shown = self.settings.route == ALL
+        widths = (sum(matrix.shape[1] for matrix in block if self.is_last(matrix)) for block in self.matrices)
+        return max(widths, default=0) if shown else 0
+
+    def gram_inputs(self, tokens: float) -> Iterator[tuple[int, float]]:
+        """The inputs of every Gram, and its tokens. Experts share the Gram of what all of them are shown."""
+        for group in (group for groups in self.groups for group in groups):
+            first, width = group[0], group[0].shape[1]
+            if first.index is None:
+                yield width, tokens
+            elif self.settings.route != ALL:
+                yield width, tokens * self.routed_share
+            elif self.is_last(first) or first.index == 0:
+                yield width, tokens
+
+    @cached_property
+    def active_numel(self) -> list[int]:
+        """Weights of every block that a token is multiplied by: of fused experts, the share that it is routed to."""
+        share = self.routed_share
         return [
             int(
                 sum(

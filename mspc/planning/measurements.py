@@ -29,7 +29,7 @@ from mspc.planning.sensitivity import RunningMean, by_exponents, by_gradients, b
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Progress, log
 from mspc.published.outliers import OUTLIER
-from mspc.settings import BY_ADMM, ESTIMATE, Settings
+from mspc.settings import ALL, BY_ADMM, ESTIMATE, Settings
 from mspc.solvers import REVISION
 from mspc.solvers.quadratic import OUTPUT_DAMP
 from mspc.storage.files import write_json, write_tensors
@@ -59,7 +59,7 @@ class Measurements:
     def sensitivities(self) -> dict[str, float]:
         """The measure that the allocator needs (see `mspc.planning.sensitivity`)."""
         settings, measure = self.settings, self.settings.measure
-        key = self._key(sensitivity=measure)
+        key = self._key(sensitivity=measure, **(self._route() if measure in ("gram", "outliers") else {}))
         if measure == "exponents":
             key.pop("calibration")  # they depend on the weights alone
         elif measure == "outliers":
@@ -95,6 +95,7 @@ class Measurements:
             solvers=REVISION,
             quantization=[settings.group_size, settings.asymmetric] if settings.has_budget else None,
             **({"estimated": True} if settings.allocator == ESTIMATE else {}),
+            **self._route(),
         )
         return self._cached(
             "Loss curves", "curves-{}.json", key,
@@ -140,12 +141,16 @@ class Measurements:
         }
         return self.identity | common | own
 
+    def _route(self) -> dict[str, str]:
+        """The part of a key about the tokens of Grams of experts."""
+        return {"route": self.settings.route} if self.settings.route == ALL else {}
+
     def _means(self, measure: str) -> dict[str, RunningMean]:
         model, ids, matrices, progress = self.model, self.ids, self.matrices, self.progress
         if measure == "gram":
-            return by_gram(model, ids, matrices, progress)
+            return by_gram(model, ids, matrices, progress, self.settings.route == ALL)
         if measure == "outliers":
-            return by_outliers(model, ids, matrices, progress)
+            return by_outliers(model, ids, matrices, progress, self.settings.route == ALL)
         if measure == "exponents":
             return by_exponents(model, matrices, progress)
         return by_gradients(model, ids[: self.settings.sensitivity_sequences], matrices, self.settings, progress)

@@ -27,7 +27,7 @@ from mspc.planning.time_budget import TimeBudget
 from mspc.planning.validation import validate_plans
 from mspc.planning.without_gradient import with_layer_errors, with_medians, without_gradient_note
 from mspc.progress import Progress, log
-from mspc.settings import CURVES, SEARCH, Settings
+from mspc.settings import ALL, CURVES, SEARCH, Settings
 from mspc.storage.checkpoint import Checkpoint
 from mspc.types import UNQUANTIZED_BITS, MatricesByBlock, PlannedMatrix, flatten
 
@@ -100,7 +100,8 @@ class Planner:
             self.without_gradient.update(unknown)
         if not settings.needs_curves:
             return PlanChoice(allocate(settings, self.matrices, sensitivities))
-        dense = DenseWalk(model, self.ids[: settings.sensitivity_sequences], self.matrices)
+        ids, all_tokens = self.ids[: settings.sensitivity_sequences], settings.route == ALL
+        dense = DenseWalk(model, ids, self.matrices, all_tokens=all_tokens)
         curves = self.measurements(model).loss_curves(dense, fisher)
         if self.time_budget is not None:
             return PlanChoice(self.time_budget.allocate(curves), CURVES)

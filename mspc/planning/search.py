@@ -29,7 +29,7 @@ from mspc.planning.evolution import Judge, Levels, Space, evolve
 from mspc.planning.measurements import Measurements
 from mspc.planning.solver_options import solver_options
 from mspc.progress import Step, log
-from mspc.settings import MIXED_OF, MIXED_PATTERN, Settings
+from mspc.settings import ALL, MIXED_OF, MIXED_PATTERN, Settings
 from mspc.sizes import in_words
 from mspc.solvers import SOLVERS
 from mspc.solvers.error_compensation import compensated
@@ -116,7 +116,8 @@ def make_weights(
     def solved_for(name: str, wanted: Tensor, stats: GramStats, target: Target) -> CompressedLinear:
         return solve(wanted, stats, target, options, name)
 
-    for visit in walk(model, own_batches(model, measurements.ids), matrices, dense=dense):
+    batches, all_tokens = own_batches(model, measurements.ids), settings.route == ALL
+    for visit in walk(model, batches, matrices, dense=dense, all_tokens=all_tokens):
         name, weight, own = visit.matrix.name, visit.weight.float().clone(), level_of[visit.matrix]
         stats = replace(visit.stats, output_fisher=fisher[name].to(weight.device))
         wanted, _ = compensated(weight, stats, settings.propagation or 0.0, options.damp, name)

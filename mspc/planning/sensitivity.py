@@ -66,10 +66,12 @@ def converged(means: Iterable[RunningMean], tolerance: float) -> bool:
     return median(m.standard_error / max(abs(m.mean), 1e-300) for m in means) <= tolerance
 
 
-def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress) -> dict[str, RunningMean]:
+def by_gram(
+    model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress, all_tokens: bool
+) -> dict[str, RunningMean]:
     means: dict[str, RunningMean] = {}
     with progress.stage("Sensitivity (gram)", sum(map(len, matrices))) as step:
-        for visit in walk(model, own_batches(model, ids), matrices):
+        for visit in walk(model, own_batches(model, ids), matrices, all_tokens=all_tokens):
             mean = float(visit.stats.gram.diagonal().mean()) / max(visit.stats.num_tokens, 1)
             means[visit.matrix.name] = RunningMean(mean)
             step(visit.matrix.name)
@@ -77,13 +79,13 @@ def by_gram(model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progre
 
 
 def by_outliers(
-    model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress
+    model: StreamedModel, ids: Tensor, matrices: MatricesByBlock, progress: Progress, all_tokens: bool
 ) -> dict[str, RunningMean]:
     """Give every matrix the share of outliers in its block."""
     means: dict[str, RunningMean] = {}
     block: list[tuple[Matrix, Tensor, Tensor]] = []
     with progress.stage("Sensitivity (outliers)", sum(map(len, matrices))) as step:
-        for visit in walk(model, own_batches(model, ids), matrices):
+        for visit in walk(model, own_batches(model, ids), matrices, all_tokens=all_tokens):
             block.append((visit.matrix, visit.weight, visit.stats.gram.diagonal().clone()))
             if visit.is_last_of_block:
                 seen, weights, diagonals = zip(*block, strict=True)

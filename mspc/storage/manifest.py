@@ -60,6 +60,8 @@ class MatrixEntry:
     """Parameter of the head, where the embeddings are the head as well."""
     borrowed_tokens: int = 0
     """Tokens of its layer in the Gram of an expert that sees few."""
+    routed_tokens: int | None = None
+    """Tokens that are routed to an expert, where `num_tokens` are all that were shown to it."""
     rows: tuple[tuple[str, int], ...] = ()
     """Tensors of the source, one below the other, that are this slice, and their numbers of rows; empty for one.
 
@@ -113,6 +115,7 @@ class MatrixEntry:
             "num_tokens": self.num_tokens,
             "file": self.file,
             **{key: value for key in OPTIONAL if (value := getattr(self, key))},
+            **({} if self.routed_tokens is None else {"routed_tokens": self.routed_tokens}),
         }
 
     @classmethod
@@ -141,6 +144,7 @@ class MatrixEntry:
                 tied=tied,
                 **{key: row[key] for key in COPIED},
                 borrowed_tokens=row.get("borrowed_tokens", 0),
+                routed_tokens=row.get("routed_tokens"),
                 rows=tuple((str(key), int(count)) for key, count in row.get("rows", ())),
                 num_slices=int(row.get("num_slices", 0)),
                 stacked=bool(row.get("stacked", False)),
