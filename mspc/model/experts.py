@@ -6,8 +6,8 @@ all experts' first products (of each first projection, as DBRX has two), then al
 of the module, if it is set, about all products of a projection before it makes the first of them, and `after_product`
 afterwards. A projection may be a layer of its own, as it is where experts stay compressed.
 
-With `sees_all` set, `before_product` is told of all tokens for every expert: of the second product with the activations
-that the expert would have for each. What the module returns stays the same to the bit.
+With `sees_all` set, `before_product` gets the inputs of all tokens for every expert, those of its second product as the
+expert would have them for each token. The outputs of the module stay the same to the bit.
 """
 
 import copy
@@ -137,7 +137,7 @@ def multiplied(
     """All products of experts, on the inputs (t, H) of each, whose numbers are `tokens` (t).
 
     Slices of the first parameter that no expert has come with no inputs. With `everything` (T, H), the inputs of all
-    tokens, `before_product` is told of those for each expert and slice.
+    tokens, `before_product` gets those for each expert and slice.
     """
     unused = getattr(experts, "unused_slices", ()) if is_watched(experts) else ()
     *first, second = projections(experts)
@@ -163,7 +163,7 @@ def products(
 ) -> dict[int, Tensor]:
     """The products of one parameter with the inputs (t, I) of experts, whose numbers are `tokens` (t), ascending.
 
-    `shown` are the inputs (T, I) of all tokens for each expert, of which `before_product` is told in place of those.
+    `shown` are the inputs (T, I) of all tokens for each expert, which `before_product` gets in their place.
     """
     before, after = getattr(experts, "before_product", None), getattr(experts, "after_product", None)
     routed = {expert: len(found) for expert, found in tokens.items()}

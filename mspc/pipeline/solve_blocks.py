@@ -99,8 +99,7 @@ def solve_blocks(
     errors are raised here at the next commit. It ends with this generator, so close one that is not used up.
     """
     planned, options = {matrix.name: matrix for matrix in plan}, solver_options(settings)
-    solved: dict[Matrix, SolvedMatrix] = {}
-    grams: dict[Matrix, Tensor] = {}
+    solved, grams = dict[Matrix, SolvedMatrix](), dict[Matrix, Tensor]()
 
     def commit(block: int, **more: Any) -> None:
         writer.submit(commit_block, model, block, list(solved.values()), folder, journal, more)
