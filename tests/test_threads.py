@@ -4,6 +4,9 @@ import dataclasses
 import gc
 import importlib
 import json
+import platform
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -179,6 +182,33 @@ def test_run_keeps_nothing_alive_while_other_threads_are_busy():
         waited, alive = threads.run(lambda call: call(), [wait, work])
     assert waited
     assert alive == [False] * 5
+
+
+ARENAS = """
+import ctypes, threading
+from mspc import memory
+
+memory.share()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+libc.free.argtypes = libc.fflush.argtypes = [ctypes.c_void_p]
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+threads = [threading.Thread(target=lambda: libc.free(libc.malloc(4000))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+stream = libc.fdopen(1, b"w")
+libc.malloc_info(0, stream)
+libc.fflush(stream)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_new_threads_share_memory():
+    """Oracle: glibc's own list of its arenas, which has three or more without `share`."""
+    found = subprocess.run([sys.executable, "-c", ARENAS], capture_output=True, text=True, check=True).stdout
+    assert found.count("<heap nr=") == 1
 
 
 def test_error_of_the_first_item_that_fails():
