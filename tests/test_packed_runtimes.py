@@ -17,16 +17,12 @@ from safetensors.torch import load_file, save_file
 from exporters import formats, verification
 from mspc.progress import Silent
 
+pytest.importorskip("gptqmodel")
+pytest.importorskip("optimum")
+pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the loaders' own
 
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def installed() -> None:
-    """Imported where the tests run, not by every process that collects them: it takes seconds."""
-    for module in ("gptqmodel", "optimum", "compressed_tensors"):
-        pytest.importorskip(module)
 
 
 @pytest.fixture(autouse=True)
